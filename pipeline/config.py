@@ -1,0 +1,177 @@
+"""One configuration mechanism for all three packages.
+
+Owns how a frozen dataclass becomes a command line: YAML through `--config`, dotted
+overrides, `--help` from attribute docstrings, unknown keys answered with the nearest
+known one, and the resolved configuration written back as YAML. Does not own any key:
+each package declares its own dataclasses. Needs only `jsonargparse`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A command line or YAML file that cannot be used; the message names the cure."""
+
+
+def parse(
+    config_class: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    positional: str | None = None,
+    recipes: Path | None = None,
+) -> ConfigT:
+    """Build `config_class` from `argv`: defaults, then `--config`, then dotted flags.
+
+    Flags win over the file wherever `--config` stands on the line. A first word that is
+    no flag is the value of the key `positional`. With `recipes`, a `--config` that is
+    no file is looked up there (`emoji` or `emoji.yaml`).
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type or value,
+            missing required key, unreadable file.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with these keys.")
+    parser.add_class_arguments(config_class, None, sub_configs=False)
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}={argv[0]}", *argv[1:]]
+    try:
+        namespace = parser.parse_args(_config_first(argv, recipes))
+        values = vars(parser.instantiate(namespace))
+        values.pop("config")
+        return config_class(**values)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(_explain(str(error), known_keys(config_class))) from error
+
+
+def known_keys(config_class: type, prefix: str = "") -> list[str]:
+    """Dotted names of every key of `config_class`, groups included."""
+    types = typing.get_type_hints(config_class)
+    keys = []
+    for field in dataclasses.fields(config_class):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(types[field.name]):
+            keys += known_keys(types[field.name], f"{prefix}{field.name}.")
+    return keys
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`" Did you mean 'x'?"` for the known word closest to `word`, or nothing."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not found:
+        last = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1)
+        found = [last[key] for key in close]
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`config` as one level of dotted keys, for showing and comparing."""
+    items: dict[str, Any] = {}
+    values = config if isinstance(config, Mapping) else dataclasses.asdict(config)
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            items |= flat(value, f"{prefix}{key}.")
+        else:
+            items[prefix + key] = value
+    return items
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """One line `key: old -> new` for every key on which two configurations differ."""
+    before, after = flat(old), flat(new)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+
+
+def run(main: Callable[[Sequence[str]], int | None], prog: str) -> NoReturn:
+    """Run a command's `main(argv)` and exit: a `ValueError` or `OSError` about what the
+    user gave becomes one line on stderr and status 1 (2 for the command line itself).
+    """
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _config_first(argv: Sequence[str], recipes: Path | None) -> list[str]:
+    """Move every `--config` to the front, so that flags override the file."""
+    first, rest, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        given = value if equals else next(words, "")
+        first += ["--config", _config_path(given, recipes)]
+    return first + rest
+
+
+def _config_path(given: str, recipes: Path | None) -> str:
+    if Path(given).is_file():
+        return given
+    known = {path.stem: path for path in sorted(recipes.glob("*.yaml"))} if recipes else {}
+    path = known.get(given.removesuffix(".yaml"))
+    if path is None:
+        hint = f"; recipes: {', '.join(known)}.{nearest(given, list(known))}" if known else ""
+        raise ConfigError(f"--config {given!r} is not a file{hint}")
+    return str(path)
+
+
+_UNKNOWN = (
+    r"unrecognized arguments: --(?P<key>[\w.\-]+)",
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.\-]+)'",
+    r"Option '(?P<key>[\w.\-]+)' is not accepted",
+)
+
+
+def _explain(message: str, known: Sequence[str]) -> str:
+    """One line for the user out of the parser's message, with the nearest known key."""
+    for pattern in _UNKNOWN:
+        if found := re.search(pattern, message):
+            parts = [found.groupdict().get("group"), found["key"]]
+            key = ".".join(part for part in parts if part)
+            return f"unknown key {key!r}.{nearest(key, known)} (--help lists every key)"
+    text = re.sub(r"\s+", " ", message).strip().replace("Parser key", "key")
+    if found := re.search(r"arguments are required: (.+)", text):
+        flags = ", ".join(f"--{key.strip()}" for key in found[1].split(","))
+        return f"{flags} must be given (--help explains every key)"
+    if text.startswith("unrecognized arguments: "):
+        return text.replace("unrecognized arguments", "not a flag")
+    return text
