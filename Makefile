@@ -1,0 +1,48 @@
+# Every target works from a fresh clone; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+		| while IFS="$$(printf '\t')" read -r name text; do \
+			printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## Make .venv with the pinned requirements (Python 3.11)
+
+# torch goes first: building deepspeed looks for it.
+$(STAMP): requirements.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo "Python 3.11 is needed, found '$(PYTHON)': install python3.11 and" \
+			"python3.11-venv, or name it: make setup PYTHON=/path/to/python3.11"; \
+		exit 1; }
+	@echo "== setup 1/3: $(VENV)"
+	"$(PYTHON)" -m venv $(VENV)
+	@echo "== setup 2/3: $(TORCH) (the largest download)"
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	@echo "== setup 3/3: requirements.txt"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+	@echo "== setup done; use it with: . $(VENV)/bin/activate"
+
+demo: setup ## Bundled corpus -> shards -> training -> probes -> runs/demo/report.html
+	$(BIN)/python -m examples.demo
+
+test: lint types ## Lint, types and tests
+	$(BIN)/python -m pytest -m "not soak"
+
+lint: setup ## Ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## Mypy
+	$(BIN)/mypy
+
+clean: ## Remove runs/demo and caches (.venv stays)
+	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
