@@ -124,7 +124,8 @@ def base_of(codes: Sequence[int]) -> str:
     dropped, and all families one.
     """
     dropped = (JOINER, *SKIN_TONES, *GENDER_SIGNS)
-    kept = [code for code in codes if code not in dropped]
+    # A sign or swatch alone is an emoji, too.
+    kept = [code for code in codes if code not in dropped] or list(codes)
     if len(kept) > 1 and kept[-1] == RIGHT_ARROW:
         kept.pop()
     if len(kept) > 1 and kept[-1] in HAIR:
