@@ -1,0 +1,1 @@
+"""Both jobs on a cluster of nodes. Nothing stands here yet."""

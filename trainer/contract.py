@@ -1,0 +1,93 @@
+"""What others may rely on about a run: valid world sizes, checkpoint layout, metrics.
+
+Needs only the standard library, because `cluster` imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+COMPLETE = "complete.json"
+CHECKPOINTS = "checkpoints"
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+
+METRIC_NAMES = (
+    "step",
+    "epoch",
+    "loss",
+    "mlm_loss",
+    "recon_loss",
+    "lr",
+    "grad_norm",
+    "pairs_per_s",
+    "tokens_per_s",
+    "data_wait_frac",
+    "padding_frac",
+    "sample_digest",
+)
+
+
+def check_world_size(world_size: int, *, lanes: int) -> None:
+    """Raise ValueError, naming the world sizes that would do, unless W divides L."""
+    if world_size < 1 or lanes % world_size:
+        valid = ", ".join(map(str, valid_world_sizes(lanes)))
+        raise ValueError(
+            f"world size {world_size} does not divide the {lanes} lanes of this run: "
+            f"start {valid} ranks, or choose other `lanes` for a new run"
+        )
+
+
+def valid_world_sizes(lanes: int) -> list[int]:
+    """World sizes at which a run with `lanes` lanes takes the same steps."""
+    return [size for size in range(1, lanes + 1) if lanes % size == 0]
+
+
+def micro_batch_size(*, global_batch: int, world_size: int, ceiling: int) -> int:
+    """Pairs of a micro-batch: the largest divisor of G / W that is not above `ceiling`.
+
+    Raises:
+        ValueError: W does not divide G, or the ceiling is below 1.
+    """
+    if global_batch % world_size or ceiling < 1:
+        raise ValueError(
+            f"global_batch {global_batch} cannot be split over {world_size} ranks in "
+            f"micro-batches of at most {ceiling}"
+        )
+    per_rank = global_batch // world_size
+    return max(n for n in range(1, min(ceiling, per_rank) + 1) if per_rank % n == 0)
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory of the checkpoint taken after `step` steps, below `CHECKPOINTS`."""
+    return f"step-{step:08d}"
+
+
+def complete_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every complete checkpoint of a run, oldest first. One
+    without its completion marker does not exist.
+    """
+    found = []
+    for path in sorted((Path(run) / CHECKPOINTS).glob("step-*")):
+        match = _CHECKPOINT_NAME.fullmatch(path.name)
+        if match and (path / COMPLETE).is_file():
+            found.append((int(match[1]), path))
+    return found
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`, one a step; a torn last line is left out."""
+    path = Path(run) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

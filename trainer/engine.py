@@ -1,0 +1,163 @@
+"""The DeepSpeed engine: process group, precision, optimizer and one optimizer step.
+
+Owns everything that is DeepSpeed's way of doing things. Does not own the loop
+(`trainer.loop`) or what a checkpoint holds (`trainer.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.options import OptimizerConfig, PretrainConfig, ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Rank 0: the one that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) that the launcher set; (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_world() -> World:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. Works without a launcher."""
+    quiet_deepspeed()
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    rank, size = world_from_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+    else:
+        device = torch.device("cpu")
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    return World(rank=rank, size=size, device=device)
+
+
+def quiet_deepspeed() -> None:
+    """Leave the terminal to the run: DeepSpeed logs warnings and worse only."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def chosen_precision(config: PretrainConfig, device: torch.device) -> str:
+    """`bf16` or `fp32`, from the hardware unless the recipe says which."""
+    if config.deepspeed.precision != "auto":
+        return config.deepspeed.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def build_engine(
+    model: nn.Module, config: PretrainConfig, *, world: World, micro_batch: int
+) -> Any:
+    """The DeepSpeed engine around `model`, with AdamW on it."""
+    import deepspeed
+
+    accumulation = config.global_batch // world.size // micro_batch
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_batch_size": config.global_batch,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": config.optimizer.clip,
+            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": chosen_precision(config, world.device) == "bf16"},
+            "steps_per_print": 1 << 40,
+        },
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; norms and biases without."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(
+    step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> float:
+    """Learning rate of the step numbered `step` from 0: a pure function of it."""
+    if step < schedule.warmup:
+        return optimizer.lr * (step + 1) / schedule.warmup
+    left = max(schedule.steps - schedule.warmup, 1)
+    progress = min((step - schedule.warmup) / left, 1.0)
+    floor = schedule.final_lr_fraction
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return optimizer.lr * (floor + (1 - floor) * cosine)
+
+
+def apply_step(engine: Any, *, lr: float, clip: float) -> float:
+    """Take the optimizer step at the end of accumulation; the gradient norm before
+    clipping.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    own_norm = not hasattr(engine.optimizer, "_global_grad_norm")
+    if own_norm:
+        # Stage 0 in fp32 is a bare torch optimizer; DeepSpeed keeps no norm there.
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip)
+    engine.step()
+    return float(norm if own_norm else engine.get_global_grad_norm())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

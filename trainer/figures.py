@@ -1,0 +1,154 @@
+"""Pictures of what a model restores: pixels from words, words from pixels.
+
+Owns the figures of `trainer.evaluate`. Pairs are the first of a drawn order, never
+chosen by result.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from trainer.masking import Masks, Mode
+from trainer.models.mlim import MlimForPreTraining, MlimInputs
+from trainer.options import PretrainConfig
+from trainer.probes import Pairs, make_inputs, partners
+
+_GREY = 200
+_WRAP = 24
+_MAX_CAPTION = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artist:
+    """A model and the held-out pairs to show it on."""
+
+    model: MlimForPreTraining
+    config: PretrainConfig
+    pairs: Pairs
+    tokenizer: Tokenizer
+    seed: int
+    device: torch.device
+    examples: int
+
+    def reconstructions(self, path: Path) -> None:
+        """Write a panel: original, masked, restored with its and another caption."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+
+        count = min(self.examples, len(self.pairs))
+        own = np.arange(count)
+        wrong = partners(self.pairs, seed=self.seed)[:count]
+        with_own, masks = self._restore(own, own)
+        with_wrong, _ = self._restore(own, wrong)
+        figure, axes = plt.subplots(
+            count, 4, figsize=(8.4, 2.35 * count), squeeze=False
+        )
+        for row in range(count):
+            original = self.pairs.pixels[row]
+            hidden = _pixel_mask(masks, row, self.config)
+            share = f"{masks.image[row].float().mean():.0%} masked"
+            shown = [
+                (original, "original", ""),
+                (np.where(hidden, np.uint8(_GREY), original), share, ""),
+                (with_own[row], "with its caption", self._caption(row)),
+                (with_wrong[row], "with another", self._caption(int(wrong[row]))),
+            ]
+            for axis, (image, title, caption) in zip(axes[row], shown, strict=True):
+                axis.imshow(np.where(hidden, image, original))
+                axis.set(xticks=[], yticks=[])
+                axis.set_xlabel(caption, fontsize=7)
+                if row == 0:
+                    axis.set_title(title, fontsize=10)
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+    def top_words(self, folder: Path) -> list[dict[str, Any]]:
+        """The five likeliest words at each masked place of the first pairs, given the
+        image; writes each image to `folder`.
+        """
+        found = []
+        for row in range(min(self.examples, len(self.pairs))):
+            name = f"pair-{row:03d}.png"
+            Image.fromarray(self.pairs.pixels[row]).save(folder / name)
+            found.append(
+                {
+                    "uid": f"{int(self.pairs.uids[row]) % (1 << 64):016x}",
+                    "image": f"{folder.name}/{name}",
+                    "tokens": self._tokens(row),
+                }
+            )
+        return found
+
+    def _tokens(self, row: int) -> list[dict[str, Any]]:
+        """Each word of a pair, and for masked ones what the model would put there."""
+        one = np.array([row])
+        inputs, masks = self._inputs(one, one, Mode.TEXT_HEAVY)
+        with torch.inference_mode():
+            hidden_td = self.model.encode(inputs, masks)
+            scores = self.model.score_words(hidden_td, inputs, masks)
+        best: dict[int, list[tuple[str, float]]] = {}
+        for place, logits in list(
+            zip(scores.text.tolist(), scores.logits, strict=True)
+        )[: int(masks.text.sum())]:
+            values, ids = logits.float().softmax(0).topk(5)
+            names = [self._word(int(number)) for number in ids]
+            best[place] = list(zip(names, values.tolist(), strict=True))
+        return [
+            {"text": self._word(int(token)), "masked": place in best}
+            | ({"top5": best[place]} if place in best else {})
+            for place, token in enumerate(self.pairs.texts[row][1:-1], start=1)
+        ]
+
+    def _restore(
+        self, images: np.ndarray, texts: np.ndarray
+    ) -> tuple[np.ndarray, Masks]:
+        """Restored pixels (n, S, S, 3) uint8 of `images`, told captions `texts`."""
+        inputs, masks = self._inputs(images, texts, Mode.IMAGE_HEAVY)
+        with torch.inference_mode():
+            rows = torch.arange(len(images), device=self.device)
+            hidden_td = self.model.encode(inputs, masks)
+            decoded = self.model.decode_images(hidden_td, inputs, rows)
+        pixels = (decoded * 255).round().byte().permute(0, 2, 3, 1)
+        return pixels.cpu().numpy(), masks
+
+    def _inputs(
+        self, images: np.ndarray, texts: np.ndarray, mode: Mode
+    ) -> tuple[MlimInputs, Masks]:
+        return make_inputs(
+            self.config,
+            uids=self.pairs.uids[images],
+            pixels=self.pairs.pixels[images],
+            texts=[self.pairs.texts[int(row)] for row in texts],
+            seed=self.seed,
+            draw_number=0,
+            mode=mode,
+            device=self.device,
+        )
+
+    def _word(self, token: int) -> str:
+        return self.tokenizer.id_to_token(token) or "?"
+
+    def _caption(self, row: int) -> str:
+        words = self.tokenizer.decode(self.pairs.texts[row][1:-1].tolist())
+        short = textwrap.shorten(words, _MAX_CAPTION, placeholder=" ...")
+        # Dollars would start mathematics.
+        return textwrap.fill(short, _WRAP).replace("$", r"\$")
+
+
+def _pixel_mask(masks: Masks, row: int, config: PretrainConfig) -> np.ndarray:
+    """Mask (S, S, 1) of the pixels that row's masked tokens cover."""
+    side = config.model.patch_size
+    grid = config.image.size // side
+    mask = masks.image[row].cpu().numpy().reshape(grid, grid)
+    return mask.repeat(side, 0).repeat(side, 1)[..., None]

@@ -1,0 +1,292 @@
+"""Batches: from the places of a step to tensors on the host, ahead of time.
+
+Owns which caption and crop a sample gets, micro-batches, the counts that normalise the
+losses, and the sample digest. Does not own sample order (`trainer.order`), bytes (`trainer.dataset`) or masks (`trainer.masking`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.contract import micro_batch_size
+from trainer.dataset import Dataset
+from trainer.geometry import box_of, decode_into
+from trainer.masking import Masks, mam
+from trainer.models.mlim import masked_words, recon_pixels
+from trainer.options import PretrainConfig
+from trainer.order import SampleOrder
+from trainer.philox import Use, below, draw, philox, signed_uids
+from trainer.stream import Stream, capacity, lay_out
+
+_STEPS_AHEAD = 2
+_DECODE_CHUNK = 16
+_WORDS_GRAIN = 16
+_DIGEST_KEY = (0x70616C69, 0x6D707365)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch on the host."""
+
+    stream: Stream
+    token_ids: Tensor
+    """(K,) int64."""
+    pixels: Tensor
+    """(B, S, S, 3) uint8."""
+    uids: Tensor
+    """(B,) int64, the bits of the uint64 uids."""
+    captions: np.ndarray
+    """(B,) which caption of its sample each pair shows."""
+    text_capacity: int
+    """Text positions that masks are drawn for."""
+    n_masked_words: int
+    """Capacity for masked words."""
+    n_recon_images: int
+    """Capacity for images with a masked position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one rank's share of a step adds up to; sums over ranks are the step's."""
+
+    pairs: int
+    masked_words: int
+    recon_pixels: int
+    tokens: int
+    """Real tokens, text and image."""
+    rows: int
+    """Stream rows, padding included."""
+    cut_captions: int
+    """Captions longer than `text.max_tokens`."""
+    digest: int
+    """Order-free digest, a sum of int64 that wraps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """One rank's share of a global step."""
+
+    step: int
+    epoch: int
+    micro_batches: list[MicroBatch]
+    counts: Counts
+
+
+class Loader:
+    """Batches of one rank for any range of steps.
+
+    Args:
+        dataset: the split to read.
+        config: the run's keys.
+        rank, world_size: which lanes are this rank's.
+    """
+
+    def __init__(
+        self, dataset: Dataset, config: PretrainConfig, *, rank: int, world_size: int
+    ) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.order = SampleOrder(
+            dataset.counts,
+            seed=config.seed,
+            lanes=config.lanes,
+            global_batch=config.global_batch,
+            shuffle_shards=config.shuffle_shards,
+        )
+        share = config.lanes // world_size
+        self.lanes = range(rank * share, (rank + 1) * share)
+        self.micro_batch = micro_batch_size(
+            global_batch=config.global_batch,
+            world_size=world_size,
+            ceiling=config.micro_batch,
+        )
+        self.n_image = (config.image.size // config.model.patch_size) ** 2
+
+    def steps(self, start: int, stop: int) -> Iterator[StepBatch]:
+        """Batches of steps [start, stop), the next ones made while one is used."""
+        with (
+            ThreadPoolExecutor(1, "assemble") as assembler,
+            ThreadPoolExecutor(self.config.threads, "decode") as decoders,
+        ):
+            ahead: deque[Future[StepBatch]] = deque()
+            try:
+                for step in range(start, stop):
+                    ahead.append(assembler.submit(self.load, step, decoders))
+                    if len(ahead) > _STEPS_AHEAD:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def load(self, step: int, decoders: ThreadPoolExecutor) -> StepBatch:
+        """This rank's share of one step."""
+        places = self.order.samples_of(step, self.lanes)
+        epoch, _ = self.order.epoch_of(step)
+        parts = [
+            self.micro(places[first : first + self.micro_batch], epoch, decoders)
+            for first in range(0, len(places), self.micro_batch)
+        ]
+        counts = [part_counts for _, part_counts in parts]
+        return StepBatch(
+            step=step,
+            epoch=epoch,
+            micro_batches=[batch for batch, _ in parts],
+            counts=sum_counts(counts),
+        )
+
+    def micro(
+        self, places: np.ndarray, epoch: int, decoders: ThreadPoolExecutor
+    ) -> tuple[MicroBatch, Counts]:
+        """The micro-batch of samples at `places` (B, 2) in an epoch, and its counts."""
+        records = self.dataset.records(places)
+        uids = signed_uids(records["uid"])
+        caption = self._caption_choice(records, uids, epoch)
+        crops = self._crop_draws(uids, epoch)
+        pixels, decoding = self._decode(places, records, crops, decoders)
+        texts, cut = self._texts(places, records, caption)
+        stream = lay_out(np.array([len(text) for text in texts]), self.n_image)
+        token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
+        token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+        text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
+        text_capacity = max(text_capacity, _WORDS_GRAIN)
+        masks = self.masks(torch.from_numpy(uids), stream, epoch, text_capacity)
+        n_words = int(masked_words(stream, masks).sum())
+        digest = sample_digest(uids, caption, crops)
+        if self.config.log.digest == "full":
+            digest = _wrap(digest + mask_digest(uids, masks))
+        for future in decoding:
+            future.result()
+        batch = MicroBatch(
+            stream=stream,
+            token_ids=token_ids,
+            pixels=torch.from_numpy(pixels),
+            uids=torch.from_numpy(uids),
+            captions=caption,
+            text_capacity=text_capacity,
+            n_masked_words=capacity(n_words),
+            n_recon_images=capacity(int(masks.image.any(1).sum())),
+        )
+        counts = Counts(
+            pairs=len(places),
+            masked_words=n_words,
+            recon_pixels=int(recon_pixels(masks, self.config.model).sum()),
+            tokens=stream.text_used + masks.image.numel(),
+            rows=len(stream.source),
+            cut_captions=cut,
+            digest=digest,
+        )
+        return batch, counts
+
+    def masks(
+        self, uids: Tensor, stream: Stream, epoch: int, text_capacity: int
+    ) -> Masks:
+        """Masks of a micro-batch, on the device that `uids` and `stream` are on."""
+        return mam(
+            self.config.mask,
+            seed=self.config.seed,
+            epoch=epoch,
+            uids=uids,
+            n_text=stream.n_words,
+            text_capacity=text_capacity,
+            n_image=self.n_image,
+        )
+
+    def _caption_choice(
+        self, records: np.ndarray, uids: np.ndarray, epoch: int
+    ) -> np.ndarray:
+        words = draw(
+            seed=self.config.seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0
+        )
+        return below(words[0], records["n_captions"].astype(np.int64))
+
+    def _crop_draws(self, uids: np.ndarray, epoch: int) -> np.ndarray:
+        """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
+        if self.config.image.geometry != "random_resized_crop":
+            return np.zeros((len(uids), 4), dtype=np.int64)
+        words = draw(
+            seed=self.config.seed, use=Use.CROP, epoch=epoch, uid=uids, index=0
+        )
+        return np.stack(words, axis=1)
+
+    def _texts(
+        self, places: np.ndarray, records: np.ndarray, caption: np.ndarray
+    ) -> tuple[list[np.ndarray], int]:
+        """The model's text of each sample, and how many captions were cut."""
+        texts, n_cut = [], 0
+        for (shard, _), record, choice in zip(places, records, caption, strict=True):
+            text, cut = self.dataset.text(
+                int(shard), record, int(choice), max_tokens=self.config.text.max_tokens
+            )
+            texts.append(text)
+            n_cut += cut
+        return texts, n_cut
+
+    def _decode(
+        self,
+        places: np.ndarray,
+        records: np.ndarray,
+        crops: np.ndarray,
+        decoders: ThreadPoolExecutor,
+    ) -> tuple[np.ndarray, list[Future[None]]]:
+        """A buffer (B, S, S, 3) and the decodes that are filling it."""
+        side = self.config.image.size
+        pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
+
+        def fill(first: int) -> None:
+            for row in range(first, min(first + _DECODE_CHUNK, len(places))):
+                record, shard = records[row], int(places[row, 0])
+                size = int(record["width"]), int(record["height"])
+                box = box_of(self.config.image, *size, crops[row])
+                decode_into(pixels[row], self.dataset.jpeg(shard, record), size, box)
+
+        starts = range(0, len(places), _DECODE_CHUNK)
+        return pixels, [decoders.submit(fill, first) for first in starts]
+
+
+def sum_counts(parts: list[Counts]) -> Counts:
+    """Counts of several micro-batches together."""
+    total = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in Counts.__dataclass_fields__
+    }
+    return Counts(**{**total, "digest": _wrap(total["digest"])})
+
+
+def sample_digest(uids: np.ndarray, caption: np.ndarray, crops: np.ndarray) -> int:
+    """Order-free digest of (uid, caption index, augmentation draw): the wrapped sum of
+    a 64-bit hash of each sample.
+    """
+    mixed = _hash(uids, caption, crops[:, 0] ^ (crops[:, 1] >> 1))
+    mixed = mixed + _hash(uids, crops[:, 2], crops[:, 3]) * 3
+    return _wrap(int(mixed.sum()))
+
+
+def mask_digest(uids: np.ndarray, masks: Masks) -> int:
+    """Order-free digest of every masked position of every sample."""
+    total = 0
+    for kind, mask in enumerate((masks.text, masks.image)):
+        pair, position = np.nonzero(mask.numpy())
+        total += int(_hash(uids[pair], position, np.full(len(pair), kind)).sum())
+    return _wrap(total)
+
+
+def _hash(uids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """One int64 for each (uid, low, high), mixed by Philox under a fixed key."""
+    words = philox(
+        low, high, uids & 0xFFFFFFFF, (uids >> 32) & 0xFFFFFFFF, *_DIGEST_KEY
+    )
+    return (words[0] << 32) | words[1]
+
+
+def _wrap(value: int) -> int:
+    """The int64 that `value` wraps to."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,317 @@
+"""The training loop, top to bottom.
+
+Owns a run from its checks to its completion marker. Everything it uses has an owner of
+its own: order and batches (`trainer.loader`), masks (`trainer.masking`), the model
+(`trainer.models`), DeepSpeed (`trainer.engine`), files (`trainer.checkpoint`,
+`trainer.metrics`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.config import to_yaml
+from trainer import checkpoint
+from trainer.contract import COMPLETE, CONFIG, check_world_size, micro_batch_size
+from trainer.dataset import Dataset
+from trainer.engine import (
+    World,
+    apply_step,
+    build_engine,
+    chosen_precision,
+    learning_rate,
+    start_world,
+    world_from_environment,
+)
+from trainer.loader import Counts, Loader, MicroBatch, StepBatch
+from trainer.metrics import Metrics
+from trainer.models.mlim import MlimForPreTraining, MlimInputs
+from trainer.options import PretrainConfig, blocking_changes
+
+
+def train(config: PretrainConfig) -> None:
+    """Train until `max_steps` or the end of the schedule, resuming what is there.
+
+    Raises:
+        ValueError: before anything is written, for a configuration, dataset, world size
+            or run directory that does not fit.
+    """
+    run = Path(config.output)
+    dataset, found = check(config, run)
+    world = start_world()
+    loader = Loader(dataset, config, rank=world.rank, world_size=world.size)
+    torch.manual_seed(config.seed % (1 << 63))
+    model = build_model(config, dataset)
+    engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
+    if world.first:
+        prepare_run(config, run)
+    world.barrier()
+    first_step = 0
+    if found:
+        path, marker = found
+        stage = config.deepspeed.zero_stage
+        checkpoint.load(engine, path, marker, world=world, zero_stage=stage)
+        first_step = int(marker["step"])
+    metrics = None
+    if world.first:
+        metrics = Metrics(
+            run,
+            first_step=first_step,
+            last_step=config.last_step,
+            tensorboard=config.log.tensorboard,
+        )
+        metrics.note(_opening(config, dataset, loader, world, first_step))
+    stop = StopFlag()
+    step = first_step
+    waiting = time.perf_counter()
+    for batch in loader.steps(first_step, config.last_step):
+        started = time.perf_counter()
+        totals = global_counts(batch.counts, world)
+        result = run_micro_batches(engine, loader, batch, totals, world)
+        lr = learning_rate(step, config.optimizer, config.schedule)
+        grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
+        step += 1
+        elapsed = time.perf_counter() - waiting
+        local = [*result, (started - waiting) / elapsed, float(stop.asked)]
+        summed = world.sum(
+            torch.tensor(local, dtype=torch.float64, device=world.device)
+        ).tolist()
+        waiting = time.perf_counter()
+        row = metrics_row(batch, totals, summed, config, world, elapsed)
+        row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
+        _require_finite(row)
+        if metrics:
+            metrics.write(row)
+        stopping = summed[-1] > 0
+        if (
+            step == config.last_step
+            or stopping
+            or not (step % config.checkpoint.every_steps)
+        ):
+            save(engine, dataset, config, step, batch.epoch, world)
+        if stopping:
+            break
+    if metrics:
+        finish(metrics, config, run, step)
+
+
+def check(
+    config: PretrainConfig, run: Path
+) -> tuple[Dataset, tuple[Path, dict[str, Any]] | None]:
+    """Everything that can be wrong before a process group exists; the dataset, and the
+    checkpoint to resume from with its marker.
+    """
+    _, world_size = world_from_environment()
+    check_world_size(world_size, lanes=config.lanes)
+    micro_batch_size(
+        global_batch=config.global_batch,
+        world_size=world_size,
+        ceiling=config.micro_batch,
+    )
+    dataset = Dataset(config.data, config.split, tokenizer=config.tokenizer)
+    Loader(dataset, config, rank=0, world_size=world_size)
+    found = checkpoint.newest(run)
+    if found is None:
+        return dataset, None
+    _path, marker = found
+    stored = yaml.safe_load((run / CONFIG).read_text())
+    changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
+    if changed:
+        raise ValueError(
+            f"{run} was started with another configuration: {'; '.join(changed)}. "
+            "Take the old values to continue it, or another --output to start anew"
+        )
+    if marker["manifest_hash"] != dataset.manifest.sha256:
+        raise ValueError(
+            f"{run} was trained on a dataset with manifest hash "
+            f"{marker['manifest_hash']} and {config.data} has "
+            f"{dataset.manifest.sha256}: give the old dataset as --data, or another "
+            "--output to start anew"
+        )
+    return dataset, found
+
+
+def build_model(config: PretrainConfig, dataset: Dataset) -> MlimForPreTraining:
+    """The model of a recipe, sized by the dataset's tokenizer."""
+    info = dataset.manifest.tokenizer
+    return MlimForPreTraining(
+        config.model,
+        vocab_size=info.vocab_size,
+        special_ids=info.special_ids,
+        max_text=config.text.max_tokens,
+        image_size=config.image.size,
+    )
+
+
+def prepare_run(config: PretrainConfig, run: Path) -> None:
+    """Make the run directory, save the resolved configuration, clear dead attempts."""
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.discard_unfinished(run)
+    (run / COMPLETE).unlink(missing_ok=True)
+    temporary = run / f"{CONFIG}.tmp"
+    temporary.write_text(to_yaml(config))
+    os.replace(temporary, run / CONFIG)
+
+
+def global_counts(counts: Counts, world: World) -> Counts:
+    """The step's counts over all ranks, before its first backward."""
+    names = [field.name for field in dataclasses.fields(Counts)]
+    values = torch.tensor(
+        [getattr(counts, name) for name in names], device=world.device
+    )
+    return Counts(**dict(zip(names, world.sum(values).tolist(), strict=True)))
+
+
+def run_micro_batches(
+    engine: Any, loader: Loader, batch: StepBatch, totals: Counts, world: World
+) -> tuple[float, float, float]:
+    """Forward and backward of a rank's micro-batches; its sums of MLM loss, RECON loss
+    and correct words.
+
+    DeepSpeed divides gradients by ranks and by accumulation, so a local sum times both,
+    over the global count, gives the gradient of the global mean however it was split.
+    """
+    config = loader.config
+    split = world.size * len(batch.micro_batches)
+    word_scale = config.model.mlm_weight * split / max(totals.masked_words, 1)
+    pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
+    sums = torch.zeros(3, device=world.device)
+    for number, micro in enumerate(batch.micro_batches):
+        inputs, masks = on_device(loader, micro, batch.epoch, world.device)
+        output = engine(inputs, masks)
+        engine.backward(output.mlm_sum * word_scale + output.recon_sum * pixel_scale)
+        sums += torch.stack([part.detach().float() for part in output])
+        if number + 1 < len(batch.micro_batches):
+            engine.step()
+    mlm, recon, correct = sums.tolist()
+    return mlm, recon, correct
+
+
+def on_device(
+    loader: Loader, micro: MicroBatch, epoch: int, device: torch.device
+) -> tuple[MlimInputs, Any]:
+    """A micro-batch on the device, and its masks drawn there."""
+    stream = micro.stream.to(device)
+    uids = micro.uids.to(device, non_blocking=True)
+    inputs = MlimInputs(
+        stream=stream,
+        token_ids=micro.token_ids.to(device, non_blocking=True),
+        pixels=micro.pixels.to(device, non_blocking=True),
+        n_masked_words=micro.n_masked_words,
+        n_recon_images=micro.n_recon_images,
+    )
+    return inputs, loader.masks(uids, stream, epoch, micro.text_capacity)
+
+
+def metrics_row(
+    batch: StepBatch,
+    totals: Counts,
+    summed: list[float],
+    config: PretrainConfig,
+    world: World,
+    elapsed: float,
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`, but for what only the optimizer knows."""
+    mlm = summed[0] / max(totals.masked_words, 1)
+    recon = summed[1] / max(totals.recon_pixels, 1)
+    return {
+        "step": 0,
+        "epoch": batch.epoch,
+        "loss": config.model.mlm_weight * mlm + config.model.recon_weight * recon,
+        "mlm_loss": mlm,
+        "recon_loss": recon,
+        "mlm_accuracy": summed[2] / max(totals.masked_words, 1),
+        "lr": 0.0,
+        "grad_norm": 0.0,
+        "pairs_per_s": totals.pairs / elapsed,
+        "tokens_per_s": totals.tokens / elapsed,
+        "data_wait_frac": summed[3] / world.size,
+        "padding_frac": 1 - totals.tokens / totals.rows,
+        "cut_captions_frac": totals.cut_captions / totals.pairs,
+        "step_s": elapsed,
+        "sample_digest": f"{totals.digest % (1 << 64):016x}",
+    }
+
+
+def save(
+    engine: Any,
+    dataset: Dataset,
+    config: PretrainConfig,
+    step: int,
+    epoch: int,
+    world: World,
+) -> None:
+    """Checkpoint after `step` steps, with the data state of law 1."""
+    state = {
+        "manifest_hash": dataset.manifest.sha256,
+        "seed": config.seed,
+        "epoch": epoch,
+        "step": step,
+    }
+    keep = max(config.checkpoint.keep, 1)
+    run = Path(config.output)
+    checkpoint.save(engine, run, data_state=state, world=world, keep=keep)
+
+
+def finish(metrics: Metrics, config: PretrainConfig, run: Path, step: int) -> None:
+    """Say where the run stands, and mark it complete at the end of its schedule."""
+    metrics.close()
+    if step == config.schedule.steps:
+        checkpoint.write_json(run / COMPLETE, {"step": step})
+        metrics.note(f"finished {step} steps: {run}")
+    else:
+        metrics.note(
+            f"stopped after step {step} of {config.schedule.steps}, checkpoint saved; "
+            "the same command with a higher --max_steps, or without it, continues"
+        )
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary. The second signal
+    ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _require_finite(row: dict[str, Any]) -> None:
+    if not math.isfinite(row["loss"]):
+        raise RuntimeError(
+            f"the loss is {row['loss']} at step {row['step']}: lower optimizer.lr, or "
+            "look at this step's samples. The last checkpoint is from before it"
+        )
+
+
+def _opening(
+    config: PretrainConfig,
+    dataset: Dataset,
+    loader: Loader,
+    world: World,
+    first_step: int,
+) -> str:
+    parameters = sum(p.numel() for p in build_model(config, dataset).parameters())
+    begin = f"resuming after step {first_step}" if first_step else "starting"
+    return (
+        f"{begin}: {parameters:,} parameters, {len(dataset):,} pairs, "
+        f"{loader.order.steps_per_epoch} steps an epoch, {world.size} "
+        f"{'rank' if world.size == 1 else 'ranks'} on {world.device.type} in "
+        f"{chosen_precision(config, world.device)}, ZeRO {config.deepspeed.zero_stage}"
+    )

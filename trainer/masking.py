@@ -1,0 +1,174 @@
+"""Modality Aware Masking (MAM): which text and image positions of a pair are masked.
+
+A pure function of (seed, epoch, uid, position), the same integers on every device, with
+shapes fixed by (pairs, capacity) alone. The loader calls it on the host to count, the
+model on the device to mask. Does not own what replaces a masked embedding
+(`trainer.models`).
+
+MLIM (Arici et al., 2021): each pair gets one of three modes, a third each: image-heavy
+(80 % of image positions, text clean), text-heavy (80 % of text, image clean) and light
+(both lightly). The paper states neither the light rates nor whether counts are exact;
+both are keys here.
+
+Shapes: B pairs, L text positions (capacity), P image positions.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.philox import Use, draw
+
+# Rates and probabilities are counted in millionths, so that every comparison is one of
+# integers and comes out the same on every device.
+_UNIT = 1_000_000
+
+
+class Mode(enum.IntEnum):
+    """Masking mode of a pair."""
+
+    IMAGE_HEAVY = 0
+    TEXT_HEAVY = 1
+    LIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Modality Aware Masking."""
+
+    mode_probabilities: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
+    """Shares of image-heavy, text-heavy and light pairs; they add up to 1."""
+    heavy_rate: float = 0.8
+    """Share of positions masked in the modality that a heavy mode masks."""
+    light_text_rate: float = 0.15
+    """Share of text positions masked in light mode (the paper does not say)."""
+    light_image_rate: float = 0.15
+    """Share of image positions masked in light mode (the paper does not say)."""
+    count: Literal["exact", "bernoulli"] = "exact"
+    """Exact: round half up of rate x positions, at least 1; or a coin a position."""
+
+    def __post_init__(self) -> None:
+        rates = (self.heavy_rate, self.light_text_rate, self.light_image_rate)
+        if any(not 0 <= rate <= 1 for rate in (*rates, *self.mode_probabilities)):
+            raise ValueError("mask: rates and mode_probabilities lie between 0 and 1")
+        if abs(sum(self.mode_probabilities) - 1) > 1e-6:
+            raise ValueError(
+                f"mask.mode_probabilities add up to {sum(self.mode_probabilities)}, "
+                "not to 1"
+            )
+
+    @property
+    def text_rates(self) -> tuple[float, float, float]:
+        """Text rate of each `Mode`."""
+        return (0.0, self.heavy_rate, self.light_text_rate)
+
+    @property
+    def image_rates(self) -> tuple[float, float, float]:
+        """Image rate of each `Mode`."""
+        return (self.heavy_rate, 0.0, self.light_image_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Masks of B pairs. Text position 0 is the first token after [CLS]."""
+
+    mode: Tensor
+    """(B,) int64, a `Mode` each."""
+    text: Tensor
+    """(B, L) bool, False beyond a pair's own words."""
+    image: Tensor
+    """(B, P) bool."""
+
+
+def mam(
+    config: MaskConfig,
+    *,
+    seed: int,
+    epoch: int,
+    uids: Tensor,
+    n_text: Tensor,
+    text_capacity: int,
+    n_image: int,
+    mode: Mode | None = None,
+) -> Masks:
+    """Masks of a batch of pairs.
+
+    Args:
+        uids: (B,) int64, the bits of the uint64 uids.
+        n_text: (B,) int64, maskable tokens of each pair (special tokens not counted).
+        text_capacity: L, at least the largest `n_text`.
+        n_image: P, image positions of every pair.
+        mode: the same mode for all pairs instead of a drawn one (evaluation).
+    """
+    zero = torch.zeros_like(uids)
+    if mode is None:
+        word = draw(seed=seed, use=Use.MODE, epoch=epoch, uid=uids, index=zero)[0]
+        modes = _choose(word, config.mode_probabilities)
+    else:
+        modes = zero + int(mode)
+    n_images = zero + n_image
+    text, image = (
+        _mask(
+            config,
+            seed=seed,
+            use=use,
+            epoch=epoch,
+            uids=uids,
+            n_valid=n_valid,
+            capacity=capacity,
+            millionths=_per_mode(rates, modes),
+        )
+        for use, n_valid, capacity, rates in (
+            (Use.TEXT_MASK, n_text, text_capacity, config.text_rates),
+            (Use.IMAGE_MASK, n_images, n_image, config.image_rates),
+        )
+    )
+    return Masks(mode=modes, text=text, image=image)
+
+
+def _mask(
+    config: MaskConfig,
+    *,
+    seed: int,
+    use: Use,
+    epoch: int,
+    uids: Tensor,
+    n_valid: Tensor,
+    capacity: int,
+    millionths: Tensor,
+) -> Tensor:
+    """Mask (B, capacity) of the first `n_valid` positions at each pair's rate."""
+    index = torch.arange(capacity, device=uids.device)
+    word = draw(seed=seed, use=use, epoch=epoch, uid=uids[:, None], index=index)[0]
+    valid = index < n_valid[:, None]
+    if config.count == "bernoulli":
+        return valid & (word * _UNIT < millionths[:, None] << 32)
+    wanted = (2 * n_valid * millionths + _UNIT) // (2 * _UNIT)
+    wanted = torch.where((millionths > 0) & (n_valid > 0), wanted.clamp(min=1), wanted)
+    # The position breaks ties, so the smallest `wanted` keys are the same everywhere.
+    key = torch.where(valid, (word << 16) | index, torch.iinfo(torch.int64).max)
+    rank = key.argsort(dim=1, stable=True).argsort(dim=1)
+    return valid & (rank < wanted[:, None])
+
+
+def _choose(word: Tensor, probabilities: tuple[float, ...]) -> Tensor:
+    """Index of the share that each 32-bit word falls into."""
+    chosen = torch.zeros_like(word)
+    edge = 0.0
+    for probability in probabilities[:-1]:
+        edge += probability
+        chosen += word >= round(edge * (1 << 32))
+    return chosen
+
+
+def _per_mode(rates: tuple[float, ...], modes: Tensor) -> Tensor:
+    """Rate of each pair's mode, in millionths, without a copy from the host."""
+    rate = torch.zeros_like(modes)
+    for number, value in enumerate(rates):
+        rate += (modes == number) * round(value * _UNIT)
+    return rate

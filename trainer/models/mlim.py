@@ -1,0 +1,293 @@
+"""MLIM: one stream of word and image tokens, MLM and RECON losses.
+
+Owns the model and its two losses. Does not own masks (`trainer.masking`), the layout of
+the stream (`trainer.stream`) or the training step (`trainer.loop`).
+
+Arici et al., "MLIM: Vision-and-language model pre-training with masked language and
+image modeling", 2021. The shallow CNN embedder downsamples by 2x2 kernels of stride 2,
+so an image token sees exactly its own square of pixels and masking it hides them.
+
+Shapes: B pairs, T stream rows, K text capacity, M masked words (capacity), R images
+with a masked position (capacity), P image tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.masking import Masks
+from trainer.models.layers import Block
+from trainer.stream import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlimConfig:
+    """The MLIM model."""
+
+    layers: int = 4
+    """Transformer layers."""
+    width: int = 128
+    """Width of the stream."""
+    heads: int = 4
+    """Attention heads; they divide the width."""
+    ffn_width: int = 512
+    """Width inside the feed-forward layers."""
+    norm: Literal["post", "pre"] = "post"
+    """LayerNorm after each residual (BERT, the paper's body) or before each branch."""
+    norm_eps: float = 1e-12
+    """Epsilon of LayerNorm (BERT's)."""
+    embedder_widths: tuple[int, ...] = (24, 48, 64)
+    """Channels of the 2x2 stride-2 convolutions: n of them give tokens of 2^n px."""
+    embedder_hidden: int = 96
+    """Channels of the first of the two 1x1 convolutions behind them."""
+    decoder_widths: tuple[int, ...] = (64, 64, 48, 48, 32)
+    """Channels between the decoder's layers, transposed 3x3/1 and 4x4/2 in turn."""
+    recon_region: Literal["masked", "whole"] = "masked"
+    """RECON over masked squares only, or over whole images that have one."""
+    mlm_weight: float = 1.0
+    """Weight of the MLM loss."""
+    recon_weight: float = 1.0
+    """Weight of the RECON loss."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.heads {self.heads} does not divide model.width {self.width}"
+            )
+        layers = 2 * len(self.embedder_widths)
+        if len(self.decoder_widths) != layers - 1:
+            raise ValueError(
+                f"model.decoder_widths needs {layers - 1} numbers: two layers for each "
+                f"of the {len(self.embedder_widths)} model.embedder_widths, less one"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels on a side of the square that an image token covers."""
+        return 2 ** len(self.embedder_widths)
+
+
+class MlimOutput(NamedTuple):
+    """Sums over a micro-batch; the caller divides by the step's global counts."""
+
+    mlm_sum: Tensor
+    """Negative log likelihood over masked words, fp32."""
+    recon_sum: Tensor
+    """Squared error over scored pixels, summed over channels, fp32."""
+    mlm_correct: Tensor
+    """Masked words whose most likely token is the true one."""
+
+
+class WordScores(NamedTuple):
+    """What the MLM head says of M masked words; M is a capacity."""
+
+    text: Tensor
+    """(M,) text row of each."""
+    nll: Tensor
+    """(M,) negative log likelihood, fp32, 0 beyond their number."""
+    correct: Tensor
+    """(M,) bool: the most likely token is the true one."""
+    logits: Tensor
+    """(M, V)."""
+
+
+class MlimInputs(NamedTuple):
+    """A micro-batch on the model's device."""
+
+    stream: Stream
+    token_ids: Tensor
+    """(K,) int64, 0 where padding."""
+    pixels: Tensor
+    """(B, H, W, 3) uint8."""
+    n_masked_words: int
+    """M: capacity for masked words, counted by the loader."""
+    n_recon_images: int
+    """R: capacity for images with a masked position."""
+
+
+class MlimForPreTraining(nn.Module):
+    """Embeddings, transformer, MLM head and RECON decoder.
+
+    Args:
+        config: the model keys of a recipe.
+        vocab_size: V, from the dataset's tokenizer.
+        special_ids: ids by name; `mask` is needed.
+        max_text: longest text in tokens.
+        image_size: side of the input square in pixels.
+    """
+
+    def __init__(
+        self,
+        config: MlimConfig,
+        *,
+        vocab_size: int,
+        special_ids: Mapping[str, int],
+        max_text: int,
+        image_size: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_id = special_ids["mask"]
+        self.grid = image_size // config.patch_size
+        width, eps = config.width, config.norm_eps
+        self.words = nn.Embedding(vocab_size, width)
+        self.text_positions = nn.Embedding(max_text, width)
+        self.image_positions = nn.Embedding(self.grid**2, width)
+        self.embedder = _embedder(config)
+        self.embedding_norm = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(
+            Block(
+                width=width,
+                heads=config.heads,
+                ffn_width=config.ffn_width,
+                norm=config.norm,
+                eps=eps,
+            )
+            for _ in range(config.layers)
+        )
+        pre = config.norm == "pre"
+        self.final_norm = nn.LayerNorm(width, eps=eps) if pre else nn.Identity()
+        self.mlm_dense = nn.Linear(width, width)
+        self.mlm_norm = nn.LayerNorm(width, eps=eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.decoder = _decoder(config)
+        self.apply(self._init)
+
+    def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
+        """Losses of a micro-batch under `masks`."""
+        hidden_td = self.encode(inputs, masks)
+        words = self.score_words(hidden_td, inputs, masks)
+        _, recon_r = self.score_images(hidden_td, inputs, masks)
+        return MlimOutput(words.nll.sum(), recon_r.sum(), words.correct.sum())
+
+    def encode(self, inputs: MlimInputs, masks: Masks) -> Tensor:
+        """Hidden states (T, D) of the stream, masked embeddings replaced."""
+        stream = inputs.stream
+        # One vector stands for what is hidden in either modality (MLIM, section 3).
+        mask_vector = self.words.weight[self.mask_id]
+        text_kd = self.words(inputs.token_ids)
+        hidden_k = masked_words(stream, masks)
+        text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
+        text_kd = text_kd + self.text_positions(stream.text_position)
+        image_bpd = self.embed_pixels(inputs.pixels)
+        image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
+        image_bpd = image_bpd + self.image_positions.weight
+        both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
+        x_td = self.embedding_norm(both.index_select(0, stream.source))
+        for block in self.blocks:
+            x_td = block(x_td, stream)
+        return self.final_norm(x_td)
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> image embeddings (B, P, D)."""
+        x = pixels.permute(0, 3, 1, 2).to(self.mlm_bias.dtype) / 127.5 - 1
+        return self.embedder(x).flatten(2).transpose(1, 2)
+
+    def word_logits(self, hidden_md: Tensor) -> Tensor:
+        """(M, D) -> (M, V): BERT's two-layer head, its output tied to the words."""
+        h = self.mlm_norm(F.gelu(self.mlm_dense(hidden_md)))
+        return F.linear(h, self.words.weight, self.mlm_bias)
+
+    def score_words(
+        self, hidden_td: Tensor, inputs: MlimInputs, masks: Masks
+    ) -> WordScores:
+        """Loss of every masked word, zero in rows beyond their number."""
+        hidden_k = masked_words(inputs.stream, masks)
+        text, valid = compact(hidden_k, inputs.n_masked_words)
+        rows = inputs.stream.text_row[text]
+        logits_mv = self.word_logits(hidden_td.index_select(0, rows))
+        target = inputs.token_ids[text]
+        nll_m = F.cross_entropy(logits_mv.float(), target, reduction="none")
+        correct = (logits_mv.argmax(1) == target) & valid
+        return WordScores(text, nll_m * valid, correct, logits_mv)
+
+    def score_images(
+        self, hidden_td: Tensor, inputs: MlimInputs, masks: Masks
+    ) -> tuple[Tensor, Tensor]:
+        """Pair (R,) and squared error (R,) over the pixels that count of every image
+        with a masked position, zero in rows beyond their number. The decoder mixes
+        neighbouring tokens, so an image needs all its rows or none.
+        """
+        image, valid = compact(masks.image.any(1), inputs.n_recon_images)
+        target = inputs.pixels[image].permute(0, 3, 1, 2).float() / 255
+        error = (self.decode_images(hidden_td, inputs, image) - target).square().sum(1)
+        squares = self.squares(error)
+        if self.config.recon_region == "masked":
+            squares = squares * masks.image[image]
+        return image, squares.sum(1) * valid
+
+    def decode_images(
+        self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor
+    ) -> Tensor:
+        """Reconstructions (R, 3, H, W), 0..1, of the pairs numbered `image` (R,)."""
+        rows = inputs.stream.image_row[image]
+        hidden_rpd = hidden_td.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        grid = hidden_rpd.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return torch.sigmoid(self.decoder(grid).float())
+
+    def squares(self, pixels_rhw: Tensor) -> Tensor:
+        """Sum of a map (R, H, W) over the square of each image token: (R, P)."""
+        side = self.config.patch_size
+        tiles = pixels_rhw.unflatten(2, (self.grid, side))
+        return tiles.unflatten(1, (self.grid, side)).sum((2, 4)).flatten(1)
+
+    def _init(self, module: nn.Module) -> None:
+        """BERT's initialisation; convolutions keep their fan-in scaled default."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def masked_words(stream: Stream, masks: Masks) -> Tensor:
+    """Which text rows (K,) of the stream are masked words."""
+    word = (stream.text_position - 1).clamp(0, masks.text.shape[1] - 1)
+    return masks.text[stream.text_pair, word] & stream.maskable
+
+
+def compact(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Indices (capacity,) of the true entries of `chosen` (N,), in order, and which of
+    them are real: no shape depends on data, so the host need not wait.
+    """
+    order = torch.argsort(~chosen, stable=True)[:capacity]
+    return order, chosen[order]
+
+
+def recon_pixels(masks: Masks, config: MlimConfig) -> Tensor:
+    """Pixels that RECON scores in each pair (B,): the loss is a mean over them."""
+    side = config.patch_size**2
+    masked = masks.image.sum(1)
+    if config.recon_region == "masked":
+        return masked * side
+    return (masked > 0) * masks.image.shape[1] * side
+
+
+def _embedder(config: MlimConfig) -> nn.Sequential:
+    """2x2/2 convolutions, then 1x1 to the width: no receptive fields overlap."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in config.embedder_widths:
+        layers += [nn.Conv2d(channels, width, 2, stride=2), nn.GELU()]
+        channels = width
+    layers += [nn.Conv2d(channels, config.embedder_hidden, 1), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(config.embedder_hidden, config.width, 1))
+
+
+def _decoder(config: MlimConfig) -> nn.Sequential:
+    """Transposed convolutions 3x3/1 and 4x4/2 in turn, from tokens to pixels."""
+    widths = (config.width, *config.decoder_widths, 3)
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(itertools.pairwise(widths)):
+        kernel, stride = (4, 2) if number % 2 else (3, 1)
+        layers.append(nn.ConvTranspose2d(before, after, kernel, stride, padding=1))
+        layers.append(nn.GELU())
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,169 @@
+"""Every key of a pretraining run: the typed form of `trainer/recipes/*.yaml`.
+
+Owns names, defaults and checks that need no data. Masking keys live with masking
+(`trainer.masking`), model keys with the model (`trainer.models.mlim`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.masking import MaskConfig
+from trainer.models.mlim import MlimConfig
+from trainer.philox import check_seed
+
+# What may differ between the calls that make up one run. `data` may move: the
+# manifest hash in the checkpoint says whether it is the same dataset.
+MAY_CHANGE = ("data", "output", "max_steps", "micro_batch", "threads", "tokenizer")
+MAY_CHANGE_GROUPS = ("checkpoint.", "log.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Training-time image geometry."""
+
+    size: int = 64
+    """Side in pixels of the square that the model sees."""
+    geometry: Literal["center_crop", "resize", "random_resized_crop"] = "center_crop"
+    """Centre square; the whole image squeezed; or a random box drawn by Philox."""
+    min_scale: float = 0.5
+    """Smallest share of the image area that a random resized crop keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Captions as the model sees them."""
+
+    max_tokens: int = 64
+    """Longest text, [CLS] and separator included; the rest of a caption is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; no weight decay on norms and biases."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run: linear warm-up, then cosine to a floor."""
+
+    steps: int = 1000
+    """Length of the schedule in steps; `--max_steps` stops earlier, unbent."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    final_lr_fraction: float = 0.05
+    """Share of the peak at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """The engine."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: what is sharded over ranks (nothing, optimizer, gradients, all)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 with fp32 master weights on GPUs, fp32 on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = 200
+    """Steps between checkpoints; one more is taken when the run stops."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run shows and writes."""
+
+    digest: Literal["samples", "full"] = "samples"
+    """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
+    tensorboard: bool = True
+    """Write TensorBoard events to RUN/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Masked vision-language pretraining on a dataset of shards."""
+
+    data: str
+    """Dataset directory that pipeline.preprocess made."""
+    output: str
+    """Run directory; one that holds a checkpoint is resumed."""
+    seed: int = 0
+    """Seed of weights, order, captions, crops and masks."""
+    max_steps: int | None = None
+    """Stop after this many steps of the run; a later call with more continues."""
+    split: str = "train"
+    """Split of the dataset to train on."""
+    tokenizer: str | None = None
+    """Tokenizer directory that the dataset must have been made with (checked)."""
+    lanes: int = 48
+    """Lanes of the sample order: every world size must divide this."""
+    global_batch: int = 192
+    """Pairs of a step over all ranks; a multiple of `lanes`."""
+    micro_batch: int = 256
+    """Most pairs that a rank takes through the model at once."""
+    shuffle_shards: int = 8
+    """Shard pieces that are shuffled together as one window."""
+    threads: int = 1
+    """Decoding threads of each rank."""
+    model: MlimConfig = field(default_factory=MlimConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.image.size % self.model.patch_size:
+            raise ValueError(
+                f"image.size {self.image.size} is not a multiple of the "
+                f"{self.model.patch_size} px that an image token covers "
+                "(2 to the number of model.embedder_widths)"
+            )
+        if self.text.max_tokens < 3:
+            raise ValueError(
+                "text.max_tokens leaves no room for a word: take 3 or more"
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError("max_steps is 1 or more")
+
+    @property
+    def last_step(self) -> int:
+        """Steps after which this call stops."""
+        return min(self.max_steps or self.schedule.steps, self.schedule.steps)
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key may differ when a run is resumed."""
+    return key in MAY_CHANGE or key.startswith(MAY_CHANGE_GROUPS)
+
+
+def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each changed key that a resumed run may not change."""
+    from pipeline.config import differences
+
+    return [
+        line for line in differences(old, new) if not may_change(line.split(":")[0])
+    ]

@@ -1,0 +1,47 @@
+"""`deepspeed --module trainer.pretrain --config RECIPE --data SHARDS --output RUN`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import parse, run
+
+PROG = "trainer.pretrain"
+RECIPES = Path(__file__).parent / "recipes"
+DESCRIPTION = """\
+Train a masked vision-language model on shards made by pipeline.preprocess.
+
+  deepspeed --num_accelerators 2 --module trainer.pretrain --config emoji \\
+      --data shards/ --output runs/first
+
+Any key of the recipe can be given dotted: --optimizer.lr 3e-4 --mask.heavy_rate 0.7.
+The same command continues a run that was stopped or killed.
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse `argv` and train."""
+    from trainer.loop import train
+    from trainer.options import PretrainConfig
+
+    # The launcher appends this; the environment says the same.
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    train(
+        parse(
+            PretrainConfig,
+            words,
+            prog=PROG,
+            description=DESCRIPTION,
+            recipes=RECIPES,
+        )
+    )
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK", "0") != "0":
+        # Every rank finds the same mistake; one of them tells.
+        sys.stderr.flush()
+    run(main, PROG)

@@ -1,0 +1,301 @@
+"""MLIM's two probes of information crossing between modalities, on held-out pairs.
+
+Owns the measurement: MLM loss with the true, another pair's and a blank image; RECON
+loss with the true, another pair's and an empty caption, under the same masks. Does not
+own the pictures (`trainer.figures`) or the command (`trainer.evaluate`).
+
+Arici et al. 2021, section 5: a model that uses one modality to restore the other loses
+when the partner is wrong. Words are masked as in text-heavy mode, pixels as in
+image-heavy mode, the modes in which the partner is clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.dataset import Dataset
+from trainer.geometry import box_of, decode_into
+from trainer.masking import Masks, Mode, mam
+from trainer.models.mlim import (
+    MlimForPreTraining,
+    MlimInputs,
+    masked_words,
+    recon_pixels,
+)
+from trainer.options import ImageConfig, PretrainConfig
+from trainer.philox import Use, below, draw, permutation, signed_uids
+from trainer.stream import lay_out
+
+_BLANK = 255
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Held-out pairs in memory: N pairs, images of S pixels a side."""
+
+    uids: np.ndarray
+    """(N,) int64."""
+    pixels: np.ndarray
+    """(N, S, S, 3) uint8, without augmentation."""
+    texts: list[np.ndarray]
+    """[CLS] words [SEP] of each pair."""
+    groups: np.ndarray
+    """(N,) what the bootstrap resamples together."""
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Loss of every pair under one condition, summed over mask draws."""
+
+    sums: np.ndarray
+    """(N,) summed loss."""
+    counts: np.ndarray
+    """(N,) words or pixels that the sum runs over."""
+
+
+def load_pairs(
+    dataset: Dataset,
+    config: PretrainConfig,
+    *,
+    seed: int,
+    limit: int | None,
+    group: str | None,
+) -> Pairs:
+    """The first `limit` pairs of a split in an order drawn by `seed`, one caption each.
+
+    Args:
+        group: json key whose equal values are resampled together; None: each alone.
+
+    Raises:
+        ValueError: the samples have no json key `group`.
+    """
+    places = dataset.places()
+    order = permutation(len(places), seed=seed, use=Use.EVALUATION, epoch=0, place=0)
+    places = places[order[:limit]]
+    records = dataset.records(places)
+    uids = signed_uids(records["uid"])
+    words = draw(seed=seed, use=Use.CAPTION, epoch=0, uid=uids, index=0)[0]
+    choice = below(words, records["n_captions"].astype(np.int64))
+    side = config.image.size
+    pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
+    plain = config.image.geometry == "resize"
+    geometry = ImageConfig(size=side, geometry="resize" if plain else "center_crop")
+
+    def read(row: int) -> np.ndarray:
+        record, shard = records[row], int(places[row, 0])
+        size = int(record["width"]), int(record["height"])
+        box = box_of(geometry, *size, np.zeros(4))
+        decode_into(pixels[row], dataset.jpeg(shard, record), size, box)
+        text, _ = dataset.text(
+            shard, record, int(choice[row]), max_tokens=config.text.max_tokens
+        )
+        return text
+
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(read, range(len(places))))
+    return Pairs(
+        uids=uids,
+        pixels=pixels,
+        texts=texts,
+        groups=_groups(dataset, places, records, group),
+    )
+
+
+def partners(pairs: Pairs, *, seed: int) -> np.ndarray:
+    """Another pair for each pair (N,), never itself: the next one on a drawn ring, past
+    those of the same group while there is another group.
+    """
+    ring = permutation(len(pairs), seed=seed, use=Use.EVALUATION, epoch=1, place=0)
+    partner = np.empty(len(pairs), dtype=np.int64)
+    for place, pair in enumerate(ring):
+        ahead = np.roll(ring, -place - 1)[:-1]
+        other = pairs.groups[ahead] != pairs.groups[pair]
+        partner[pair] = ahead[int(np.argmax(other))]
+    return partner
+
+
+def measure(
+    model: MlimForPreTraining,
+    config: PretrainConfig,
+    pairs: Pairs,
+    *,
+    seed: int,
+    draws: int,
+    batch: int,
+    device: torch.device,
+    progress: tqdm[Any],
+) -> dict[str, dict[str, Losses]]:
+    """Losses of every pair: {"mlm": {condition: Losses}, "recon": {...}}."""
+    partner = partners(pairs, seed=seed)
+    blank = np.full_like(pairs.pixels, _BLANK)
+    empty = [text[[0, -1]] for text in pairs.texts]
+    other_texts = [pairs.texts[int(other)] for other in partner]
+    conditions = {
+        "mlm": {
+            "true": (pairs.pixels, pairs.texts),
+            "shuffled": (pairs.pixels[partner], pairs.texts),
+            "blank": (blank, pairs.texts),
+        },
+        "recon": {
+            "true": (pairs.pixels, pairs.texts),
+            "shuffled": (pairs.pixels, other_texts),
+            "empty": (pairs.pixels, empty),
+        },
+    }
+    results: dict[str, dict[str, Losses]] = {}
+    for probe, shown in conditions.items():
+        mode = Mode.TEXT_HEAVY if probe == "mlm" else Mode.IMAGE_HEAVY
+        results[probe] = {}
+        for name, (pixels, texts) in shown.items():
+            sums, counts = np.zeros(len(pairs)), np.zeros(len(pairs))
+            for number in range(draws):
+                for rows in _batches(len(pairs), batch):
+                    inputs, masks = make_inputs(
+                        config,
+                        uids=pairs.uids[rows],
+                        pixels=pixels[rows],
+                        texts=[texts[row] for row in rows],
+                        seed=seed,
+                        draw_number=number,
+                        mode=mode,
+                        device=device,
+                    )
+                    loss, count = _pair_losses(model, inputs, masks, probe)
+                    sums[rows] += loss
+                    counts[rows] += count
+                    progress.update(len(rows))
+            results[probe][name] = Losses(sums=sums, counts=counts)
+    return results
+
+
+def summarise(
+    losses: dict[str, Losses], groups: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Means and 95 % bootstrap intervals of each condition, and of how much worse each
+    wrong partner is than the true one. Groups are resampled whole, conditions together.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    n_groups = int(group.max()) + 1
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    picks = generator.integers(0, n_groups, size=(_RESAMPLES, n_groups))
+
+    def means(loss: Losses) -> tuple[float, np.ndarray]:
+        sums = np.bincount(group, loss.sums)
+        counts = np.bincount(group, loss.counts)
+        resampled = sums[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
+        return float(sums.sum() / max(counts.sum(), 1)), resampled
+
+    values = {name: means(loss) for name, loss in losses.items()}
+    true_mean, true_resampled = values["true"]
+    return {
+        "conditions": {
+            name: {"mean": mean, "ci95": _interval(resampled)}
+            for name, (mean, resampled) in values.items()
+        },
+        "gaps": {
+            name: {
+                "mean": mean - true_mean,
+                "ci95": _interval(resampled - true_resampled),
+            }
+            for name, (mean, resampled) in values.items()
+            if name != "true"
+        },
+    }
+
+
+def make_inputs(
+    config: PretrainConfig,
+    *,
+    uids: np.ndarray,
+    pixels: np.ndarray,
+    texts: list[np.ndarray],
+    seed: int,
+    draw_number: int,
+    mode: Mode,
+    device: torch.device,
+) -> tuple[MlimInputs, Masks]:
+    """A micro-batch of given pixels and texts with evaluation masks of one mode."""
+    n_image = (config.image.size // config.model.patch_size) ** 2
+    stream = lay_out(np.array([len(text) for text in texts]), n_image)
+    token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
+    token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+    masks = mam(
+        config.mask,
+        seed=seed,
+        epoch=draw_number,
+        uids=torch.from_numpy(uids),
+        n_text=stream.n_words,
+        text_capacity=max(int(stream.n_words.max()), 1),
+        n_image=n_image,
+        mode=mode,
+    )
+    inputs = MlimInputs(
+        stream=stream.to(device),
+        token_ids=token_ids.to(device),
+        pixels=torch.from_numpy(np.ascontiguousarray(pixels)).to(device),
+        n_masked_words=max(int(masked_words(stream, masks).sum()), 1),
+        n_recon_images=max(int(masks.image.any(1).sum()), 1),
+    )
+    moved = Masks(
+        mode=masks.mode.to(device),
+        text=masks.text.to(device),
+        image=masks.image.to(device),
+    )
+    return inputs, moved
+
+
+def _pair_losses(
+    model: MlimForPreTraining, inputs: MlimInputs, masks: Masks, probe: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and count (B,) of each pair of a micro-batch."""
+    loss = torch.zeros(inputs.stream.pairs, device=inputs.pixels.device)
+    with torch.inference_mode():
+        hidden_td = model.encode(inputs, masks)
+        if probe == "mlm":
+            scores = model.score_words(hidden_td, inputs, masks)
+            loss.index_add_(0, inputs.stream.text_pair[scores.text], scores.nll)
+            count: Tensor = masks.text.sum(1)
+        else:
+            image, error = model.score_images(hidden_td, inputs, masks)
+            loss.index_add_(0, image, error)
+            count = recon_pixels(masks, model.config)
+    return loss.cpu().numpy().astype(np.float64), count.cpu().numpy()
+
+
+def _groups(
+    dataset: Dataset, places: np.ndarray, records: np.ndarray, key: str | None
+) -> np.ndarray:
+    if key is None:
+        return np.arange(len(places))
+    values = []
+    for (shard, _), record in zip(places, records, strict=True):
+        sample = dataset.json(int(shard), record)
+        if key not in sample:
+            raise ValueError(
+                f"--group {key!r} is not in the samples' json, which has "
+                f"{', '.join(sample)}: preprocess with --columns.keep {key}"
+            )
+        values.append(str(sample[key]))
+    return np.array(values)
+
+
+def _batches(count: int, size: int) -> Iterator[np.ndarray]:
+    for first in range(0, count, size):
+        yield np.arange(first, min(first + size, count))
+
+
+def _interval(resampled: np.ndarray) -> list[float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return [float(low), float(high)]

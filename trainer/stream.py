@@ -1,0 +1,129 @@
+"""The flat, unpadded token stream of a micro-batch.
+
+Owns where every token of every pair stands, on the host, and the capacities that make
+compiled shapes repeat. Does not own what the tokens are (`trainer.data`) nor which are
+masked (`trainer.masking`).
+
+A pair is [CLS] words [SEP] followed by its P image tokens. The text part is rounded up
+to a capacity; the rows left over form one last segment that no loss reads.
+
+Shapes: B pairs, P image tokens of a pair, K text capacity, T = K + B x P stream rows,
+S longest segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CAPACITIES_PER_OCTAVE = 16
+_SMALLEST_GRAIN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Rows of a micro-batch. Integer tensors on one device, numbers on the host."""
+
+    pairs: int
+    n_image: int
+    longest: int
+    """S: tokens of the longest segment."""
+    text_used: int
+    """Text rows that hold a token; the rest of K is padding."""
+    text_pair: Tensor
+    """(K,) pair of each text row; 0 for padding."""
+    text_position: Tensor
+    """(K,) position in its text, [CLS] at 0; 0 for padding."""
+    maskable: Tensor
+    """(K,) bool: a word, neither a special token nor padding."""
+    n_words: Tensor
+    """(B,) maskable tokens of each pair."""
+    source: Tensor
+    """(T,) row of cat([text rows (K), image tokens (B*P)]) at each stream row."""
+    text_row: Tensor
+    """(K,) stream row of each text row."""
+    image_row: Tensor
+    """(B, P) stream row of each image token."""
+    cu_seqlens: Tensor
+    """(B + 2,) int32 boundaries of segments, the padding segment last."""
+    dense: Tensor
+    """(B + 1, S) stream row at each place of a segment, its last one past its end."""
+    dense_valid: Tensor
+    """(B + 1, S) bool: the place is inside the segment."""
+    flat: Tensor
+    """(T,) place in the flattened (B + 1) x S table of each stream row."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same stream on `device`, copied without blocking the host."""
+        tensors = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+
+def capacity(count: int) -> int:
+    """Smallest allowed capacity holding `count`: at most 16 an octave, so padding is at
+    most about 6 % and shapes repeat.
+    """
+    octave = 1 << max(count - 1, 1).bit_length() - 1
+    grain = max(octave // _CAPACITIES_PER_OCTAVE, _SMALLEST_GRAIN)
+    return -(-max(count, 1) // grain) * grain
+
+
+def lay_out(text_lengths: np.ndarray, n_image: int) -> Stream:
+    """Stream of pairs with `text_lengths` (B,) tokens, specials included, and `n_image`
+    image tokens each.
+    """
+    pairs, used = len(text_lengths), int(text_lengths.sum())
+    text_capacity = capacity(used)
+    padding = text_capacity - used
+    pair = np.repeat(np.arange(pairs), text_lengths)
+    text_starts = np.cumsum(text_lengths) - text_lengths
+    position = np.arange(used) - text_starts[pair]
+    maskable = (position > 0) & (position < text_lengths[pair] - 1)
+
+    lengths = np.append(text_lengths + n_image, padding)
+    starts = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    text_row = np.append(starts[pair] + position, starts[pairs] + np.arange(padding))
+    image_row = (starts[:pairs] + text_lengths)[:, None] + np.arange(n_image)
+    source = np.empty(total, dtype=np.int64)
+    source[text_row] = np.arange(text_capacity)
+    source[image_row.ravel()] = text_capacity + np.arange(pairs * n_image)
+
+    longest = int(lengths.max())
+    place = np.arange(longest)
+    inside = place < lengths[:, None]
+    dense = starts[:, None] + np.minimum(place, np.maximum(lengths[:, None] - 1, 0))
+    flat = np.empty(total, dtype=np.int64)
+    flat[dense[inside]] = np.flatnonzero(inside)
+    # A segment without rows still needs one place to attend to, or softmax gives NaN.
+    inside[:, 0] = True
+    pad = (0, padding)
+    return Stream(
+        pairs=pairs,
+        n_image=n_image,
+        longest=longest,
+        text_used=used,
+        text_pair=_tensor(np.pad(pair, pad)),
+        text_position=_tensor(np.pad(position, pad)),
+        maskable=_tensor(np.pad(maskable, pad)),
+        n_words=_tensor(text_lengths - 2),
+        source=_tensor(source),
+        text_row=_tensor(text_row),
+        image_row=_tensor(image_row),
+        cu_seqlens=_tensor(np.append(starts, total).astype(np.int32)),
+        dense=_tensor(np.minimum(dense, total - 1)),
+        dense_valid=_tensor(inside),
+        flat=_tensor(flat),
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
