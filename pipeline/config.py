@@ -146,10 +146,16 @@ def _config_first(argv: Sequence[str], recipes: Path | None) -> list[str]:
 def _config_path(given: str, recipes: Path | None) -> str:
     if Path(given).is_file():
         return given
-    known = {path.stem: path for path in sorted(recipes.glob("*.yaml"))} if recipes else {}
+    known = (
+        {path.stem: path for path in sorted(recipes.glob("*.yaml"))} if recipes else {}
+    )
     path = known.get(given.removesuffix(".yaml"))
     if path is None:
-        hint = f"; recipes: {', '.join(known)}.{nearest(given, list(known))}" if known else ""
+        hint = (
+            f"; recipes: {', '.join(known)}.{nearest(given, list(known))}"
+            if known
+            else ""
+        )
         raise ConfigError(f"--config {given!r} is not a file{hint}")
     return str(path)
 

@@ -1,0 +1,49 @@
+"""`python -m pipeline.preprocess`: a raw image-text corpus to a dataset directory.
+
+Owns the command line alone: keys are in `pipeline.options`, the run in `pipeline.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.config import parse, run
+from pipeline.manifest import Manifest
+from pipeline.options import PreprocessConfig
+
+PROG = "python -m pipeline.preprocess"
+_DESCRIPTION = """Turn a corpus of images and captions into WebDataset shards with
+tokenized captions, an index and a manifest. Runs on a Ray of its own, or as a job:
+ray job submit --working-dir . -- python -m pipeline.preprocess ... The same command
+continues an interrupted run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Exits 0 when the dataset is complete."""
+    config = parse(PreprocessConfig, argv, prog=PROG, description=_DESCRIPTION)
+    # After the command line: --help and a wrong key answer at once, without Ray.
+    from pipeline.run import preprocess
+
+    print(_summary(preprocess(config), config.output))
+    return 0
+
+
+def _summary(manifest: Manifest, output: str) -> str:
+    counts = manifest.accounting
+    lines = [f"{output}: {counts.inputs} inputs"]
+    lines.append(f"  written     {counts.written}")
+    for title, reasons in (("filtered", counts.filtered), ("failed", counts.failed)):
+        for reason, count in reasons.items():
+            lines.append(f"  {title:<11} {count} {reason}")
+    lines.append(f"  duplicates  {counts.duplicates}")
+    for split, row in manifest.totals().items():
+        lines.append(
+            f"  {split}: {row['samples']} samples, {row['captions']} captions, "
+            f"{row['tokens']} tokens in {row['shards']} shards, "
+            f"{row['bytes'] / 1e6:.1f} MB"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main, PROG)

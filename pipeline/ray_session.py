@@ -1,0 +1,184 @@
+"""Where tasks run: a Ray of our own on this machine, or the cluster we are part of.
+
+Owns starting, joining and leaving Ray, and running one task per range within a bound.
+Does not own what a task does (`pipeline.ranges`) or what its result is for
+(`pipeline.run`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.plan import RangeInputs
+from pipeline.ranges import Work
+
+if TYPE_CHECKING:
+    import ray
+
+ResultT = TypeVar("ResultT")
+# Set by `ray job submit` for the driver, whose working directory is a temporary copy.
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# A cluster that scales looks at waiting tasks, so some must wait even on no CPUs.
+_WAITING_TASKS = 16
+_ATTEMPTS = 4
+_REPORT_SECONDS = 0.5
+_POLL_SECONDS = 0.5
+
+
+def refuse_relative_in_job(output: str) -> None:
+    """Raise ValueError where a relative output would lie in a job's temporary copy of
+    the working directory, and be lost with it.
+    """
+    if _JOB_VARIABLE in os.environ and not Path(output).is_absolute():
+        raise ValueError(
+            f"--output {output} is relative, and inside a Ray job that means a "
+            "temporary copy of the working directory; give an absolute path that every "
+            "node sees"
+        )
+
+
+@contextlib.contextmanager
+def session(workers: int | None) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS, or start Ray here with `workers` CPUs."""
+    address = os.environ.get("RAY_ADDRESS")
+    _set_environment(local=not address)
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        options["address"] = address
+    else:
+        options |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "Ray here"
+        raise OSError(f"cannot use {where}: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_ranges(
+    function: Callable[[Work, RangeInputs, Callable[[int, int], None]], ResultT],
+    work: Work,
+    ranges: Iterable[RangeInputs],
+    *,
+    workers: int | None,
+    poll: Callable[[Mapping[int, tuple[int, int]]], None],
+) -> Iterator[ResultT]:
+    """Run `function` on every range as a Ray task, yielding results in range order.
+
+    At most a bounded number of ranges is under way, ranges that wait for an earlier one
+    to be yielded included. Tasks whose worker dies are run again. `poll` gets
+    `{range: (done, failed)}` a few times a second.
+    """
+    import ray
+
+    board: Any = ray.remote(_Board).options(num_cpus=0).remote()
+    shared = ray.put(work)
+    remote: Any = ray.remote(_run_task).options(num_cpus=1, max_retries=_ATTEMPTS - 1)
+    pending: dict[ray.ObjectRef, int] = {}
+    finished: dict[int, Any] = {}
+    queue = iter(ranges)
+    upcoming = next(queue, None)
+    turn = upcoming.number if upcoming else 0
+    while upcoming or pending or finished:
+        while upcoming and len(pending) + len(finished) < _window(workers):
+            pending[remote.remote(function, shared, upcoming, board)] = upcoming.number
+            upcoming = next(queue, None)
+        ready, _ = (
+            ray.wait(list(pending), timeout=_POLL_SECONDS) if pending else ([], [])
+        )
+        for reference in ready:
+            finished[pending.pop(reference)] = _result(reference)
+        poll(_counts(board))
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
+class _Board:
+    """Progress of ranges under way; losing it loses only the look of the bar."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, tuple[int, int]] = {}
+
+    def report(self, number: int, done: int, failed: int) -> None:
+        self._counts[number] = (done, failed)
+
+    def counts(self) -> dict[int, tuple[int, int]]:
+        return self._counts
+
+
+def _set_environment(*, local: bool) -> None:
+    """Settings that Ray reads from the environment alone, once, when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if local and "RAY_AUTH_MODE" not in os.environ:
+        # Ray listens on every interface, so it needs a token. Given none, it would
+        # leave one in the home directory that later clusters pick up unasked.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _run_task(
+    function: Callable[[Work, RangeInputs, Callable[[int, int], None]], ResultT],
+    work: Work,
+    inputs: RangeInputs,
+    board: Any,
+) -> ResultT:
+    last = 0.0
+
+    def report(done: int, failed: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _REPORT_SECONDS or done == len(inputs.locators):
+            last = time.monotonic()
+            board.report.remote(inputs.number, done, failed)
+
+    return function(work, inputs, report)
+
+
+def _window(workers: int | None) -> int:
+    """Ranges under way at most."""
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if os.environ.get("RAY_ADDRESS"):
+        return workers or 2 * cpus + _WAITING_TASKS
+    return 2 * (workers or cpus)
+
+
+def _counts(board: Any) -> Mapping[int, tuple[int, int]]:
+    import ray
+
+    try:
+        return ray.get(board.counts.remote(), timeout=_POLL_SECONDS)
+    except (ray.exceptions.RayError, TimeoutError):
+        return {}
+
+
+def _result(reference: ray.ObjectRef) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        # What the task raised says more than the trace of how it got here.
+        raise OSError(f"a task failed: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise OSError(
+            f"Ray lost a task for good ({_first_line(error)}); the same command continues"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

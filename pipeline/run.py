@@ -1,0 +1,260 @@
+"""The preprocess run: checks, plan, tokenizer, ranges, manifest, in this order.
+
+Owns the order of things, and that nothing is written before every cheap check has
+passed. Each thing itself is owned by the module it is imported from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from pipeline.dataset import DatasetWriter
+from pipeline.images import codec_versions
+from pipeline.lease import Lease
+from pipeline.manifest import SCHEMA_VERSION, Manifest, canonical_json
+from pipeline.options import PreprocessConfig
+from pipeline.plan import Plan, RangeInputs, across_splits, make_plan
+from pipeline.progress import Progress, progress_path
+from pipeline.ranges import Work, range_digests, write_range
+from pipeline.ray_session import map_ranges, refuse_relative_in_job, session
+from pipeline.shards import ROW_SCHEMA
+from pipeline.sources import Columns, Source, open_source, resolve_columns
+from pipeline.tokenizer import StoredTokenizer, load_tokenizer, train_tokenizer
+
+_MANIFEST_SECONDS = 10.0
+
+
+def preprocess(config: PreprocessConfig) -> Manifest:
+    """Make, continue or recognise the dataset of `config` and return its manifest.
+
+    Raises:
+        ValueError: the corpus, tokenizer or output cannot be used; nothing was written,
+            or nothing could be kept and all of it was removed.
+    """
+    refuse_relative_in_job(config.output)
+    source = open_source(config.input)
+    columns = resolve_columns(source, config.columns, config.split)
+    _refuse_taken_names(columns)
+    writer = DatasetWriter(Path(config.output).absolute())
+    stored = writer.stored_plan()
+    tokenizer = _known_tokenizer(config, writer, resuming=stored is not None)
+    if stored is not None:
+        assert tokenizer is not None
+        writer.refuse_other(_transform(config, source, columns, tokenizer), stored)
+        if manifest := writer.finished():
+            _say(f"{config.output} is already complete")
+            return manifest
+    plan = make_plan(config, source, columns)
+    _report_plan(config, plan)
+    tokenizer = tokenizer or _trained(config, plan)
+    transform = _transform(config, source, columns, tokenizer)
+    described = {
+        "inputs": plan.n_inputs,
+        "ranges": plan.n_ranges,
+        "rows": plan.n_rows,
+        "source": config.source_name,
+        "splits": list(plan.split_names),
+        "transform": transform,
+        "transform_sha256": hashlib.sha256(
+            canonical_json(transform).encode()
+        ).hexdigest(),
+    }
+    with session(config.workers):
+        writer.create()
+        with Lease(writer.lease_path) as lease:
+            writer.begin(described, tokenizer)
+            work = Work(
+                staging=writer.staging,
+                folder=source.folder,
+                columns=columns,
+                source_name=config.source_name,
+                image=config.image,
+                tokenizer=tokenizer,
+            )
+            plan = _without_leaks(config, plan, work, writer)
+            _write_ranges(config, plan, work, writer, lease, described)
+            manifest = _finish(writer, described, tokenizer)
+    if not manifest.accounting.written:
+        writer.abandon()
+        progress_path(writer.root).unlink(missing_ok=True)
+        raise ValueError(
+            f"nothing could be kept of {plan.n_inputs} inputs: {_reasons(manifest)}; "
+            f"{config.output} was removed again"
+        )
+    return manifest
+
+
+def _known_tokenizer(
+    config: PreprocessConfig, writer: DatasetWriter, *, resuming: bool
+) -> StoredTokenizer | None:
+    """The tokenizer, unless it is still to be trained on this corpus."""
+    if config.trained_vocabulary is None:
+        return load_tokenizer(config.tokenizer)
+    return writer.stored_tokenizer() if resuming else None
+
+
+def _trained(config: PreprocessConfig, plan: Plan) -> StoredTokenizer:
+    vocabulary = config.trained_vocabulary
+    assert vocabulary is not None
+    start = time.monotonic()
+    tokenizer = train_tokenizer(plan.tokenizer_captions(), vocabulary)
+    size = tokenizer.info.vocab_size
+    _say(f"tokenizer: {size} entries, trained in {time.monotonic() - start:.1f} s")
+    return tokenizer
+
+
+def _transform(
+    config: PreprocessConfig,
+    source: Source,
+    columns: Columns,
+    tokenizer: StoredTokenizer,
+) -> dict[str, Any]:
+    """Everything that decides bytes: no paths, no times, no worker counts."""
+    trained = config.trained_vocabulary is not None
+    return {
+        "schema": SCHEMA_VERSION,
+        "input": {file.pop("file"): file for file in source.fingerprint()},
+        "limit": config.limit,
+        "source": {"name": config.source_name},
+        "columns": {
+            **asdict(columns),
+            "captions": list(columns.captions),
+            "keep": list(columns.keep),
+        },
+        "image": asdict(config.image),
+        "shard": asdict(config.shard),
+        "split": {"val": config.split.val},
+        "tokenizer": {
+            "made": config.tokenizer if trained else "loaded",
+            "sha256": tokenizer.info.sha256,
+        },
+        "versions": {
+            **codec_versions(),
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+
+
+def _without_leaks(
+    config: PreprocessConfig, plan: Plan, work: Work, writer: DatasetWriter
+) -> Plan:
+    """The plan without images that a held-out split has too."""
+    if len(plan.split_names) == 1:
+        return plan
+    duplicate = writer.stored_duplicates()
+    if duplicate is None:
+        digests: list[np.ndarray] = []
+        with Progress(
+            name="compare splits", total=plan.n_inputs, done=0, path=None
+        ) as bar:
+            results = map_ranges(
+                range_digests,
+                work,
+                _ranges(plan, 0),
+                workers=config.workers,
+                poll=lambda counts: bar.running(counts, len(digests)),
+            )
+            for part in results:
+                digests.append(part)
+                bar.commit(len(part), 0)
+        duplicate = across_splits(np.concatenate(digests), plan.splits)
+        writer.store_duplicates(duplicate)
+    return plan.without(duplicate)
+
+
+def _write_ranges(
+    config: PreprocessConfig,
+    plan: Plan,
+    work: Work,
+    writer: DatasetWriter,
+    lease: Lease,
+    described: Mapping[str, Any],
+) -> None:
+    done = writer.accounting()
+    if writer.records:
+        _say(f"continuing: {len(writer.records)} of {plan.n_ranges} ranges are done")
+    last_manifest = time.monotonic()
+    path = progress_path(writer.root)
+    with Progress(
+        name="preprocess", total=plan.n_inputs, done=done.inputs, path=path
+    ) as bar:
+        results = map_ranges(
+            write_range,
+            work,
+            _ranges(plan, len(writer.records)),
+            workers=config.workers,
+            poll=lambda counts: bar.running(counts, len(writer.records)),
+        )
+        for staged in results:
+            lease.check()
+            writer.commit(staged, config.source_name)
+            counts = staged.accounting
+            bar.commit(counts.inputs, sum(counts.failed.values()))
+            if time.monotonic() - last_manifest > _MANIFEST_SECONDS:
+                writer.write_manifest(described, work.tokenizer, complete=False)
+                last_manifest = time.monotonic()
+
+
+def _finish(
+    writer: DatasetWriter, described: Mapping[str, Any], tokenizer: StoredTokenizer
+) -> Manifest:
+    accounting = writer.accounting()
+    if accounting.inputs != described["inputs"]:
+        raise ValueError(
+            f"{accounting.inputs} of {described['inputs']} inputs are accounted for; "
+            "run the same command again"
+        )
+    return writer.finish(described, tokenizer)
+
+
+def _ranges(plan: Plan, start: int) -> Iterator[RangeInputs]:
+    return (plan.range(number) for number in range(start, plan.n_ranges))
+
+
+def _refuse_taken_names(columns: Columns) -> None:
+    taken = sorted(set(columns.keep) & set(ROW_SCHEMA.names))
+    if taken:
+        raise ValueError(
+            f"--columns.keep {taken[0]}: every sample has a {taken[0]!r} of its own; "
+            "rename the column in the corpus to keep it"
+        )
+
+
+def _report_plan(config: PreprocessConfig, plan: Plan) -> None:
+    held_out = {
+        name: int((plan.splits == place).sum())
+        for place, name in enumerate(plan.split_names)
+    }
+    splits = ", ".join(f"{count} {name}" for name, count in held_out.items())
+    _say(
+        f"{config.source_name}: {plan.n_rows} rows, {plan.n_inputs} inputs ({splits}), "
+        f"{plan.n_ranges} ranges"
+    )
+    if repeats := int(plan.duplicate.sum()):
+        _say(
+            f"{repeats} inputs have an identity that another row apart from them has, "
+            "and count as duplicates; if their captions matter, sort the corpus by "
+            "image"
+        )
+
+
+def _reasons(manifest: Manifest) -> str:
+    counts = manifest.accounting
+    reasons = {**counts.filtered, **counts.failed, "duplicate": counts.duplicates}
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

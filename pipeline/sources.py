@@ -1,0 +1,390 @@
+"""Corpora: Parquet with embedded images or paths, TSV and CSV with a path column.
+
+Owns opening a corpus, resolving its columns, its fingerprint, and reading rows and
+image bytes. Does not own how rows become inputs (`pipeline.plan`) or what is done with
+them (`pipeline.ranges`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline.config import nearest
+from pipeline.images import ImageError
+from pipeline.options import ColumnOptions, SplitOptions
+
+# The usual names, best guess first.
+_IMAGE_COLUMNS = (
+    *("image", "image_path", "img", "img_path", "image_file", "filepath", "file_path"),
+    *("filename", "file_name", "path", "file", "jpg", "png", "bytes"),
+)
+_CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "texts", "title", "description", "sentence"),
+    *("sentences", "alt", "alt_text", "txt"),
+)
+_SEPARATORS = {".tsv": "\t", ".csv": ","}
+# Small, because a batch holds the bytes of all its images.
+_BATCH_ROWS = 64
+_FOOTER_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of the columns that are read, all of them in the corpus."""
+
+    image: str
+    captions: tuple[str, ...]
+    id: str | None
+    keep: tuple[str, ...]
+    split: str | None
+    group: str | None
+
+    @property
+    def sample(self) -> tuple[str, ...]:
+        """Columns that a sample is made of."""
+        return tuple(dict.fromkeys((self.image, *self.captions, *self.keep)))
+
+
+class RowRange(Protocol):
+    """Some consecutive rows of a corpus, small enough to send to a task."""
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """The rows in order, as mappings of the given columns."""
+
+
+class Source(Protocol):
+    """An opened corpus."""
+
+    @property
+    def folder(self) -> Path:
+        """Paths in the corpus are relative to this folder, and stay inside it."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the corpus."""
+
+    def column(self, name: str) -> pa.Array:
+        """One whole column (n_rows,), for planning."""
+
+    def part(self, start: int, stop: int) -> RowRange:
+        """Rows [start, stop)."""
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """What identifies the corpus's files, wherever they lie."""
+
+
+def open_source(path: str) -> Source:
+    """Open a Parquet, TSV or CSV file or a folder of Parquet files.
+
+    Raises:
+        ValueError: not there, not one of these, unreadable, or without rows.
+    """
+    given = Path(path).absolute()
+    if not given.exists():
+        raise ValueError(f"--input {path} does not exist")
+    paths = sorted(given.rglob("*.parquet")) if given.is_dir() else [given]
+    if not paths:
+        raise ValueError(
+            f"--input {path} is a folder without *.parquet files; give a TSV or CSV "
+            "table of its images and captions"
+        )
+    try:
+        source = _open(paths)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--input {path} cannot be read: {reason}") from error
+    if not source.n_rows:
+        raise ValueError(f"--input {path} has no rows: the corpus is empty")
+    return source
+
+
+def resolve_columns(
+    source: Source, given: ColumnOptions, split: SplitOptions
+) -> Columns:
+    """The columns to read: as given, else by their usual names.
+
+    Raises:
+        ValueError: a column is missing (with the nearest that exists) or its type
+            cannot be what it is given for.
+    """
+    schema = source.schema
+    image = given.image or _usual(schema, _IMAGE_COLUMNS, "columns.image")
+    captions = given.captions or (_usual(schema, _CAPTION_COLUMNS, "columns.caption"),)
+    flags = {"columns.image": image, "columns.id": given.id}
+    flags |= {"split.column": split.column, "split.group": split.group}
+    named = [(flag, name) for flag, name in flags.items() if name]
+    named += [("columns.caption", name) for name in captions]
+    named += [("columns.keep", name) for name in given.kept]
+    for flag, name in named:
+        if name not in schema.names:
+            raise ValueError(
+                f"--{flag}: no column {name!r}.{nearest(name, schema.names)} "
+                f"The columns are: {', '.join(schema.names)}"
+            )
+    _check_image_type(schema.field(image))
+    for name in captions:
+        _check_caption_type(schema.field(name))
+    return Columns(
+        image=image,
+        captions=captions,
+        id=given.id,
+        keep=given.kept,
+        split=split.column,
+        group=split.group,
+    )
+
+
+def holds_paths(source: Source, columns: Columns) -> bool:
+    """Whether the image column holds paths rather than bytes."""
+    return _is_text(source.schema.field(columns.image).type)
+
+
+def read_image(cell: Any, folder: Path) -> bytes:
+    """Encoded bytes of an image cell: bytes, `{bytes, path}`, or a path.
+
+    Raises:
+        ImageError: null, missing, unreadable, or a path that leaves `folder`.
+    """
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if not cell:
+        raise ImageError("missing_image", "the cell is empty")
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, cell))
+    if os.path.commonpath([root, path]) != root:
+        raise ImageError("path_outside_input", cell)
+    if not os.path.isfile(path):
+        raise ImageError("missing_file", cell)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError("unreadable_file", f"{cell}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ParquetRange:
+    """Rows [start, stop) of files laid end to end; reads only row groups it needs."""
+
+    files: tuple[tuple[Path, int], ...]
+    start: int
+    stop: int
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        first = 0
+        for path, n_rows in self.files:
+            start, stop = max(self.start - first, 0), min(self.stop - first, n_rows)
+            if start < stop:
+                yield from _parquet_rows(path, start, stop, columns)
+            first += n_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ParquetSource:
+    folder: Path
+    files: tuple[tuple[Path, int], ...]
+    schema: pa.Schema
+
+    @property
+    def n_rows(self) -> int:
+        return sum(n_rows for _, n_rows in self.files)
+
+    def column(self, name: str) -> pa.Array:
+        chunks = [
+            chunk
+            for path, _ in self.files
+            for chunk in pq.read_table(path, columns=[name], partitioning=None)[
+                name
+            ].chunks
+        ]
+        return pa.chunked_array(chunks, self.schema.field(name).type).combine_chunks()
+
+    def part(self, start: int, stop: int) -> RowRange:
+        return _ParquetRange(files=self.files, start=start, stop=stop)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        # The footer holds sizes, offsets and statistics of every column chunk: it tells
+        # corpora apart without reading their images.
+        return [
+            {
+                "file": path.relative_to(self.folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "rows": n_rows,
+                "sha256": hashlib.sha256(_parquet_footer(path)).hexdigest(),
+            }
+            for path, n_rows in self.files
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TableRange:
+    """Rows of a text table, already parsed."""
+
+    table: pa.Table
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        for batch in self.table.select(list(columns)).to_batches(1024):
+            yield from batch.to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextSource:
+    """A TSV or CSV table, held in memory: unlike Parquet it has no place to start
+    reading in the middle, so ranges are sent to tasks as rows.
+    """
+
+    folder: Path
+    path: Path
+    table: pa.Table
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.table.schema
+
+    @property
+    def n_rows(self) -> int:
+        return self.table.num_rows
+
+    def column(self, name: str) -> pa.Array:
+        return self.table[name].combine_chunks()
+
+    def part(self, start: int, stop: int) -> RowRange:
+        # A bare slice would be sent with the whole table behind it.
+        rows = np.arange(start, stop)
+        return _TableRange(table=self.table.take(rows))
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size, rows = self.path.stat().st_size, self.n_rows
+        return [{"file": self.path.name, "bytes": size, "rows": rows, "sha256": digest}]
+
+
+def _open(paths: list[Path]) -> Source:
+    suffix = paths[0].suffix.lower()
+    if suffix in _SEPARATORS:
+        table = _read_text(paths[0], _SEPARATORS[suffix])
+        return _TextSource(folder=paths[0].parent, path=paths[0], table=table)
+    if suffix != ".parquet":
+        raise OSError(f"{suffix or 'no suffix'} is not .parquet, .tsv or .csv")
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    schema = pq.read_schema(paths[0])
+    files = []
+    for path in paths:
+        if pq.read_schema(path).names != schema.names:
+            raise OSError(f"{path.name} and {paths[0].name} have different columns")
+        files.append((path, pq.read_metadata(path).num_rows))
+    return _ParquetSource(folder=folder, files=tuple(files), schema=schema)
+
+
+def _read_text(path: Path, separator: str) -> pa.Table:
+    """All cells as text. CSV fields may be quoted; a TSV field is what stands between
+    tabs, quotes included, so that one stray quote cannot swallow the rows after it.
+    """
+    quoted = separator == ","
+    parse = pyarrow.csv.ParseOptions(
+        delimiter=separator,
+        quote_char='"' if quoted else False,
+        newlines_in_values=quoted,
+    )
+    with path.open("rb") as file:
+        header = file.readline()
+    if not header.strip():
+        raise OSError("it has no header line with column names")
+    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
+        names = reader.schema.names
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False
+    )
+    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+
+
+def _parquet_rows(
+    path: Path, start: int, stop: int, columns: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
+            if first < stop and start < first + n_rows:
+                position = first
+                batches = file.iter_batches(
+                    _BATCH_ROWS,
+                    row_groups=[group],
+                    columns=list(columns),
+                    use_threads=False,
+                )
+                for batch in batches:
+                    low, high = max(start - position, 0), stop - position
+                    if high <= 0:
+                        break
+                    yield from batch.slice(low, max(high - low, 0)).to_pylist()
+                    position += batch.num_rows
+            first += n_rows
+
+
+def _parquet_footer(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-_FOOTER_BYTES, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-_FOOTER_BYTES - length, os.SEEK_END)
+        return file.read()
+
+
+def _usual(schema: pa.Schema, names: Sequence[str], flag: str) -> str:
+    lower = {name.lower(): name for name in reversed(schema.names)}
+    for name in names:
+        if name in lower:
+            return lower[name]
+    what = flag.removeprefix("columns.")
+    raise ValueError(
+        f"no {what} column found; name it with --{flag}. "
+        f"The columns are: {', '.join(schema.names)}"
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+    )
+
+
+def _check_image_type(field: pa.Field) -> None:
+    kind = field.type
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not (binary or struct or _is_text(kind)):
+        raise ValueError(
+            f"--columns.image {field.name}: it holds {kind}, not image bytes or paths; "
+            "encode the images (PNG, JPEG) or name another column"
+        )
+
+
+def _check_caption_type(field: pa.Field) -> None:
+    kind = field.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if not (_is_text(kind) or pa.types.is_null(kind)):
+        raise ValueError(
+            f"--columns.caption {field.name}: it holds {field.type}, not text or lists "
+            "of text; name another column"
+        )

@@ -1,0 +1,264 @@
+"""The tokenizer of a dataset: trained on the corpus or loaded, stored, and encoding.
+
+Owns the files of `DATASET/tokenizer/` and how captions become ids. Does not own
+caption cleaning (`pipeline.captions`) or the choice of training captions
+(`pipeline.plan`). Uses `tokenizers` alone: `transformers` would bring torch along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from pipeline.manifest import SPECIAL_TOKENS, TOKENIZER, TokenizerInfo
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_COPIED = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json")
+_TRAINED_SPECIALS = {name: f"[{name.upper()}]" for name in SPECIAL_TOKENS}
+_KNOWN_SPECIALS = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+# RoBERTa's kin name the same roles differently.
+_STAND_INS = {"cls": "bos", "sep": "eos"}
+# BERT's vocabularies hold about as many characters; the rarer ones become [UNK].
+_MAX_ALPHABET = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTokenizer:
+    """Files of `tokenizer/` by name, and what the manifest says about them."""
+
+    files: Mapping[str, bytes]
+    info: TokenizerInfo
+
+    def write(self, directory: Path) -> None:
+        """Write the files below `directory`."""
+        directory.mkdir(exist_ok=True)
+        for name, data in self.files.items():
+            (directory / name).write_bytes(data)
+
+
+class CaptionEncoder:
+    """Captions to ids: each caption ended by the separator, nothing else added."""
+
+    def __init__(self, stored: StoredTokenizer) -> None:
+        self._tokenizer = _plain(stored.files[TOKENIZER_JSON])
+        self._sep = stored.info.special_ids["sep"]
+        self._dtype = stored.info.dtype
+
+    def encode(self, captions: list[str]) -> tuple[list[str], np.ndarray]:
+        """The captions that have tokens, and their ids (tokens,) end to end."""
+        kept, ids = [], []
+        for caption in captions:
+            encoded = self._tokenizer.encode(caption, add_special_tokens=False).ids
+            if encoded:
+                kept.append(caption)
+                ids += [*encoded, self._sep]
+        return kept, np.array(ids, dtype=self._dtype)
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int) -> StoredTokenizer:
+    """A lower-case WordPiece of at most `vocabulary` entries: equal captions in equal
+    order, equal bytes.
+
+    The library numbers the `##` alphabet in hash order and breaks ties of its merges by
+    those numbers, so runs differ. Here the alphabet is counted and numbered before
+    training, its `##` half as special tokens; the model is then rebuilt from the
+    vocabulary, where they are entries like any other.
+    """
+    tokenizer = _untrained({})
+    words = _word_counts(tokenizer, captions)
+    alphabet, continuing = _alphabet(words, vocabulary)
+    specials = list(_TRAINED_SPECIALS.values())
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials + [f"##{character}" for character in continuing],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_repeated(words), trainer)
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer = _untrained(entries)
+    tokenizer.add_special_tokens(specials)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": True,
+        **{f"{name}_token": token for name, token in _TRAINED_SPECIALS.items()},
+    }
+    files = {
+        TOKENIZER_JSON: tokenizer.to_str(pretty=True).encode(),
+        TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
+    }
+    return _stored(files, "the trained tokenizer")
+
+
+def load_tokenizer(name: str) -> StoredTokenizer:
+    """A fast tokenizer from a local directory or, where there is none, the hub.
+
+    Raises:
+        ValueError: not there, not a fast one, or without the roles the trainer needs.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        directory = _downloaded(name)
+    if not (directory / TOKENIZER_JSON).is_file():
+        raise ValueError(
+            f"--tokenizer {name}: no {TOKENIZER_JSON} in it, so it is not a fast "
+            f"tokenizer; convert it once with transformers: AutoTokenizer."
+            f"from_pretrained({name!r}).save_pretrained(DIR), and give DIR"
+        )
+    paths = [directory / file for file in _COPIED]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return _stored(files, f"--tokenizer {name}")
+
+
+def read_tokenizer(directory: Path) -> StoredTokenizer:
+    """The tokenizer that a dataset directory already holds."""
+    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    return _stored(files, str(directory))
+
+
+def _untrained(entries: Mapping[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(
+        models.WordPiece(dict(entries), unk_token=_TRAINED_SPECIALS["unk"])
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _word_counts(tokenizer: Tokenizer, captions: Iterable[str]) -> Counter[str]:
+    words: Counter[str] = Counter()
+    for caption in captions:
+        text = tokenizer.normalizer.normalize_str(caption)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return words
+
+
+def _alphabet(words: Mapping[str, int], vocabulary: int) -> tuple[list[str], list[str]]:
+    """The commonest characters, and those of them that also occur inside words."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    room = min(_MAX_ALPHABET, (vocabulary - len(SPECIAL_TOKENS)) // 2)
+    common = sorted(counts, key=lambda character: (-counts[character], character))
+    alphabet = sorted(common[:room])
+    inside = {character for word in words if len(word) > 1 for character in word}
+    return alphabet, [character for character in alphabet if character in inside]
+
+
+def _repeated(words: Mapping[str, int]) -> Iterable[str]:
+    """Words as often as they occurred, in an order that depends on nothing else."""
+    for word in sorted(words):
+        for start in range(0, words[word], 1000):
+            yield " ".join([word] * min(1000, words[word] - start))
+
+
+def _downloaded(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=list(_COPIED))
+        )
+    except HFValidationError:
+        cause = "no such directory"
+    except Exception as error:  # offline, unknown name, gated: all mean "not loaded"
+        cause = str(error).strip().splitlines()[0]
+    raise ValueError(
+        f"--tokenizer {name!r} is neither a directory here nor loadable from the hub "
+        f"({cause}); give a directory with {TOKENIZER_JSON}, or train:8000 to train one"
+    )
+
+
+def _plain(tokenizer_json: bytes) -> Tokenizer:
+    """A tokenizer that reads "[SEP]" in a caption as text and never cuts or pads."""
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _stored(files: Mapping[str, bytes], name: str) -> StoredTokenizer:
+    try:
+        tokenizer = _plain(files[TOKENIZER_JSON])
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{name}: {TOKENIZER_JSON} does not load: {error}") from error
+    tokens = _special_tokens(files, tokenizer, name)
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    special_ids = {role: entries[token] for role, token in tokens.items()}
+    for token in tokens.values():
+        ids = tokenizer.encode(f"a {token} b", add_special_tokens=False).ids
+        forbidden = set(ids) & {
+            special_ids["sep"],
+            special_ids["cls"],
+            special_ids["mask"],
+        }
+        if forbidden:
+            raise ValueError(
+                f"{name} turns the text {token!r} inside a caption into a special "
+                "token, which would split captions; mark it special in "
+                f"{TOKENIZER_JSON} (added_tokens), or use train:8000"
+            )
+    info = TokenizerInfo(
+        path=TOKENIZER,
+        sha256=hashlib.sha256(files[TOKENIZER_JSON]).hexdigest(),
+        vocab_size=max(entries.values()) + 1,
+        special_ids=special_ids,
+    )
+    return StoredTokenizer(files=files, info=info)
+
+
+def _special_tokens(
+    files: Mapping[str, bytes], tokenizer: Tokenizer, name: str
+) -> dict[str, str]:
+    """Text of the token of each role: as configured, else by its usual name."""
+    configured: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        configured |= json.loads(files.get(file, b"{}"))
+    tokens = {}
+    for role in SPECIAL_TOKENS:
+        names = [role, _STAND_INS.get(role, role)]
+        values = [configured.get(f"{key}_token") for key in names]
+        texts = [
+            value["content"] if isinstance(value, dict) else value for value in values
+        ]
+        candidates = [text for text in texts if text] + list(_KNOWN_SPECIALS[role])
+        present = [
+            text for text in candidates if tokenizer.token_to_id(text) is not None
+        ]
+        if present:
+            tokens[role] = present[0]
+    missing = [role for role in SPECIAL_TOKENS if role not in tokens]
+    if missing:
+        raise ValueError(
+            f"{name} has no {' and no '.join(missing)} token, which masked training "
+            "needs; use a BERT- or RoBERTa-like tokenizer, or train:8000"
+        )
+    return tokens
