@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def start_world() -> World:
         deepspeed.init_distributed(dist_backend="nccl", verbose=False)
     else:
         device = torch.device("cpu")
+        _skip_shared_memory_op()
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         if "OMP_NUM_THREADS" not in os.environ:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
@@ -76,7 +78,8 @@ def start_world() -> World:
 def quiet_deepspeed() -> None:
     """Leave the terminal to the run: DeepSpeed logs warnings and worse only."""
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that this torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
@@ -155,6 +158,18 @@ def apply_step(engine: Any, *, lr: float, clip: float) -> float:
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip)
     engine.step()
     return float(norm if own_norm else engine.get_global_grad_norm())
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an extension, for which it needs a C++ compiler and
+    half a minute, that only its inference uses.
+    """
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def _free_port() -> int:

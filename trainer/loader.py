@@ -1,7 +1,8 @@
 """Batches: from the places of a step to tensors on the host, ahead of time.
 
 Owns which caption and crop a sample gets, micro-batches, the counts that normalise the
-losses, and the sample digest. Does not own sample order (`trainer.order`), bytes (`trainer.dataset`) or masks (`trainer.masking`).
+losses, and the sample digest. Does not own sample order (`trainer.order`), bytes
+(`trainer.dataset`) or masks (`trainer.masking`).
 """
 
 from __future__ import annotations

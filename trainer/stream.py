@@ -14,7 +14,7 @@ S longest segment.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Stream:
 
     def to(self, device: torch.device) -> Self:
         """The same stream on `device`, copied without blocking the host."""
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -1,0 +1,68 @@
+"""`python -m trainer.report RUN [RUN ...] --output FILE`: runs as one page to show.
+
+Owns the command. What is read is in `trainer.report_data`, the page in
+`trainer.report_page`, its charts in `trainer.report_charts`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from pipeline.config import parse, run
+
+PROG = "trainer.report"
+DESCRIPTION = """\
+Write one HTML file about one or several runs that opens offline: data, losses, probes,
+reconstructions, speeds, configurations and commands.
+
+  python -m trainer.report runs/first runs/second --output report.html
+
+Whatever a run does not have yet is named, with the command that makes it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Which runs to show, and where."""
+
+    runs: list[str]
+    """Run directories that trainer.pretrain wrote (the first words of the command)."""
+    output: str
+    """The HTML file to write; an old one is replaced."""
+    samples: int = 8
+    """Sample pairs shown of each dataset."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the runs, write the page."""
+    config = parse(
+        ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION
+    )
+    from trainer.report_data import read_datasets, read_runs
+    from trainer.report_page import page
+
+    runs = read_runs([Path(path) for path in config.runs])
+    text = page(runs, read_datasets(runs, samples=config.samples))
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, output)
+    print(output)
+
+
+def _runs_as_key(argv: Sequence[str]) -> list[str]:
+    """`RUN RUN --output F` as `--runs=["RUN", "RUN"] --output F`."""
+    runs = list(takewhile(lambda word: not word.startswith("-"), argv))
+    rest = list(argv[len(runs) :])
+    return [f"--runs={json.dumps(runs)}", *rest] if runs else rest
+
+
+if __name__ == "__main__":
+    run(main, PROG)

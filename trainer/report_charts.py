@@ -1,0 +1,264 @@
+"""Charts of a report as inline SVG: curves over steps, and means with intervals.
+
+Owns scales, ticks and marks. Colours come from the page's style sheet by class, `s0`
+to `s7` for runs, so that charts follow the reader's light or dark theme. Does not own
+what is drawn (`trainer.report_page`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+SERIES_COLOURS = 8
+_POINTS = 320
+_WIDTH, _HEIGHT = 560, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 34
+_ROW = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A metric of one run."""
+
+    name: str
+    colour: int
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with its 95 % interval, on a row of its own."""
+
+    label: str
+    colour: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Linear map of [low, high] to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers in [low, high]."""
+    rough = (high - low) / max(count, 1)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float, step: float | None = None) -> str:
+    """`value` for people: as many decimals as `step` between ticks needs, else three
+    significant digits.
+    """
+    if value == 0:
+        return "0"
+    if step is None:
+        step = 10 ** (math.floor(math.log10(abs(value))) - 2)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    # 0.25 needs a digit more than its power of ten says.
+    while decimals < 12 and abs(round(step, decimals) - step) > step * 1e-6:
+        decimals += 1
+    if step < 1e-4:
+        return f"{value:.2g}"
+    return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average over about `span` values, unbiased at the start."""
+    keep = 1 - 1 / max(span, 1.0)
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def thin(
+    steps: Sequence[float], values: Sequence[float], *, extremes: bool
+) -> list[tuple[float, float]]:
+    """At most about `_POINTS` points: of each bucket the lowest and highest in order
+    (`extremes`), or the last. Both ends stay.
+    """
+    points = list(zip(steps, values, strict=True))
+    if len(points) <= _POINTS:
+        return points
+    size = math.ceil(len(points) / (_POINTS / 2 if extremes else _POINTS))
+    kept = [points[0]]
+    for first in range(0, len(points), size):
+        bucket = points[first : first + size]
+        if extremes:
+            ends = {min(bucket, key=_value), max(bucket, key=_value)}
+            kept += sorted(ends)
+        else:
+            kept.append(bucket[-1])
+    return [*kept, points[-1]]
+
+
+def curves(
+    series: Sequence[Series],
+    *,
+    label: str,
+    height: int = _HEIGHT,
+    raw: bool = True,
+    zero: bool = False,
+) -> str:
+    """Lines over steps: each series smoothed, and faint as it was written (`raw`).
+
+    Args:
+        label: what the chart shows, for screen readers.
+        zero: start the axis at 0.
+    """
+    drawn = [one for one in series if one.values]
+    if not drawn:
+        return ""
+    last = max(one.steps[-1] for one in drawn)
+    first = min(one.steps[0] for one in drawn)
+    # Smoothed over a fiftieth of the run; without raw lines a curve is exact.
+    lines = [smooth(one.values, len(one.values) / 50 if raw else 1) for one in drawn]
+    low, high = _range(drawn, lines, zero=zero)
+    x = Scale(low=first, high=max(last, first + 1), start=_LEFT, end=_WIDTH - _RIGHT)
+    y = Scale(low=low, high=high, start=height - _BOTTOM, end=_TOP)
+    marks = []
+    for one, line in zip(drawn, lines, strict=True):
+        colour = f"s{one.colour % SERIES_COLOURS}"
+        if raw:
+            points = thin(one.steps, one.values, extremes=True)
+            marks.append(_path(points, x, y, f"raw {colour}"))
+        points = thin(one.steps, line, extremes=False)
+        marks.append(_path(points, x, y, f"line {colour}", escape(one.name)))
+    frame = _y_grid(y, _WIDTH) + _x_axis(x, height, "step")
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(label)}">{frame}'
+        f'<svg x="0" y="{_TOP - 4}" width="{_WIDTH}" '
+        f'height="{height - _BOTTOM - _TOP + 8}" viewBox="0 {_TOP - 4} {_WIDTH} '
+        f'{height - _BOTTOM - _TOP + 8}">{"".join(marks)}</svg></svg>'
+    )
+
+
+def intervals(estimates: Sequence[Estimate], *, label: str, zero: bool = False) -> str:
+    """Dots with 95 % intervals, one row each, values written beside them.
+
+    Args:
+        zero: draw the line at 0, which a gap has to clear.
+    """
+    ends = [end for one in estimates for end in (one.low, one.high, one.mean)]
+    low, high = min([*ends, *([0.0] if zero else [])]), max([*ends, 0.0 if zero else -math.inf])
+    margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    left, right = 118, 76
+    x = Scale(low=low - margin, high=high + margin, start=left, end=_WIDTH - right)
+    height = _ROW * len(estimates) + _BOTTOM + 4
+    rows = []
+    for place, one in enumerate(estimates):
+        y = _ROW * (place + 0.5) + 4
+        colour = f"s{one.colour % SERIES_COLOURS}"
+        title = f"{one.mean:.5g}, 95 % interval {one.low:.5g} to {one.high:.5g}"
+        rows.append(
+            f'<g class="{colour}"><title>{escape(one.label)}: {title}</title>'
+            f'<text class="row" x="{left - 12}" y="{y + 4}">{escape(one.label)}</text>'
+            f'<line class="whisker" x1="{x(one.low):.1f}" x2="{x(one.high):.1f}" '
+            f'y1="{y}" y2="{y}"/>'
+            f'<circle class="dot" cx="{x(one.mean):.1f}" cy="{y}" r="5"/>'
+            f'<text class="value" x="{_WIDTH - right + 12}" y="{y + 4}">'
+            f"{number(one.mean, 10 ** _decade(high - low))}</text></g>"
+        )
+    axis = _x_axis(x, height, "", grid=True)
+    if zero:
+        axis += (
+            f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" '
+            f'y2="{height - _BOTTOM}"/>'
+        )
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(label)}">{axis}{"".join(rows)}</svg>'
+    )
+
+
+def _decade(span: float) -> int:
+    """Power of ten of the last digit worth showing over `span`."""
+    return math.floor(math.log10(span)) - 2 if span > 0 else -3
+
+
+def _value(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+def _range(
+    series: Sequence[Series], lines: Sequence[Sequence[float]], *, zero: bool
+) -> tuple[float, float]:
+    """Of the smoothed lines past the first hundredth, and of nearly all raw values: the
+    first steps of a run would press the rest flat.
+    """
+    settled = [value for line in lines for value in line[len(line) // 100 :]]
+    raw = sorted(value for one in series for value in one.values)
+    low = min([*settled, raw[len(raw) // 200]])
+    high = max([*settled, raw[-1 - len(raw) // 50]])
+    low = min(low, 0.0) if zero else low
+    margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
+    return (low if zero and low == 0 else low - margin), high + margin
+
+
+def _path(
+    points: Sequence[tuple[float, float]],
+    x: Scale,
+    y: Scale,
+    classes: str,
+    title: str = "",
+) -> str:
+    place: Callable[[tuple[float, float]], str] = lambda p: f"{x(p[0]):.1f} {y(p[1]):.1f}"  # noqa: E731
+    if len(points) == 1:
+        return f'<circle class="dot {classes}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3"/>'
+    path = "M" + "L".join(place(point) for point in points)
+    return f'<path class="{classes}" d="{path}"><title>{title}</title></path>'
+
+
+def _y_grid(y: Scale, width: int) -> str:
+    marks = ticks(y.low, y.high, 5)
+    step = marks[1] - marks[0] if len(marks) > 1 else None
+    return "".join(
+        f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(mark):.1f}" '
+        f'y2="{y(mark):.1f}"/><text class="tick end" x="{_LEFT - 8}" '
+        f'y="{y(mark) + 4:.1f}">{number(mark, step)}</text>'
+        for mark in marks
+    )
+
+
+def _x_axis(x: Scale, height: int, name: str, *, grid: bool = False) -> str:
+    marks = ticks(x.low, x.high, 5)
+    step = marks[1] - marks[0] if len(marks) > 1 else None
+    base = height - _BOTTOM
+    parts = [
+        f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{base}" y2="{base}"/>'
+    ]
+    for mark in marks:
+        at = f"{x(mark):.1f}"
+        if grid:
+            parts.append(
+                f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{base}"/>'
+            )
+        parts.append(
+            f'<text class="tick mid" x="{at}" y="{base + 16}">{number(mark, step)}'
+            "</text>"
+        )
+    parts.append(
+        f'<text class="tick end" x="{x.end}" y="{base + 31}">{escape(name)}</text>'
+    )
+    return "".join(parts)

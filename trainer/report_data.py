@@ -1,0 +1,192 @@
+"""What a report is made of: runs and datasets, as far as they have got.
+
+Owns reading them. Nothing but the run directory itself has to exist: a part that is
+missing is None or empty, or carries the reason. Does not own how anything looks
+(`trainer.report_page`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+from tokenizers import Tokenizer
+
+from pipeline.config import flat
+from pipeline.manifest import TOKENIZER, Manifest
+from trainer.contract import COMPLETE, CONFIG, METRICS, read_metrics
+from trainer.dataset import Dataset
+
+COMMANDS = "commands.txt"
+PROBES = "probes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+    name: str
+    """Last part of the path, or all of it where two runs share that."""
+    config: Mapping[str, Any]
+    """Flat: dotted keys."""
+    metrics: Sequence[Mapping[str, Any]]
+    probes: Mapping[str, Any] | None
+    commands: Sequence[str]
+    complete: bool
+
+    @property
+    def data(self) -> Path | None:
+        """Dataset directory it was trained on, if that is known."""
+        found = self.config.get("data") or (self.probes or {}).get("data")
+        return Path(found) if found else None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of a metric, as long as it was written."""
+        pairs = [
+            (float(row["step"]), float(row[name]))
+            for row in self.metrics
+            if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+        ]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def typical(self, name: str) -> float | None:
+        """Median of a metric over the steps."""
+        values = self.curve(name)[1]
+        return median(values) if values else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePair:
+    """A sample as the trainer reads it."""
+
+    uid: str
+    jpeg: bytes
+    captions: Sequence[Sequence[str]]
+    """The tokens of each caption, separators included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetView:
+    """A dataset directory and a few of its samples."""
+
+    path: Path
+    split: str
+    manifest: Manifest | None
+    samples: Sequence[SamplePair]
+    problem: str
+    """Why `manifest` or `samples` is missing, or nothing."""
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs at `paths`.
+
+    Raises:
+        ValueError: no such directory, or nothing in it that a run has; a run twice; a
+            file that is damaged.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a run is named twice: name each run directory once")
+    names = [path.resolve().name for path in paths]
+    return [
+        _read_run(path, name if names.count(name) == 1 else str(path))
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def read_datasets(runs: Sequence[Run], *, samples: int) -> list[DatasetView]:
+    """Each dataset that a run was trained on, once."""
+    splits = {
+        run.data: str(run.config.get("split", "train")) for run in runs if run.data
+    }
+    return [read_dataset(path, split, samples) for path, split in splits.items()]
+
+
+def read_dataset(path: Path, split: str, samples: int) -> DatasetView:
+    """A dataset with `samples` pairs spread evenly over a split."""
+    manifest, pairs, problem = None, [], ""
+    try:
+        dataset = Dataset(path, split)
+        manifest = dataset.manifest
+        pairs = _read_samples(dataset, samples)
+    except (ValueError, OSError) as error:
+        # A moved or deleted dataset takes its section from the page, not the page.
+        problem = str(error)
+    return DatasetView(
+        path=path, split=split, manifest=manifest, samples=pairs, problem=problem
+    )
+
+
+def _read_run(path: Path, name: str) -> Run:
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is no directory: name run directories of trainer.pretrain"
+        )
+    present = [file for file in (CONFIG, METRICS, PROBES) if (path / file).is_file()]
+    if not present:
+        raise ValueError(
+            f"{path} is no run: it has no {CONFIG}, {METRICS} or {PROBES}. Name run "
+            "directories of trainer.pretrain"
+        )
+    commands = path / COMMANDS
+    return Run(
+        path=path,
+        name=name,
+        config=_read_config(path / CONFIG),
+        metrics=[row for row in read_metrics(path) if "step" in row],
+        probes=_read_probes(path / PROBES),
+        commands=commands.read_text().splitlines() if commands.is_file() else (),
+        complete=(path / COMPLETE).is_file(),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return flat(yaml.safe_load(path.read_text()) or {})
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_probes(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): run trainer.evaluate") from error
+
+
+def _read_samples(dataset: Dataset, count: int) -> list[SamplePair]:
+    file = dataset.root / TOKENIZER / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    places = dataset.places()
+    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round()
+    places = places[chosen.astype(np.int64)]
+    pairs = []
+    for (shard, _), record in zip(places, dataset.records(places), strict=True):
+        captions = dataset.captions(int(shard), record)
+        pairs.append(
+            SamplePair(
+                uid=f"{int(record['uid']):016x}",
+                jpeg=bytes(dataset.jpeg(int(shard), record)),
+                captions=[
+                    [tokenizer.id_to_token(int(token)) or "?" for token in caption]
+                    for caption in captions
+                ],
+            )
+        )
+    return pairs
