@@ -33,6 +33,10 @@ class Lease:
         self._stop = threading.Event()
         self._renewal = threading.Thread(target=self._renew, daemon=True)
 
+    def refuse_if_held(self) -> None:
+        """Raise ValueError where another driver holds the lease, without taking it."""
+        self._refuse_if_alive(self._read())
+
     def __enter__(self) -> Lease:
         """Take the lease.
 

@@ -173,6 +173,9 @@ def _sample(
     Raises:
         Rejected: with the reason that is counted.
     """
+    images = [cells[work.columns.image] for cells in rows]
+    if any(cell != images[0] for cell in images):
+        raise Rejected("failed", "images_differ", "rows of one id have several images")
     cells = [cells[name] for cells in rows for name in work.columns.captions]
     captions, ids = encoder.encode(clean_captions(cells))
     if not captions:
@@ -180,7 +183,7 @@ def _sample(
     row |= {"caption": captions[0], "captions": captions, "n_captions": len(captions)}
     row["n_tokens"] = len(ids)
     try:
-        data = read_image(rows[0][work.columns.image], work.folder)
+        data = read_image(images[0], work.folder)
         row["sha256"] = hashlib.sha256(data).hexdigest()
         image = encode_image(data, work.image)
     except ImageError as error:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -123,7 +124,8 @@ def _set_environment(*, local: bool) -> None:
     """Settings that Ray reads from the environment alone, once, when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if local and "RAY_AUTH_MODE" not in os.environ:
+    imported = "ray" in sys.modules
+    if local and not imported and "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface, so it needs a token. Given none, it would
         # leave one in the home directory that later clusters pick up unasked.
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -176,7 +178,8 @@ def _result(reference: ray.ObjectRef) -> Any:
         raise OSError(f"a task failed: {error.cause!r}") from error
     except ray.exceptions.RayError as error:
         raise OSError(
-            f"Ray lost a task for good ({_first_line(error)}); the same command continues"
+            f"Ray lost a task for good ({_first_line(error)}); run the same command "
+            "again to continue"
         ) from error
 
 

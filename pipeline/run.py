@@ -21,7 +21,7 @@ import tokenizers
 from pipeline.dataset import DatasetWriter
 from pipeline.images import codec_versions
 from pipeline.lease import Lease
-from pipeline.manifest import SCHEMA_VERSION, Manifest, canonical_json
+from pipeline.manifest import SCHEMA_VERSION, SPECIAL_TOKENS, Manifest, canonical_json
 from pipeline.options import PreprocessConfig
 from pipeline.plan import Plan, RangeInputs, across_splits, make_plan
 from pipeline.progress import Progress, progress_path
@@ -54,6 +54,8 @@ def preprocess(config: PreprocessConfig) -> Manifest:
         if manifest := writer.finished():
             _say(f"{config.output} is already complete")
             return manifest
+    lease = Lease(writer.lease_path)
+    lease.refuse_if_held()
     plan = make_plan(config, source, columns)
     _report_plan(config, plan)
     tokenizer = tokenizer or _trained(config, plan)
@@ -71,7 +73,7 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     }
     with session(config.workers):
         writer.create()
-        with Lease(writer.lease_path) as lease:
+        with lease:
             writer.begin(described, tokenizer)
             work = Work(
                 staging=writer.staging,
@@ -109,6 +111,11 @@ def _trained(config: PreprocessConfig, plan: Plan) -> StoredTokenizer:
     start = time.monotonic()
     tokenizer = train_tokenizer(plan.tokenizer_captions(), vocabulary)
     size = tokenizer.info.vocab_size
+    if size == len(SPECIAL_TOKENS):
+        raise ValueError(
+            "no caption outside the held-out splits to train a tokenizer on; check "
+            "--columns.caption, or give --tokenizer a directory"
+        )
     _say(f"tokenizer: {size} entries, trained in {time.monotonic() - start:.1f} s")
     return tokenizer
 

@@ -115,7 +115,7 @@ class ShardWriter:
         parts: list[bytes] = []
         at = {}
         for name in MEMBERS:
-            header = _header(f"{sample.key}.{name}", len(payloads[name]))
+            header = member_header(f"{sample.key}.{name}", len(payloads[name]))
             at[name] = start + sum(len(part) for part in parts) + len(header)
             parts += [header, payloads[name], _padding(len(payloads[name]))]
         span = b"".join(parts)
@@ -206,7 +206,8 @@ class ShardWriter:
         }
 
 
-def _header(name: str, size: int) -> bytes:
+def member_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member: the contract leaves no freedom in them."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     return member.tobuf(tarfile.USTAR_FORMAT)
