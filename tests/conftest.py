@@ -1,0 +1,79 @@
+"""What tests share: a small real dataset, and ways to start the real commands."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EMOJI = ROOT / "examples" / "emoji.parquet"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def python(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` from the repository root; stdout and stderr as one text."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def deepspeed_command(ranks: int, *words: str | Path) -> list[str]:
+    """The launcher with `ranks` ranks on trainer.pretrain, one thread each."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [
+        str(launcher),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "trainer.pretrain",
+        *map(str, words),
+    ]
+
+
+def launch_environment() -> dict[str, str]:
+    """Environment in which a rank's numbers do not depend on the machine's cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 240 emoji at 32 px in train and val shards, made by the pipeline."""
+    output = tmp_path_factory.mktemp("emoji") / "shards"
+    done = python(
+        "-m",
+        "pipeline.preprocess",
+        "--config",
+        ROOT / "examples" / "emoji.yaml",
+        "--output",
+        output,
+        "--limit=240",
+        "--shard.samples=64",
+        "--image.size=32",
+        "--tokenizer=train:600",
+        "--split.val=0.25",
+        "--workers=2",
+    )
+    assert done.returncode == 0, done.stdout
+    return output

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from pipeline.config import ConfigError, differences, flat, parse, to_yaml
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A group."""
+
+    width: int = 8
+    """How wide."""
+    kind: Literal["plain", "fancy"] = "plain"
+    """Which kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """All keys."""
+
+    data: str
+    """Where."""
+    rate: float | None = None
+    """How fast."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def build(*argv: str, recipes: Path | None = None) -> Outer:
+    return parse(
+        Outer, argv, prog="x", description="x", positional="data", recipes=recipes
+    )
+
+
+def test_flags_override_the_file_wherever_config_stands(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: from-file\ninner: {width: 3, kind: fancy}\n")
+    for argv in (
+        ["--config", str(file), "--inner.width", "5"],
+        ["--inner.width=5", f"--config={file}"],
+    ):
+        config = build(*argv)
+        assert (config.data, config.inner.width) == ("from-file", 5)
+        assert config.inner.kind == "fancy"
+
+
+def test_recipe_is_found_by_name(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("data: recipe\n")
+    for name in ("small", "small.yaml"):
+        assert build("--config", name, recipes=tmp_path).data == "recipe"
+    with pytest.raises(ConfigError, match="Did you mean 'small'"):
+        build("--config", "smal", recipes=tmp_path)
+
+
+def test_first_word_is_the_positional_key() -> None:
+    assert build("here", "--rate", "2").data == "here"
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (["d", "--inner.widht", "3"], "'inner.width'"),
+        (["d", "--width", "3"], "'inner.width'"),
+        (["d", "--rte", "3"], "'rate'"),
+    ],
+)
+def test_unknown_flag_names_the_nearest(argv: list[str], suggestion: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key .*Did you mean {suggestion}"):
+        build(*argv)
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: d\ninner: {widht: 3}\n")
+    with pytest.raises(ConfigError, match=r"'inner.widht'.*'inner.width'"):
+        build("--config", str(file))
+    file.write_text("data: d\nrte: 3\n")
+    with pytest.raises(ConfigError, match=r"'rte'.*'rate'"):
+        build("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--data must be given"),
+        (["d", "--inner.width", "wide"], "inner.width"),
+        (["d", "--inner.kind", "odd"], "inner.kind"),
+        (["d", "surplus"], "surplus"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_every_refusal_is_one_line(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(*argv)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_abbreviated_flags_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        build("--dat", "d")
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = build("d", "--inner.width", "5", "--rate", "0.5")
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config))
+    assert build("--config", str(file)) == config
+
+
+def test_differences_name_dotted_keys() -> None:
+    old = yaml.safe_load(to_yaml(build("d")))
+    new = yaml.safe_load(to_yaml(build("d", "--inner.width", "9")))
+    assert list(differences(old, new)) == ["inner.width: 8 -> 9"]
+    assert flat(old)["inner.kind"] == "plain"
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.preprocess", "trainer.pretrain", "trainer.evaluate"]
+)
+def test_help_explains_every_key(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    flags = [line for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert len(flags) > 8
+    # The parser prints a key without a docstring as nothing but its type.
+    assert not re.findall(r"^  --([\w.]+) \S+\s+\((?:type|required)", done.stdout, re.M)

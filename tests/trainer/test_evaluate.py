@@ -1,0 +1,111 @@
+"""Probes on a real run of the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import launch_environment, python
+from tests.trainer.tiny import TINY, config
+from trainer.dataset import Dataset
+from trainer.probes import Losses, load_pairs, partners, summarise
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evaluate") / "run"
+    words = (*TINY, f"--data={shards}", f"--output={output}", "--max_steps=2")
+    done = python("-m", "trainer.pretrain", *words, env=launch_environment())
+    assert done.returncode == 0, done.stdout
+    return output
+
+
+def evaluate(run: Path, *more: str) -> str:
+    words = ("-m", "trainer.evaluate", run, "--task=probes", "--examples=2", *more)
+    done = python(*words, env=launch_environment())
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_probes_write_results_with_intervals_and_pictures(run: Path) -> None:
+    printed = evaluate(run, "--group=base")
+    result = json.loads((run / "probes.json").read_text())
+    n_val = len(Dataset(result["data"], "val"))
+    assert result["pairs"] == n_val
+    assert 1 < result["groups"] <= n_val
+    for probe, wrong in (("mlm", "blank"), ("recon", "empty")):
+        assert set(result[probe]["conditions"]) == {"true", "shuffled", wrong}
+        for entry in (
+            *result[probe]["conditions"].values(),
+            *result[probe]["gaps"].values(),
+        ):
+            low, high = entry["ci95"]
+            assert low <= entry["mean"] <= high
+        assert probe in printed
+    for figure in result["figures"]:
+        assert Image.open(run / figure["file"]).size[0] > 400
+    for pair in result["top_words"]:
+        assert Image.open(run / pair["image"]).size == (16, 16)
+        masked = [token for token in pair["tokens"] if token["masked"]]
+        assert masked
+        for token in masked:
+            shares = [share for _, share in token["top5"]]
+            assert len(shares) == 5
+            assert shares == sorted(shares, reverse=True)
+
+
+def test_the_same_seed_measures_the_same(run: Path) -> None:
+    results = []
+    for _ in range(2):
+        evaluate(run, "--max_pairs=20", "--seed=3")
+        results.append(json.loads((run / "probes.json").read_text()))
+    assert results[0] == results[1]
+    assert results[0]["pairs"] == 20
+
+
+def test_wrong_calls_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:
+    for words, expected in (
+        ((tmp_path,), "is no run"),
+        ((run, "--split=test"), "has: train, val"),
+        ((run, "--group=colour"), "columns.keep colour"),
+        ((run, "--task=probe"), "task"),
+    ):
+        done = python("-m", "trainer.evaluate", *words, env=launch_environment())
+        assert done.returncode in (1, 2)
+        assert "Traceback" not in done.stdout
+        assert expected in done.stdout.splitlines()[-1]
+
+
+def test_partners_are_other_pairs_of_other_groups(shards: Path, run: Path) -> None:
+    dataset = Dataset(shards, "val")
+    keys = config(shards, run)
+    pairs = load_pairs(dataset, keys, seed=0, limit=None, group="base")
+    partner = partners(pairs, seed=0)
+    assert (pairs.groups[partner] != pairs.groups).all()
+    assert len(set(partner.tolist())) > len(pairs) / 3
+
+
+def test_intervals_cover_a_known_gap_and_resample_groups_whole() -> None:
+    generator = np.random.default_rng(0)
+    true = generator.normal(1.0, 0.1, 400)
+    counts = np.ones(400)
+    losses = {
+        "true": Losses(sums=true, counts=counts),
+        "worse": Losses(sums=true + generator.normal(0.2, 0.1, 400), counts=counts),
+    }
+    alone = summarise(losses, np.arange(400), 0)["gaps"]["worse"]
+    assert alone["ci95"][0] < 0.2 < alone["ci95"][1]
+    assert alone["mean"] == pytest.approx(0.2, abs=0.02)
+    # Four copies of a hundred pairs are no more evidence than the hundred.
+    copies = {
+        name: Losses(sums=np.tile(loss.sums[:100], 4), counts=counts)
+        for name, loss in losses.items()
+    }
+    grouped = summarise(copies, np.tile(np.arange(100), 4), 0)["gaps"]["worse"]
+    naive = summarise(copies, np.arange(400), 0)["gaps"]["worse"]
+    width = [interval[1] - interval[0] for interval in (grouped["ci95"], naive["ci95"])]
+    assert width[0] > 1.6 * width[1]

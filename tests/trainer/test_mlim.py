@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.masking import MaskConfig, Masks, mam
+from trainer.models.mlim import (
+    MlimConfig,
+    MlimForPreTraining,
+    MlimInputs,
+    compact,
+    masked_words,
+    recon_pixels,
+)
+from trainer.stream import capacity, lay_out
+
+SIZE, V, MASK = 16, 50, 4
+TINY = MlimConfig(
+    layers=2,
+    width=16,
+    heads=2,
+    ffn_width=32,
+    embedder_widths=(6, 8),
+    embedder_hidden=8,
+    decoder_widths=(8, 8, 8),
+)
+GRID = SIZE // TINY.patch_size
+
+
+def build(config: MlimConfig = TINY) -> MlimForPreTraining:
+    torch.manual_seed(0)
+    model = MlimForPreTraining(
+        config,
+        vocab_size=V,
+        special_ids={"mask": MASK},
+        max_text=20,
+        image_size=SIZE,
+    )
+    # Larger weights than a fresh model's, so that wrong rows cannot hide.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(lengths: list[int], seed: int = 0) -> tuple[MlimInputs, Masks]:
+    generator = torch.Generator().manual_seed(seed)
+    stream = lay_out(np.array(lengths), GRID**2)
+    ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
+    ids[: stream.text_used] = torch.randint(
+        5, V, (stream.text_used,), generator=generator
+    )
+    pixels = torch.randint(
+        0, 256, (len(lengths), SIZE, SIZE, 3), dtype=torch.uint8, generator=generator
+    )
+    masks = mam(
+        MaskConfig(),
+        seed=seed,
+        epoch=0,
+        uids=torch.arange(len(lengths)) * 7919,
+        n_text=stream.n_words,
+        text_capacity=max(lengths),
+        n_image=GRID**2,
+    )
+    inputs = MlimInputs(
+        stream=stream,
+        token_ids=ids,
+        pixels=pixels,
+        n_masked_words=capacity(int(masked_words(stream, masks).sum())),
+        n_recon_images=capacity(int(masks.image.any(1).sum())),
+    )
+    return inputs, masks
+
+
+def one(inputs: MlimInputs, masks: Masks, pair: int) -> tuple[MlimInputs, Masks]:
+    """A pair of a batch as a batch of its own."""
+    mine = (inputs.stream.text_pair == pair) & (
+        torch.arange(len(inputs.token_ids)) < inputs.stream.text_used
+    )
+    stream = lay_out(np.array([int(mine.sum())]), GRID**2)
+    ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
+    ids[: stream.text_used] = inputs.token_ids[mine]
+    row = slice(pair, pair + 1)
+    alone = Masks(mode=masks.mode[row], text=masks.text[row], image=masks.image[row])
+    return MlimInputs(
+        stream=stream,
+        token_ids=ids,
+        pixels=inputs.pixels[row],
+        n_masked_words=capacity(max(int(masks.text[pair].sum()), 1)),
+        n_recon_images=1,
+    ), alone
+
+
+LENGTHS = [7, 2, 12, 9, 3, 15, 8, 6, 4, 11]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_pair_does_not_see_its_neighbours_in_the_stream(norm: str) -> None:
+    model = build(dataclasses.replace(TINY, norm=norm))  # type: ignore[arg-type]
+    inputs, masks = batch(LENGTHS)
+    together = model.encode(inputs, masks)
+    bounds = inputs.stream.cu_seqlens
+    for pair in range(len(LENGTHS)):
+        alone = model.encode(*one(inputs, masks, pair))
+        rows = together[int(bounds[pair]) : int(bounds[pair + 1])]
+        torch.testing.assert_close(rows, alone[: len(rows)], atol=1e-5, rtol=1e-5)
+
+
+def test_losses_are_those_of_naive_loops() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    output = model(inputs, masks)
+    mlm, recon, correct = 0.0, 0.0, 0
+    side = TINY.patch_size
+    for pair, length in enumerate(LENGTHS):
+        alone_inputs, alone_masks = one(inputs, masks, pair)
+        hidden = model.encode(alone_inputs, alone_masks)
+        for word in range(length - 2):
+            if masks.text[pair, word]:
+                target = int(alone_inputs.token_ids[word + 1])
+                logits = model.word_logits(hidden[None, word + 1])[0]
+                mlm -= float(logits.detach().log_softmax(0)[target])
+                correct += int(logits.argmax()) == target
+        if masks.image[pair].any():
+            grid = hidden[length : length + GRID**2].T.reshape(1, -1, GRID, GRID)
+            restored = torch.sigmoid(model.decoder(grid))[0]
+            for position in masks.image[pair].nonzero().flatten().tolist():
+                top, left = divmod(position, GRID)
+                for y in range(top * side, (top + 1) * side):
+                    for x in range(left * side, (left + 1) * side):
+                        true = inputs.pixels[pair, y, x].float() / 255
+                        recon += float(
+                            (restored[:, y, x] - true).square().sum().detach()
+                        )
+    assert float(output.mlm_sum) == pytest.approx(mlm, rel=1e-4)
+    assert float(output.recon_sum) == pytest.approx(recon, rel=1e-4)
+    assert int(output.mlm_correct) == correct
+
+
+def test_whole_region_scores_every_pixel_of_images_with_a_mask() -> None:
+    config = dataclasses.replace(TINY, recon_region="whole")
+    model, (inputs, masks) = build(config), batch(LENGTHS)
+    hidden = model.encode(inputs, masks)
+    expected = 0.0
+    for pair in masks.image.any(1).nonzero().flatten():
+        restored = model.decode_images(hidden, inputs, pair[None])[0]
+        true = inputs.pixels[pair].permute(2, 0, 1).float() / 255
+        expected += float((restored - true).square().sum().detach())
+    assert float(model(inputs, masks).recon_sum) == pytest.approx(expected, rel=1e-5)
+    pixels = recon_pixels(masks, config)
+    assert torch.equal(pixels, masks.image.any(1) * SIZE * SIZE)
+
+
+def test_recon_counts_the_pixels_of_masked_squares() -> None:
+    _, masks = batch(LENGTHS)
+    expected = masks.image.sum(1) * TINY.patch_size**2
+    assert torch.equal(recon_pixels(masks, TINY), expected)
+
+
+def test_masked_pixels_and_words_cannot_be_seen() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    assert masks.image.any()
+    assert masks.text.any()
+    side = TINY.patch_size
+    hidden = masks.image.view(-1, GRID, GRID)
+    hidden = hidden.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+    pixels = torch.where(hidden, 255 - inputs.pixels, inputs.pixels)
+    words = masked_words(inputs.stream, masks)
+    ids = torch.where(words, 5 + inputs.token_ids % 7, inputs.token_ids)
+    changed = inputs._replace(pixels=pixels, token_ids=ids)
+    assert not torch.equal(changed.token_ids, inputs.token_ids)
+    before, after = model.encode(inputs, masks), model.encode(changed, masks)
+    assert torch.equal(before, after)
+
+
+def test_visible_pixels_and_words_are_seen() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    before = model.encode(inputs, masks)
+    flipped = inputs._replace(pixels=255 - inputs.pixels)
+    assert not torch.allclose(before, model.encode(flipped, masks))
+
+
+def test_capacities_do_not_change_losses_or_gradients() -> None:
+    inputs, masks = batch(LENGTHS)
+    roomy = inputs._replace(
+        n_masked_words=inputs.n_masked_words + 9, n_recon_images=len(LENGTHS)
+    )
+    results = []
+    for each in (inputs, roomy):
+        model = build()
+        output = model(each, masks)
+        (output.mlm_sum + output.recon_sum).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((output, gradients))
+    (tight, g_tight), (wide, g_wide) = results
+    torch.testing.assert_close(tight.mlm_sum, wide.mlm_sum)
+    torch.testing.assert_close(tight.recon_sum, wide.recon_sum)
+    assert len(g_tight) == len(list(build().parameters()))
+    for a, b in zip(g_tight, g_wide, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_masked_gives_loss_zero_and_finite_gradients() -> None:
+    inputs, masks = batch(LENGTHS)
+    clean = Masks(
+        mode=masks.mode,
+        text=torch.zeros_like(masks.text),
+        image=torch.zeros_like(masks.image),
+    )
+    model = build()
+    output = model(inputs, clean)
+    assert float(output.mlm_sum) == 0
+    assert float(output.recon_sum) == 0
+    (output.mlm_sum + output.recon_sum).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+def test_one_mask_vector_serves_both_modalities() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    everything = Masks(
+        mode=masks.mode,
+        text=torch.ones_like(masks.text),
+        image=torch.ones_like(masks.image),
+    )
+    seen: list[Tensor] = []
+    model.embedding_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.encode(inputs, everything)
+    vector = model.words.weight[MASK]
+    image = seen[0][inputs.stream.image_row[0]] - model.image_positions.weight
+    torch.testing.assert_close(image, vector.expand_as(image), atol=1e-5, rtol=1e-5)
+    word = seen[0][inputs.stream.text_row[1]] - model.text_positions.weight[1]
+    torch.testing.assert_close(word, vector, atol=1e-5, rtol=1e-5)
+
+
+def test_compact_lists_true_entries_in_order() -> None:
+    chosen = torch.tensor([False, True, False, True, True])
+    index, valid = compact(chosen, 4)
+    assert index[:3].tolist() == [1, 3, 4]
+    assert valid.tolist() == [True, True, True, False]
+
+
+def test_paper_sized_embedder_and_decoder_meet_their_budgets() -> None:
+    config = MlimConfig(
+        width=1024,
+        heads=16,
+        layers=1,
+        ffn_width=8,
+        embedder_widths=(24, 48, 64, 64, 96),
+        embedder_hidden=128,
+        decoder_widths=(144, 256, 160, 128, 64, 64, 32, 32, 16),
+    )
+    with torch.device("meta"):
+        model = MlimForPreTraining(
+            config, vocab_size=8, special_ids={"mask": 4}, max_text=4, image_size=384
+        )
+    counts = [
+        sum(p.numel() for p in part.parameters())
+        for part in (model.embedder, model.decoder)
+    ]
+    assert counts == [202_952, 2_793_603]
+    assert model.grid**2 == 144
+
+
+def test_impossible_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads"):
+        MlimConfig(width=10, heads=3)
+    with pytest.raises(ValueError, match="decoder_widths needs 5"):
+        MlimConfig(decoder_widths=(8, 8))
+
+
+def test_tied_head_is_the_word_embedding() -> None:
+    model = build()
+    hidden = torch.randn(3, TINY.width)
+    normed = model.mlm_norm(F.gelu(model.mlm_dense(hidden)))
+    expected = normed @ model.words.weight.T + model.mlm_bias
+    torch.testing.assert_close(model.word_logits(hidden), expected)

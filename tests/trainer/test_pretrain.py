@@ -1,0 +1,252 @@
+"""The real launcher with real ranks over gloo, real kills, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import deepspeed_command, launch_environment, python
+from tests.trainer.tiny import TINY, column, metrics
+from trainer.contract import METRIC_NAMES, complete_checkpoints
+
+LAUNCH_LIMIT_S = 240
+
+
+def launch(ranks: int, *words: str | Path) -> str:
+    """Run the launcher to its end; its output. It must succeed."""
+    done = subprocess.run(
+        deepspeed_command(ranks, *TINY, *words),
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two ranks."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launch(2, f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=5")
+    return run
+
+
+def test_a_run_writes_every_metric_of_every_step_once(whole: Path) -> None:
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert set(METRIC_NAMES) <= set(row)
+    epochs = [row["epoch"] for row in rows]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0 < epochs[-1], "the dataset is meant to be passed twice"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["lr"] < rows[2]["lr"] > rows[-1]["lr"] > 0
+    assert all(0 <= row["padding_frac"] < 0.2 for row in rows)
+    assert all(0 <= row["data_wait_frac"] <= 1 for row in rows)
+
+
+def test_a_finished_run_is_marked_and_keeps_the_newest_checkpoints(whole: Path) -> None:
+    assert json.loads((whole / "complete.json").read_text()) == {"step": 12}
+    assert [step for step, _ in complete_checkpoints(whole)] == [10, 12]
+    names = sorted(path.name for path in (whole / "checkpoints").glob("*tmp*"))
+    assert names == []
+    state = json.loads(
+        (complete_checkpoints(whole)[-1][1] / "complete.json").read_text()
+    )
+    assert {"manifest_hash", "seed", "epoch", "step"} <= set(state)
+    assert len(json.dumps(state)) < 1024
+
+
+def test_one_rank_takes_the_same_steps_as_two(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    done = python(
+        "-m",
+        "trainer.pretrain",
+        *TINY,
+        f"--data={shards}",
+        f"--output={tmp_path / 'run'}",
+        "--micro_batch=24",
+        env=launch_environment(),
+    )
+    assert done.returncode == 0, done.stdout
+    alone = tmp_path / "run"
+    assert column(alone, "sample_digest") == column(whole, "sample_digest")
+    # One micro-batch of 24 against 2 ranks x 2 of 6: fp32 sums in another order, which
+    # twelve steps of AdamW amplify a little.
+    for name in ("loss", "mlm_loss", "recon_loss", "grad_norm"):
+        assert column(alone, name) == pytest.approx(column(whole, name), rel=2e-3)
+
+
+def test_stopping_and_resuming_gives_the_uninterrupted_run(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}")
+    assert "stopped after step 7" in launch(2, *words, "--max_steps=7")
+    assert not (run / "complete.json").exists()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 0.5}\n{"step": 9, "lo')
+    assert "resuming after step 7" in launch(2, *words)
+    for name in ("step", "sample_digest", "loss", "grad_norm", "lr"):
+        assert column(run, name) == column(whole, name)
+
+
+def test_sigkill_in_mid_run_loses_nothing_committed(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=2")
+    process = subprocess.Popen(
+        deepspeed_command(2, *TINY, *words),
+        env=launch_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while not complete_checkpoints(run):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    step, newest = complete_checkpoints(run)[-1]
+    assert step < 12, "the run ended before it could be killed"
+    # What a death between a checkpoint's first byte and its marker leaves.
+    torn = run / "checkpoints" / "step-00000011"
+    shutil.copytree(newest, torn)
+    (torn / "complete.json").unlink()
+    shutil.copytree(newest, run / "checkpoints" / "tmp-dead")
+    assert f"resuming after step {step}" in launch(2, *words)
+    for name in ("step", "sample_digest", "loss", "grad_norm"):
+        assert column(run, name) == column(whole, name)
+    assert not (run / "checkpoints" / "tmp-dead").exists()
+
+
+def test_sigterm_saves_and_the_same_command_continues(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}")
+    process = subprocess.Popen(
+        deepspeed_command(2, *TINY, *words),
+        env=launch_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    found = complete_checkpoints(run)
+    assert found, "no checkpoint was written on SIGTERM"
+    launch(2, *words)
+    assert column(run, "sample_digest") == column(whole, "sample_digest")
+    assert column(run, "loss") == column(whole, "loss")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_zero_stages_take_the_same_steps_and_resume(
+    whole: Path, shards: Path, tmp_path: Path, stage: int
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}", f"--deepspeed.zero_stage={stage}")
+    launch(2, *words, "--max_steps=2")
+    launch(2, *words, "--max_steps=4")
+    for name in ("loss", "grad_norm"):
+        expected = column(whole, name)[:4]
+        assert column(run, name) == pytest.approx(expected, rel=1e-4)
+
+
+def refused(*words: str | Path, ranks: int | None = None) -> str:
+    """The one line that a refused call ends with."""
+    environment = launch_environment()
+    if ranks:
+        environment |= {"RANK": "0", "WORLD_SIZE": str(ranks)}
+    done = python("-m", "trainer.pretrain", *TINY, *words, env=environment)
+    assert done.returncode in (1, 2), done.stdout
+    assert "Traceback" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(lines) == 1, done.stdout
+    return lines[0]
+
+
+def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}")
+    line = refused(*words, ranks=5)
+    assert "world size 5 does not divide the 12 lanes" in line
+    assert "1, 2, 3, 4, 6, 12" in line
+    assert "'optimizer.lr'" in refused(*words, "--optimizer.rl=1")
+    assert "multiple of the 4 px" in refused(*words, "--image.size=18")
+    assert "lower global_batch" in refused(*words, "--global_batch=1200")
+    assert "no manifest.json" in refused(f"--data={tmp_path}", f"--output={run}")
+    assert "has: train, val" in refused(*words, "--split=test")
+    assert not run.exists()
+
+
+def test_a_run_refuses_another_configuration_dataset_or_world_size(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    words = (f"--data={shards}", f"--output={run}")
+    before = (run / "config.yaml").read_text()
+    line = refused(*words, "--optimizer.lr=0.5", "--checkpoint.keep=7")
+    assert "optimizer.lr: 0.001 -> 0.5" in line or "optimizer.lr: " in line
+    assert "checkpoint.keep" not in line
+    other = tmp_path / "shards"
+    shutil.copytree(shards, other)
+    text = json.loads((other / "manifest.json").read_text())
+    text["sources"] = {"emoji": 2.0}
+    from pipeline.manifest import manifest_from_json
+
+    manifest = manifest_from_json(text)
+    (other / "manifest.json").write_text(manifest.to_json())
+    (other / "manifest.json.sha256").write_text(f"{manifest.sha256}  manifest.json\n")
+    line = refused(f"--data={other}", f"--output={run}")
+    assert manifest.sha256 in line
+    line = refused(*words, "--schedule.steps=12")
+    assert "2 ranks" in line
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_taken_port_is_named_with_the_cure(shards: Path, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        environment = launch_environment()
+        environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        port = str(taken.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = python(
+            "-m",
+            "trainer.pretrain",
+            *TINY,
+            f"--data={shards}",
+            f"--output={tmp_path / 'run'}",
+            env=environment,
+        )
+    assert done.returncode == 1, done.stdout
+    assert "--master_port" in done.stdout
+    assert "Traceback" not in done.stdout

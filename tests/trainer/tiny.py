@@ -1,0 +1,51 @@
+"""A model so small that a launch costs more than its steps, on the shared dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import parse
+from trainer.options import PretrainConfig
+
+TINY = (
+    "--config=emoji",
+    "--image.size=16",
+    "--image.geometry=random_resized_crop",
+    "--model.layers=2",
+    "--model.width=32",
+    "--model.heads=2",
+    "--model.ffn_width=64",
+    "--model.embedder_widths=[8,8]",
+    "--model.embedder_hidden=8",
+    "--model.decoder_widths=[8,8,8]",
+    "--lanes=12",
+    "--global_batch=24",
+    "--micro_batch=6",
+    "--shuffle_shards=2",
+    "--schedule.steps=12",
+    "--schedule.warmup=3",
+    "--log.tensorboard=false",
+    "--log.digest=full",
+)
+
+
+def config(shards: Path, output: Path, *more: str) -> PretrainConfig:
+    """The tiny configuration as `trainer.pretrain` would build it."""
+    from trainer.pretrain import RECIPES
+
+    words = [*TINY, f"--data={shards}", f"--output={output}", *more]
+    return parse(PretrainConfig, words, prog="", description="", recipes=RECIPES)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Every line of a run's metrics; fails on a torn one."""
+    return [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def column(run: Path, name: str) -> list[Any]:
+    """One metric over all steps."""
+    return [row[name] for row in metrics(run)]
