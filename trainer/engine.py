@@ -54,8 +54,6 @@ def world_from_environment() -> tuple[int, int]:
 def start_world() -> World:
     """Join the process group: NCCL on GPUs, gloo on CPUs. Works without a launcher."""
     quiet_deepspeed()
-    import deepspeed
-
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -64,22 +62,36 @@ def start_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+        _join("nccl")
     else:
         device = torch.device("cpu")
         _skip_shared_memory_op()
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        _join("gloo")
         if "OMP_NUM_THREADS" not in os.environ:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     return World(rank=rank, size=size, device=device)
 
 
+def _join(backend: str) -> None:
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ['MASTER_PORT']} is taken, by another run perhaps: give "
+            "the launcher another, deepspeed --master_port 29501 ..."
+        ) from error
+
+
 def quiet_deepspeed() -> None:
     """Leave the terminal to the run: DeepSpeed logs warnings and worse only."""
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     # DeepSpeed calls collectives by names that this torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.dist")
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)

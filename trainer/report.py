@@ -35,15 +35,13 @@ class ReportConfig:
     """Run directories that trainer.pretrain wrote (the first words of the command)."""
     output: str
     """The HTML file to write; an old one is replaced."""
-    samples: int = 8
+    samples: int = 9
     """Sample pairs shown of each dataset."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Read the runs, write the page."""
-    config = parse(
-        ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION
-    )
+    config = parse(ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION)
     from trainer.report_data import read_datasets, read_runs
     from trainer.report_page import page
 

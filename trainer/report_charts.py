@@ -8,15 +8,16 @@ what is drawn (`trainer.report_page`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 SERIES_COLOURS = 8
 _POINTS = 320
-_WIDTH, _HEIGHT = 560, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 34
-_ROW = 30
+# Sizes of the drawing; the page scales it to its column, text with it.
+_WIDTH, _HEIGHT = 380, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+_INTERVALS_WIDTH, _INTERVALS_LEFT, _INTERVALS_RIGHT, _ROW = 520, 134, 76, 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,10 @@ def number(value: float, step: float | None = None) -> str:
     # 0.25 needs a digit more than its power of ten says.
     while decimals < 12 and abs(round(step, decimals) - step) > step * 1e-6:
         decimals += 1
-    if step < 1e-4:
+    if abs(value) < 1e-4 and step < 1e-4:
         return f"{value:.2g}"
+    if step < 1e-3 and decimals > 4:
+        return f"{value:.{decimals}f}".rstrip("0").replace("-", "\N{MINUS SIGN}")
     return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -161,24 +164,31 @@ def intervals(estimates: Sequence[Estimate], *, label: str, zero: bool = False) 
         zero: draw the line at 0, which a gap has to clear.
     """
     ends = [end for one in estimates for end in (one.low, one.high, one.mean)]
-    low, high = min([*ends, *([0.0] if zero else [])]), max([*ends, 0.0 if zero else -math.inf])
+    low, high = (
+        min([*ends, *([0.0] if zero else [])]),
+        max([*ends, 0.0 if zero else -math.inf]),
+    )
     margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-    left, right = 118, 76
-    x = Scale(low=low - margin, high=high + margin, start=left, end=_WIDTH - right)
+    left, right = _INTERVALS_LEFT, _INTERVALS_WIDTH - _INTERVALS_RIGHT
+    x = Scale(low=low - margin, high=high + margin, start=left, end=right)
     height = _ROW * len(estimates) + _BOTTOM + 4
+    digit = 10.0 ** _decade(high - low)
     rows = []
     for place, one in enumerate(estimates):
         y = _ROW * (place + 0.5) + 4
-        colour = f"s{one.colour % SERIES_COLOURS}"
         title = f"{one.mean:.5g}, 95 % interval {one.low:.5g} to {one.high:.5g}"
+        # Runs under one condition stand together; its name stands once.
+        known = place > 0 and estimates[place - 1].label == one.label
         rows.append(
-            f'<g class="{colour}"><title>{escape(one.label)}: {title}</title>'
-            f'<text class="row" x="{left - 12}" y="{y + 4}">{escape(one.label)}</text>'
+            f'<g class="s{one.colour % SERIES_COLOURS}">'
+            f"<title>{escape(one.label)}: {title}</title>"
+            f'<text class="row" x="{left - 12}" y="{y + 4}">'
+            f"{'' if known else escape(one.label)}</text>"
             f'<line class="whisker" x1="{x(one.low):.1f}" x2="{x(one.high):.1f}" '
             f'y1="{y}" y2="{y}"/>'
             f'<circle class="dot" cx="{x(one.mean):.1f}" cy="{y}" r="5"/>'
-            f'<text class="value" x="{_WIDTH - right + 12}" y="{y + 4}">'
-            f"{number(one.mean, 10 ** _decade(high - low))}</text></g>"
+            f'<text class="value" x="{right + 12}" y="{y + 4}">'
+            f"{number(one.mean, digit)}</text></g>"
         )
     axis = _x_axis(x, height, "", grid=True)
     if zero:
@@ -187,7 +197,7 @@ def intervals(estimates: Sequence[Estimate], *, label: str, zero: bool = False) 
             f'y2="{height - _BOTTOM}"/>'
         )
     return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {_INTERVALS_WIDTH} {height}" role="img" '
         f'aria-label="{escape(label)}">{axis}{"".join(rows)}</svg>'
     )
 
@@ -223,10 +233,11 @@ def _path(
     classes: str,
     title: str = "",
 ) -> str:
-    place: Callable[[tuple[float, float]], str] = lambda p: f"{x(p[0]):.1f} {y(p[1]):.1f}"  # noqa: E731
-    if len(points) == 1:
-        return f'<circle class="dot {classes}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3"/>'
-    path = "M" + "L".join(place(point) for point in points)
+    places = [f"{x(step):.1f} {y(value):.1f}" for step, value in points]
+    if len(places) == 1:
+        left, top = places[0].split()
+        return f'<circle class="dot {classes}" cx="{left}" cy="{top}" r="3"/>'
+    path = "M" + "L".join(places)
     return f'<path class="{classes}" d="{path}"><title>{title}</title></path>'
 
 
@@ -234,7 +245,7 @@ def _y_grid(y: Scale, width: int) -> str:
     marks = ticks(y.low, y.high, 5)
     step = marks[1] - marks[0] if len(marks) > 1 else None
     return "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(mark):.1f}" '
+        f'<line class="rule" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(mark):.1f}" '
         f'y2="{y(mark):.1f}"/><text class="tick end" x="{_LEFT - 8}" '
         f'y="{y(mark) + 4:.1f}">{number(mark, step)}</text>'
         for mark in marks
@@ -251,14 +262,11 @@ def _x_axis(x: Scale, height: int, name: str, *, grid: bool = False) -> str:
     for mark in marks:
         at = f"{x(mark):.1f}"
         if grid:
-            parts.append(
-                f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{base}"/>'
-            )
+            parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="0" y2="{base}"/>')
         parts.append(
             f'<text class="tick mid" x="{at}" y="{base + 16}">{number(mark, step)}'
             "</text>"
         )
-    parts.append(
-        f'<text class="tick end" x="{x.end}" y="{base + 31}">{escape(name)}</text>'
-    )
+    # The first tick of steps is well right of the corner, where the name stands.
+    parts.append(f'<text class="tick" x="{x.start}" y="{base + 16}">{name}</text>')
     return "".join(parts)

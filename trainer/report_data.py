@@ -167,7 +167,9 @@ def _read_probes(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): run trainer.evaluate") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): run trainer.evaluate"
+        ) from error
 
 
 def _read_samples(dataset: Dataset, count: int) -> list[SamplePair]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def test_learning_rate_warms_up_linearly_and_ends_at_its_floor() -> None:
     assert rates[9] == pytest.approx(2.0)
     assert max(rates) == pytest.approx(2.0)
     assert rates[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_schedule_without_warm_up_starts_at_the_peak() -> None:

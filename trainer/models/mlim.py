@@ -14,6 +14,7 @@ with a masked position (capacity), P image tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -241,10 +242,19 @@ class MlimForPreTraining(nn.Module):
         return tiles.unflatten(1, (self.grid, side)).sum((2, 4)).flatten(1)
 
     def _init(self, module: nn.Module) -> None:
-        """BERT's initialisation; convolutions keep their fan-in scaled default."""
+        """BERT's initialisation; He et al. (2015) for convolutions, because the signal
+        of eight layers with the framework's default fades before it reaches the pixels.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            # What one output sums over: a stride of 2 spreads a transposed kernel.
+            taps: float = math.prod(module.kernel_size)
+            if isinstance(module, nn.ConvTranspose2d):
+                taps /= math.prod(module.stride)
+            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
 
 
