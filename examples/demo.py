@@ -22,10 +22,14 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+import yaml
+
+from trainer.contract import COMPLETE, valid_world_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1)
 RECIPE = "emoji"
+RECIPE_FILE = Path(f"trainer/recipes/{RECIPE}.yaml")
 OUT = Path("runs/demo")
 SHARDS = OUT / "shards"
 REPORT = OUT / "report.html"
@@ -71,13 +75,12 @@ def run_directory(seed: int) -> Path:
 
 
 def accelerators() -> int:
-    """Ranks to start: one per GPU, rounded down to a power of two so that it divides
-    the lanes of the recipe; two on a CPU.
-    """
+    """Ranks to start: two on a CPU, else as many GPUs as divide the recipe's lanes."""
     import torch
 
     gpus = torch.cuda.device_count()
-    return 1 << (min(gpus, 8).bit_length() - 1) if gpus else 2
+    lanes = yaml.safe_load(RECIPE_FILE.read_text())["lanes"]
+    return max(size for size in valid_world_sizes(lanes) if size <= (gpus or 2))
 
 
 def preprocess() -> Stage:
@@ -100,8 +103,8 @@ def pretrain(seed: int, ranks: int) -> Stage:
     return Stage(
         title=f"Pretrain: seed {seed} on {ranks} ranks",
         command=command.split(),
-        product=run / "complete.json",
-        made_from=(preprocess().product, Path(f"trainer/recipes/{RECIPE}.yaml")),
+        product=run / COMPLETE,
+        made_from=(preprocess().product, RECIPE_FILE),
         # Two ranks with a thread for every core each would fight for the cores.
         environment={"OMP_NUM_THREADS": "1"},
     )
@@ -110,12 +113,14 @@ def pretrain(seed: int, ranks: int) -> Stage:
 def evaluate(seed: int) -> Stage:
     """A trained run to probes on held-out pairs."""
     run = run_directory(seed)
-    command = f"python -m trainer.evaluate {run} --task probes --data {SHARDS}"
+    command = f"python -m trainer.evaluate {run} --task probes --data {SHARDS} "
+    # A wrong partner is another emoji, and variants of one are resampled together.
+    command += "--group base"
     return Stage(
         title=f"Evaluate: seed {seed} on held-out pairs",
         command=command.split(),
         product=run / "probes.json",
-        made_from=(run / "complete.json",),
+        made_from=(run / COMPLETE,),
     )
 
 

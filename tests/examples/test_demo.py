@@ -1,4 +1,4 @@
-"""`examples.demo`: stages are skipped, continued, failed and interrupted as promised."""
+"""`examples.demo`: how stages are skipped, continued, failed and interrupted."""
 
 from __future__ import annotations
 
