@@ -57,6 +57,7 @@ def page(runs: Sequence[Run], datasets: Sequence[DatasetView]) -> str:
     parts = [
         _header(runs, datasets),
         *(part for view in datasets for part in dataset_sections(view)),
+        "" if datasets else _no_dataset(runs[0]),
         _training(runs),
         *probe_sections(runs),
         _speeds(runs),
@@ -132,11 +133,7 @@ def _gap_tile(
 
 def _training(runs: Sequence[Run]) -> str:
     waiting = [
-        missing(
-            f"No step of {run.name} yet.",
-            "deepspeed --module trainer.pretrain --config RECIPE "
-            f"--data {run.data or 'SHARDS'} --output {run.path}",
-        )
+        missing(f"No step of {run.name} yet.", _pretrain(run))
         for run in runs
         if not run.metrics
     ]
@@ -210,10 +207,8 @@ def _speeds(runs: Sequence[Run]) -> str:
 def _configurations(runs: Sequence[Run]) -> str:
     known = [run for run in runs if run.config]
     if not known:
-        return section(
-            "Configuration",
-            missing("No config.yaml.", "deepspeed --module trainer.pretrain --help"),
-        )
+        cure = _pretrain(runs[0])
+        return section("Configuration", missing("No config.yaml.", cure))
     keys = list(dict.fromkeys(key for run in known for key in run.config))
     rows = [[key, *(str(run.config.get(key, "")) for run in known)] for key in keys]
     differing = [row for row in rows if len({*row[1:]}) > 1 and row[0] not in _OWN_KEYS]
@@ -238,3 +233,17 @@ def _commands(runs: Sequence[Run]) -> str:
     # Runs share some, such as the one that made their dataset.
     blocks = [f"<pre>{escape(line)}</pre>" for line in dict.fromkeys(lines)]
     return section("Commands", *blocks, lead="What was run, in order.")
+
+
+def _no_dataset(run: Run) -> str:
+    notice = missing("No run names its dataset.", _pretrain(run))
+    return section("Data", notice)
+
+
+def _pretrain(run: Run) -> str:
+    """The command that makes a run, with what is known of it."""
+    data = run.data or "SHARDS"
+    return (
+        "deepspeed --module trainer.pretrain --config RECIPE "
+        f"--data {data} --output {run.path}"
+    )
