@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from trainer.contract import (
     checkpoint_name,
     complete_checkpoints,
 )
-from trainer.engine import World
+from trainer.engine import World, quiet_deepspeed
 
 _TEMPORARY = "tmp-"
 
@@ -66,21 +67,23 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return path, json.loads((path / COMPLETE).read_text())
 
 
-def load(
-    engine: Any, path: Path, marker: dict[str, Any], *, world: World, zero_stage: int
+def check_loads(
+    path: Path, marker: dict[str, Any], *, world_size: int, zero_stage: int
 ) -> None:
-    """Load weights and optimizer from the checkpoint at `path`.
-
-    Raises:
-        ValueError: optimizer shards of another world size.
-    """
-    if marker["world_size"] != world.size and zero_stage > 0:
+    """Raise ValueError for optimizer shards of another world size."""
+    if marker["world_size"] != world_size and zero_stage > 0:
         raise ValueError(
             f"{path} was written by {marker['world_size']} ranks with ZeRO stage "
             f"{zero_stage}, which shards the optimizer over them; this call has "
-            f"{world.size}: start {marker['world_size']} ranks, or use "
+            f"{world_size}: start {marker['world_size']} ranks, or use "
             "deepspeed.zero_stage 0 in runs that change size"
         )
+
+
+def load(engine: Any, path: Path) -> None:
+    """Load weights and optimizer from the checkpoint at `path`, which `check_loads`
+    has passed.
+    """
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise ValueError(f"{path} is complete but DeepSpeed could not load it")
@@ -88,14 +91,21 @@ def load(
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """fp32 weights by name from a checkpoint of any ZeRO stage, on the CPU."""
+    quiet_deepspeed()
     from deepspeed.utils.zero_to_fp32 import (
         get_fp32_state_dict_from_zero_checkpoint,
     )
 
     if any(path.glob("*optim_states.pt")):
-        return dict(
-            get_fp32_state_dict_from_zero_checkpoint(str(path.parent), path.name)
-        )
+        # It tells each of its steps to the terminal.
+        with (
+            open(os.devnull, "w") as null,
+            redirect_stdout(null),
+            redirect_stderr(null),
+        ):
+            return dict(
+                get_fp32_state_dict_from_zero_checkpoint(str(path.parent), path.name)
+            )
     file = path / "mp_rank_00_model_states.pt"
     states = torch.load(file, map_location="cpu", weights_only=False)
     return {name: value.float() for name, value in states["module"].items()}

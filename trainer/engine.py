@@ -89,7 +89,9 @@ def _join(backend: str) -> None:
 
 def quiet_deepspeed() -> None:
     """Leave the terminal to the run: DeepSpeed logs warnings and worse only."""
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # Told which accelerator, it does not warn about having found none.
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
     # DeepSpeed calls collectives by names that this torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.dist")
     from deepspeed.utils import logger

@@ -162,7 +162,7 @@ class Loader:
         masks = self.masks(torch.from_numpy(uids), stream, epoch, text_capacity)
         n_words = int(masked_words(stream, masks).sum())
         digest = sample_digest(uids, caption, crops)
-        if self.config.log.digest == "full":
+        if self.config.digest == "full":
             digest = _wrap(digest + mask_digest(uids, masks))
         for future in decoding:
             future.result()

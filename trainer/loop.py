@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 
 from pipeline.config import to_yaml
 from trainer import checkpoint
-from trainer.contract import COMPLETE, CONFIG, check_world_size, micro_batch_size
+from trainer.contract import COMPLETE, CONFIG, check_world_size
 from trainer.dataset import Dataset
 from trainer.engine import (
     World,
@@ -39,29 +40,31 @@ from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
 
 
-def train(config: PretrainConfig) -> None:
-    """Train until `max_steps` or the end of the schedule, resuming what is there.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What `check` found: the dataset, and the checkpoint to resume from, if any."""
 
-    Raises:
-        ValueError: before anything is written, for a configuration, dataset, world size
-            or run directory that does not fit.
-    """
-    run = Path(config.output)
-    dataset, found = check(config, run)
+    dataset: Dataset
+    checkpoint: Path | None
+    first_step: int
+    """Steps already taken."""
+
+
+def train(config: PretrainConfig, checked: Checked) -> None:
+    """Train until `max_steps` or the end of the schedule, resuming what is there."""
+    run, dataset = Path(config.output), checked.dataset
+    first_step = checked.first_step
     world = start_world()
     loader = Loader(dataset, config, rank=world.rank, world_size=world.size)
     torch.manual_seed(config.seed % (1 << 63))
     model = build_model(config, dataset)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     if world.first:
         prepare_run(config, run)
     world.barrier()
-    first_step = 0
-    if found:
-        path, marker = found
-        stage = config.deepspeed.zero_stage
-        checkpoint.load(engine, path, marker, world=world, zero_stage=stage)
-        first_step = int(marker["step"])
+    if checked.checkpoint:
+        checkpoint.load(engine, checked.checkpoint)
     metrics = None
     if world.first:
         metrics = Metrics(
@@ -70,7 +73,7 @@ def train(config: PretrainConfig) -> None:
             last_step=config.last_step,
             tensorboard=config.log.tensorboard,
         )
-        metrics.note(_opening(config, dataset, loader, world, first_step))
+        metrics.note(_opening(loader, world, first_step, parameters))
     stop = StopFlag()
     step = first_step
     waiting = time.perf_counter()
@@ -105,25 +108,22 @@ def train(config: PretrainConfig) -> None:
         finish(metrics, config, run, step)
 
 
-def check(
-    config: PretrainConfig, run: Path
-) -> tuple[Dataset, tuple[Path, dict[str, Any]] | None]:
-    """Everything that can be wrong before a process group exists; the dataset, and the
-    checkpoint to resume from with its marker.
+def check(config: PretrainConfig) -> Checked:
+    """Everything that can be wrong, before a process group exists or a file is written.
+
+    Raises:
+        ValueError: a configuration, dataset, world size or run directory that does not
+            fit. The message has the cure.
     """
+    run = Path(config.output)
     _, world_size = world_from_environment()
     check_world_size(world_size, lanes=config.lanes)
-    micro_batch_size(
-        global_batch=config.global_batch,
-        world_size=world_size,
-        ceiling=config.micro_batch,
-    )
     dataset = Dataset(config.data, config.split, tokenizer=config.tokenizer)
     Loader(dataset, config, rank=0, world_size=world_size)
     found = checkpoint.newest(run)
     if found is None:
-        return dataset, None
-    _path, marker = found
+        return Checked(dataset=dataset, checkpoint=None, first_step=0)
+    path, marker = found
     stored = yaml.safe_load((run / CONFIG).read_text())
     changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
     if changed:
@@ -138,7 +138,9 @@ def check(
             f"{dataset.manifest.sha256}: give the old dataset as --data, or another "
             "--output to start anew"
         )
-    return dataset, found
+    stage = config.deepspeed.zero_stage
+    checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
+    return Checked(dataset=dataset, checkpoint=path, first_step=int(marker["step"]))
 
 
 def build_model(config: PretrainConfig, dataset: Dataset) -> MlimForPreTraining:
@@ -294,23 +296,17 @@ class StopFlag:
 
 def _require_finite(row: dict[str, Any]) -> None:
     if not math.isfinite(row["loss"]):
-        raise RuntimeError(
+        raise ValueError(
             f"the loss is {row['loss']} at step {row['step']}: lower optimizer.lr, or "
             "look at this step's samples. The last checkpoint is from before it"
         )
 
 
-def _opening(
-    config: PretrainConfig,
-    dataset: Dataset,
-    loader: Loader,
-    world: World,
-    first_step: int,
-) -> str:
-    parameters = sum(p.numel() for p in build_model(config, dataset).parameters())
+def _opening(loader: Loader, world: World, first_step: int, parameters: int) -> str:
+    config = loader.config
     begin = f"resuming after step {first_step}" if first_step else "starting"
     return (
-        f"{begin}: {parameters:,} parameters, {len(dataset):,} pairs, "
+        f"{begin}: {parameters:,} parameters, {len(loader.dataset):,} pairs, "
         f"{loader.order.steps_per_epoch} steps an epoch, {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} on {world.device.type} in "
         f"{chosen_precision(config, world.device)}, ZeRO {config.deepspeed.zero_stage}"

@@ -16,7 +16,15 @@ from trainer.philox import check_seed
 
 # What may differ between the calls that make up one run. `data` may move: the
 # manifest hash in the checkpoint says whether it is the same dataset.
-MAY_CHANGE = ("data", "output", "max_steps", "micro_batch", "threads", "tokenizer")
+MAY_CHANGE = (
+    "data",
+    "output",
+    "max_steps",
+    "micro_batch",
+    "threads",
+    "digest",
+    "tokenizer",
+)
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.")
 
 
@@ -92,8 +100,6 @@ class CheckpointConfig:
 class LogConfig:
     """What a run shows and writes."""
 
-    digest: Literal["samples", "full"] = "samples"
-    """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
 
@@ -124,6 +130,8 @@ class PretrainConfig:
     """Shard pieces that are shuffled together as one window."""
     threads: int = 1
     """Decoding threads of each rank."""
+    digest: Literal["samples", "full"] = "samples"
+    """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
     model: MlimConfig = field(default_factory=MlimConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     image: ImageConfig = field(default_factory=ImageConfig)

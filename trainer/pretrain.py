@@ -23,25 +23,28 @@ The same command continues a run that was stopped or killed.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse `argv` and train."""
-    from trainer.loop import train
+    """Parse `argv`, check everything that can be checked, and train."""
+    from trainer.loop import check, train
     from trainer.options import PretrainConfig
 
     # The launcher appends this; the environment says the same.
     words = [word for word in argv if not word.startswith("--local_rank")]
-    train(
-        parse(
+    try:
+        config = parse(
             PretrainConfig,
             words,
             prog=PROG,
             description=DESCRIPTION,
             recipes=RECIPES,
         )
-    )
+        checked = check(config)
+    except (ValueError, OSError):
+        # Every rank of a node finds the same mistake; one of them tells.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(1)
+        raise
+    train(config, checked)
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") != "0":
-        # Every rank finds the same mistake; one of them tells.
-        sys.stderr.flush()
     run(main, PROG)

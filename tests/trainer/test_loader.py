@@ -70,7 +70,7 @@ def test_digest_changes_with_what_it_covers(shards: Path, more: str) -> None:
 
 
 def test_digest_without_masks_ignores_masks(shards: Path) -> None:
-    plain = "--log.digest=samples"
+    plain = "--digest=samples"
     first, second = (
         load(shards, 3, plain, *more)[0].counts.digest
         for more in ((), ("--mask.heavy_rate=0.5",))

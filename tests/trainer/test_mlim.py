@@ -283,3 +283,21 @@ def test_tied_head_is_the_word_embedding() -> None:
     normed = model.mlm_norm(F.gelu(model.mlm_dense(hidden)))
     expected = normed @ model.words.weight.T + model.mlm_bias
     torch.testing.assert_close(model.word_logits(hidden), expected)
+
+
+def test_a_fresh_model_passes_images_in_and_pixels_out() -> None:
+    """With the framework's own initialisation the spread over images was 0.0007 at the
+    embedder's end and 0.00003 at the decoder's, so that neither learned for long.
+    """
+    torch.manual_seed(0)
+    config = MlimConfig(
+        embedder_widths=(24, 48, 64, 96), decoder_widths=(64, 64, 48, 48, 32, 32, 24)
+    )
+    model = MlimForPreTraining(
+        config, vocab_size=8, special_ids={"mask": 4}, max_text=4, image_size=32
+    )
+    pixels = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+    hidden = torch.randn(16, config.width, 2, 2)
+    with torch.no_grad():
+        assert model.embed_pixels(pixels).std(0).mean() > 0.05
+        assert model.decoder(hidden).std(0).mean() > 0.05

@@ -27,7 +27,7 @@ TINY = (
     "--schedule.steps=12",
     "--schedule.warmup=3",
     "--log.tensorboard=false",
-    "--log.digest=full",
+    "--digest=full",
 )
 
 
