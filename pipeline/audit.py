@@ -115,7 +115,8 @@ class _ShardAudit:
     def _index(self, path: Path) -> np.ndarray | None:
         try:
             index = np.load(path, allow_pickle=False)
-        except (ValueError, OSError):
+        except Exception:
+            # numpy parses the header as Python, and raises whatever that does.
             return None
         expected = index.dtype == INDEX_DTYPE and index.shape == (self._shard.samples,)
         return index if expected else None

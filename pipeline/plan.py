@@ -185,13 +185,14 @@ def _refuse_urls(keys: pa.Array) -> None:
 def _row_splits(source: Source, columns: Columns) -> pa.Array | None:
     if columns.split is None:
         return None
-    values = source.column(columns.split).cast(pa.large_string()).dictionary_encode()
-    if values.null_count:
-        row = int(np.flatnonzero(values.is_null())[0])
+    cells = source.column(columns.split).cast(pa.large_string())
+    empty = pc.fill_null(pc.equal(cells, ""), True)
+    if pc.any(empty).as_py():
         raise ValueError(
-            f"--split.column {columns.split}: row {row} is empty; every row needs a "
-            "split, or use --split.val instead"
+            f"--split.column {columns.split}: row {pc.index(empty, True).as_py()} is "
+            "empty; every row needs a split, or use --split.val instead"
         )
+    values = cells.dictionary_encode()
     names = [_split_name(name, columns.split) for name in values.dictionary.to_pylist()]
     return pa.array(names, pa.large_string()).take(values.indices)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ _WAITING_TASKS = 16
 _ATTEMPTS = 4
 _REPORT_SECONDS = 0.5
 _POLL_SECONDS = 0.5
+_CONNECT_SECONDS = 10.0
 
 
 def refuse_relative_in_job(output: str) -> None:
@@ -49,6 +51,8 @@ def refuse_relative_in_job(output: str) -> None:
 def session(workers: int | None) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start Ray here with `workers` CPUs."""
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_dead_end(address)
     _set_environment(local=not address)
     import ray
 
@@ -118,6 +122,20 @@ class _Board:
 
     def counts(self) -> dict[int, tuple[int, int]]:
         return self._counts
+
+
+def _refuse_dead_end(address: str) -> None:
+    """Ray would try for minutes to reach a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot use the cluster at RAY_ADDRESS={address} ({error}); unset "
+            "RAY_ADDRESS to start Ray here"
+        ) from error
 
 
 def _set_environment(*, local: bool) -> None:

@@ -165,6 +165,8 @@ def read_image(cell: Any, folder: Path) -> bytes:
         return cell
     if not cell:
         raise ImageError("missing_image", "the cell is empty")
+    if "\0" in cell:
+        raise ImageError("missing_file", "no path has a null character")
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, cell))
     if os.path.commonpath([root, path]) != root:

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 import yaml
-from conftest import FLAGS, SPECIAL_CAPTION, Run
 from PIL import Image
+from tokenizers import Tokenizer
 
 from pipeline.manifest import INDEX_DTYPE, captions_of, load_index, load_manifest
 from pipeline.shards import MEMBERS
-from tokenizers import Tokenizer
+from tests.pipeline.corpora import FLAGS, SPECIAL_CAPTION, Run
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -139,7 +139,10 @@ def test_the_index_finds_and_seals_every_member(dataset: Path) -> None:
             assert crc32c.crc32c(data[start : start + size]) == record["span_crc32c"]
             about = json.loads(contents[key]["json"])
             assert int(about["uid"], 16) == record["uid"]
-            assert (about["width"], about["height"]) == (record["width"], record["height"])
+            assert (about["width"], about["height"]) == (
+                record["width"],
+                record["height"],
+            )
         offsets = np.fromfile(dataset / shard.sidecar(".tar.idx"), "<u8")
         # Energon's own writer appends the reader's position after the last member.
         assert offsets.tolist() == [*index["span_offset"], len(data) - 1024]
@@ -156,9 +159,9 @@ def test_ids_are_the_captions_each_ended_by_the_separator(dataset: Path) -> None
         captions = captions_of(ids, sep)
         assert len(captions) == len(about["captions"])
         for text, of_text in zip(about["captions"], captions, strict=True):
-            assert tokenizer.decode(of_text[:-1]).replace(" ", "") == text.lower().replace(
+            assert tokenizer.decode(of_text[:-1]).replace(
                 " ", ""
-            )
+            ) == text.lower().replace(" ", "")
         assert members["txt"].decode() == about["captions"][0] == about["caption"]
 
 
@@ -179,7 +182,8 @@ def test_images_have_the_configured_shorter_side(dataset: Path) -> None:
         image = Image.open(io.BytesIO(members["jpg"]))
         assert (image.format, image.mode, min(image.size)) == ("JPEG", "RGB", 32)
         assert image.layer == [(1, 2, 2, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # 4:2:0
-        assert not image.info.get("progressive") and not image.getexif()
+        assert not image.info.get("progressive")
+        assert not image.getexif()
 
 
 def test_exif_orientation_is_applied(dataset: Path) -> None:

@@ -1,0 +1,128 @@
+"""Killing anything at any moment changes nothing in the finished dataset."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.lease import Lease
+from pipeline.manifest import load_manifest
+from tests.pipeline.corpora import REPOSITORY, Run, encoded, picture, write_table
+from tests.pipeline.test_preprocess import files
+
+# Large output images: the run lasts long enough to be hit in the middle.
+N_INPUTS = 40
+FLAGS = ("--shard.samples=2", "--image.size=640", "--split.val=0.2")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    rows = []
+    for seed in range(N_INPUTS):
+        (folder / f"{seed}.jpg").write_bytes(encoded(picture(seed)))
+        rows.append({"image": f"{seed}.jpg", "caption": f"picture number {seed}"})
+    return write_table(folder / "plain.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    plain: Path, tmp_path_factory: pytest.TempPathFactory, preprocess: Run
+) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "plain"
+    result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def start(corpus: Path, output: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline.preprocess", f"--input={corpus}"]
+    return subprocess.Popen(
+        [*command, f"--output={output}", *FLAGS, "--workers=2"],
+        cwd=REPOSITORY,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert driver.poll() is None, "the run ended before it was hit"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def committed(output: Path) -> int:
+    return len(list((output / ".palimpsest" / "ranges").glob("*.json")))
+
+
+def test_a_killed_driver_continues_to_the_same_bytes(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    output = tmp_path / "plain"
+    driver = start(plain, output)
+    wait_for(lambda: committed(output) >= 3, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    done = committed(output)
+    assert 3 <= done < N_INPUTS // 2
+    assert (output / ".palimpsest" / "lease.json").exists()
+    with pytest.raises(ValueError, match=r"still being written|no manifest\.json"):
+        load_manifest(output)
+    # What a death between the renames of a commit and its record leaves behind.
+    (output / "train" / "shard-000099.tar").write_bytes(b"torn")
+    os.replace(
+        output / "train" / "shard-000099.tar", output / "train" / "shard-000003.tar"
+    )
+
+    result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS)
+    assert result.returncode == 0, result.stderr
+    assert "continuing: " in result.stderr
+    assert files(output) == files(undisturbed)
+
+
+def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
+    plain: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "plain"
+    driver = start(plain, output)
+    wait_for(lambda: committed(output) >= 1, driver)
+    victims: list[psutil.Process] = []
+
+    def found() -> bool:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            try:
+                if "_run_task" in " ".join(process.cmdline()):
+                    victims.append(process)
+            except psutil.Error:
+                continue
+        return bool(victims)
+
+    wait_for(found, driver)
+    victims[0].kill()
+    assert driver.wait(timeout=120) == 0
+    assert files(output) == files(undisturbed)
+
+
+def test_a_second_driver_is_refused(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    output = tmp_path / "plain"
+    state = output / ".palimpsest"
+    state.mkdir(parents=True)
+    with Lease(state / "lease.json"):
+        result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS)
+        assert result.returncode == 1
+        assert f"being written by process {os.getpid()}" in result.stderr
+        assert "wait for it or stop it" in result.stderr
+        assert files(output).keys() == {".palimpsest/lease.json"}
+    assert files(output) == {}
