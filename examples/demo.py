@@ -183,8 +183,7 @@ def _run_in_group(stage: Stage) -> int:
         status = process.wait()
     except KeyboardInterrupt:
         print("\n   stopping ... (once more to stop at once)", flush=True)
-        _signal_group(process.pid, signal.SIGINT)
-        _wait_for_group(process)
+        _interrupt_group(process)
         raise
     finally:
         _signal_group(process.pid, signal.SIGKILL)
@@ -197,13 +196,21 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _wait_for_group(process: subprocess.Popen[bytes]) -> None:
-    """Wait until nothing runs in the group; a launcher can end before its ranks."""
-    deadline = time.monotonic() + SECONDS_TO_STOP
+def _interrupt_group(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the command and wait until nothing runs in its group.
+
+    A launcher passes the signal on by itself; its ranks would take a second one to mean
+    that they must not even save. Only what a launcher left behind is told directly.
+    """
+    process.send_signal(signal.SIGINT)
+    deadline, told = time.monotonic() + SECONDS_TO_STOP, False
     while time.monotonic() < deadline:
-        process.poll()
+        ended = process.poll() is not None
         if not any(_running_in(process.pid, one) for one in psutil.process_iter()):
             return
+        if ended and not told:
+            _signal_group(process.pid, signal.SIGTERM)
+            told = True
         time.sleep(0.2)
     print(f"   still there after {SECONDS_TO_STOP} s: killed", flush=True)
 
@@ -227,8 +234,8 @@ def summary() -> str:
             low, high = gap["ci95"]
             lines.append(
                 f"  {task:6}{conditions['true']['mean']:8.4f}"
-                f"{conditions['shuffled']['mean']:10.4f}{gap['mean']:8.4f}"
-                f"   [{low:.4f}, {high:.4f}] {unit}"
+                f"{conditions['shuffled']['mean']:10.4f}{gap['mean']:z8.4f}"
+                f"   [{low:z.4f}, {high:z.4f}] {unit}"
             )
     return "\n".join(lines)
 

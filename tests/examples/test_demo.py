@@ -75,67 +75,73 @@ def test_a_killed_command_is_a_failure_even_with_an_old_product(corpus: Path) ->
     assert main(iter([shell("kill -9 $$", product, corpus)])) == 128 + signal.SIGKILL
 
 
-def running(pids: list[int]) -> list[int]:
-    return [
-        pid
-        for pid in pids
-        if psutil.pid_exists(pid)
-        and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("told twice"))
+    time.sleep(1)
+    (folder / "saved").touch()
+    sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+(folder / "pid").write_text(f"{os.getpid()} ")
+time.sleep(60)
+"""
+LAUNCHER = """
+import signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, f"{sys.argv[1]}/rank.py", sys.argv[1]])
+def pass_on(number, frame):
+    if sys.argv[2] == "forwards":
+        rank.terminate()
+        rank.wait(30)
+    sys.exit(1)
+signal.signal(signal.SIGINT, pass_on)
+while rank.poll() is None:
+    time.sleep(0.05)
+"""
+DEMO = """
+import sys
+from pathlib import Path
+from examples.demo import Stage, main
+command = [sys.executable, f"{sys.argv[1]}/launcher.py", *sys.argv[1:]]
+sys.exit(main(iter([Stage(title="t", command=command, product=Path("none"))])))
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_lets_ranks_finish_and_leaves_no_process(
-    tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("launcher", ["forwards", "dies"])
+def test_an_interrupt_lets_ranks_save_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, launcher: str
 ) -> None:
-    # A launcher that dies at once, above a rank that saves before it ends.
-    rank = tmp_path / "rank.py"
-    rank.write_text(
-        "import pathlib, signal, sys, time\n"
-        "def save(number, frame):\n"
-        "    time.sleep(0.5)\n"
-        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
-        "    sys.exit(0)\n"
-        "signal.signal(signal.SIGINT, save)\n"
-        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
-        "time.sleep(60)\n"
-    )
-    launcher = tmp_path / "launcher.py"
-    launcher.write_text(
-        "import subprocess, sys, signal\n"
-        f"ranks = [subprocess.Popen([sys.executable, {str(rank)!r}])]\n"
-        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        f"print(*[one.pid for one in ranks], file=open({str(tmp_path / 'pids')!r}, 'w')"
-        ", flush=True)\n"
-        "ranks[0].wait()\n"
-    )
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
     demo = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path\n"
-            "from examples.demo import Stage, main\n"
-            f"command = [sys.executable, {str(launcher)!r}]\n"
-            "stage = Stage(title='t', command=command, product=Path('none'))\n"
-            "sys.exit(main(iter([stage])))",
-        ],
+        [sys.executable, "-c", DEMO, str(tmp_path), launcher],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(tmp_path / "ready")
-    wait_for(tmp_path / "pids")
+    wait_for(tmp_path / "pid")
     demo.send_signal(number)
     _, message = demo.communicate(timeout=30)
     assert demo.returncode == 130
     assert "continues" in message
     assert (tmp_path / "saved").exists()
-    assert running([int(pid) for pid in (tmp_path / "pids").read_text().split()]) == []
+    assert not running(int((tmp_path / "pid").read_text()))
 
 
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 30
-    while not (path.exists() and (path.stat().st_size or path.name == "ready")):
+    while not (path.exists() and path.read_text().endswith(" ")):
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.05)
 
