@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from types import FrameType
 import psutil
 import yaml
 
+from pipeline.manifest import MANIFEST, load_manifest
 from trainer.contract import COMPLETE, valid_world_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,13 +40,17 @@ SECONDS_TO_STOP = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One command. It is done when `product` is no older than any of `made_from`."""
+    """One command. It is done when `product` is finished and no older than any of
+    `made_from`.
+    """
 
     title: str
     command: Sequence[str]
     product: Path
     made_from: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    finished: Callable[[Path], bool] = Path.is_file
+    """Whether a product is whole; most appear only then."""
 
     def __str__(self) -> str:
         """The command as a user would paste it."""
@@ -55,7 +60,7 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether the product is there and up to date."""
-        if not self.product.is_file():
+        if not self.finished(self.product):
             return False
         made = self.product.stat().st_mtime
         return all(path.stat().st_mtime <= made for path in self.made_from)
@@ -90,9 +95,19 @@ def preprocess() -> Stage:
     return Stage(
         title="Preprocess: corpus to shards",
         command=command.split(),
-        product=SHARDS / "manifest.json.sha256",
+        product=SHARDS / MANIFEST,
         made_from=(config, Path("examples/emoji.parquet")),
+        finished=is_finished_dataset,
     )
+
+
+def is_finished_dataset(manifest: Path) -> bool:
+    """Whether the dataset is whole: a manifest stands there while it grows, too."""
+    try:
+        load_manifest(manifest.parent)
+    except ValueError:
+        return False
+    return True
 
 
 def pretrain(seed: int, ranks: int) -> Stage:
@@ -164,8 +179,8 @@ def run_stages(stages: Iterator[Stage]) -> None:
         status = _run_in_group(stage)
         # The deepspeed launcher can exit 0 although a rank was killed, so only the
         # product says that a stage has ended well.
-        if status == 0 and not stage.product.is_file():
-            raise StageFailedError(f"it left no {stage.product}", 1)
+        if status == 0 and not stage.finished(stage.product):
+            raise StageFailedError(f"it left no finished {stage.product}", 1)
         if status != 0:
             raise StageFailedError(f"exit status {status}", status)
         print(f"   done in {time.monotonic() - started:.0f} s", flush=True)
@@ -253,7 +268,7 @@ def main(stages: Iterator[Stage]) -> int:
     except StageFailedError as error:
         print(
             f"\ndemo: the last command failed ({error}); its own message stands above. "
-            "The same command continues from here",
+            "The same command continues from here; `make clean` starts anew",
             file=sys.stderr,
         )
         return error.status

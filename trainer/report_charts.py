@@ -76,10 +76,6 @@ def number(value: float, step: float | None = None) -> str:
     # 0.25 needs a digit more than its power of ten says.
     while decimals < 12 and abs(round(step, decimals) - step) > step * 1e-6:
         decimals += 1
-    if abs(value) < 1e-4 and step < 1e-4:
-        return f"{value:.2g}"
-    if step < 1e-3 and decimals > 4:
-        return f"{value:.{decimals}f}".rstrip("0").replace("-", "\N{MINUS SIGN}")
     return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -207,6 +203,14 @@ def _decade(span: float) -> int:
     return math.floor(math.log10(span)) - 2 if span > 0 else -3
 
 
+def _tick(mark: float, step: float | None) -> str:
+    """A tick's number; small ones without the zeros that would not fit."""
+    if mark and step and step < 1e-4:
+        return f"{mark:.2g}"
+    text = number(mark, step)
+    return text.rstrip("0") if "." in text and abs(mark) < 0.01 else text
+
+
 def _value(point: tuple[float, float]) -> float:
     return point[1]
 
@@ -247,7 +251,7 @@ def _y_grid(y: Scale, width: int) -> str:
     return "".join(
         f'<line class="rule" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(mark):.1f}" '
         f'y2="{y(mark):.1f}"/><text class="tick end" x="{_LEFT - 8}" '
-        f'y="{y(mark) + 4:.1f}">{number(mark, step)}</text>'
+        f'y="{y(mark) + 4:.1f}">{_tick(mark, step)}</text>'
         for mark in marks
     )
 
@@ -264,7 +268,7 @@ def _x_axis(x: Scale, height: int, name: str, *, grid: bool = False) -> str:
         if grid:
             parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="0" y2="{base}"/>')
         parts.append(
-            f'<text class="tick mid" x="{at}" y="{base + 16}">{number(mark, step)}'
+            f'<text class="tick mid" x="{at}" y="{base + 16}">{_tick(mark, step)}'
             "</text>"
         )
     # The first tick of steps is well right of the corner, where the name stands.

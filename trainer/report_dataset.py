@@ -128,4 +128,5 @@ def _written(manifest: Manifest) -> dict[str, int]:
 
 
 def _share(count: int, whole: int) -> str:
-    return f"{number(100 * count / whole)} %" if whole else ""
+    share = 100 * count / max(whole, 1)
+    return "< 0.1 %" if 0 < share < 0.1 else f"{share:.1f} %"

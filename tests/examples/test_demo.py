@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,7 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.demo import ROOT, Stage, StageFailedError, demo_stages, main, run_stages
+from examples.demo import (
+    ROOT,
+    Stage,
+    StageFailedError,
+    demo_stages,
+    is_finished_dataset,
+    main,
+    run_stages,
+)
+from pipeline.manifest import load_manifest
 
 
 @pytest.fixture
@@ -80,6 +90,17 @@ def running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_dataset_that_is_still_growing_is_not_done(
+    shards: Path, tmp_path: Path
+) -> None:
+    manifest = load_manifest(shards)
+    assert is_finished_dataset(shards / "manifest.json")
+    growing = dataclasses.replace(manifest, complete=False)
+    (tmp_path / "manifest.json").write_text(growing.to_json())
+    (tmp_path / "manifest.json.sha256").write_text(growing.sha256)
+    assert not is_finished_dataset(tmp_path / "manifest.json")
 
 
 RANK = """
