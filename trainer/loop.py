@@ -279,17 +279,23 @@ def finish(metrics: Metrics, config: PretrainConfig, run: Path, step: int) -> No
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary. The second signal
-    ends the process at once.
+    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary. A second signal
+    ends the process at once, but for the copies that a terminal and the launcher send
+    of one and the same Ctrl-C.
     """
+
+    _ONE_REQUEST_S = 5.0
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first > self._ONE_REQUEST_S:
             raise KeyboardInterrupt
         self.asked = True
 
