@@ -15,7 +15,7 @@ import yaml
 from pipeline.manifest import Manifest
 
 _ENERGON = "megatron.energon"
-# Energon and `datasets` look for these names.
+# What `datasets` calls it.
 _CARD_SPLITS = {"val": "validation"}
 
 
@@ -27,8 +27,10 @@ def companion_files(manifest: Manifest) -> dict[str, str]:
         ".nv-meta/split.yaml": _yaml(_energon_splits(manifest)),
         ".nv-meta/dataset.yaml": _yaml(
             {
-                "__module__": _ENERGON,
-                "__class__": "CaptioningWebdataset",
+                "sample_type": {
+                    "__module__": _ENERGON,
+                    "__class__": "CaptioningSample",
+                },
                 "field_map": {"image": "jpg", "caption": "txt"},
             }
         ),

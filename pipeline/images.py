@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def _open(data: bytes) -> Image.Image:
         known = ", ".join(FORMATS)
         raise ImageError("not_an_image", f"none of {known}") from None
     except Exception as error:  # decoders raise anything on a hostile header
-        raise ImageError("unreadable", str(error)) from error
+        raise _unreadable(error) from error
 
 
 def _check_size(size: tuple[int, int], options: ImageOptions) -> None:
@@ -125,12 +126,15 @@ def _decoded(image: Image.Image, size: int) -> Image.Image:
     except ImageError:
         raise
     except OSError as error:
-        truncated = "truncated" in str(error)
-        raise ImageError(
-            "truncated" if truncated else "unreadable", str(error)
-        ) from error
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise _unreadable(error, reason) from error
     except Exception as error:  # decoders raise anything on hostile data
-        raise ImageError("unreadable", str(error)) from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception, reason: str = "unreadable") -> ImageError:
+    # Some messages print an object with its address, which no two runs share.
+    return ImageError(reason, re.sub(r"0x[0-9a-f]+", "0x", str(error)))
 
 
 def _target(size: tuple[int, int], shorter: int) -> tuple[int, int]:

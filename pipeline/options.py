@@ -75,7 +75,8 @@ class SplitOptions:
     """Column that names the split of each row: train, val (also dev, valid,
     validation), test. Default: hash the group against `split.val`."""
     val: float = 0.05
-    """Share of inputs held out as `val` when there is no split column; 0 for none."""
+    """Share of inputs held out as `val` when there is no split column; 0 for none.
+    With several splits every image is read twice, first to compare the splits."""
     group: str | None = None
     """Column whose equal values never lie in two splits. Default: each input alone."""
 

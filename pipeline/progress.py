@@ -95,7 +95,9 @@ class Progress:
 
     def _line(self, now: float) -> str:
         left = (self._total - self._done) / max(self._rate(now), 1e-9)
-        ahead = f", {left:.0f} s left" if 0 < left < 1e7 else ""
+        # The first moments say nothing about the rest.
+        known = now - self._start > _LOG_SECONDS / 2 and self._done < self._total
+        ahead = f", {left:.0f} s left" if known else ""
         return (
             f"{self._name}: {self._done}/{self._total} inputs, "
             f"{self._rate(now):.0f}/s{ahead}, {self._failed} failed"
