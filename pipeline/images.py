@@ -192,7 +192,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("unsupported_mode", "floating-point pixels have no white")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        # Converting to the same mode copies every pixel.
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, _WHITE)
     return Image.alpha_composite(white, rgba).convert("RGB")
