@@ -166,7 +166,7 @@ def apply_step(engine: Any, *, lr: float, clip: float) -> float:
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    own_norm = not hasattr(engine.optimizer, "_global_grad_norm")
+    own_norm = isinstance(engine.optimizer, torch.optim.Optimizer)
     if own_norm:
         # Stage 0 in fp32 is a bare torch optimizer; DeepSpeed keeps no norm there.
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip)

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -76,20 +77,18 @@ def train(config: PretrainConfig, checked: Checked) -> None:
         metrics.note(_opening(loader, world, first_step, parameters))
     stop = StopFlag()
     step = first_step
-    waiting = time.perf_counter()
-    for batch in loader.steps(first_step, config.last_step):
+    for batch, wait in timed(loader.steps(first_step, config.last_step)):
         started = time.perf_counter()
         totals = global_counts(batch.counts, world)
         result = run_micro_batches(engine, loader, batch, totals, world)
         lr = learning_rate(step, config.optimizer, config.schedule)
         grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
         step += 1
-        elapsed = time.perf_counter() - waiting
-        local = [*result, (started - waiting) / elapsed, float(stop.asked)]
+        elapsed = wait + time.perf_counter() - started
+        local = [*result, wait / elapsed, float(stop.asked)]
         summed = world.sum(
             torch.tensor(local, dtype=torch.float64, device=world.device)
         ).tolist()
-        waiting = time.perf_counter()
         row = metrics_row(batch, totals, summed, config, world, elapsed)
         row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
         _require_finite(row)
@@ -163,6 +162,16 @@ def prepare_run(config: PretrainConfig, run: Path) -> None:
     temporary = run / f"{CONFIG}.tmp"
     temporary.write_text(to_yaml(config))
     os.replace(temporary, run / CONFIG)
+
+
+def timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
+    """Each batch with the seconds spent waiting for it."""
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - asked
 
 
 def global_counts(counts: Counts, world: World) -> Counts:

@@ -43,6 +43,13 @@ def main(argv: Sequence[str]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(1)
         raise
+    if checked.first_step >= config.last_step:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{config.output} is at step {checked.first_step} of "
+                f"{config.last_step} asked for: nothing left to do"
+            )
+        return
     train(config, checked)
 
 

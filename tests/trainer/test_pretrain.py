@@ -89,6 +89,20 @@ def test_one_rank_takes_the_same_steps_as_two(
         assert column(alone, name) == pytest.approx(column(whole, name), rel=2e-3)
 
 
+def test_a_finished_run_is_left_alone(whole: Path, shards: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    words = (*TINY, f"--data={shards}", f"--output={whole}", "--max_steps=4")
+    done = python("-m", "trainer.pretrain", *words, env=two_ranks())
+    assert done.returncode == 0
+    assert "nothing left to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def two_ranks() -> dict[str, str]:
+    """Environment of rank 0 of two, for calls that end before they meet."""
+    return launch_environment() | {"RANK": "0", "WORLD_SIZE": "2"}
+
+
 def test_stopping_and_resuming_gives_the_uninterrupted_run(
     whole: Path, shards: Path, tmp_path: Path
 ) -> None:
