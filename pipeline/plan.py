@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.captions import clean_captions
+from pipeline.columns import Columns, holds_paths
 from pipeline.manifest import sample_uid
 from pipeline.options import PreprocessConfig
-from pipeline.sources import Columns, RowRange, Source, holds_paths
+from pipeline.sources import RowRange, Source
 
 TRAIN, VAL = "train", "val"
 _VAL_NAMES = ("dev", "valid", "validation")
@@ -161,7 +162,9 @@ def across_splits(digests: np.ndarray, splits: np.ndarray) -> np.ndarray:
 
 def _row_keys(source: Source, columns: Columns) -> pa.Array | None:
     """What identifies each row's input, or None where each row is its own."""
-    name = columns.id or (columns.image if holds_paths(source, columns) else None)
+    name = columns.id or (
+        columns.image if holds_paths(source.schema, columns) else None
+    )
     if name is None:
         return None
     keys = source.column(name).cast(pa.large_string())

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.captions import clean_captions
+from pipeline.columns import Columns
 from pipeline.images import ImageError, encode_image
 from pipeline.manifest import Accounting, sample_key, sample_uid
 from pipeline.options import ImageOptions
 from pipeline.plan import RangeInputs
 from pipeline.shards import ROW_SCHEMA, Sample, ShardWriter, StagedShard
-from pipeline.sources import Columns, read_image
+from pipeline.sources import read_image
 from pipeline.tokenizer import CaptionEncoder, StoredTokenizer
 
 DIGEST_BYTES = 16

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
+from pipeline.columns import Columns, resolve_columns
 from pipeline.dataset import DatasetWriter
 from pipeline.images import codec_versions
 from pipeline.lease import Lease
@@ -27,8 +28,7 @@ from pipeline.plan import Plan, RangeInputs, across_splits, make_plan
 from pipeline.progress import Progress, progress_path
 from pipeline.ranges import Work, range_digests, write_range
 from pipeline.ray_session import map_ranges, refuse_relative_in_job, session
-from pipeline.shards import ROW_SCHEMA
-from pipeline.sources import Columns, Source, open_source, resolve_columns
+from pipeline.sources import Source, open_source
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer, train_tokenizer
 
 _MANIFEST_SECONDS = 10.0
@@ -43,13 +43,11 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     """
     refuse_relative_in_job(config.output)
     source = open_source(config.input)
-    columns = resolve_columns(source, config.columns, config.split)
-    _refuse_taken_names(columns)
+    columns = resolve_columns(source.schema, config.columns, config.split)
     writer = DatasetWriter(Path(config.output).absolute())
     stored = writer.stored_plan()
     tokenizer = _known_tokenizer(config, writer, resuming=stored is not None)
-    if stored is not None:
-        assert tokenizer is not None
+    if stored is not None and tokenizer is not None:
         writer.refuse_other(_transform(config, source, columns, tokenizer), stored)
         if manifest := writer.finished():
             _say(f"{config.output} is already complete")
@@ -60,32 +58,11 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     _report_plan(config, plan)
     tokenizer = tokenizer or _trained(config, plan)
     transform = _transform(config, source, columns, tokenizer)
-    described = {
-        "inputs": plan.n_inputs,
-        "ranges": plan.n_ranges,
-        "rows": plan.n_rows,
-        "source": config.source_name,
-        "splits": list(plan.split_names),
-        "transform": transform,
-        "transform_sha256": hashlib.sha256(
-            canonical_json(transform).encode()
-        ).hexdigest(),
-    }
     with session(config.workers):
         writer.create()
         with lease:
-            writer.begin(described, tokenizer)
-            work = Work(
-                staging=writer.staging,
-                folder=source.folder,
-                columns=columns,
-                source_name=config.source_name,
-                image=config.image,
-                tokenizer=tokenizer,
-            )
-            plan = _without_leaks(config, plan, work, writer)
-            _write_ranges(config, plan, work, writer, lease, described)
-            manifest = _finish(writer, described, tokenizer)
+            described = _description(config, plan, transform)
+            manifest = _process(config, plan, writer, lease, described, tokenizer)
     if not manifest.accounting.written:
         writer.abandon()
         progress_path(writer.root).unlink(missing_ok=True)
@@ -94,6 +71,45 @@ def preprocess(config: PreprocessConfig) -> Manifest:
             f"{config.output} was removed again"
         )
     return manifest
+
+
+def _description(
+    config: PreprocessConfig, plan: Plan, transform: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `plan.json` says, so that a later driver can tell whether it is its own."""
+    text = canonical_json(transform)
+    return {
+        "inputs": plan.n_inputs,
+        "ranges": plan.n_ranges,
+        "rows": plan.n_rows,
+        "source": config.source_name,
+        "splits": list(plan.split_names),
+        "transform": transform,
+        "transform_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _process(
+    config: PreprocessConfig,
+    plan: Plan,
+    writer: DatasetWriter,
+    lease: Lease,
+    described: Mapping[str, Any],
+    tokenizer: StoredTokenizer,
+) -> Manifest:
+    """Everything that happens under the lease."""
+    writer.begin(described, tokenizer)
+    work = Work(
+        staging=writer.staging,
+        folder=plan.source.folder,
+        columns=plan.columns,
+        source_name=config.source_name,
+        image=config.image,
+        tokenizer=tokenizer,
+    )
+    plan = _without_leaks(config, plan, work, writer)
+    _write_ranges(config, plan, work, writer, lease, described)
+    return _finish(writer, described, tokenizer)
 
 
 def _known_tokenizer(
@@ -228,15 +244,6 @@ def _finish(
 
 def _ranges(plan: Plan, start: int) -> Iterator[RangeInputs]:
     return (plan.range(number) for number in range(start, plan.n_ranges))
-
-
-def _refuse_taken_names(columns: Columns) -> None:
-    taken = sorted(set(columns.keep) & set(ROW_SCHEMA.names))
-    if taken:
-        raise ValueError(
-            f"--columns.keep {taken[0]}: every sample has a {taken[0]!r} of its own; "
-            "rename the column in the corpus to keep it"
-        )
 
 
 def _report_plan(config: PreprocessConfig, plan: Plan) -> None:

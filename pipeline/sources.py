@@ -1,8 +1,8 @@
 """Corpora: Parquet with embedded images or paths, TSV and CSV with a path column.
 
-Owns opening a corpus, resolving its columns, its fingerprint, and reading rows and
-image bytes. Does not own how rows become inputs (`pipeline.plan`) or what is done with
-them (`pipeline.ranges`).
+Owns opening a corpus, its fingerprint, and reading rows and image bytes. Does not own
+which columns are read (`pipeline.columns`), how rows become inputs (`pipeline.plan`) or
+what is done with them (`pipeline.ranges`).
 """
 
 from __future__ import annotations
@@ -19,40 +19,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.config import nearest
 from pipeline.images import ImageError
-from pipeline.options import ColumnOptions, SplitOptions
 
-# The usual names, best guess first.
-_IMAGE_COLUMNS = (
-    *("image", "image_path", "img", "img_path", "image_file", "filepath", "file_path"),
-    *("filename", "file_name", "path", "file", "jpg", "png", "bytes"),
-)
-_CAPTION_COLUMNS = (
-    *("caption", "captions", "text", "texts", "title", "description", "sentence"),
-    *("sentences", "alt", "alt_text", "txt"),
-)
 _SEPARATORS = {".tsv": "\t", ".csv": ","}
 # Small, because a batch holds the bytes of all its images.
 _BATCH_ROWS = 64
 _FOOTER_BYTES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Names of the columns that are read, all of them in the corpus."""
-
-    image: str
-    captions: tuple[str, ...]
-    id: str | None
-    keep: tuple[str, ...]
-    split: str | None
-    group: str | None
-
-    @property
-    def sample(self) -> tuple[str, ...]:
-        """Columns that a sample is made of."""
-        return tuple(dict.fromkeys((self.image, *self.captions, *self.keep)))
 
 
 class RowRange(Protocol):
@@ -110,47 +82,6 @@ def open_source(path: str) -> Source:
     if not source.n_rows:
         raise ValueError(f"--input {path} has no rows: the corpus is empty")
     return source
-
-
-def resolve_columns(
-    source: Source, given: ColumnOptions, split: SplitOptions
-) -> Columns:
-    """The columns to read: as given, else by their usual names.
-
-    Raises:
-        ValueError: a column is missing (with the nearest that exists) or its type
-            cannot be what it is given for.
-    """
-    schema = source.schema
-    image = given.image or _usual(schema, _IMAGE_COLUMNS, "columns.image")
-    captions = given.captions or (_usual(schema, _CAPTION_COLUMNS, "columns.caption"),)
-    flags = {"columns.image": image, "columns.id": given.id}
-    flags |= {"split.column": split.column, "split.group": split.group}
-    named = [(flag, name) for flag, name in flags.items() if name]
-    named += [("columns.caption", name) for name in captions]
-    named += [("columns.keep", name) for name in given.kept]
-    for flag, name in named:
-        if name not in schema.names:
-            raise ValueError(
-                f"--{flag}: no column {name!r}.{nearest(name, schema.names)} "
-                f"The columns are: {', '.join(schema.names)}"
-            )
-    _check_image_type(schema.field(image))
-    for name in captions:
-        _check_caption_type(schema.field(name))
-    return Columns(
-        image=image,
-        captions=captions,
-        id=given.id,
-        keep=given.kept,
-        split=split.column,
-        group=split.group,
-    )
-
-
-def holds_paths(source: Source, columns: Columns) -> bool:
-    """Whether the image column holds paths rather than bytes."""
-    return _is_text(source.schema.field(columns.image).type)
 
 
 def read_image(cell: Any, folder: Path) -> bytes:
@@ -346,47 +277,3 @@ def _parquet_footer(path: Path) -> bytes:
         length = int.from_bytes(file.read(4), "little")
         file.seek(-_FOOTER_BYTES - length, os.SEEK_END)
         return file.read()
-
-
-def _usual(schema: pa.Schema, names: Sequence[str], flag: str) -> str:
-    lower = {name.lower(): name for name in reversed(schema.names)}
-    for name in names:
-        if name in lower:
-            return lower[name]
-    what = flag.removeprefix("columns.")
-    raise ValueError(
-        f"no {what} column found; name it with --{flag}. "
-        f"The columns are: {', '.join(schema.names)}"
-    )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-    )
-
-
-def _check_image_type(field: pa.Field) -> None:
-    kind = field.type
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (binary or struct or _is_text(kind)):
-        raise ValueError(
-            f"--columns.image {field.name}: it holds {kind}, not image bytes or paths; "
-            "encode the images (PNG, JPEG) or name another column"
-        )
-
-
-def _check_caption_type(field: pa.Field) -> None:
-    kind = field.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise ValueError(
-            f"--columns.caption {field.name}: it holds {field.type}, not text or lists "
-            "of text; name another column"
-        )

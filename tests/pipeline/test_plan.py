@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.columns import resolve_columns
 from pipeline.manifest import sample_uid
 from pipeline.options import (
     ColumnOptions,
@@ -17,7 +18,7 @@ from pipeline.options import (
     SplitOptions,
 )
 from pipeline.plan import Plan, across_splits, make_plan
-from pipeline.sources import open_source, resolve_columns
+from pipeline.sources import open_source
 from tests.pipeline.corpora import write_table
 
 
@@ -25,7 +26,7 @@ def plan_of(path: Path, **options: object) -> Plan:
     config = PreprocessConfig(input=str(path), output="out", **options)
     source = open_source(str(path))
     return make_plan(
-        config, source, resolve_columns(source, config.columns, config.split)
+        config, source, resolve_columns(source.schema, config.columns, config.split)
     )
 
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.columns import holds_paths, resolve_columns
 from pipeline.images import ImageError
 from pipeline.options import ColumnOptions, SplitOptions
-from pipeline.sources import holds_paths, open_source, read_image, resolve_columns
+from pipeline.sources import open_source, read_image
 from tests.pipeline.corpora import encoded, picture, write_table
 
 
@@ -70,9 +71,9 @@ def test_the_fingerprint_knows_the_corpus_but_not_where_it_lies(tmp_path: Path) 
 def test_usual_column_names_are_found_whatever_their_case(tmp_path: Path) -> None:
     rows = [{"id": "1", "Filepath": "a.jpg", "TITLE": "a bird"}]
     source = open_source(str(write_table(tmp_path / "t.csv", rows)))
-    columns = resolve_columns(source, ColumnOptions(), SplitOptions())
+    columns = resolve_columns(source.schema, ColumnOptions(), SplitOptions())
     assert (columns.image, columns.captions) == ("Filepath", ("TITLE",))
-    assert holds_paths(source, columns)
+    assert holds_paths(source.schema, columns)
 
 
 def test_images_of_hugging_face_datasets_are_read(tmp_path: Path) -> None:
@@ -82,8 +83,8 @@ def test_images_of_hugging_face_datasets_are_read(tmp_path: Path) -> None:
     table = pa.table({"image": cells, "caption": [["one", "two"], ["three"]]})
     pq.write_table(table, tmp_path / "t.parquet")
     source = open_source(str(tmp_path / "t.parquet"))
-    columns = resolve_columns(source, ColumnOptions(), SplitOptions())
-    assert not holds_paths(source, columns)
+    columns = resolve_columns(source.schema, ColumnOptions(), SplitOptions())
+    assert not holds_paths(source.schema, columns)
     rows = list(source.part(0, 2).rows(["image", "caption"]))
     assert [read_image(row["image"], source.folder) for row in rows] == [data, data]
 
