@@ -246,7 +246,8 @@ def _hashed_splits(
     names = []
     for group, locator in zip(groups, alone, strict=True):
         text = group or f"{sample_uid(config.source_name, locator):016x}"
-        digest = hashlib.sha256(text.encode()).digest()
+        # A corpus may stand in the order of its ids' hashes; the split must not follow.
+        digest = hashlib.sha256(f"split\0{text}".encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         names.append(VAL if share < config.split.val else TRAIN)
     return names

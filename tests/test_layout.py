@@ -72,11 +72,6 @@ def test_trainer_imports_without_ray_and_pyarrow() -> None:
     assert run_without({"ray", "pyarrow"}, f"import {modules}") == "imported\n"
 
 
-def test_pipeline_imports_without_torch() -> None:
-    statement = "import pipeline, pipeline.preprocess, pipeline.validate"
-    assert run_without({"torch", "deepspeed"}, statement) == "imported\n"
-
-
 def test_manifest_needs_only_numpy() -> None:
     blocked = {"ray", "pyarrow", "torch", "yaml", "jsonargparse", "PIL", "tokenizers"}
     assert run_without(blocked, "import pipeline.manifest") == "imported\n"

@@ -31,20 +31,6 @@ def test_no_module_needs_torch() -> None:
     python(f"import sys\n{blocked}{imports}")
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
-    heavy = ("ray", "pyarrow", "PIL", "numpy", "jsonargparse", "tokenizers")
-    loaded = python(f"import sys, pipeline; print({set(heavy)} & set(sys.modules))")
-    assert loaded.strip() == "set()"
-
-
-def test_the_manifest_needs_numpy_alone() -> None:
-    heavy = ("ray", "pyarrow", "PIL", "jsonargparse", "tokenizers", "torch", "yaml")
-    loaded = python(
-        f"import sys, pipeline.manifest; print({set(heavy)} & set(sys.modules))"
-    )
-    assert loaded.strip() == "set()"
-
-
 def test_help_explains_every_key_without_starting_ray() -> None:
     code = (
         "import sys\nfrom pipeline.preprocess import main\n"

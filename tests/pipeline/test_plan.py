@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,14 @@ def test_ranges_are_the_same_whoever_plans(tmp_path: Path, number: int) -> None:
     two = plan_of(path, shard=ShardOptions(samples=4)).range(number)
     assert one.locators == two.locators
     assert one.splits == two.splits
+
+
+def test_a_corpus_in_hash_order_is_held_out_evenly(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(2000)]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    rows = [{"image": name, "caption": "c", "g": name} for name in names]
+    table = write_table(tmp_path / "t.csv", rows)
+    plan = plan_of(table, split=SplitOptions(val=0.2, group="g"))
+    held_out = plan.splits == plan.split_names.index("val")
+    for part in np.split(held_out, 4):
+        assert 0.12 < part.mean() < 0.28

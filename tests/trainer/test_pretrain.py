@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import deepspeed_command, launch_environment, python
 from tests.trainer.tiny import TINY, column, metrics
-from trainer.contract import METRIC_NAMES, complete_checkpoints
+from trainer.contract import METRIC_NAMES, complete_checkpoints, read_metrics
 
 LAUNCH_LIMIT_S = 240
 
@@ -32,6 +33,27 @@ def launch(ranks: int, *words: str | Path) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def start_until(
+    reached: Callable[[], bool], *words: str | Path
+) -> subprocess.Popen[bytes]:
+    """Start the launcher with two ranks in its own session; return it, still running,
+    as soon as `reached()`.
+    """
+    process = subprocess.Popen(
+        deepspeed_command(2, *TINY, *words),
+        env=launch_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while not reached():
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +144,7 @@ def test_sigkill_in_mid_run_loses_nothing_committed(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=2")
-    process = subprocess.Popen(
-        deepspeed_command(2, *TINY, *words),
-        env=launch_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + LAUNCH_LIMIT_S
-    while not complete_checkpoints(run):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = start_until(lambda: bool(complete_checkpoints(run)), *words)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     step, newest = complete_checkpoints(run)[-1]
@@ -154,18 +165,7 @@ def test_sigterm_saves_and_the_same_command_continues(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data={shards}", f"--output={run}")
-    process = subprocess.Popen(
-        deepspeed_command(2, *TINY, *words),
-        env=launch_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + LAUNCH_LIMIT_S
-    while not (run / "metrics.jsonl").exists() or not metrics(run):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start_until(lambda: bool(read_metrics(run)), *words)
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=60)
     found = complete_checkpoints(run)
