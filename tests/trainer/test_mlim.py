@@ -124,7 +124,7 @@ def test_losses_are_those_of_naive_loops() -> None:
             if masks.text[pair, word]:
                 target = int(alone_inputs.token_ids[word + 1])
                 logits = model.word_logits(hidden[None, word + 1])[0]
-                mlm -= float(logits.detach().log_softmax(0)[target])
+                mlm -= float(logits.log_softmax(0)[target].detach())
                 correct += int(logits.argmax()) == target
         if masks.image[pair].any():
             grid = hidden[length : length + GRID**2].T.reshape(1, -1, GRID, GRID)
@@ -137,8 +137,8 @@ def test_losses_are_those_of_naive_loops() -> None:
                         recon += float(
                             (restored[:, y, x] - true).square().sum().detach()
                         )
-    assert float(output.mlm_sum) == pytest.approx(mlm, rel=1e-4)
-    assert float(output.recon_sum) == pytest.approx(recon, rel=1e-4)
+    assert float(output.mlm_sum.detach()) == pytest.approx(mlm, rel=1e-4)
+    assert float(output.recon_sum.detach()) == pytest.approx(recon, rel=1e-4)
     assert int(output.mlm_correct) == correct
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import deepspeed_command, launch_environment, python
@@ -54,6 +56,21 @@ def start_until(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
+
+
+def wait_for_group(group: int) -> None:
+    """Wait until no process of a group runs: the launcher ends before its ranks."""
+
+    def running(process: psutil.Process) -> bool:
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and os.getpgid(process.pid) == group
+        return False
+
+    deadline = time.monotonic() + 60
+    while any(running(process) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +185,10 @@ def test_sigterm_saves_and_the_same_command_continues(
     process = start_until(lambda: bool(read_metrics(run)), *words)
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=60)
+    wait_for_group(process.pid)
     found = complete_checkpoints(run)
     assert found, "no checkpoint was written on SIGTERM"
+    assert found[-1][0] < 12, "the run ended before it could be stopped"
     launch(2, *words)
     assert column(run, "sample_digest") == column(whole, "sample_digest")
     assert column(run, "loss") == column(whole, "loss")
