@@ -37,6 +37,8 @@ def cluster() -> Iterator[dict[str, str]]:
     gcs, dashboard, client, agent, metrics = free_ports(5)
     env = {
         **os.environ,
+        # As in an activated environment: jobs run the head's `python`.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -94,14 +96,12 @@ def test_a_submitted_job_writes_the_same_bytes(
     entry = ["python", "-m", "pipeline.preprocess", f"--input={corpus}"]
     entry += [f"--output={output}", *FLAGS, "--columns.keep=mood"]
     env = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [str(RAY), "job", "submit", "--working-dir", ".", "--", *entry],
         cwd=source,
         env={
             **os.environ,
             **env,
-            "PATH": path,
             "RAY_ADDRESS": cluster["RAY_API_SERVER_ADDRESS"],
         },
         capture_output=True,
