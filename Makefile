@@ -1,6 +1,7 @@
 # Every target works from a fresh clone; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types clean
+SHELL := /bin/bash
+.PHONY: help setup demo test soak lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +36,11 @@ demo: setup ## Bundled corpus -> shards -> training -> probes -> runs/demo/repor
 
 test: lint types ## Lint, types and tests
 	$(BIN)/python -m pytest -m "not soak"
+
+soak: setup ## The full counts of kills; log in benchmarks/results/soak.log
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m pytest -m soak -rA --color=no | tee benchmarks/results/soak.log; \
+		exit $${PIPESTATUS[0]}
 
 lint: setup ## Ruff: rules and formatting
 	$(BIN)/ruff check

@@ -243,7 +243,7 @@ def summary() -> str:
     for seed in SEEDS:
         probes = json.loads((run_directory(seed) / "probes.json").read_text())
         lines.append(f"seed {seed}, {probes['pairs']} held-out pairs")
-        for task, unit in (("mlm", "nats"), ("recon", "mean square error")):
+        for task, unit in (("mlm", "nats"), ("recon", "squared error a pixel")):
             conditions = probes[task]["conditions"]
             gap = probes[task]["gaps"]["shuffled"]
             low, high = gap["ci95"]
@@ -261,7 +261,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main(stages: Iterator[Stage]) -> int:
     """Run `stages`; returns the exit status, having said how to continue."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
         run_stages(stages)

@@ -138,7 +138,7 @@ sys.exit(main(iter([Stage(title="t", command=command, product=Path("none"))])))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("launcher", ["forwards", "dies"])
 def test_an_interrupt_lets_ranks_save_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals, launcher: str
