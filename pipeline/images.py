@@ -209,7 +209,7 @@ def _exif(image: Image.Image) -> Image.Exif:
 def _oriented(image: Image.Image, exif: Image.Exif) -> tuple[Image.Image, bool]:
     """The image as a viewer shows it, and whether its sides were exchanged."""
     # Only the tag, in a block of its own: the rest of a source's EXIF may be damaged.
-    orientation: Any = exif.get(ExifTags.Base.Orientation)
+    orientation = _exif_value(exif, ExifTags.Base.Orientation)
     if orientation not in range(2, 9):
         return image, False
     only = Image.Exif()
@@ -220,11 +220,22 @@ def _oriented(image: Image.Image, exif: Image.Exif) -> tuple[Image.Image, bool]:
 
 def _exif_text(exif: Image.Exif) -> str:
     tags = {}
-    for tag, value in exif.items():
+    for tag in exif:
+        value = _exif_value(exif, tag)
         if isinstance(value, (str, int, float)) or "Rational" in type(value).__name__:
             name = ExifTags.TAGS.get(tag, str(tag))
             tags[name] = str(value).replace("\0", "").strip()[:_EXIF_TEXT]
     return json.dumps(tags, sort_keys=True)
+
+
+def _exif_value(exif: Image.Exif, tag: int) -> Any:
+    """One tag's value, None where it cannot be had: tags are parsed when asked for, and
+    one without a sound value (a TIFF names some that it lacks) costs only itself.
+    """
+    try:
+        return exif.get(tag)
+    except Exception:  # parsers of tags raise anything on hostile data
+        return None
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:

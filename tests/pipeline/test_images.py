@@ -185,11 +185,37 @@ def test_other_bytes_are_not_an_image(data: bytes) -> None:
     assert reason(data) == "not_an_image"
 
 
+def grey_tiff(mode: str) -> bytes:
+    if mode == "I;16":
+        ramp = np.tile(np.linspace(0, 65_535, 40).astype(np.uint16), (40, 1))
+        return encoded(Image.fromarray(ramp), "TIFF")
+    return encoded(picture(8).convert(mode), "TIFF")
+
+
+def without_photometric(data: bytes) -> bytes:
+    """A little-endian TIFF whose tag 262, photometric interpretation, is another."""
+    place = data.index(struct.pack("<HH", 262, 3), struct.unpack("<I", data[4:8])[0])
+    return data[:place] + struct.pack("<H", 60_001) + data[place + 2 :]
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
+def test_a_tiff_without_its_photometric_tag_has_an_outcome(mode: str) -> None:
+    try:
+        result = encode_image(without_photometric(grey_tiff(mode)), OPTIONS)
+    except ImageError as error:
+        assert error.reason in ("unreadable", "not_an_image")
+        return
+    assert min(result.width, result.height) == 32
+    assert "PhotometricInterpretation" not in result.exif
+
+
 def test_nothing_but_image_error_comes_out_of_damaged_files() -> None:
     generator = np.random.default_rng(7)
     details = []
-    for kind in FORMATS:
-        whole = np.frombuffer(encoded(picture(8), kind), np.uint8)
+    originals = [encoded(picture(8), kind) for kind in FORMATS]
+    originals += [grey_tiff(mode) for mode in ("L", "1", "I;16")]
+    for original in originals:
+        whole = np.frombuffer(original, np.uint8)
         for _ in range(60):
             damaged = whole.copy()
             places = generator.integers(0, len(whole), 8)
