@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.companions import companion_files
 from pipeline.manifest import (
     INDEX_DTYPE,
+    SHARD_FILES,
     Manifest,
     Shard,
     TokenizerInfo,
@@ -29,8 +29,7 @@ from pipeline.manifest import (
     sample_key,
     token_ids,
 )
-from pipeline.shards import END_OF_TAR, MEMBERS, SUFFIXES, member_header
-from pipeline.tokenizer import TOKENIZER_JSON
+from pipeline.shards import END_OF_TAR, MEMBERS, member_header
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -59,8 +58,7 @@ def audit(root: Path, on_bytes: Callable[[int], object]) -> Iterator[Damage]:
         ValueError: there is no manifest to check against, or it is damaged.
     """
     manifest = load_manifest(root)
-    yield from _check_tokenizer(root, manifest.tokenizer)
-    yield from _check_companions(root, manifest)
+    yield from _check_files(root, manifest)
     yield from _check_strays(root, manifest)
     uids = []
     for shard in manifest.shards:
@@ -81,13 +79,14 @@ class _ShardAudit:
 
     def damages(self) -> Iterator[Damage]:
         shard = self._shard
-        paths = {suffix: self._root / shard.sidecar(suffix) for suffix in SUFFIXES}
+        suffixes = SHARD_FILES.values()
+        paths = {suffix: self._root / shard.sidecar(suffix) for suffix in suffixes}
         missing = [suffix for suffix, path in paths.items() if not path.is_file()]
         for suffix in missing:
             yield self._damage("the file is missing", suffix=suffix)
         if missing:
             return
-        for name, suffix in zip(("tar", "index", "parquet"), SUFFIXES, strict=False):
+        for name, suffix in SHARD_FILES.items():
             if file_sha256(paths[suffix]) != shard.sha256[name]:
                 message = "sha256 does not match the manifest"
                 yield self._damage(message, suffix=suffix)
@@ -247,30 +246,23 @@ def _span_end(index: np.ndarray) -> np.uint64:
     return index["span_offset"][-1] + index["span_size"][-1]
 
 
-def _check_tokenizer(root: Path, tokenizer: TokenizerInfo) -> Iterator[Damage]:
-    path = root / tokenizer.path / TOKENIZER_JSON
-    if not path.is_file() or file_sha256(path) != tokenizer.sha256:
-        yield Damage(
-            path=f"{tokenizer.path}/{TOKENIZER_JSON}",
-            offset=None,
-            message="missing, or its sha256 does not match the manifest",
-        )
-
-
-def _check_companions(root: Path, manifest: Manifest) -> Iterator[Damage]:
-    for name, text in companion_files(manifest).items():
+def _check_files(root: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Tokenizer, companions and tables of rejected inputs."""
+    for name, digest in sorted(manifest.files.items()):
         path = root / name
         if not path.is_file():
             yield Damage(path=name, offset=None, message="the file is missing")
-        # The card is for people, who may write on it.
-        elif name != "README.md" and path.read_bytes() != text.encode():
-            yield Damage(path=name, offset=None, message="does not match the manifest")
+        elif file_sha256(path) != digest:
+            message = "sha256 does not match the manifest"
+            yield Damage(path=name, offset=None, message=message)
 
 
 def _check_strays(root: Path, manifest: Manifest) -> Iterator[Damage]:
-    """Shards that no record names would be read by every loader but ours."""
+    """Shards and tables that no record names would be read by all loaders but ours."""
     known = {shard.name for shard in manifest.shards}
-    for path in sorted(root.glob("*/*.tar")):
+    known |= {shard.sidecar(".parquet") for shard in manifest.shards}
+    known |= manifest.files.keys()
+    for path in sorted([*root.glob("*/*.tar"), *root.glob("*/*.parquet")]):
         name = path.relative_to(root).as_posix()
         if name not in known:
             yield Damage(path=name, offset=None, message="not in the manifest")
@@ -290,8 +282,7 @@ def _check_rows(root: Path, manifest: Manifest) -> Iterator[Damage]:
     """Law 2 on disk: every input has exactly one row, under a key of its own."""
     keys: list[str] = []
     names = [shard.sidecar(".parquet") for shard in manifest.shards]
-    rejected = sorted((root / "rejected").glob("*.parquet"))
-    names += [path.relative_to(root).as_posix() for path in rejected]
+    names += [name for name in manifest.files if name.endswith(".parquet")]
     for name in names:
         try:
             keys += pq.read_table(root / name, columns=["key"])["key"].to_pylist()

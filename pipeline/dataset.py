@@ -9,6 +9,7 @@ moment the directory holds committed ranges, and nothing that needs cleaning by 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -31,7 +32,9 @@ from pipeline.manifest import (
     Manifest,
     Shard,
     canonical_json,
+    file_sha256,
     load_manifest,
+    manifest_seal,
     shard_name,
 )
 from pipeline.ranges import StagedRange
@@ -49,8 +52,8 @@ class RangeRecord:
     rows: int
     accounting: Accounting
     shards: tuple[Shard, ...]
-    rejected: tuple[str, ...]
-    """Tables of rejected inputs that lie beside no shard."""
+    rejected: Mapping[str, str]
+    """Tables of rejected inputs that lie beside no shard, and their sha256."""
 
 
 class DatasetWriter:
@@ -146,7 +149,7 @@ class DatasetWriter:
             self._place(staged, shard, source, self._next_number(shard.split))
             for shard in staged.shards
         )
-        rejected = tuple(
+        rejected = dict(
             self._place_rejected(staged, split) for split in staged.rejected
         )
         record = RangeRecord(
@@ -170,7 +173,12 @@ class DatasetWriter:
         return sum((record.accounting for record in self.records), Accounting())
 
     def write_manifest(
-        self, plan: Mapping[str, Any], tokenizer: StoredTokenizer, *, complete: bool
+        self,
+        plan: Mapping[str, Any],
+        tokenizer: StoredTokenizer,
+        *,
+        complete: bool,
+        companions: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Write the manifest of what is committed, and its seal. Raises ValueError if
         the accounting does not add up.
@@ -187,17 +195,21 @@ class DatasetWriter:
             tokenizer=tokenizer.info,
             transform=plan["transform"],
             transform_sha256=plan["transform_sha256"],
+            files=self._digests(tokenizer, companions or {}),
         )
         self.write(MANIFEST, manifest.to_json())
-        self.write(MANIFEST_SHA256, f"{manifest.sha256}  {MANIFEST}\n")
+        self.write(MANIFEST_SHA256, manifest_seal(manifest.to_json().encode()))
         return manifest
 
     def finish(self, plan: Mapping[str, Any], tokenizer: StoredTokenizer) -> Manifest:
         """Write the companions and, last, the complete manifest."""
         manifest = self.write_manifest(plan, tokenizer, complete=False)
-        for path, text in companion_files(manifest).items():
+        companions = companion_files(manifest)
+        for path, text in companions.items():
             self.write(path, text)
-        manifest = self.write_manifest(plan, tokenizer, complete=True)
+        manifest = self.write_manifest(
+            plan, tokenizer, complete=True, companions=companions
+        )
         shutil.rmtree(self.staging, ignore_errors=True)
         return manifest
 
@@ -224,6 +236,21 @@ class DatasetWriter:
         os.replace(temporary, path)
         _sync_directory(path.parent)
 
+    def _digests(
+        self, tokenizer: StoredTokenizer, companions: Mapping[str, str]
+    ) -> dict[str, str]:
+        """sha256 of every file that is no shard's, by path. The plan and the records in
+        `.palimpsest/` are the writer's own and not part of the dataset.
+        """
+        files = {f"{TOKENIZER}/{name}": data for name, data in tokenizer.files.items()}
+        files |= {name: text.encode() for name, text in companions.items()}
+        digests = {
+            name: hashlib.sha256(data).hexdigest() for name, data in files.items()
+        }
+        for record in self.records:
+            digests |= record.rejected
+        return digests
+
     def _record_path(self, number: int) -> Path:
         return self.state / "ranges" / f"{number:06d}.json"
 
@@ -244,11 +271,11 @@ class DatasetWriter:
         _sync_directory(self.root / shard.split)
         return entry
 
-    def _place_rejected(self, staged: StagedRange, split: str) -> str:
+    def _place_rejected(self, staged: StagedRange, split: str) -> tuple[str, str]:
         name = f"rejected/range-{staged.number:06d}-{split}.parquet"
         (self.root / "rejected").mkdir(exist_ok=True)
         os.replace(staged.directory / f"{split}.rejected.parquet", self.root / name)
-        return name
+        return name, file_sha256(self.root / name)
 
 
 def _read_record(path: Path) -> RangeRecord:
@@ -258,7 +285,7 @@ def _read_record(path: Path) -> RangeRecord:
         rows=value["rows"],
         accounting=Accounting(**value["accounting"]),
         shards=tuple(Shard(**shard) for shard in value["shards"]),
-        rejected=tuple(value["rejected"]),
+        rejected=value["rejected"],
     )
 
 

@@ -46,6 +46,15 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+# A shard's files by the name of their digest in the manifest, and how they end.
+SHARD_FILES = {
+    "tar": ".tar",
+    "index": ".index.npy",
+    "parquet": ".parquet",
+    "stats": "_stats.json",
+    "idx": ".tar.idx",
+}
+
 _SHARD_NAME = re.compile(r"([a-z0-9_]+)/shard-(\d{6})\.tar")
 
 
@@ -92,7 +101,7 @@ class Shard:
     tokens: int
     bytes: int
     sha256: Mapping[str, str]
-    """Hex digests of the `tar`, the `index` and the `parquet`."""
+    """Hex digests of the files beside each other, by the names in `SHARD_FILES`."""
 
     def sidecar(self, suffix: str) -> str:
         """Path of a file beside the tar, below the dataset directory."""
@@ -139,6 +148,9 @@ class Manifest:
     transform: Mapping[str, Any]
     """Everything that decides bytes: image, text and shard keys, codec versions."""
     transform_sha256: str
+    files: Mapping[str, str]
+    """Hex digests of every file that belongs to no shard, by path below the dataset
+    directory; the companions only once it is complete."""
 
     def split(self, name: str) -> tuple[Shard, ...]:
         """Shards of split `name`, in order.
@@ -158,7 +170,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical text: the bytes of `manifest.json`."""
-        return canonical_json(dataclasses.asdict(self))
+        return canonical_json({**dataclasses.asdict(self), "totals": self.totals()})
 
     @property
     def sha256(self) -> str:
@@ -214,7 +226,7 @@ def load_manifest(root: str | Path, *, allow_incomplete: bool = False) -> Manife
             "`python -m pipeline.preprocess --input ... --output ...`"
         )
     text = path.read_bytes()
-    if hashlib.sha256(text).hexdigest() != seal.read_text().split()[0]:
+    if seal.read_bytes() != manifest_seal(text).encode():
         raise ValueError(
             f"{path} does not match {MANIFEST_SHA256}: one of them is damaged. "
             "Run the same `python -m pipeline.preprocess` again to rewrite both"
@@ -228,6 +240,11 @@ def load_manifest(root: str | Path, *, allow_incomplete: bool = False) -> Manife
     return manifest
 
 
+def manifest_seal(text: bytes) -> str:
+    """Text of `manifest.json.sha256`, as `sha256sum --check` reads it."""
+    return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n"
+
+
 def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
     """The checked `Manifest` of parsed JSON. Raises ValueError as `load_manifest`."""
     version = value.get("schema_version")
@@ -237,9 +254,10 @@ def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
             f"{SCHEMA_VERSION}: preprocess the corpus again with this version"
         )
     try:
+        fields = {key: value[key] for key in value if key != "totals"}
         manifest = Manifest(
             **{
-                **value,
+                **fields,
                 "shards": tuple(Shard(**shard) for shard in value["shards"]),
                 "accounting": Accounting(**value["accounting"]),
                 "tokenizer": TokenizerInfo(**value["tokenizer"]),
@@ -254,6 +272,11 @@ def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
         raise ValueError(
             f"manifest lists {written} samples but accounts for "
             f"{manifest.accounting.written} written"
+        )
+    if value.get("totals") != manifest.totals():
+        raise ValueError(
+            f"manifest has totals {value.get('totals')}, but its shards add up to "
+            f"{manifest.totals()}: preprocess the corpus again"
         )
     return manifest
 
@@ -304,6 +327,12 @@ def _add_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
 def _check_names(shards: Iterable[Shard]) -> None:
     seen: dict[str, int] = {}
     for shard in shards:
+        if shard.sha256.keys() != SHARD_FILES.keys():
+            raise ValueError(
+                f"manifest has digests of {', '.join(sorted(shard.sha256))} for "
+                f"{shard.name}, not of {', '.join(sorted(SHARD_FILES))}: preprocess "
+                "the corpus again with this version"
+            )
         match = _SHARD_NAME.fullmatch(shard.name)
         if not match or match[1] != shard.split:
             raise ValueError(f"{shard.name!r} is not a shard of split {shard.split!r}")

@@ -7,6 +7,7 @@ the schema of index and manifest (`pipeline.manifest`), what is in a sample
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,12 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import INDEX_DTYPE, file_sha256
+from pipeline.manifest import INDEX_DTYPE, SHARD_FILES, file_sha256
 
 # Members of a sample, in the order in which they lie in the tar.
 MEMBERS = ("input_ids.npy", "jpg", "json", "txt")
 # Files of a shard, by the suffix that replaces `.tar`.
-SUFFIXES = (".tar", ".index.npy", ".parquet", "_stats.json", ".tar.idx")
+SUFFIXES = tuple(SHARD_FILES.values())
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 # img2dataset's stats split failures into two kinds; these are its "download" ones.
 _NOT_READ = ("missing_file", "missing_image", "path_outside_input", "unreadable_file")
@@ -163,15 +164,16 @@ class ShardWriter:
             captions=int(index["n_captions"].sum()),
             tokens=int(index["n_tokens"].sum()),
             bytes=self._offset,
-            sha256={
-                "tar": self._hash.hexdigest(),
-                "index": file_sha256(self._file(".index.npy")),
-                "parquet": file_sha256(self._file(".parquet")),
-            },
+            sha256={"tar": self._hash.hexdigest()},
         )
         stats = json.dumps(self._stats(shard), indent=1) + "\n"
         _write(self._file("_stats.json"), stats.encode())
-        return shard
+        beside = {
+            name: file_sha256(self._file(suffix))
+            for name, suffix in SHARD_FILES.items()
+            if name != "tar"
+        }
+        return dataclasses.replace(shard, sha256={**shard.sha256, **beside})
 
     def _file(self, suffix: str) -> Path:
         return self._stem.with_name(self._stem.name + suffix)
