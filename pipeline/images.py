@@ -68,6 +68,7 @@ def encode_image(data: bytes, options: ImageOptions) -> EncodedImage:
         stored = source.size
         _check_size(stored, options)
         exif = _exif(source)
+        exif_text = _exif_text(exif)
         image = _resized(_decoded(source, options.size), stored, options)
     image, turned = _oriented(image, exif)
     original = stored[::-1] if turned else stored
@@ -77,7 +78,7 @@ def encode_image(data: bytes, options: ImageOptions) -> EncodedImage:
         height=image.height,
         original_width=original[0],
         original_height=original[1],
-        exif=_exif_text(exif),
+        exif=exif_text,
         dhash=_dhash(image),
     )
 
