@@ -18,14 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.captions import clean_captions
+from pipeline.captions import BadText, clean_captions
 from pipeline.columns import Columns, holds_paths
-from pipeline.manifest import sample_uid
+from pipeline.manifest import TOKENIZER, sample_uid
 from pipeline.options import PreprocessConfig
-from pipeline.sources import RowRange, Source
+from pipeline.sources import RowRange, Source, decoded_cells
 
 TRAIN, VAL = "train", "val"
+# Folders beside the splits in every dataset.
+_FOLDERS = (TOKENIZER, "rejected")
 _VAL_NAMES = ("dev", "valid", "validation")
+# Ranges have six digits in a sample's key.
+_MAX_RANGES = 1_000_000
 # Enough to fix a vocabulary; more only costs the driver time.
 _TOKENIZER_ROWS = 2_000_000
 
@@ -42,6 +46,9 @@ class RangeInputs:
     splits: list[str]
     duplicate: np.ndarray
     """Inputs (inputs,) that are counted as duplicates and not processed."""
+    copied: np.ndarray
+    """Inputs (inputs,) whose image a held-out split has: they make no sample, and count
+    as duplicates unless they would have failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,8 @@ class Plan:
     """Place of each input's split in `split_names` (N,)."""
     duplicate: np.ndarray
     """Inputs (N,) whose locator another input has."""
+    copied: np.ndarray
+    """Inputs (N,) whose image a held-out split has, once the splits are compared."""
 
     @property
     def n_inputs(self) -> int:
@@ -91,11 +100,12 @@ class Plan:
             locators=_locators(self.locators, self.first_rows, start, stop),
             splits=names,
             duplicate=self.duplicate[start:stop],
+            copied=self.copied[start:stop],
         )
 
-    def without(self, duplicate: np.ndarray) -> Plan:
-        """The plan with more inputs (N,) counted as duplicates."""
-        return dataclasses.replace(self, duplicate=self.duplicate | duplicate)
+    def without(self, copied: np.ndarray) -> Plan:
+        """The plan that keeps no sample of inputs (N,) whose image is held out."""
+        return dataclasses.replace(self, copied=copied)
 
     def tokenizer_captions(self) -> Iterator[str]:
         """Captions of inputs that are not held out: of every one, or of an evenly
@@ -111,7 +121,9 @@ class Plan:
             column = self.source.column(name)
             for start in range(0, len(chosen), 65_536 * max(stride, 1)):
                 taken = chosen[start : start + 65_536 * max(stride, 1) : max(stride, 1)]
-                yield from clean_captions(column.take(taken).to_pylist())
+                cells = decoded_cells(column.take(taken))
+                good = [cell for cell in cells if not isinstance(cell, BadText)]
+                yield from clean_captions(good)
 
 
 def make_plan(config: PreprocessConfig, source: Source, columns: Columns) -> Plan:
@@ -125,6 +137,7 @@ def make_plan(config: PreprocessConfig, source: Source, columns: Columns) -> Pla
     first_rows = _boundaries(source.n_rows, keys, row_splits)
     if config.limit is not None:
         first_rows = first_rows[: config.limit + 1]
+    _refuse_many_ranges(config, len(first_rows) - 1)
     starts = first_rows[:-1]
     locators = keys.take(starts) if keys is not None else None
     if row_splits is not None:
@@ -145,14 +158,25 @@ def make_plan(config: PreprocessConfig, source: Source, columns: Columns) -> Pla
         split_names=split_names,
         splits=splits,
         duplicate=_repeats(locators, splits),
+        copied=np.zeros(len(splits), bool),
     )
+
+
+def _refuse_many_ranges(config: PreprocessConfig, n_inputs: int) -> None:
+    if n_inputs > _MAX_RANGES * config.shard.samples:
+        raise ValueError(
+            f"--shard.samples {config.shard.samples} cuts {n_inputs} inputs into more "
+            f"than {_MAX_RANGES} ranges, which is all that keys can number; give at "
+            f"least {-(-n_inputs // _MAX_RANGES)}"
+        )
 
 
 def across_splits(digests: np.ndarray, splits: np.ndarray) -> np.ndarray:
     """Inputs (N,) whose image another split has and keeps.
 
-    `digests` (N,) are 16-byte strings, empty where there was no image to read; `splits`
-    (N,) places in `Plan.split_names`, of which the lowest keeps an image.
+    `digests` (N,) are 16-byte strings, empty where an input claims no image because it
+    makes no sample; `splits` (N,) places in `Plan.split_names`, of which the lowest
+    keeps an image.
     """
     _, image = np.unique(digests, return_inverse=True)
     keeper = np.full(image.max() + 1, np.iinfo(np.int64).max)
@@ -167,13 +191,41 @@ def _row_keys(source: Source, columns: Columns) -> pa.Array | None:
     )
     if name is None:
         return None
-    keys = source.column(name).cast(pa.large_string())
+    flag = "columns.id" if columns.id else "columns.image"
+    keys = _text_column(source, flag, name)
     if name == columns.image:
         _refuse_urls(keys)
     empty = pc.fill_null(pc.equal(keys, ""), True)
     # Rows without a key are inputs of their own, or they would all be one.
     rows = [f"row:{row}" for row in np.flatnonzero(empty)]
     return pc.replace_with_mask(keys, empty, pa.array(rows, pa.large_string()))
+
+
+def _text_column(source: Source, flag: str, name: str) -> pa.Array:
+    """A column as text, every cell of which is UTF-8."""
+    column = source.column(name)
+    binary = pa.types.is_large_binary(column.type)
+    try:
+        if not binary:
+            column = column.cast(pa.large_string())
+        text = column.cast(pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid as error:
+        for row, cell in enumerate(column.cast(pa.large_binary())):
+            if not _is_utf8(cell.as_py()):
+                raise ValueError(
+                    f"--{flag} {name}: row {row} is not UTF-8 text; write the column "
+                    "as UTF-8, or binary identities as hexadecimal text"
+                ) from error
+        raise
+    return text
+
+
+def _is_utf8(data: bytes | None) -> bool:
+    try:
+        (data or b"").decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _refuse_urls(keys: pa.Array) -> None:
@@ -188,7 +240,7 @@ def _refuse_urls(keys: pa.Array) -> None:
 def _row_splits(source: Source, columns: Columns) -> pa.Array | None:
     if columns.split is None:
         return None
-    cells = source.column(columns.split).cast(pa.large_string())
+    cells = _text_column(source, "split.column", columns.split)
     empty = pc.fill_null(pc.equal(cells, ""), True)
     if pc.any(empty).as_py():
         raise ValueError(
@@ -206,6 +258,11 @@ def _split_name(value: str, column: str) -> str:
         raise ValueError(
             f"--split.column {column}: {value!r} is no name for a split; use letters, "
             "digits and '_', such as train, val, test"
+        )
+    if name in _FOLDERS:
+        raise ValueError(
+            f"--split.column {column}: {value!r} cannot be a split, because a dataset "
+            f"has a folder {name!r} of its own; rename it in the corpus"
         )
     return VAL if name in _VAL_NAMES else name
 
@@ -241,8 +298,8 @@ def _hashed_splits(
     alone = _locators(locators, first_rows, 0, n_inputs)
     groups: Sequence[str | None] = [None] * n_inputs
     if columns.group:
-        column = source.column(columns.group).take(first_rows[:-1])
-        groups = column.cast(pa.large_string()).to_pylist()
+        column = _text_column(source, "split.group", columns.group)
+        groups = column.take(first_rows[:-1]).to_pylist()
     names = []
     for group, locator in zip(groups, alone, strict=True):
         text = group or f"{sample_uid(config.source_name, locator):016x}"

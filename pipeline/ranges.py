@@ -7,10 +7,11 @@ files (`pipeline.shards`), the plan (`pipeline.plan`) or making results visible
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.captions import clean_captions
+from pipeline.captions import BadText, clean_captions
 from pipeline.columns import Columns
 from pipeline.images import ImageError, encode_image
 from pipeline.manifest import Accounting, sample_key, sample_uid
@@ -84,7 +85,9 @@ def write_range(
         split = inputs.splits[position]
         if split not in writers:
             writers[split] = ShardWriter(directory, split, keep)
-        accounting += _process(work, inputs, position, rows, writers[split], encoder)
+        with _named(inputs, position):
+            writer = writers[split]
+            accounting += _process(work, inputs, position, rows, writer, encoder)
         failed = sum(accounting.failed.values())
         report(position + 1, failed)
     staged = {split: writers[split].close() for split in sorted(writers)}
@@ -102,24 +105,42 @@ def range_digests(
     work: Work, inputs: RangeInputs, report: Callable[[int, int], None]
 ) -> np.ndarray:
     """First 16 bytes of the sha256 of each input's source image (inputs,); empty where
-    there is none to read. 128 bits tell all images ever taken apart.
+    the input makes no sample whatever its image shows. 128 bits tell all images ever
+    taken apart.
+
+    Images are not decoded: equal bytes decode alike, so where a held-out copy turns out
+    broken, every other copy does too, and is counted as broken when it is written.
     """
+    encoder = CaptionEncoder(work.tokenizer)
     digests = np.zeros(len(inputs.locators), dtype=f"S{DIGEST_BYTES}")
-    for position, rows in enumerate(_grouped(work, inputs, (work.columns.image,))):
-        try:
-            data = read_image(rows[0][work.columns.image], work.folder)
-            digests[position] = hashlib.sha256(data).digest()[:DIGEST_BYTES]
-        except ImageError:
-            pass  # counted with its reason when the range is written
+    for position, rows in enumerate(_grouped(work, inputs)):
+        # A repeated identity makes no sample, so it keeps no image from other splits.
+        if not inputs.duplicate[position]:
+            with _named(inputs, position), contextlib.suppress(Rejected, ImageError):
+                _captions(work, rows, encoder)
+                data = read_image(rows[0][work.columns.image], work.folder)
+                digests[position] = hashlib.sha256(data).digest()[:DIGEST_BYTES]
         report(position + 1, 0)
     return digests
 
 
-def _grouped(
-    work: Work, inputs: RangeInputs, columns: Sequence[str] = ()
-) -> Iterator[list[Mapping[str, Any]]]:
+@contextlib.contextmanager
+def _named(inputs: RangeInputs, position: int) -> Iterator[None]:
+    """Says which input it was, in the message of an exception that nobody foresaw."""
+    try:
+        yield
+    except (Rejected, ImageError):
+        raise
+    except Exception as error:
+        key = sample_key(inputs.number, position)
+        cause = str(error) if isinstance(error, OSError) else repr(error)
+        kind = OSError if isinstance(error, OSError) else RuntimeError
+        raise kind(f"input {key} ({inputs.locators[position]}): {cause}") from error
+
+
+def _grouped(work: Work, inputs: RangeInputs) -> Iterator[list[Mapping[str, Any]]]:
     """The rows of each input."""
-    rows = iter(inputs.rows.rows(columns or work.columns.sample))
+    rows = iter(inputs.rows.rows(work.columns.sample))
     for count in inputs.row_counts:
         yield list(islice(rows, int(count)))
 
@@ -147,6 +168,7 @@ def _process(
     if inputs.duplicate[position]:
         writer.reject(row | {"status": "duplicate"})
         return Accounting(inputs=1, duplicates=1)
+    plain = dict(row)
     try:
         sample = _sample(work, rows, row, uid, encoder)
     except Rejected as cause:
@@ -158,6 +180,9 @@ def _process(
         if cause.status == "filtered":
             return Accounting(inputs=1, filtered=counts)
         return Accounting(inputs=1, failed=counts)
+    if inputs.copied[position]:
+        writer.reject(plain | {"status": "duplicate"})
+        return Accounting(inputs=1, duplicates=1)
     writer.add(sample, row)
     return Accounting(inputs=1, written=1)
 
@@ -174,17 +199,11 @@ def _sample(
     Raises:
         Rejected: with the reason that is counted.
     """
-    images = [cells[work.columns.image] for cells in rows]
-    if any(cell != images[0] for cell in images):
-        raise Rejected("failed", "images_differ", "rows of one id have several images")
-    cells = [cells[name] for cells in rows for name in work.columns.captions]
-    captions, ids = encoder.encode(clean_captions(cells))
-    if not captions:
-        raise Rejected("filtered", "empty_caption")
+    captions, ids = _captions(work, rows, encoder)
     row |= {"caption": captions[0], "captions": captions, "n_captions": len(captions)}
     row["n_tokens"] = len(ids)
     try:
-        data = read_image(images[0], work.folder)
+        data = read_image(rows[0][work.columns.image], work.folder)
         row["sha256"] = hashlib.sha256(data).hexdigest()
         image = encode_image(data, work.image)
     except ImageError as error:
@@ -212,6 +231,28 @@ def _sample(
     )
 
 
+def _captions(
+    work: Work, rows: list[Mapping[str, Any]], encoder: CaptionEncoder
+) -> tuple[list[str], np.ndarray]:
+    """Captions and ids of an input: every check that needs no image.
+
+    Raises:
+        Rejected: with the reason that is counted.
+    """
+    images = [cells[work.columns.image] for cells in rows]
+    if any(cell != images[0] for cell in images):
+        raise Rejected("failed", "images_differ", "rows of one id have several images")
+    texts = (*work.columns.captions, *work.columns.keep)
+    for name in texts:
+        if any(isinstance(cells[name], BadText) for cells in rows):
+            raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
+    cells = [cells[name] for cells in rows for name in work.columns.captions]
+    captions, ids = encoder.encode(clean_captions(cells))
+    if not captions:
+        raise Rejected("filtered", "empty_caption")
+    return captions, ids
+
+
 # img2dataset's names where it has them, in its order, then ours.
 _JSON_KEYS = (
     *("key", "url", "caption", "status", "width", "height"),
@@ -222,6 +263,6 @@ _JSON_KEYS = (
 
 def _text(value: Any) -> str:
     """A passthrough cell as text: readers need one type per key, never null."""
-    if value is None:
+    if value is None or isinstance(value, BadText):
         return ""
     return value if isinstance(value, str) else json.dumps(value, default=str)
