@@ -11,6 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class BadText:
+    """Stands in a row for text that is not UTF-8."""
+
+
 def clean_caption(text: str) -> str:
     """NFC, control characters gone, whitespace collapsed to single blanks."""
     text = unicodedata.normalize("NFC", text)

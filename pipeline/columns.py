@@ -65,6 +65,14 @@ def resolve_columns(
                 f"--{flag}: no column {name!r}.{nearest(name, schema.names)} "
                 f"The columns are: {', '.join(schema.names)}"
             )
+    for flag, name in named:
+        if schema.names.count(name) > 1:
+            raise ValueError(
+                f"--{flag} {name}: {schema.names.count(name)} columns have this name; "
+                "rename all but one"
+            )
+        if flag in ("columns.id", "split.column", "split.group"):
+            _check_key_type(flag, schema.field(name))
     _check_image_type(schema.field(image))
     for name in captions:
         _check_caption_type(schema.field(name))
@@ -81,7 +89,7 @@ def resolve_columns(
 
 def holds_paths(schema: pa.Schema, columns: Columns) -> bool:
     """Whether the image column holds paths rather than bytes."""
-    return _is_text(schema.field(columns.image).type)
+    return is_text(schema.field(columns.image).type)
 
 
 def _usual(schema: pa.Schema, names: Sequence[str], flag: str) -> str:
@@ -96,7 +104,8 @@ def _usual(schema: pa.Schema, names: Sequence[str], flag: str) -> str:
     )
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return (
@@ -110,7 +119,7 @@ def _check_image_type(field: pa.Field) -> None:
     kind = field.type
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (binary or struct or _is_text(kind)):
+    if not (binary or struct or is_text(kind)):
         raise ValueError(
             f"--columns.image {field.name}: it holds {kind}, not image bytes or paths; "
             "encode the images (PNG, JPEG) or name another column"
@@ -121,10 +130,22 @@ def _check_caption_type(field: pa.Field) -> None:
     kind = field.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
-    if not (_is_text(kind) or pa.types.is_null(kind)):
+    if not (is_text(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"--columns.caption {field.name}: it holds {field.type}, not text or lists "
             "of text; name another column"
+        )
+
+
+def _check_key_type(flag: str, field: pa.Field) -> None:
+    """Identities, groups and splits are compared as text."""
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_nested(kind):
+        raise ValueError(
+            f"--{flag} {field.name}: it holds {field.type}, not text or numbers; write "
+            "what you need of it into a column of its own"
         )
 
 
