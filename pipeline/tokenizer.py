@@ -29,7 +29,8 @@ from pipeline.manifest import SPECIAL_TOKENS, TOKENIZER, TokenizerInfo
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_COPIED = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json")
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+_READ = (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
 _TRAINED_SPECIALS = {name: f"[{name.upper()}]" for name in SPECIAL_TOKENS}
 _KNOWN_SPECIALS = {
     "pad": ("[PAD]", "<pad>"),
@@ -101,17 +102,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> StoredTokenizer
     entries = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer = _untrained(entries)
     tokenizer.add_special_tokens(specials)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "do_lower_case": True,
-        **{f"{name}_token": token for name, token in _TRAINED_SPECIALS.items()},
-    }
-    files = {
-        TOKENIZER_JSON: tokenizer.to_str(pretty=True).encode(),
-        TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
-    }
-    return _stored(files, "the trained tokenizer")
+    data = tokenizer.to_str(pretty=True).encode()
+    return _stored(data, _TRAINED_SPECIALS, "the trained tokenizer")
 
 
 def load_tokenizer(name: str) -> StoredTokenizer:
@@ -129,15 +121,33 @@ def load_tokenizer(name: str) -> StoredTokenizer:
             f"tokenizer; convert it once with transformers: AutoTokenizer."
             f"from_pretrained({name!r}).save_pretrained(DIR), and give DIR"
         )
-    paths = [directory / file for file in _COPIED]
-    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    return _stored(files, f"--tokenizer {name}")
+    return _read(directory, f"--tokenizer {name}")
 
 
 def read_tokenizer(directory: Path) -> StoredTokenizer:
-    """The tokenizer that a dataset directory already holds."""
-    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
-    return _stored(files, str(directory))
+    """The tokenizer that a dataset directory already holds.
+
+    Raises:
+        ValueError: it is gone or damaged.
+    """
+    try:
+        return _read(directory, str(directory))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of this dataset cannot be read ({error}); put {directory} "
+            "back from a copy, or choose a new --output"
+        ) from error
+
+
+def _read(directory: Path, name: str) -> StoredTokenizer:
+    configured: dict[str, Any] = {}
+    for file in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
+        path = directory / file
+        try:
+            configured |= json.loads(path.read_bytes()) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {file} is no JSON object: {error}") from error
+    return _stored((directory / TOKENIZER_JSON).read_bytes(), _texts(configured), name)
 
 
 def _untrained(entries: Mapping[str, int]) -> Tokenizer:
@@ -183,9 +193,7 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=list(_COPIED))
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_READ)))
     except HFValidationError:
         cause = "no such directory"
     except Exception as error:  # offline, unknown name, gated: all mean "not loaded"
@@ -205,12 +213,40 @@ def _plain(tokenizer_json: bytes) -> Tokenizer:
     return tokenizer
 
 
-def _stored(files: Mapping[str, bytes], name: str) -> StoredTokenizer:
+def _texts(configured: Mapping[str, Any]) -> dict[str, str]:
+    """Configured text of the token of each role, where there is one."""
+    texts = {}
+    for role in SPECIAL_TOKENS:
+        for key in (role, _STAND_INS.get(role, role)):
+            value = configured.get(f"{key}_token")
+            text = value.get("content") if isinstance(value, dict) else value
+            if text and role not in texts:
+                texts[role] = str(text)
+    return texts
+
+
+def _config(tokens: Mapping[str, str]) -> bytes:
+    """A `tokenizer_config.json` that `AutoTokenizer` needs nothing beside.
+
+    Written anew for loaded tokenizers too: theirs may lean on a `config.json`, name
+    code of their own or the place they came from, or leave the special tokens to a
+    class that is not named.
+    """
+    config = {
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": tokens[role] for role in SPECIAL_TOKENS},
+    }
+    return (json.dumps(config, indent=1) + "\n").encode()
+
+
+def _stored(data: bytes, configured: Mapping[str, str], name: str) -> StoredTokenizer:
+    """The tokenizer of `tokenizer.json` bytes, its roles as configured or usual."""
     try:
-        tokenizer = _plain(files[TOKENIZER_JSON])
+        tokenizer = _plain(data)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{name}: {TOKENIZER_JSON} does not load: {error}") from error
-    tokens = _special_tokens(files, tokenizer, name)
+    tokens = _special_tokens(configured, tokenizer, name)
     entries = tokenizer.get_vocab(with_added_tokens=True)
     special_ids = {role: entries[token] for role, token in tokens.items()}
     for token in tokens.values():
@@ -228,28 +264,22 @@ def _stored(files: Mapping[str, bytes], name: str) -> StoredTokenizer:
             )
     info = TokenizerInfo(
         path=TOKENIZER,
-        sha256=hashlib.sha256(files[TOKENIZER_JSON]).hexdigest(),
+        sha256=hashlib.sha256(data).hexdigest(),
         vocab_size=max(entries.values()) + 1,
         special_ids=special_ids,
     )
+    files = {TOKENIZER_JSON: data, TOKENIZER_CONFIG: _config(tokens)}
     return StoredTokenizer(files=files, info=info)
 
 
 def _special_tokens(
-    files: Mapping[str, bytes], tokenizer: Tokenizer, name: str
+    configured: Mapping[str, str], tokenizer: Tokenizer, name: str
 ) -> dict[str, str]:
     """Text of the token of each role: as configured, else by its usual name."""
-    configured: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", TOKENIZER_CONFIG):
-        configured |= json.loads(files.get(file, b"{}"))
     tokens = {}
     for role in SPECIAL_TOKENS:
-        names = [role, _STAND_INS.get(role, role)]
-        values = [configured.get(f"{key}_token") for key in names]
-        texts = [
-            value["content"] if isinstance(value, dict) else value for value in values
-        ]
-        candidates = [text for text in texts if text] + list(_KNOWN_SPECIALS[role])
+        candidates = [configured[role]] if role in configured else []
+        candidates += _KNOWN_SPECIALS[role]
         present = [
             text for text in candidates if tokenizer.token_to_id(text) is not None
         ]

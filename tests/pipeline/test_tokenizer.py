@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline.captions import clean_caption, clean_captions
 from pipeline.manifest import SPECIAL_TOKENS, captions_of
-from pipeline.tokenizer import CaptionEncoder, load_tokenizer, train_tokenizer
+from pipeline.tokenizer import (
+    CaptionEncoder,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 from tests.pipeline.corpora import REPOSITORY, SPECIAL_CAPTION
 
 CAPTIONS = [
@@ -110,6 +115,80 @@ def test_transformers_loads_the_stored_directory(tmp_path: Path) -> None:
         check=False,
     )
     assert result.stdout.strip() == "a pink dress", result.stderr
+
+
+_ROLES = """
+import sys, json
+from transformers import AutoTokenizer
+found = {}
+for name in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    found[name] = {
+        role: getattr(tokenizer, f"{role}_token_id")
+        for role in ("pad", "unk", "cls", "sep", "mask")
+    }
+    text = "a dog [MASK] <mask> bird"
+    found[name]["ids"] = tokenizer(text, add_special_tokens=False).input_ids
+print(json.dumps(found))
+"""
+
+
+def hub_like(folder: Path, kind: str) -> Path:
+    """A directory as the hub has it, for `bert` and for `roberta`."""
+    bert = kind == "bert"
+    marks = (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        if bert
+        else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    words = [*marks, "a", "dog", "bird", *"[]<>/"]
+    model = models.WordLevel({word: n for n, word in enumerate(words)}, marks[1])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(marks)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if bert:
+        (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+        config = {"do_lower_case": True, "name_or_path": str(folder)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_transformers_finds_the_roles_of_a_loaded_tokenizer(tmp_path: Path) -> None:
+    loaded = {}
+    for kind in ("bert", "roberta"):
+        stored = load_tokenizer(str(hub_like(tmp_path / kind, kind)))
+        stored.write(tmp_path / f"{kind}-stored")
+        loaded[str(tmp_path / f"{kind}-stored")] = stored
+        assert not any(str(tmp_path).encode() in data for data in stored.files.values())
+    result = subprocess.run(
+        [sys.executable, "-c", _ROLES, *loaded],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for name, found in json.loads(result.stdout).items():
+        special = dict(loaded[name].info.special_ids)
+        ids = found.pop("ids")
+        assert found == special
+        assert ids[:2] == [5, 6]
+        assert ids.count(special["mask"]) == 1
+
+
+def test_a_lost_or_damaged_tokenizer_of_a_dataset_names_the_cure(
+    tmp_path: Path,
+) -> None:
+    says = "put .* back from a copy, or choose a new --output"
+    with pytest.raises(ValueError, match=says):
+        read_tokenizer(tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        train_tokenizer(CAPTIONS, 220).write(tmp_path / "tokenizer")
+        (tmp_path / "tokenizer" / name).write_text("{")
+        with pytest.raises(ValueError, match=says):
+            read_tokenizer(tmp_path / "tokenizer")
 
 
 def test_a_stored_tokenizer_is_loaded_as_it_is(tmp_path: Path) -> None:
