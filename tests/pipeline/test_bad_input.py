@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset import DatasetWriter
 from tests.pipeline.corpora import Run, encoded, picture, write_table
 
 
@@ -76,17 +78,28 @@ def test_no_caption_column(tmp_path: Path, preprocess: Run) -> None:
     assert "image, words" in line
 
 
-@pytest.mark.parametrize("text", ["", "image,caption\n"])
-def test_empty_corpus(tmp_path: Path, preprocess: Run, text: str) -> None:
-    (tmp_path / "t.csv").write_text(text)
-    line = refused(preprocess, tmp_path / "out", f"--input={tmp_path / 't.csv'}")
-    assert "no rows" in line or "no header" in line
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.csv", "", "cannot be read: it has no header line with column names"),
+        ("t.csv", "image,caption\n", "has no rows: the corpus is empty"),
+        ("t.csv", "image,caption", "has no rows: the corpus is empty"),
+        ("t.tsv", "image\tcaption", "has no rows: the corpus is empty"),
+    ],
+)
+def test_empty_corpus(
+    tmp_path: Path, preprocess: Run, name: str, text: str, says: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    line = refused(preprocess, tmp_path / "out", f"--input={path}")
+    assert line.endswith(f"error: --input {path} {says}")
 
 
 def test_a_ragged_table(tmp_path: Path, preprocess: Run) -> None:
     (tmp_path / "t.tsv").write_text("image\tcaption\na.jpg\ta bird\nb.jpg\n")
     line = refused(preprocess, tmp_path / "out", f"--input={tmp_path / 't.tsv'}")
-    assert "Expected 2 columns" in line
+    assert "Row #3: Expected 2 columns, got 1: b.jpg; the header is row 1" in line
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path, preprocess: Run) -> None:
@@ -147,6 +160,39 @@ def test_all_images_broken_leaves_nothing(tmp_path: Path, preprocess: Run) -> No
     path = write_table(tmp_path / "t.csv", rows)
     line = refused(preprocess, tmp_path / "out", f"--input={path}", "--workers=1")
     assert "nothing could be kept of 3 inputs: 3 missing_file" in line
+
+
+def test_an_output_below_the_input_folder(tmp_path: Path, preprocess: Run) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    table = pa.table({"image": [encoded(picture(1))], "caption": ["a bird"]})
+    pq.write_table(table, corpus / "t.parquet")
+    line = refused(preprocess, corpus / "out", f"--input={corpus}")
+    assert "choose an --output outside of it" in line
+
+
+def test_an_output_that_cannot_be_made(
+    table: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    line = refused(preprocess, tmp_path / "corpus" / "0.jpg" / "o", f"--input={table}")
+    assert "--output" in line
+    assert "0.jpg is a file" in line
+
+
+def test_an_output_without_permission_is_refused_before_anything_else() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ValueError, match=r"--output .* no permission to write"):
+                DatasetWriter(folder / "new" / "out").refuse_unwritable()
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
 
 
 def test_a_relative_output_inside_a_job(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
+import socket
 import tarfile
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from tokenizers import Tokenizer
 
 from pipeline.manifest import INDEX_DTYPE, captions_of, load_index, load_manifest
 from pipeline.shards import MEMBERS
-from tests.pipeline.corpora import FLAGS, SPECIAL_CAPTION, Run
+from tests.pipeline.corpora import FLAGS, REPOSITORY, SPECIAL_CAPTION, Run
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -63,8 +66,35 @@ def test_one_and_two_workers_write_the_same_bytes(
 
 
 def test_no_file_names_a_time_a_host_or_a_path(dataset: Path) -> None:
-    parent = str(dataset.parent).encode()
-    assert [name for name, data in files(dataset).items() if parent in data] == []
+    found = files(dataset)
+    times = [(dataset / name).stat().st_mtime for name in found]
+    start, end = min(times) - 600, max(times) + 600
+    moments = [datetime.fromtimestamp(time, UTC) for time in (start, *times, end)]
+    words = {moment.strftime("%Y-%m-%d") for moment in moments}
+    words |= {moment.astimezone().strftime("%Y-%m-%d") for moment in moments}
+    words |= {str(dataset.parent), str(REPOSITORY)}
+    assert [
+        (name, word)
+        for name, data in found.items()
+        for word in sorted(words)
+        if word.encode() in data
+    ] == []
+    # Short names and numbers stand in compressed bytes by chance; text is searched.
+    texts = {
+        name: data.decode()
+        for name, data in found.items()
+        if Path(name).suffix in (".json", ".yaml", ".md", ".sha256")
+    }
+    assert {".palimpsest/plan.json", "manifest.json", "README.md"} <= texts.keys()
+    host = re.escape(socket.gethostname())
+    for name, text in texts.items():
+        assert not re.search(rf"\b{host}\b", text), name
+        assert not re.search(r'"(pid|process|host|hostname|user|time|date)"', text), (
+            name
+        )
+        # Seconds, milliseconds or nanoseconds since 1970.
+        seconds = [int(number[:10]) for number in re.findall(r"\b\d{10,19}\b", text)]
+        assert [number for number in seconds if start < number < end] == [], name
     assert not (dataset / ".palimpsest" / "lease.json").exists()
     assert not (dataset / ".palimpsest" / "staging").exists()
     progress = json.loads((dataset.parent / "birds.progress.json").read_text())
