@@ -5,10 +5,13 @@ Owns everything about a run that depends on time: none of it stands in the datas
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +40,8 @@ class Progress:
         self._name, self._total, self._path = name, total, path
         self._start, self._first = time.time(), done
         self._committed, self._done, self._failed = done, done, 0
+        if path:
+            _remove_torn(path)
         self._terminal = sys.stderr.isatty()
         self._last_line = self._last_file = 0.0
         self._bar = tqdm(
@@ -88,7 +93,7 @@ class Progress:
             print(self._line(now), file=sys.stderr, flush=True)
         if self._path and (final or now - self._last_file > _FILE_SECONDS):
             self._last_file = now
-            _write(self._path, self._state(now))
+            self._write(self._path, self._state(now))
 
     def _rate(self, now: float) -> float:
         return (self._done - self._first) / max(now - self._start, 1e-9)
@@ -115,8 +120,23 @@ class Progress:
             "updated": now,
         }
 
+    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
+        # A name of its own: a driver that lost its lease may be writing still.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_text(json.dumps(state, indent=1) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            # The dataset does not depend on it.
+            self._path = None
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            warning = f"{path} cannot be written ({error.strerror}): going on without"
+            print(warning, file=sys.stderr, flush=True)
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(temporary, path)
+
+def _remove_torn(path: Path) -> None:
+    """Remove what runs left that died while they wrote the file."""
+    for torn in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            torn.unlink(missing_ok=True)
