@@ -5,6 +5,7 @@ Owns `.palimpsest/lease.json`. Does not own what the holder may do (`pipeline.da
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -54,6 +55,7 @@ class Lease:
         finally:
             temporary.unlink(missing_ok=True)
         self.check()
+        self._sweep()
         self._renewal.start()
         return self
 
@@ -82,6 +84,13 @@ class Lease:
                 return
             os.replace(self._written(), self._path)
 
+    def _sweep(self) -> None:
+        """Remove what drivers left that died while they wrote a lease."""
+        for path in self._path.parent.glob("lease-*"):
+            with contextlib.suppress(ValueError):
+                self._refuse_if_alive(_holder(path))
+                path.unlink(missing_ok=True)
+
     def _written(self) -> Path:
         temporary = self._path.with_name(f"lease-{uuid.uuid4().hex}")
         holder = {
@@ -94,10 +103,7 @@ class Lease:
         return temporary
 
     def _read(self) -> Mapping[str, Any]:
-        try:
-            return json.loads(self._path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+        return _holder(self._path)
 
     def _refuse_if_alive(self, holder: Mapping[str, Any]) -> None:
         left = holder.get("expires", 0) - time.time()
@@ -109,6 +115,13 @@ class Lease:
             f"on {holder['host']}; wait for it or stop it (if it is dead, its lease "
             f"expires in {left:.0f} s), or choose another --output"
         )
+
+
+def _holder(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def _alive(pid: int) -> bool:

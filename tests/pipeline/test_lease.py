@@ -60,3 +60,13 @@ def test_a_driver_that_was_taken_over_stops(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="took over"):
             lease.check()
     assert path.exists(), "the successor's lease must stay"
+
+
+def test_what_dead_drivers_left_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:
+    here = socket.gethostname()
+    holder(tmp_path / "lease-dead", pid=dead_pid(), host=here, expires_in=1000)
+    holder(tmp_path / "lease-live", pid=os.getppid(), host=here, expires_in=1000)
+    (tmp_path / "lease-torn").write_text('{"tok')
+    with Lease(tmp_path / "lease.json"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["lease-live"]
