@@ -8,13 +8,14 @@ moment the directory holds committed ranges, and nothing that needs cleaning by 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from pipeline.shards import SUFFIXES, StagedShard
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
 STATE = ".palimpsest"
+# Says, while a run is under way, that the root was made by this command.
+_OURS = "made-the-directory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,6 @@ class DatasetWriter:
         self.staging = self.state / "staging"
         self.lease_path = self.state / "lease.json"
         self.records: list[RangeRecord] = []
-        self._created = not root.exists()
 
     def stored_plan(self) -> dict[str, Any] | None:
         """What an earlier run wrote down before its first range; None for a new one.
@@ -73,8 +75,7 @@ class DatasetWriter:
         Raises:
             ValueError: the directory holds something that is not ours.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise ValueError(f"--output {self.root} is a file; choose a directory")
+        self._refuse_unusable()
         path = self.state / "plan.json"
         if path.is_file():
             return json.loads(path.read_text())
@@ -99,12 +100,62 @@ class DatasetWriter:
                 "configuration, or delete the directory"
             )
 
+    def _refuse_unusable(self) -> None:
+        """Raise ValueError where no directory can be, or none that can be read."""
+        if os.path.exists(self.root) and not self.root.is_dir():
+            raise ValueError(f"--output {self.root} is a file; choose a directory")
+        if self.root.is_dir() and not _allowed(self.root, os.R_OK | os.X_OK):
+            raise ValueError(
+                f"--output {self.root} cannot be read by this user; choose another or "
+                "change its permissions"
+            )
+
+    def refuse_unwritable(self) -> None:
+        """Raise ValueError where the directory cannot be made or written in."""
+        place = self.state
+        while not os.path.exists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(
+                f"--output {self.root} cannot be made: {place} is a file; choose "
+                "another --output"
+            )
+        if not _allowed(place, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"--output {self.root} cannot be written: no permission to write in "
+                f"{place}, or it is mounted read-only; choose another --output or "
+                "change that"
+            )
+
     def finished(self) -> Manifest | None:
-        """The manifest, if the dataset is complete and undamaged at this level."""
+        """The manifest of a complete dataset, None where there is none yet. One without
+        any sample is a run that died while it was removed.
+        """
         try:
-            return load_manifest(self.root)
+            manifest = load_manifest(self.root)
         except ValueError:
             return None
+        return manifest if manifest.accounting.written else None
+
+    def missing_file(self, manifest: Manifest) -> str | None:
+        """A file of the manifest that is gone or cut short, if any. Looks at names and
+        sizes only: bytes are checked by `pipeline.audit`.
+        """
+        for name in manifest.files:
+            if not (self.root / name).is_file():
+                return name
+        found = (self._missing(shard) for shard in manifest.shards)
+        return next((name for name in found if name), None)
+
+    def left_behind(self) -> bool:
+        """Is there anything that a driver killed after its last file left?"""
+        marks = (self.staging, self.lease_path, self.state / _OURS)
+        return any(map(os.path.exists, marks)) or any(self.state.glob("lease-*"))
+
+    def tidy(self) -> None:
+        """Remove what only a run under way needs. The caller holds the lease."""
+        (self.state / _OURS).unlink(missing_ok=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def stored_tokenizer(self) -> StoredTokenizer:
         """The tokenizer that an earlier run wrote before its plan."""
@@ -112,18 +163,18 @@ class DatasetWriter:
 
     def create(self) -> None:
         """Make the directory, so that a lease can be taken in it."""
+        ours = not self.root.exists()
         self.state.mkdir(parents=True, exist_ok=True)
+        if ours:
+            (self.state / _OURS).touch()
 
     def begin(self, plan: Mapping[str, Any], tokenizer: StoredTokenizer) -> None:
         """Write the plan, or go on from the records of an earlier run."""
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir()
         (self.state / "ranges").mkdir(exist_ok=True)
+        self._write_tokenizer(tokenizer)
         if not (self.state / "plan.json").exists():
-            staged = self.staging / TOKENIZER
-            tokenizer.write(staged)
-            shutil.rmtree(self.root / TOKENIZER, ignore_errors=True)
-            os.replace(staged, self.root / TOKENIZER)
             self.write(f"{STATE}/plan.json", canonical_json(plan))
         while (path := self._record_path(len(self.records))).exists():
             self.records.append(_read_record(path))
@@ -145,13 +196,13 @@ class DatasetWriter:
         """
         if staged.number != len(self.records):
             raise ValueError(f"range {staged.number} committed out of order")
+        (self.accounting() + staged.accounting).check()
         shards = tuple(
-            self._place(staged, shard, source, self._next_number(shard.split))
+            _entry(staged, shard, source, self._next_number(shard.split))
             for shard in staged.shards
         )
-        rejected = dict(
-            self._place_rejected(staged, split) for split in staged.rejected
-        )
+        rejected = _rejected(staged)
+        self._place(staged, shards)
         record = RangeRecord(
             range=staged.number,
             rows=staged.rows,
@@ -167,6 +218,32 @@ class DatasetWriter:
         self.records.append(record)
         shutil.rmtree(staged.directory, ignore_errors=True)
         return record
+
+    def damaged_ranges(self) -> list[int]:
+        """Committed ranges of which a file is gone or cut short."""
+        return [
+            record.range
+            for record in self.records
+            if any(self._missing(shard) for shard in record.shards)
+            or not all((self.root / name).is_file() for name in record.rejected)
+        ]
+
+    def restore(self, staged: StagedRange) -> None:
+        """Put the files of a committed range that was made again in their places.
+
+        Raises:
+            ValueError: they are not the files that were lost.
+        """
+        record = self.records[staged.number]
+        was = [(shard.split, shard.sha256) for shard in record.shards]
+        now = [(shard.split, shard.sha256) for shard in staged.shards]
+        if was != now or record.rejected != _rejected(staged):
+            raise ValueError(
+                f"{self.root} lacks files of range {staged.number}, and its inputs "
+                "give others now: images of the corpus changed; choose a new --output"
+            )
+        self._place(staged, record.shards)
+        shutil.rmtree(staged.directory, ignore_errors=True)
 
     def accounting(self) -> Accounting:
         """Counts of the committed ranges."""
@@ -210,18 +287,38 @@ class DatasetWriter:
         manifest = self.write_manifest(
             plan, tokenizer, complete=True, companions=companions
         )
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self.tidy()
         return manifest
 
     def abandon(self) -> None:
-        """Remove everything, for a run that cannot make a dataset."""
+        """Remove everything but what says whose it was, for a run that cannot make a
+        dataset. Killed at any moment, it leaves a run that can be continued: records
+        vanish at once, the plan after all that belongs to it, and a tokenizer without a
+        plan is no obstacle.
+        """
+        for name in (MANIFEST, MANIFEST_SHA256):
+            (self.root / name).unlink(missing_ok=True)
         for path in self.root.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
-        if self._created:
-            self.root.rmdir()
+            if path.name not in (STATE, TOKENIZER):
+                _remove(path)
+        self.staging.mkdir(exist_ok=True)
+        os.replace(self.state / "ranges", self.staging / "ranges")
+        (self.state / "duplicates.npy").unlink(missing_ok=True)
+        (self.state / "plan.json").unlink(missing_ok=True)
+        _remove(self.root / TOKENIZER)
+        _remove(self.staging)
+
+    def remove_emptied(self) -> None:
+        """Remove the directories of an abandoned run, once the lease is given back; the
+        root only where it was made by this command.
+        """
+        ours = self.state / _OURS
+        emptied = [self.state, self.root] if ours.exists() else [self.state]
+        ours.unlink(missing_ok=True)
+        # Another driver may have begun here already.
+        with contextlib.suppress(OSError):
+            for path in emptied:
+                path.rmdir()
 
     def write(self, name: str, text: str) -> None:
         """Write a file below the root so that it is there whole or not at all."""
@@ -257,25 +354,58 @@ class DatasetWriter:
     def _next_number(self, split: str) -> int:
         return sum(shard.split == split for r in self.records for shard in r.shards)
 
-    def _place(
-        self, staged: StagedRange, shard: StagedShard, source: str, number: int
-    ) -> Shard:
-        name = shard_name(shard.split, number)
-        entry = Shard(
-            name=name, source=source, range=staged.number, **dataclasses.asdict(shard)
-        )
-        (self.root / shard.split).mkdir(exist_ok=True)
+    def _missing(self, shard: Shard) -> str | None:
+        """A file of the shard that is gone or cut short."""
         for suffix in SUFFIXES:
-            target = self.root / entry.sidecar(suffix)
-            os.replace(staged.directory / f"{shard.split}{suffix}", target)
-        _sync_directory(self.root / shard.split)
-        return entry
+            path = self.root / shard.sidecar(suffix)
+            size = path.stat().st_size if path.is_file() else 0
+            if not size or (suffix == ".tar" and size != shard.bytes):
+                return shard.sidecar(suffix)
+        return None
 
-    def _place_rejected(self, staged: StagedRange, split: str) -> tuple[str, str]:
-        name = f"rejected/range-{staged.number:06d}-{split}.parquet"
-        (self.root / "rejected").mkdir(exist_ok=True)
-        os.replace(staged.directory / f"{split}.rejected.parquet", self.root / name)
-        return name, file_sha256(self.root / name)
+    def _place(self, staged: StagedRange, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            (self.root / shard.split).mkdir(exist_ok=True)
+            for suffix in SUFFIXES:
+                target = self.root / shard.sidecar(suffix)
+                os.replace(staged.directory / f"{shard.split}{suffix}", target)
+            _sync_directory(self.root / shard.split)
+        for split in staged.rejected:
+            target = self.root / _rejected_name(staged, split)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(staged.directory / f"{split}.rejected.parquet", target)
+
+    def _write_tokenizer(self, tokenizer: StoredTokenizer) -> None:
+        """File by file, so that a tokenizer that a plan rests on is never gone."""
+        staged, target = self.staging / TOKENIZER, self.root / TOKENIZER
+        tokenizer.write(staged)
+        if not (self.state / "plan.json").exists():
+            _remove(target)
+        target.mkdir(exist_ok=True)
+        for path in sorted(staged.iterdir()):
+            os.replace(path, target / path.name)
+
+
+def _entry(staged: StagedRange, shard: StagedShard, source: str, number: int) -> Shard:
+    """The manifest's entry of a staged shard that becomes `number` of its split."""
+    name = shard_name(shard.split, number)
+    return Shard(
+        name=name, source=source, range=staged.number, **dataclasses.asdict(shard)
+    )
+
+
+def _rejected_name(staged: StagedRange, split: str) -> str:
+    return f"rejected/range-{staged.number:06d}-{split}.parquet"
+
+
+def _rejected(staged: StagedRange) -> dict[str, str]:
+    """sha256 of the staged tables of rejected inputs, by their path in the dataset."""
+    return {
+        _rejected_name(staged, split): file_sha256(
+            staged.directory / f"{split}.rejected.parquet"
+        )
+        for split in staged.rejected
+    }
 
 
 def _read_record(path: Path) -> RangeRecord:
@@ -287,6 +417,18 @@ def _read_record(path: Path) -> RangeRecord:
         shards=tuple(Shard(**shard) for shard in value["shards"]),
         rejected=value["rejected"],
     )
+
+
+def _allowed(path: Path, mode: int) -> bool:
+    # The user that files are written as, who may not be the one that logged in.
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

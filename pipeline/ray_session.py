@@ -14,6 +14,7 @@ import secrets
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -80,7 +81,7 @@ def map_ranges(
     workers: int | None,
     poll: Callable[[Mapping[int, tuple[int, int]]], None],
 ) -> Iterator[ResultT]:
-    """Run `function` on every range as a Ray task, yielding results in range order.
+    """Run `function` on every range as a Ray task, yielding results in that order.
 
     At most a bounded number of ranges is under way, ranges that wait for an earlier one
     to be yielded included. Tasks whose worker dies are run again. `poll` gets
@@ -95,10 +96,11 @@ def map_ranges(
     finished: dict[int, Any] = {}
     queue = iter(ranges)
     upcoming = next(queue, None)
-    turn = upcoming.number if upcoming else 0
+    turns: deque[int] = deque()
     while upcoming or pending or finished:
         while upcoming and len(pending) + len(finished) < _window(workers):
             pending[remote.remote(function, shared, upcoming, board)] = upcoming.number
+            turns.append(upcoming.number)
             upcoming = next(queue, None)
         ready, _ = (
             ray.wait(list(pending), timeout=_POLL_SECONDS) if pending else ([], [])
@@ -106,9 +108,8 @@ def map_ranges(
         for reference in ready:
             finished[pending.pop(reference)] = _result(reference)
         poll(_counts(board))
-        while turn in finished:
-            yield finished.pop(turn)
-            turn += 1
+        while turns and turns[0] in finished:
+            yield finished.pop(turns.popleft())
 
 
 class _Board:

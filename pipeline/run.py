@@ -6,6 +6,7 @@ passed. Each thing itself is owned by the module it is imported from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -22,7 +23,13 @@ from pipeline.columns import Columns, resolve_columns
 from pipeline.dataset import DatasetWriter
 from pipeline.images import codec_versions
 from pipeline.lease import Lease
-from pipeline.manifest import SCHEMA_VERSION, SPECIAL_TOKENS, Manifest, canonical_json
+from pipeline.manifest import (
+    SCHEMA_VERSION,
+    SPECIAL_TOKENS,
+    Accounting,
+    Manifest,
+    canonical_json,
+)
 from pipeline.options import PreprocessConfig
 from pipeline.plan import Plan, RangeInputs, across_splits, make_plan
 from pipeline.progress import Progress, progress_path
@@ -42,18 +49,22 @@ def preprocess(config: PreprocessConfig) -> Manifest:
             or nothing could be kept and all of it was removed.
     """
     refuse_relative_in_job(config.output)
-    source = open_source(config.input)
-    columns = resolve_columns(source.schema, config.columns, config.split)
+    _refuse_inside_input(config)
     writer = DatasetWriter(Path(config.output).absolute())
     stored = writer.stored_plan()
+    made = writer.finished() if stored is not None else None
+    if made is None:
+        writer.refuse_unwritable()
+    source = open_source(config.input)
+    columns = resolve_columns(source.schema, config.columns, config.split)
     tokenizer = _known_tokenizer(config, writer, resuming=stored is not None)
     if stored is not None and tokenizer is not None:
         writer.refuse_other(_transform(config, source, columns, tokenizer), stored)
-        if manifest := writer.finished():
-            _say(f"{config.output} is already complete")
-            return manifest
+    if made is not None and _is_whole(config, writer, made):
+        return made
     lease = Lease(writer.lease_path)
     lease.refuse_if_held()
+    writer.refuse_unwritable()
     plan = make_plan(config, source, columns)
     _report_plan(config, plan)
     tokenizer = tokenizer or _trained(config, plan)
@@ -62,15 +73,43 @@ def preprocess(config: PreprocessConfig) -> Manifest:
         writer.create()
         with lease:
             described = _description(config, plan, transform)
-            manifest = _process(config, plan, writer, lease, described, tokenizer)
-    if not manifest.accounting.written:
-        writer.abandon()
-        progress_path(writer.root).unlink(missing_ok=True)
+            _process(config, plan, writer, lease, described, tokenizer)
+            accounting = writer.accounting()
+            if accounting.written:
+                return writer.finish(described, tokenizer)
+            writer.abandon()
+        writer.remove_emptied()
+    with contextlib.suppress(OSError):
+        progress_path(writer.root).unlink()
+    raise ValueError(
+        f"nothing could be kept of {plan.n_inputs} inputs: {_reasons(accounting)}; "
+        f"{config.output} was removed again"
+    )
+
+
+def _refuse_inside_input(config: PreprocessConfig) -> None:
+    given, output = Path(config.input), Path(config.output)
+    if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
         raise ValueError(
-            f"nothing could be kept of {plan.n_inputs} inputs: {_reasons(manifest)}; "
-            f"{config.output} was removed again"
+            f"--output {config.output} lies in the folder --input {config.input}, all "
+            "Parquet files of which are the corpus, the dataset's own included; choose "
+            "an --output outside of it"
         )
-    return manifest
+
+
+def _is_whole(
+    config: PreprocessConfig, writer: DatasetWriter, manifest: Manifest
+) -> bool:
+    """Is there nothing left to do? What a killed driver left is removed then."""
+    if name := writer.missing_file(manifest):
+        _say(f"{config.output} lacks {name}, or it is cut short: it is made again")
+        return False
+    if writer.left_behind():
+        # Another driver may be at its end, and a dataset may lie where nobody writes.
+        with contextlib.suppress(ValueError, OSError), Lease(writer.lease_path):
+            writer.tidy()
+    _say(f"{config.output} is already complete")
+    return True
 
 
 def _description(
@@ -96,8 +135,8 @@ def _process(
     lease: Lease,
     described: Mapping[str, Any],
     tokenizer: StoredTokenizer,
-) -> Manifest:
-    """Everything that happens under the lease."""
+) -> None:
+    """Bring every range into the dataset."""
     writer.begin(described, tokenizer)
     work = Work(
         staging=writer.staging,
@@ -108,8 +147,9 @@ def _process(
         tokenizer=tokenizer,
     )
     plan = _without_leaks(config, plan, work, writer)
+    _restore(config, plan, work, writer, lease)
     _write_ranges(config, plan, work, writer, lease, described)
-    return _finish(writer, described, tokenizer)
+    _refuse_unaccounted(writer, plan)
 
 
 def _known_tokenizer(
@@ -197,6 +237,32 @@ def _without_leaks(
     return plan.without(duplicate)
 
 
+def _restore(
+    config: PreprocessConfig,
+    plan: Plan,
+    work: Work,
+    writer: DatasetWriter,
+    lease: Lease,
+) -> None:
+    """Make ranges again whose files somebody removed: the same bytes, by law 4."""
+    damaged = writer.damaged_ranges()
+    if not damaged:
+        return
+    total = sum(len(plan.range(number).locators) for number in damaged)
+    with Progress(name="restore", total=total, done=0, path=None) as bar:
+        results = map_ranges(
+            write_range,
+            work,
+            (plan.range(number) for number in damaged),
+            workers=config.workers,
+            poll=lambda counts: None,
+        )
+        for staged in results:
+            lease.check()
+            writer.restore(staged)
+            bar.commit(staged.accounting.inputs, 0)
+
+
 def _write_ranges(
     config: PreprocessConfig,
     plan: Plan,
@@ -230,16 +296,13 @@ def _write_ranges(
                 last_manifest = time.monotonic()
 
 
-def _finish(
-    writer: DatasetWriter, described: Mapping[str, Any], tokenizer: StoredTokenizer
-) -> Manifest:
-    accounting = writer.accounting()
-    if accounting.inputs != described["inputs"]:
+def _refuse_unaccounted(writer: DatasetWriter, plan: Plan) -> None:
+    inputs = writer.accounting().inputs
+    if inputs != plan.n_inputs:
         raise ValueError(
-            f"{accounting.inputs} of {described['inputs']} inputs are accounted for; "
-            "run the same command again"
+            f"{inputs} of {plan.n_inputs} inputs are accounted for; run the same "
+            "command again"
         )
-    return writer.finish(described, tokenizer)
 
 
 def _ranges(plan: Plan, start: int) -> Iterator[RangeInputs]:
@@ -264,8 +327,7 @@ def _report_plan(config: PreprocessConfig, plan: Plan) -> None:
         )
 
 
-def _reasons(manifest: Manifest) -> str:
-    counts = manifest.accounting
+def _reasons(counts: Accounting) -> str:
     reasons = {**counts.filtered, **counts.failed, "duplicate": counts.duplicates}
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
