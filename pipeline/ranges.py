@@ -242,8 +242,7 @@ def _captions(
     images = [cells[work.columns.image] for cells in rows]
     if any(cell != images[0] for cell in images):
         raise Rejected("failed", "images_differ", "rows of one id have several images")
-    texts = (*work.columns.captions, *work.columns.keep)
-    for name in texts:
+    for name in work.columns.sample:
         if any(isinstance(cells[name], BadText) for cells in rows):
             raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
     cells = [cells[name] for cells in rows for name in work.columns.captions]

@@ -18,7 +18,7 @@ from pipeline.options import (
     SplitOptions,
 )
 from pipeline.plan import Plan, make_plan
-from pipeline.ranges import Work, write_range
+from pipeline.ranges import StagedRange, Work, write_range
 from pipeline.sources import open_source
 from pipeline.tokenizer import train_tokenizer
 from tests.pipeline.corpora import encoded, picture
@@ -38,19 +38,14 @@ def plan_of(path: Path, **options: object) -> Plan:
     )
 
 
-def test_a_caption_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
-    images = [encoded(picture(seed)) for seed in range(4)]
-    captions = not_utf8(b"a bird", b"caf\xe9", b"a kite", b"a house")
-    notes = not_utf8(b"x", b"x", b"\xff", b"x")
-    table = pa.table({"image": images, "caption": captions, "note": notes})
-    pq.write_table(table, tmp_path / "t.parquet")
-    columns = ColumnOptions(keep="note")
-    plan = plan_of(tmp_path / "t.parquet", columns=columns, split=SplitOptions(val=0))
-    assert list(plan.tokenizer_captions()) == ["a bird", "a kite", "a house"]
+def staged_rows(table: pa.Table, folder: Path, columns: ColumnOptions) -> StagedRange:
+    """All rows of `table`, processed as one range."""
+    pq.write_table(table, folder / "t.parquet")
+    plan = plan_of(folder / "t.parquet", columns=columns, split=SplitOptions(val=0))
     config = PreprocessConfig(input="t.parquet", output="out")
     work = Work(
-        staging=tmp_path,
-        folder=tmp_path,
+        staging=folder,
+        folder=folder,
         columns=plan.columns,
         source_name="birds",
         image=config.image,
@@ -58,6 +53,17 @@ def test_a_caption_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
     )
     staged = write_range(work, plan.range(0), lambda done, failed: None)
     staged.accounting.check()
+    return staged
+
+
+def test_a_caption_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
+    images = [encoded(picture(seed)) for seed in range(4)]
+    captions = not_utf8(b"a bird", b"caf\xe9", b"a kite", b"a house")
+    notes = not_utf8(b"x", b"x", b"\xff", b"x")
+    table = pa.table({"image": images, "caption": captions, "note": notes})
+    staged = staged_rows(table, tmp_path, ColumnOptions(keep="note"))
+    plan = plan_of(tmp_path / "t.parquet", split=SplitOptions(val=0))
+    assert list(plan.tokenizer_captions()) == ["a bird", "a kite", "a house"]
     assert staged.accounting.written == 2
     assert staged.accounting.failed == {"bad_text": 2}
     rows = pq.read_table(staged.directory / "train.parquet").to_pylist()
@@ -67,6 +73,18 @@ def test_a_caption_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
         "column 'note' is not UTF-8",
         None,
     ]
+
+
+def test_an_embedded_path_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
+    data = pa.array([encoded(picture(1)), None])
+    images = pa.StructArray.from_arrays(
+        [data, not_utf8(b"a.jpg", b"\xff.jpg")], ["bytes", "path"]
+    )
+    table = pa.table({"image": images, "caption": ["a bird", "a kite"]})
+    staged = staged_rows(table, tmp_path, ColumnOptions())
+    # The first one's path is good, and not needed: its bytes are there.
+    assert staged.accounting.written == 1
+    assert staged.accounting.failed == {"bad_text": 1}
 
 
 @pytest.mark.parametrize(
