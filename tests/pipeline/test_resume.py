@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,3 +127,29 @@ def test_a_second_driver_is_refused(
         assert "wait for it or stop it" in result.stderr
         assert files(output).keys() == {".palimpsest/lease.json"}
     assert files(output) == {}
+
+
+def test_a_finished_dataset_is_tidied_and_its_lost_files_are_made_again(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    output = tmp_path / "plain"
+    shutil.copytree(undisturbed, output)
+    state = output / ".palimpsest"
+    (state / "staging").mkdir()
+    (state / "staging" / "torn").write_bytes(b"torn")
+    for name in ("lease.json", "lease-0123"):
+        (state / name).write_text("{}")
+    flags = (f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
+    result = preprocess(*flags)
+    assert result.returncode == 0, result.stderr
+    assert "already complete" in result.stderr
+    assert files(output) == files(undisturbed)
+    assert not (state / "staging").exists()
+
+    (output / "train" / "shard-000002.tar").unlink()
+    short = output / "train" / "shard-000005.tar"
+    short.write_bytes(short.read_bytes()[:-1024])
+    result = preprocess(*flags)
+    assert result.returncode == 0, result.stderr
+    assert "lacks train/shard-000002.tar" in result.stderr
+    assert files(output) == files(undisturbed)
