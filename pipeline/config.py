@@ -78,7 +78,7 @@ def known_keys(config_class: type, prefix: str = "") -> list[str]:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """`" Did you mean 'x'?"` for the known word closest to `word`, or nothing."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not found:
         last = {key.rsplit(".", 1)[-1]: key for key in known}
         close = difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1)
@@ -175,6 +175,9 @@ def _explain(message: str, known: Sequence[str]) -> str:
             key = ".".join(part for part in parts if part)
             return f"unknown key {key!r}.{nearest(key, known)} (--help lists every key)"
     text = re.sub(r"\s+", " ", message).strip().replace("Parser key", "key")
+    text = text.replace('"<unicode string>"', "the file given as --config")
+    if text.startswith("Unexpected config"):
+        return "the file given as --config holds no keys"
     if found := re.search(r"arguments are required: (.+)", text):
         flags = ", ".join(f"--{key.strip()}" for key in found[1].split(","))
         return f"{flags} must be given (--help explains every key)"

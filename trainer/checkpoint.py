@@ -29,6 +29,7 @@ from trainer.contract import (
     complete_checkpoints,
 )
 from trainer.engine import World, quiet_deepspeed
+from trainer.files import write_text
 
 _TEMPORARY = "tmp-"
 
@@ -46,6 +47,11 @@ def save(
     engine.save_checkpoint(
         str(folder), tag=tag, client_state={"data_state": data_state}, save_latest=False
     )
+    world.barrier()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # The marker must not outlive what it marks when a node loses power.
+        for path in (folder / tag).iterdir():
+            _fsync(path)
     world.barrier()
     if world.first:
         write_json(folder / tag / COMPLETE, {**data_state, "world_size": world.size})
@@ -112,20 +118,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def discard_unfinished(run: Path) -> None:
-    """Delete what attempts that died left behind. Call before any rank saves."""
-    for path in (run / CHECKPOINTS).glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what attempts that died left behind, half-written or half-deleted. Call
+    before any rank saves.
+    """
+    complete = {path for _, path in complete_checkpoints(run)}
+    for pattern in (f"{_TEMPORARY}*", "step-*"):
+        for path in (run / CHECKPOINTS).glob(pattern):
+            if path not in complete:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name, flush it to disk and rename it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _prune(run: Path, keep: int) -> None:
@@ -143,8 +148,8 @@ def _same_on_all_ranks(value: str, world: World) -> str:
     return values[0]
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

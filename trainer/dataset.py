@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ from pipeline.manifest import (
     token_ids,
 )
 
-_TARS_KEPT_OPEN = 512
+# Each open tar holds a file descriptor, of which a process has 1,024 by default.
+_TARS_KEPT_OPEN = 256
+_INDEXES_KEPT = 512
 
 
 class Dataset:
@@ -51,8 +55,8 @@ class Dataset:
         self._check_tokenizer(self.root / TOKENIZER)
         if tokenizer is not None:
             self._check_tokenizer(Path(tokenizer))
-        self._indexes: dict[int, np.ndarray] = {}
-        self._tars: OrderedDict[int, np.memmap] = OrderedDict()
+        self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
+        self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -65,7 +69,7 @@ class Dataset:
 
     def records(self, places: np.ndarray) -> np.ndarray:
         """Index records (n,) at `places` (n, 2) of (shard, sample)."""
-        rows = [self._index(int(shard))[sample] for shard, sample in places]
+        rows = [self._indexes(int(shard))[sample] for shard, sample in places]
         return np.array(rows, dtype=rows[0].dtype)
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
@@ -110,32 +114,27 @@ class Dataset:
             f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
         )
 
-    def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indexes:
-            self._indexes[shard] = load_index(self.root, self.shards[shard])
-        return self._indexes[shard]
+    def _load_index(self, shard: int) -> np.ndarray:
+        # A copy in memory: a map would hold a file descriptor.
+        return np.array(load_index(self.root, self.shards[shard]))
 
     def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
         return self._bytes(shard, record, kind).data
 
     def _bytes(self, shard: int, record: np.void, kind: str) -> np.ndarray:
         offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
-        data = self._tar(shard)[offset : offset + size]
+        data = self._tars(shard)[offset : offset + size]
         if len(data) != size or crc32c.crc32c(data.data) != record[f"{kind}_crc32c"]:
             raise ValueError(
                 f"{self._where(shard, record, kind)} is damaged: {self._cure()}"
             )
         return data
 
-    def _tar(self, shard: int) -> np.memmap:
-        if shard not in self._tars:
-            path = self.root / self.shards[shard].name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: {self._cure()}")
-            self._tars[shard] = np.memmap(path, mode="r")
-            if len(self._tars) > _TARS_KEPT_OPEN:
-                self._tars.popitem(last=False)
-        return self._tars[shard]
+    def _open_tar(self, shard: int) -> np.ndarray:
+        path = self.root / self.shards[shard].name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {self._cure()}")
+        return np.memmap(path, mode="r")
 
     def _where(self, shard: int, record: np.void, kind: str) -> str:
         name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
@@ -156,3 +155,24 @@ class Dataset:
                 f"{self.root} were made with {info.sha256}: preprocess again with this "
                 "tokenizer, or train with the dataset's own"
             )
+
+
+class _Kept:
+    """The most recently used results of `make`, for several threads at once."""
+
+    def __init__(self, make: Callable[[int], np.ndarray], most: int) -> None:
+        self._make, self._most = make, most
+        self._items: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: int) -> np.ndarray:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        item = self._make(key)
+        with self._lock:
+            self._items[key] = item
+            while len(self._items) > self._most:
+                self._items.popitem(last=False)
+        return item

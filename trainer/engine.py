@@ -99,11 +99,26 @@ def quiet_deepspeed() -> None:
     logger.setLevel(logging.WARNING)
 
 
-def chosen_precision(config: PretrainConfig, device: torch.device) -> str:
-    """`bf16` or `fp32`, from the hardware unless the recipe says which."""
-    if config.deepspeed.precision != "auto":
-        return config.deepspeed.precision
-    return "bf16" if device.type == "cuda" else "fp32"
+def chosen_precision(config: PretrainConfig) -> str:
+    """`bf16` or `fp32`, from the hardware unless the recipe says which.
+
+    Raises:
+        ValueError: bf16 with ZeRO stage 0, which DeepSpeed trains with a first Adam
+            step on zero gradients (0.19.8), and whose checkpoints hold no fp32 weights.
+    """
+    chosen = config.deepspeed.precision
+    if chosen == "auto":
+        # Emulated bf16 would be slow, and the attention kernel refuses the hardware.
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        chosen = "bf16" if native else "fp32"
+    if chosen == "bf16" and config.deepspeed.zero_stage == 0:
+        raise ValueError(
+            "bf16 needs deepspeed.zero_stage 1 or more, which keeps the fp32 master "
+            "weights; or take deepspeed.precision fp32"
+        )
+    return chosen
 
 
 def build_engine(
@@ -112,6 +127,7 @@ def build_engine(
     """The DeepSpeed engine around `model`, with AdamW on it."""
     import deepspeed
 
+    bf16 = chosen_precision(config) == "bf16"
     accumulation = config.global_batch // world.size // micro_batch
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer),
@@ -130,7 +146,9 @@ def build_engine(
             "zero_optimization": {"stage": config.deepspeed.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": chosen_precision(config, world.device) == "bf16"},
+            "bf16": {"enabled": bf16},
+            # Sums of bf16 gradients would depend on how many ranks share them.
+            **({"communication_data_type": "fp32"} if bf16 else {}),
             "steps_per_print": 1 << 40,
         },
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,8 @@ class EvaluateConfig:
     """Seed of the pairs' order, the masks, the partners and the bootstrap."""
     draws: int = 2
     """Mask draws of each pair."""
-    max_pairs: int | None = None
-    """Measure on this many pairs, drawn by the seed, instead of all."""
+    max_pairs: int | None = 4096
+    """Measure on at most this many pairs, drawn by the seed; null for all."""
     group: str | None = None
     """json key: pairs with the same value are resampled together in the bootstrap, and
     a pair's wrong partner has another value."""
@@ -48,6 +47,11 @@ class EvaluateConfig:
     """Pairs that go through the model at once."""
     examples: int = 6
     """Pairs shown in figures."""
+
+    def __post_init__(self) -> None:
+        from trainer.options import at_least
+
+        at_least("", self, draws=1, max_pairs=2, batch=1, examples=1, seed=0)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -156,4 +160,3 @@ def _print_table(result: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     run(main, PROG)
-    sys.exit(0)

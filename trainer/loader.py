@@ -24,7 +24,7 @@ from trainer.models.mlim import masked_words, recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
-from trainer.stream import Stream, capacity, lay_out
+from trainer.stream import Stream, capacity, pack
 
 _STEPS_AHEAD = 2
 _DECODE_CHUNK = 16
@@ -150,13 +150,11 @@ class Loader:
         """The micro-batch of samples at `places` (B, 2) in an epoch, and its counts."""
         records = self.dataset.records(places)
         uids = signed_uids(records["uid"])
-        caption = self._caption_choice(records, uids, epoch)
+        caption = caption_choice(records, uids, seed=self.config.seed, epoch=epoch)
         crops = self._crop_draws(uids, epoch)
         pixels, decoding = self._decode(places, records, crops, decoders)
         texts, cut = self._texts(places, records, caption)
-        stream = lay_out(np.array([len(text) for text in texts]), self.n_image)
-        token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
-        token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+        stream, token_ids = pack(texts, self.n_image)
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
         masks = self.masks(torch.from_numpy(uids), stream, epoch, text_capacity)
@@ -201,14 +199,6 @@ class Loader:
             n_image=self.n_image,
         )
 
-    def _caption_choice(
-        self, records: np.ndarray, uids: np.ndarray, epoch: int
-    ) -> np.ndarray:
-        words = draw(
-            seed=self.config.seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0
-        )
-        return below(words[0], records["n_captions"].astype(np.int64))
-
     def _crop_draws(self, uids: np.ndarray, epoch: int) -> np.ndarray:
         """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
         if self.config.image.geometry != "random_resized_crop":
@@ -251,6 +241,14 @@ class Loader:
 
         starts = range(0, len(places), _DECODE_CHUNK)
         return pixels, [decoders.submit(fill, first) for first in starts]
+
+
+def caption_choice(
+    records: np.ndarray, uids: np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Which of its captions (B,) each sample shows in an epoch."""
+    words = draw(seed=seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0)
+    return below(words[0], records["n_captions"].astype(np.int64))
 
 
 def sum_counts(parts: list[Counts]) -> Counts:

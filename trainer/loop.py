@@ -9,20 +9,22 @@ its own: order and batches (`trainer.loader`), masks (`trainer.masking`), the mo
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import math
-import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 from pipeline.config import to_yaml
+from pipeline.manifest import Manifest
 from trainer import checkpoint
 from trainer.contract import COMPLETE, CONFIG, check_world_size
 from trainer.dataset import Dataset
@@ -35,6 +37,7 @@ from trainer.engine import (
     start_world,
     world_from_environment,
 )
+from trainer.files import write_text
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.metrics import Metrics
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
@@ -51,18 +54,24 @@ class Checked:
     """Steps already taken."""
 
 
-def train(config: PretrainConfig, checked: Checked) -> None:
-    """Train until `max_steps` or the end of the schedule, resuming what is there."""
+def train(config: PretrainConfig, checked: Checked) -> int:
+    """Train until `max_steps` or the end of the schedule, resuming what is there. The
+    exit status: 0, or 128 and the signal that asked to stop.
+
+    Raises:
+        ValueError: ranks that found different checkpoints, another trainer in the run
+            directory, a damaged shard, a loss or gradient that is not finite.
+    """
     run, dataset = Path(config.output), checked.dataset
     first_step = checked.first_step
     world = start_world()
+    _require_agreement(checked, world)
     loader = Loader(dataset, config, rank=world.rank, world_size=world.size)
     torch.manual_seed(config.seed % (1 << 63))
-    model = build_model(config, dataset)
+    model = build_model(config, dataset.manifest)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
-    if world.first:
-        prepare_run(config, run)
+    lock = prepare_run(config, run) if world.first else None
     world.barrier()
     if checked.checkpoint:
         checkpoint.load(engine, checked.checkpoint)
@@ -77,7 +86,9 @@ def train(config: PretrainConfig, checked: Checked) -> None:
         metrics.note(_opening(loader, world, first_step, parameters))
     stop = StopFlag()
     step = first_step
-    for batch, wait in timed(loader.steps(first_step, config.last_step)):
+    batches = timed(loader.steps(first_step, config.last_step))
+    while step < config.last_step:
+        batch, wait = next_batch(batches, world)
         started = time.perf_counter()
         totals = global_counts(batch.counts, world)
         result = run_micro_batches(engine, loader, batch, totals, world)
@@ -95,16 +106,16 @@ def train(config: PretrainConfig, checked: Checked) -> None:
         if metrics:
             metrics.write(row)
         stopping = summed[-1] > 0
-        if (
-            step == config.last_step
-            or stopping
-            or not (step % config.checkpoint.every_steps)
-        ):
+        every = config.checkpoint.every_steps
+        if stopping or step == config.last_step or step % every == 0:
             save(engine, dataset, config, step, batch.epoch, world)
         if stopping:
             break
     if metrics:
-        finish(metrics, config, run, step)
+        finish(metrics, config, run, step, interrupted=stopping)
+    if lock:
+        lock.close()
+    return 128 + signal.SIGTERM if stopping and step < config.last_step else 0
 
 
 def check(config: PretrainConfig) -> Checked:
@@ -119,6 +130,7 @@ def check(config: PretrainConfig) -> Checked:
     check_world_size(world_size, lanes=config.lanes)
     dataset = Dataset(config.data, config.split, tokenizer=config.tokenizer)
     Loader(dataset, config, rank=0, world_size=world_size)
+    chosen_precision(config)
     found = checkpoint.newest(run)
     if found is None:
         return Checked(dataset=dataset, checkpoint=None, first_step=0)
@@ -142,9 +154,9 @@ def check(config: PretrainConfig) -> Checked:
     return Checked(dataset=dataset, checkpoint=path, first_step=int(marker["step"]))
 
 
-def build_model(config: PretrainConfig, dataset: Dataset) -> MlimForPreTraining:
+def build_model(config: PretrainConfig, manifest: Manifest) -> MlimForPreTraining:
     """The model of a recipe, sized by the dataset's tokenizer."""
-    info = dataset.manifest.tokenizer
+    info = manifest.tokenizer
     return MlimForPreTraining(
         config.model,
         vocab_size=info.vocab_size,
@@ -154,14 +166,35 @@ def build_model(config: PretrainConfig, dataset: Dataset) -> MlimForPreTraining:
     )
 
 
-def prepare_run(config: PretrainConfig, run: Path) -> None:
-    """Make the run directory, save the resolved configuration, clear dead attempts."""
+def prepare_run(config: PretrainConfig, run: Path) -> IO[str]:
+    """Make the run directory, save the resolved configuration, clear dead attempts.
+    Returns the lock that keeps other trainers out until it is closed or we die.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    lock = open(run / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another trainer is writing to {run}: wait for it or stop it, or take "
+            "another --output"
+        ) from None
     checkpoint.discard_unfinished(run)
     (run / COMPLETE).unlink(missing_ok=True)
-    temporary = run / f"{CONFIG}.tmp"
-    temporary.write_text(to_yaml(config))
-    os.replace(temporary, run / CONFIG)
+    write_text(run / CONFIG, to_yaml(config))
+    return lock
+
+
+def _require_agreement(checked: Checked, world: World) -> None:
+    """Raise ValueError on every rank unless all resume from the same step."""
+    steps = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    steps[world.rank] = checked.first_step
+    found = world.sum(steps).tolist()
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"ranks found checkpoints of different steps ({found} by rank): --output "
+            "must be one directory that every node sees"
+        )
 
 
 def timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
@@ -172,6 +205,26 @@ def timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
         if batch is None:
             return
         yield batch, time.perf_counter() - asked
+
+
+def next_batch(
+    batches: Iterator[tuple[StepBatch, float]], world: World
+) -> tuple[StepBatch, float]:
+    """The next batch and the seconds it took. When any rank cannot make its own, that
+    rank raises and the others exit, instead of waiting for it in a collective.
+    """
+    found, failure = None, None
+    try:
+        found = next(batches)
+    except (ValueError, OSError) as error:
+        failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int64, device=world.device)
+    anywhere = bool(world.sum(failed).item())
+    if failure:
+        raise failure
+    if anywhere or found is None:
+        sys.exit(1)
+    return found
 
 
 def global_counts(counts: Counts, world: World) -> Counts:
@@ -265,6 +318,7 @@ def save(
     """Checkpoint after `step` steps, with the data state of law 1."""
     state = {
         "manifest_hash": dataset.manifest.sha256,
+        "tokenizer_sha256": dataset.manifest.tokenizer.sha256,
         "seed": config.seed,
         "epoch": epoch,
         "step": step,
@@ -274,17 +328,30 @@ def save(
     checkpoint.save(engine, run, data_state=state, world=world, keep=keep)
 
 
-def finish(metrics: Metrics, config: PretrainConfig, run: Path, step: int) -> None:
+def finish(
+    metrics: Metrics, config: PretrainConfig, run: Path, step: int, *, interrupted: bool
+) -> None:
     """Say where the run stands, and mark it complete at the end of its schedule."""
     metrics.close()
-    if step == config.schedule.steps:
-        checkpoint.write_json(run / COMPLETE, {"step": step})
+    if mark_complete(config, run, step):
         metrics.note(f"finished {step} steps: {run}")
-    else:
-        metrics.note(
-            f"stopped after step {step} of {config.schedule.steps}, checkpoint saved; "
-            "the same command with a higher --max_steps, or without it, continues"
-        )
+        return
+    how = "the same command"
+    if not interrupted:
+        how += " with a higher --max_steps, or without it,"
+    metrics.note(
+        f"stopped after step {step} of {config.schedule.steps}, checkpoint saved; "
+        f"{how} continues"
+    )
+
+
+def mark_complete(config: PretrainConfig, run: Path, step: int) -> bool:
+    """Write the completion marker if the schedule has ended; whether it has."""
+    if step < config.schedule.steps:
+        return False
+    if not (run / COMPLETE).exists():
+        checkpoint.write_json(run / COMPLETE, {"step": step})
+    return True
 
 
 class StopFlag:
@@ -310,11 +377,13 @@ class StopFlag:
 
 
 def _require_finite(row: dict[str, Any]) -> None:
-    if not math.isfinite(row["loss"]):
-        raise ValueError(
-            f"the loss is {row['loss']} at step {row['step']}: lower optimizer.lr, or "
-            "look at this step's samples. The last checkpoint is from before it"
-        )
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise ValueError(
+                f"{name} is {row[name]} at step {row['step']}: lower optimizer.lr and "
+                "start anew; or, if the newest checkpoint is bad already, delete it "
+                "and continue from the one before"
+            )
 
 
 def _opening(loader: Loader, world: World, first_step: int, parameters: int) -> str:
@@ -324,5 +393,5 @@ def _opening(loader: Loader, world: World, first_step: int, parameters: int) -> 
         f"{begin}: {parameters:,} parameters, {len(loader.dataset):,} pairs, "
         f"{loader.order.steps_per_epoch} steps an epoch, {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} on {world.device.type} in "
-        f"{chosen_precision(config, world.device)}, ZeRO {config.deepspeed.zero_stage}"
+        f"{chosen_precision(config)}, ZeRO {config.deepspeed.zero_stage}"
     )

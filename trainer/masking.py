@@ -53,9 +53,11 @@ class MaskConfig:
     """Exact: round half up of rate x positions, at least 1; or a coin a position."""
 
     def __post_init__(self) -> None:
-        rates = (self.heavy_rate, self.light_text_rate, self.light_image_rate)
-        if any(not 0 <= rate <= 1 for rate in (*rates, *self.mode_probabilities)):
-            raise ValueError("mask: rates and mode_probabilities lie between 0 and 1")
+        for name in ("heavy_rate", "light_text_rate", "light_image_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"mask.{name} must lie between 0 and 1")
+        if min(self.mode_probabilities) < 0:
+            raise ValueError("mask.mode_probabilities must lie between 0 and 1")
         if abs(sum(self.mode_probabilities) - 1) > 1e-6:
             raise ValueError(
                 f"mask.mode_probabilities add up to {sum(self.mode_probabilities)}, "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.contract import METRICS
+from trainer.files import write_text
 
 _PLAIN_LINE_EVERY_S = 10.0
 
@@ -73,10 +74,8 @@ def keep_steps(path: Path, last: int) -> None:
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
             continue
         if step <= last:
-            kept.append(line + b"\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+            kept.append(line.decode() + "\n")
+    write_text(path, "".join(kept))
 
 
 class _Events(Protocol):

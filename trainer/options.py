@@ -28,6 +28,14 @@ MAY_CHANGE = (
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.")
 
 
+def at_least(group: str, config: object, **lowest: float) -> None:
+    """Raise ValueError for a key of `config` below its lowest value."""
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{group}{name} is {value}: it must be {low} or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """Training-time image geometry."""
@@ -39,6 +47,11 @@ class ImageConfig:
     min_scale: float = 0.5
     """Smallest share of the image area that a random resized crop keeps."""
 
+    def __post_init__(self) -> None:
+        at_least("image.", self, size=1)
+        if not 0 < self.min_scale <= 1:
+            raise ValueError(f"image.min_scale is {self.min_scale}: above 0, at most 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
@@ -46,6 +59,9 @@ class TextConfig:
 
     max_tokens: int = 64
     """Longest text, [CLS] and separator included; the rest of a caption is cut."""
+
+    def __post_init__(self) -> None:
+        at_least("text.", self, max_tokens=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +77,17 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices."""
     clip: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; `.inf` for no limit."""
+
+    def __post_init__(self) -> None:
+        at_least("optimizer.", self, lr=0, eps=0, weight_decay=0)
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {self.betas}: from 0 to below 1")
+        if not self.clip > 0:
+            raise ValueError(
+                f"optimizer.clip is {self.clip}, which would leave no gradient: give a "
+                "positive norm, or .inf for no limit"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +100,9 @@ class ScheduleConfig:
     """Steps of linear warm-up."""
     final_lr_fraction: float = 0.05
     """Share of the peak at the end."""
+
+    def __post_init__(self) -> None:
+        at_least("schedule.", self, steps=1, warmup=0, final_lr_fraction=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +123,9 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is taken when the run stops."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.", self, every_steps=1, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +176,14 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        at_least("", self, lanes=1, global_batch=1, micro_batch=1, threads=1)
+        at_least("", self, shuffle_shards=1, max_steps=1)
         if self.image.size % self.model.patch_size:
             raise ValueError(
                 f"image.size {self.image.size} is not a multiple of the "
                 f"{self.model.patch_size} px that an image token covers "
                 "(2 to the number of model.embedder_widths)"
             )
-        if self.text.max_tokens < 3:
-            raise ValueError(
-                "text.max_tokens leaves no room for a word: take 3 or more"
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError("max_steps is 1 or more")
 
     @property
     def last_step(self) -> int:

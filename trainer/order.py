@@ -2,7 +2,7 @@
 
 Owns lanes, windows and the steps of an epoch, as a pure function of (per-shard counts,
 seed, lanes, window). World size only says who reads which lanes. Does not own reading
-(`trainer.data`) or valid world sizes (`trainer.contract`).
+(`trainer.loader`) or valid world sizes (`trainer.contract`).
 
 An epoch lays the shards end to end in a Philox permutation, rotates that line, cuts it
 into L segments equal to within one sample, and shuffles every `shuffle_shards`
@@ -57,7 +57,7 @@ class SampleOrder:
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples = int(self.counts.sum())
-        if lanes < 1 or global_batch % lanes:
+        if lanes < 1 or global_batch < 1 or global_batch % lanes:
             raise ValueError(
                 f"lanes {lanes} does not divide global_batch {global_batch}: choose "
                 f"a multiple of {max(lanes, 1)} for global_batch"

@@ -24,9 +24,9 @@ The same command continues a run that was stopped or killed.
 """
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Parse `argv`, check everything that can be checked, and train."""
-    from trainer.loop import check, train
+    from trainer.loop import check, mark_complete, train
     from trainer.options import PretrainConfig
 
     # The launcher appends this; the environment says the same.
@@ -49,12 +49,14 @@ def main(argv: Sequence[str]) -> None:
         raise
     if checked.first_step >= config.last_step:
         if os.environ.get("RANK", "0") == "0":
+            # A kill may have come between the last checkpoint and this marker.
+            mark_complete(config, Path(config.output), checked.first_step)
             print(
                 f"{config.output} is at step {checked.first_step} of "
                 f"{config.last_step} asked for: nothing left to do"
             )
-        return
-    train(config, checked)
+        return 0
+    return train(config, checked)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from trainer.dataset import Dataset
 from trainer.geometry import box_of, decode_into
+from trainer.loader import caption_choice
 from trainer.masking import Masks, Mode, mam
 from trainer.models.mlim import (
     MlimForPreTraining,
@@ -31,8 +32,8 @@ from trainer.models.mlim import (
     recon_pixels,
 )
 from trainer.options import ImageConfig, PretrainConfig
-from trainer.philox import Use, below, draw, permutation, signed_uids
-from trainer.stream import lay_out
+from trainer.philox import Use, permutation, signed_uids
+from trainer.stream import pack
 
 _BLANK = 255
 _RESAMPLES = 2000
@@ -86,8 +87,7 @@ def load_pairs(
     places = places[order[:limit]]
     records = dataset.records(places)
     uids = signed_uids(records["uid"])
-    words = draw(seed=seed, use=Use.CAPTION, epoch=0, uid=uids, index=0)[0]
-    choice = below(words, records["n_captions"].astype(np.int64))
+    choice = caption_choice(records, uids, seed=seed, epoch=0)
     side = config.image.size
     pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
     plain = config.image.geometry == "resize"
@@ -139,33 +139,33 @@ def measure(
 ) -> dict[str, dict[str, Losses]]:
     """Losses of every pair: {"mlm": {condition: Losses}, "recon": {...}}."""
     partner = partners(pairs, seed=seed)
-    blank = np.full_like(pairs.pixels, _BLANK)
+    own, nobody = np.arange(len(pairs)), None
     empty = [text[[0, -1]] for text in pairs.texts]
     other_texts = [pairs.texts[int(other)] for other in partner]
-    conditions = {
+    conditions: dict[str, dict[str, tuple[np.ndarray | None, list[np.ndarray]]]] = {
         "mlm": {
-            "true": (pairs.pixels, pairs.texts),
-            "shuffled": (pairs.pixels[partner], pairs.texts),
-            "blank": (blank, pairs.texts),
+            "true": (own, pairs.texts),
+            "shuffled": (partner, pairs.texts),
+            "blank": (nobody, pairs.texts),
         },
         "recon": {
-            "true": (pairs.pixels, pairs.texts),
-            "shuffled": (pairs.pixels, other_texts),
-            "empty": (pairs.pixels, empty),
+            "true": (own, pairs.texts),
+            "shuffled": (own, other_texts),
+            "empty": (own, empty),
         },
     }
     results: dict[str, dict[str, Losses]] = {}
     for probe, shown in conditions.items():
         mode = Mode.TEXT_HEAVY if probe == "mlm" else Mode.IMAGE_HEAVY
         results[probe] = {}
-        for name, (pixels, texts) in shown.items():
+        for name, (whose, texts) in shown.items():
             sums, counts = np.zeros(len(pairs)), np.zeros(len(pairs))
             for number in range(draws):
                 for rows in _batches(len(pairs), batch):
                     inputs, masks = make_inputs(
                         config,
                         uids=pairs.uids[rows],
-                        pixels=pixels[rows],
+                        pixels=_pixels(pairs, whose, rows),
                         texts=[texts[row] for row in rows],
                         seed=seed,
                         draw_number=number,
@@ -189,12 +189,14 @@ def summarise(
     _, group = np.unique(groups, return_inverse=True)
     n_groups = int(group.max()) + 1
     generator = np.random.Generator(np.random.Philox(key=seed))
-    picks = generator.integers(0, n_groups, size=(_RESAMPLES, n_groups))
+    # How often each resample takes each group: (resamples, groups).
+    even = np.full(n_groups, 1 / n_groups)
+    taken = generator.multinomial(n_groups, even, size=_RESAMPLES).astype(np.float64)
 
     def means(loss: Losses) -> tuple[float, np.ndarray]:
         sums = np.bincount(group, loss.sums)
         counts = np.bincount(group, loss.counts)
-        resampled = sums[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
+        resampled = (taken @ sums) / np.maximum(taken @ counts, 1)
         return float(sums.sum() / max(counts.sum(), 1)), resampled
 
     values = {name: means(loss) for name, loss in losses.items()}
@@ -228,9 +230,7 @@ def make_inputs(
 ) -> tuple[MlimInputs, Masks]:
     """A micro-batch of given pixels and texts with evaluation masks of one mode."""
     n_image = (config.image.size // config.model.patch_size) ** 2
-    stream = lay_out(np.array([len(text) for text in texts]), n_image)
-    token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
-    token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+    stream, token_ids = pack(texts, n_image)
     masks = mam(
         config.mask,
         seed=seed,
@@ -254,6 +254,13 @@ def make_inputs(
         image=masks.image.to(device),
     )
     return inputs, moved
+
+
+def _pixels(pairs: Pairs, whose: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """Images shown to pairs `rows`: those of the pairs `whose` says, or blank ones."""
+    if whose is None:
+        return np.full_like(pairs.pixels[rows], _BLANK)
+    return pairs.pixels[whose[rows]]
 
 
 def _pair_losses(

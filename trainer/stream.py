@@ -1,18 +1,20 @@
 """The flat, unpadded token stream of a micro-batch.
 
 Owns where every token of every pair stands, on the host, and the capacities that make
-compiled shapes repeat. Does not own what the tokens are (`trainer.data`) nor which are
-masked (`trainer.masking`).
+compiled shapes repeat. Does not own what the tokens are (`trainer.loader`) or which of
+them are masked (`trainer.masking`).
 
 A pair is [CLS] words [SEP] followed by its P image tokens. The text part is rounded up
-to a capacity; the rows left over form one last segment that no loss reads.
+to a capacity; the rows left over form segments of their own, no longer than the longest
+pair, that no loss reads.
 
 Shapes: B pairs, P image tokens of a pair, K text capacity, T = K + B x P stream rows,
-S longest segment.
+N segments, pairs first, S longest segment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -49,13 +51,13 @@ class Stream:
     image_row: Tensor
     """(B, P) stream row of each image token."""
     cu_seqlens: Tensor
-    """(B + 2,) int32 boundaries of segments, the padding segment last."""
+    """(N + 1,) int32 boundaries of segments."""
     dense: Tensor
-    """(B + 1, S) stream row at each place of a segment, its last one past its end."""
+    """(N, S) stream row at each place of a segment, its last one past its end."""
     dense_valid: Tensor
-    """(B + 1, S) bool: the place is inside the segment."""
+    """(N, S) bool: the place is inside the segment."""
     flat: Tensor
-    """(T,) place in the flattened (B + 1) x S table of each stream row."""
+    """(T,) place in the flattened N x S table of each stream row."""
 
     def to(self, device: torch.device) -> Self:
         """The same stream on `device`, copied without blocking the host."""
@@ -88,23 +90,23 @@ def lay_out(text_lengths: np.ndarray, n_image: int) -> Stream:
     position = np.arange(used) - text_starts[pair]
     maskable = (position > 0) & (position < text_lengths[pair] - 1)
 
-    lengths = np.append(text_lengths + n_image, padding)
+    longest = int(text_lengths.max()) + n_image
+    whole, rest = divmod(padding, longest)
+    left_over = [longest] * whole + [rest] * (rest > 0)
+    lengths = np.append(text_lengths + n_image, left_over).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
-    text_row = np.append(starts[pair] + position, starts[pairs] + np.arange(padding))
+    text_row = np.append(starts[pair] + position, total - padding + np.arange(padding))
     image_row = (starts[:pairs] + text_lengths)[:, None] + np.arange(n_image)
     source = np.empty(total, dtype=np.int64)
     source[text_row] = np.arange(text_capacity)
     source[image_row.ravel()] = text_capacity + np.arange(pairs * n_image)
 
-    longest = int(lengths.max())
     place = np.arange(longest)
     inside = place < lengths[:, None]
-    dense = starts[:, None] + np.minimum(place, np.maximum(lengths[:, None] - 1, 0))
+    dense = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
     flat = np.empty(total, dtype=np.int64)
     flat[dense[inside]] = np.flatnonzero(inside)
-    # A segment without rows still needs one place to attend to, or softmax gives NaN.
-    inside[:, 0] = True
     pad = (0, padding)
     return Stream(
         pairs=pairs,
@@ -119,10 +121,18 @@ def lay_out(text_lengths: np.ndarray, n_image: int) -> Stream:
         text_row=_tensor(text_row),
         image_row=_tensor(image_row),
         cu_seqlens=_tensor(np.append(starts, total).astype(np.int32)),
-        dense=_tensor(np.minimum(dense, total - 1)),
+        dense=_tensor(dense),
         dense_valid=_tensor(inside),
         flat=_tensor(flat),
     )
+
+
+def pack(texts: Sequence[np.ndarray], n_image: int) -> tuple[Stream, Tensor]:
+    """Stream of pairs with these texts, and their ids in it (K,), 0 where padding."""
+    stream = lay_out(np.array([len(text) for text in texts]), n_image)
+    token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
+    token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+    return stream, token_ids
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import parse
+from pipeline.manifest import load_manifest
 from trainer import checkpoint
 from trainer.contract import CONFIG
-from trainer.dataset import Dataset
 from trainer.loop import build_model
 from trainer.models.mlim import MlimForPreTraining
 from trainer.options import PretrainConfig
@@ -40,12 +40,19 @@ def load_trained(run: Path, *, data: str | None = None) -> Trained:
     path, marker = found
     words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
     config = parse(PretrainConfig, words, prog="", description="")
-    dataset = Dataset(config.data, config.split)
-    if dataset.manifest.sha256 != marker["manifest_hash"] and data is None:
+    manifest = load_manifest(config.data)
+    if manifest.sha256 != marker["manifest_hash"] and data is None:
         raise ValueError(
             f"{config.data} is not the dataset that {run} was trained on; name one "
             "with --data"
         )
-    model = build_model(config, dataset)
+    if manifest.tokenizer.sha256 != marker["tokenizer_sha256"]:
+        raise ValueError(
+            f"the tokens of {config.data} were made with tokenizer "
+            f"{manifest.tokenizer.sha256}, and {run} was trained on tokens of "
+            f"{marker['tokenizer_sha256']}: preprocess the data with the run's "
+            "tokenizer, --tokenizer DATASET/tokenizer"
+        )
+    model = build_model(config, manifest)
     model.load_state_dict(checkpoint.load_weights(path))
     return Trained(config=config, model=model, step=int(marker["step"]))

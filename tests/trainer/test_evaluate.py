@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.manifest import load_manifest
 from tests.conftest import launch_environment, python
 from tests.trainer.tiny import TINY, config
 from trainer.dataset import Dataset
@@ -73,11 +76,30 @@ def test_wrong_calls_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:
         ((run, "--split=test"), "has: train, val"),
         ((run, "--group=colour"), "columns.keep colour"),
         ((run, "--task=probe"), "task"),
+        ((run, "--draws=0"), "draws"),
+        ((run, "--max_pairs=1"), "max_pairs"),
     ):
         done = python("-m", "trainer.evaluate", *words, env=launch_environment())
         assert done.returncode in (1, 2)
         assert "Traceback" not in done.stdout
         assert expected in done.stdout.splitlines()[-1]
+
+
+def test_data_of_another_tokenizer_is_refused_naming_both_hashes(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "shards"
+    shutil.copytree(shards, other)
+    manifest = load_manifest(shards)
+    info = dataclasses.replace(manifest.tokenizer, sha256="f" * 64)
+    changed = dataclasses.replace(manifest, tokenizer=info)
+    (other / "manifest.json").write_text(changed.to_json())
+    seal = f"{changed.sha256}  manifest.json\n"
+    (other / "manifest.json.sha256").write_text(seal)
+    done = python("-m", "trainer.evaluate", run, "--data", other)
+    assert done.returncode == 1
+    assert manifest.tokenizer.sha256 in done.stdout.splitlines()[-1]
+    assert "f" * 64 in done.stdout.splitlines()[-1]
 
 
 def test_partners_are_other_pairs_of_other_groups(shards: Path, run: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.manifest import load_manifest
 from tests.trainer.tiny import config
-from trainer.dataset import Dataset
+from trainer.dataset import Dataset, _Kept
 from trainer.geometry import Box, box_of, decode_into
 from trainer.loader import Loader, StepBatch, sum_counts
 from trainer.masking import Mode
@@ -128,6 +128,27 @@ def test_a_damaged_member_stops_with_shard_and_offset(
     (copy / "train/shard-000000.tar").write_bytes(tar)
     with pytest.raises(ValueError, match=r"shard-000000.tar, offset \d+: jpg of uid"):
         list(loader(copy).steps(0, 8))
+
+
+def test_threads_share_more_shards_than_are_kept_open() -> None:
+    made = []
+
+    def make(key: int) -> np.ndarray:
+        made.append(key)
+        return np.full(3, key)
+
+    kept = _Kept(make, 4)
+
+    def read(first: int) -> None:
+        for key in range(first, first + 400):
+            assert kept(key % 23)[0] == key % 23
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(read, range(0, 60, 10)))
+    before = len(made)
+    kept(0), kept(0)
+    assert len(made) <= before + 1
+    assert len(kept._items) <= 4
 
 
 def test_a_truncated_or_missing_tar_stops(shards: Path, tmp_path: Path) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import deepspeed_command, launch_environment, python
+from tests.conftest import (
+    deepspeed_command,
+    free_port,
+    launch_environment,
+    python,
+)
 from tests.trainer.tiny import TINY, column, metrics
 from trainer.contract import METRIC_NAMES, complete_checkpoints, read_metrics
 
@@ -137,6 +145,18 @@ def test_a_finished_run_is_left_alone(whole: Path, shards: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_a_completion_marker_lost_to_a_kill_comes_back(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "complete.json").unlink()
+    words = (*TINY, f"--data={shards}", f"--output={run}")
+    done = python("-m", "trainer.pretrain", *words, env=two_ranks())
+    assert done.returncode == 0
+    assert json.loads((run / "complete.json").read_text()) == {"step": 12}
+
+
 def two_ranks() -> dict[str, str]:
     """Environment of rank 0 of two, for calls that end before they meet."""
     return launch_environment() | {"RANK": "0", "WORLD_SIZE": "2"}
@@ -167,7 +187,7 @@ def test_sigkill_in_mid_run_loses_nothing_committed(
     step, newest = complete_checkpoints(run)[-1]
     assert step < 12, "the run ended before it could be killed"
     # What a death between a checkpoint's first byte and its marker leaves.
-    torn = run / "checkpoints" / "step-00000011"
+    torn = run / "checkpoints" / "step-00000001"
     shutil.copytree(newest, torn)
     (torn / "complete.json").unlink()
     shutil.copytree(newest, run / "checkpoints" / "tmp-dead")
@@ -175,6 +195,7 @@ def test_sigkill_in_mid_run_loses_nothing_committed(
     for name in ("step", "sample_digest", "loss", "grad_norm"):
         assert column(run, name) == column(whole, name)
     assert not (run / "checkpoints" / "tmp-dead").exists()
+    assert not torn.exists()
 
 
 def test_sigterm_saves_and_the_same_command_continues(
@@ -194,17 +215,116 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert column(run, "loss") == column(whole, "loss")
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_other_zero_stages_take_the_same_steps_and_resume(
-    whole: Path, shards: Path, tmp_path: Path, stage: int
+def alone(*words: str | Path) -> None:
+    """One rank, without the launcher, to its end. It must succeed."""
+    done = python("-m", "trainer.pretrain", *TINY, *words, env=launch_environment())
+    assert done.returncode == 0, done.stdout
+
+
+def test_zero_stage_3_takes_the_same_steps_and_resumes(
+    shards: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    words = (f"--data={shards}", f"--output={run}", f"--deepspeed.zero_stage={stage}")
+    # Wide enough that parameters really are taken apart and gathered.
+    wide = (f"--data={shards}", "--model.width=256", "--model.ffn_width=512")
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    words = (*wide, f"--output={run}", "--deepspeed.zero_stage=3")
     launch(2, *words, "--max_steps=2")
     launch(2, *words, "--max_steps=4")
+    alone(*wide, f"--output={reference}", "--max_steps=4")
+    for name in ("loss", "grad_norm"):
+        expected = column(reference, name)
+        assert column(run, name) == pytest.approx(expected, rel=1e-3)
+
+
+def test_zero_stage_0_takes_the_same_steps_and_resumes_with_fewer_ranks(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}", "--deepspeed.zero_stage=0")
+    launch(2, *words, "--max_steps=2")
+    alone(*words, "--max_steps=4")
     for name in ("loss", "grad_norm"):
         expected = column(whole, name)[:4]
-        assert column(run, name) == pytest.approx(expected, rel=1e-4)
+        assert column(run, name) == pytest.approx(expected, rel=1e-3)
+    assert column(run, "sample_digest") == column(whole, "sample_digest")[:4]
+
+
+def test_bf16_follows_fp32(whole: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}", "--max_steps=3")
+    alone(*words, "--deepspeed.precision=bf16")
+    # Eight bits of mantissa: losses near 7 agree to about a hundredth.
+    for name, close in (("loss", 5e-3), ("grad_norm", 5e-2)):
+        expected = column(whole, name)[:3]
+        assert column(run, name) == pytest.approx(expected, rel=close)
+
+
+def test_ranks_that_found_different_checkpoints_stop(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    resumed, empty = tmp_path / "resumed", tmp_path / "empty"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000012")
+    (resumed / "complete.json").unlink()
+    port = str(free_port())
+    ranks = []
+    for rank, run in enumerate((resumed, empty)):
+        environment = launch_environment() | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = ("-m", "trainer.pretrain", *TINY, f"--data={shards}")
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, *words, f"--output={run}"],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in ranks:
+        _, message = process.communicate(timeout=LAUNCH_LIMIT_S)
+        assert process.returncode == 1
+        assert "different steps ([10, 0] by rank)" in message
+    assert not empty.exists()
+
+
+def test_a_damaged_shard_ends_every_rank_with_one_clear_line(
+    shards: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    tar = damaged / "train" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    record = np.load(damaged / "train" / "shard-000000.index.npy")[0]
+    content[int(record["jpg_offset"]) + 30] ^= 4
+    tar.write_bytes(content)
+    done = subprocess.run(
+        deepspeed_command(
+            2, *TINY, f"--data={damaged}", f"--output={tmp_path / 'run'}"
+        ),
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stdout
+    assert f"{int(record['uid']):016x} is damaged" in lines[0]
+
+
+def test_a_second_trainer_in_the_same_run_is_refused(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = refused(f"--data={shards}", f"--output={run}")
+    assert "another trainer is writing" in line
+    assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 def refused(*words: str | Path, ranks: int | None = None) -> str:
@@ -233,6 +353,8 @@ def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
     assert "lower global_batch" in refused(*words, "--global_batch=1200")
     assert "no manifest.json" in refused(f"--data={tmp_path}", f"--output={run}")
     assert "has: train, val" in refused(*words, "--split=test")
+    bf16 = ("--deepspeed.precision=bf16", "--deepspeed.zero_stage=0")
+    assert "zero_stage 1 or more" in refused(*words, *bf16)
     assert not run.exists()
 
 
@@ -244,7 +366,7 @@ def test_a_run_refuses_another_configuration_dataset_or_world_size(
     words = (f"--data={shards}", f"--output={run}")
     before = (run / "config.yaml").read_text()
     line = refused(*words, "--optimizer.lr=0.5", "--checkpoint.keep=7")
-    assert "optimizer.lr: 0.001 -> 0.5" in line or "optimizer.lr: " in line
+    assert "optimizer.lr: 0.002 -> 0.5" in line
     assert "checkpoint.keep" not in line
     other = tmp_path / "shards"
     shutil.copytree(shards, other)

@@ -16,14 +16,14 @@ from tests.trainer.tiny import TINY, column
 from trainer.contract import complete_checkpoints
 
 KILLS = 8
-STEPS = 120
-LONGEST_LIFE_S = 14.0
+STEPS = 1500
+SHORTEST_LIFE_S, LONGEST_LIFE_S = 6.0, 12.0
 
 pytestmark = pytest.mark.soak
 
 
 def command(shards: Path, run: Path) -> list[str]:
-    longer = (f"--schedule.steps={STEPS}", "--checkpoint.every_steps=4")
+    longer = (f"--schedule.steps={STEPS}", "--checkpoint.every_steps=25")
     return deepspeed_command(2, *TINY, *longer, f"--data={shards}", f"--output={run}")
 
 
@@ -44,7 +44,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
             **options,
         )
         # From before the first step to well into the run.
-        time.sleep(moments.uniform(5.0, LONGEST_LIFE_S))
+        time.sleep(moments.uniform(SHORTEST_LIFE_S, LONGEST_LIFE_S))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         found = complete_checkpoints(run)

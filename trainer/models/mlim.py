@@ -60,6 +60,15 @@ class MlimConfig:
     """Standard deviation of initial weights."""
 
     def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "ffn_width", "embedder_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be 1 or more")
+        for name in ("embedder_widths", "decoder_widths"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"model.{name} must hold numbers of 1 or more")
+        for name in ("mlm_weight", "recon_weight", "init_std", "norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} must not be negative")
         if self.width % self.heads:
             raise ValueError(
                 f"model.heads {self.heads} does not divide model.width {self.width}"
