@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import resource
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -114,6 +117,32 @@ def test_paths_stay_inside_the_corpus(tmp_path: Path) -> None:
         *["missing_image"] * 2,
         "missing_file",
     ]
+
+
+def test_paths_that_cannot_be_are_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for cell in ("loop.jpg", "file/a.jpg", "a" * 300, "pipe.jpg"):
+        with pytest.raises(ImageError, match="missing_file"):
+            read_image(cell, tmp_path)
+
+
+def test_a_storage_error_is_no_fault_of_the_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"fine")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No open file is left to be had: an error of the machine, as EIO would be.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.jpg cannot be read \(Too many open"):
+            read_image("a.jpg", tmp_path)
+        timer = threading.Timer(
+            0.2, resource.setrlimit, (resource.RLIMIT_NOFILE, limits)
+        )
+        timer.start()
+        assert read_image("a.jpg", tmp_path) == b"fine"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_rows_are_read_without_other_columns(tmp_path: Path) -> None:
