@@ -194,7 +194,9 @@ def _result(reference: ray.ObjectRef) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         # What the task raised says more than the trace of how it got here.
-        raise OSError(f"a task failed: {error.cause!r}") from error
+        cause = error.cause
+        told = str(cause) if isinstance(cause, OSError) else repr(cause)
+        raise OSError(f"a task failed: {told}") from error
     except ray.exceptions.RayError as error:
         raise OSError(
             f"Ray lost a task for good ({_first_line(error)}); run the same command "

@@ -32,7 +32,7 @@ MEMBERS = ("input_ids.npy", "jpg", "json", "txt")
 SUFFIXES = tuple(SHARD_FILES.values())
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 # img2dataset's stats split failures into two kinds; these are its "download" ones.
-_NOT_READ = ("missing_file", "missing_image", "path_outside_input", "unreadable_file")
+_NOT_READ = ("missing_file", "missing_image", "path_outside_input")
 
 ROW_SCHEMA = pa.schema(
     [
