@@ -45,6 +45,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Leave the process group together, before an exit that every rank agreed on:
+        one that is left by a peer's exit alone may abort instead.
+        """
+        self.barrier()
+        dist.destroy_process_group()
+
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) that the launcher set; (0, 1) without a launcher."""

@@ -191,6 +191,7 @@ def _require_agreement(checked: Checked, world: World) -> None:
     steps[world.rank] = checked.first_step
     found = world.sum(steps).tolist()
     if len(set(found)) > 1:
+        world.leave()
         raise ValueError(
             f"ranks found checkpoints of different steps ({found} by rank): --output "
             "must be one directory that every node sees"
@@ -219,11 +220,12 @@ def next_batch(
     except (ValueError, OSError) as error:
         failure = error
     failed = torch.tensor([failure is not None], dtype=torch.int64, device=world.device)
-    anywhere = bool(world.sum(failed).item())
-    if failure:
-        raise failure
-    if anywhere or found is None:
+    if world.sum(failed).item():
+        world.leave()
+        if failure:
+            raise failure
         sys.exit(1)
+    assert found is not None
     return found
 
 

@@ -271,6 +271,7 @@ def test_ranks_that_found_different_checkpoints_stop(
     for rank, run in enumerate((resumed, empty)):
         environment = launch_environment() | {"RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment["LOCAL_RANK"] = str(rank)
         words = ("-m", "trainer.pretrain", *TINY, f"--data={shards}")
         ranks.append(
             subprocess.Popen(
