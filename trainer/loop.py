@@ -84,7 +84,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
             tensorboard=config.log.tensorboard,
         )
         metrics.note(_opening(loader, world, first_step, parameters))
-    stop = StopFlag()
+    stop, stopping = StopFlag(), False
     step = first_step
     batches = timed(loader.steps(first_step, config.last_step))
     while step < config.last_step:
@@ -115,6 +115,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         finish(metrics, config, run, step, interrupted=stopping)
     if lock:
         lock.close()
+    # The launcher ends all ranks when the first one exits with a signal's status.
+    world.barrier()
     return 128 + signal.SIGTERM if stopping and step < config.last_step else 0
 
 
