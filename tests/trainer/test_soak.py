@@ -13,18 +13,30 @@ import pytest
 
 from tests.conftest import deepspeed_command, launch_environment
 from tests.trainer.tiny import TINY, column
-from trainer.contract import complete_checkpoints
+from trainer.contract import complete_checkpoints, read_metrics
 
 KILLS = 8
-STEPS = 1500
-SHORTEST_LIFE_S, LONGEST_LIFE_S = 6.0, 12.0
+STEPS = 400
+FEWEST_STEPS, MOST_STEPS = 5, 45
+LATEST_S = 0.3
+LIMIT_S = 240
 
 pytestmark = pytest.mark.soak
 
 
 def command(shards: Path, run: Path) -> list[str]:
-    longer = (f"--schedule.steps={STEPS}", "--checkpoint.every_steps=25")
+    longer = (f"--schedule.steps={STEPS}", "--checkpoint.every_steps=8")
     return deepspeed_command(2, *TINY, *longer, f"--data={shards}", f"--output={run}")
+
+
+def newest_step(run: Path) -> int:
+    found = complete_checkpoints(run)
+    return found[-1][0] if found else 0
+
+
+def steps_taken(run: Path) -> int:
+    rows = read_metrics(run)
+    return rows[-1]["step"] if rows else 0
 
 
 def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
@@ -43,17 +55,22 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
             start_new_session=True,
             **options,
         )
-        # From before the first step to well into the run.
-        time.sleep(moments.uniform(SHORTEST_LIFE_S, LONGEST_LIFE_S))
+        goal = newest_step(run) + moments.randint(FEWEST_STEPS, MOST_STEPS)
+        deadline = time.monotonic() + LIMIT_S
+        while steps_taken(run) < goal:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, LATEST_S))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        found = complete_checkpoints(run)
-        resumed_from.append(found[-1][0] if found else 0)
-        print(f"killed; newest complete checkpoint: step {resumed_from[-1]}")
-        if (run / "complete.json").exists():
-            break
+        resumed_from.append(newest_step(run))
+        print(
+            f"killed after step {steps_taken(run)}; "
+            f"newest complete checkpoint: step {resumed_from[-1]}"
+        )
     assert resumed_from == sorted(resumed_from)
-    assert len(set(resumed_from)) > 2, "the kills came too early to show anything"
+    assert len(set(resumed_from)) > KILLS // 2, "too few distinct checkpoints"
     subprocess.run(
         command(shards, run), check=True, stderr=subprocess.DEVNULL, **options
     )
