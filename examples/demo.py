@@ -261,8 +261,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main(stages: Iterator[Stage]) -> int:
     """Run `stages`; returns the exit status, having said how to continue."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    # SIGINT too: a background job would ignore it, and so would every child.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
         run_stages(stages)
