@@ -55,6 +55,9 @@ ROW_SCHEMA = pa.schema(
         ("n_tokens", pa.int32()),
         ("sha256", pa.string()),
         ("dhash", pa.string()),
+        ("pixels_sha256", pa.string()),
+        ("duplicate_of", pa.string()),
+        ("retry_of", pa.string()),
         ("exif", pa.string()),
     ]
 )
