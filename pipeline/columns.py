@@ -6,19 +6,23 @@ Does not own the tables themselves (`pipeline.sources`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config import nearest
+from pipeline.filters import Template
 from pipeline.options import ColumnOptions, SplitOptions
 from pipeline.shards import ROW_SCHEMA
 
 # The usual names, best guess first.
 _IMAGE_COLUMNS = (
     *("image", "image_path", "img", "img_path", "image_file", "filepath", "file_path"),
-    *("filename", "file_name", "path", "file", "jpg", "png", "bytes"),
+    *("filename", "file_name", "path", "file", "images", "jpg", "png", "bytes"),
+    *("url", "image_url", "img_url", "link"),
 )
 _CAPTION_COLUMNS = (
     *("caption", "captions", "text", "texts", "title", "description", "sentence"),
@@ -31,8 +35,12 @@ class Columns:
     """Names of the columns that are read, all of them in the corpus."""
 
     image: str
+    image_list: str
     captions: tuple[str, ...]
+    template: str | None
     id: str | None
+    url: str | None
+    sha256: str | None
     keep: tuple[str, ...]
     split: str | None
     group: str | None
@@ -40,21 +48,69 @@ class Columns:
     @property
     def sample(self) -> tuple[str, ...]:
         """Columns that a sample is made of."""
-        return tuple(dict.fromkeys((self.image, *self.captions, *self.keep)))
+        names = (self.image, *self.captions, self.url, self.sha256, *self.keep)
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 def resolve_columns(
-    schema: pa.Schema, given: ColumnOptions, split: SplitOptions
+    schema: pa.Schema,
+    given: ColumnOptions,
+    split: SplitOptions,
+    known: Mapping[str, Any] | None = None,
 ) -> Columns:
-    """The columns to read: as given, else by their usual names.
+    """The columns to read: as given, else as the format knows (`known`, by the names of
+    `ColumnOptions`), else by their usual names.
 
     Raises:
         ValueError: a column is missing (with the nearest that exists) or its type
             cannot be what it is given for.
     """
+    given = _with_known(given, known or {})
     image = given.image or _usual(schema, _IMAGE_COLUMNS, "columns.image")
-    captions = given.captions or (_usual(schema, _CAPTION_COLUMNS, "columns.caption"),)
-    flags = {"columns.image": image, "columns.id": given.id}
+    if given.template:
+        captions = Template(given.template, schema.names).columns
+    else:
+        usual = () if given.captions else (_usual_caption(schema),)
+        captions = given.captions or usual
+    _check_columns(schema, image, captions, given, split)
+    return Columns(
+        image=image,
+        image_list=given.image_list,
+        captions=tuple(captions),
+        template=given.template,
+        id=given.id,
+        url=given.url,
+        sha256=given.sha256,
+        keep=given.kept,
+        split=split.column,
+        group=split.group,
+    )
+
+
+def _with_known(given: ColumnOptions, known: Mapping[str, Any]) -> ColumnOptions:
+    default = ColumnOptions()
+    fill = {
+        name: value
+        for name, value in known.items()
+        if tuple(getattr(given, name) or ()) == tuple(getattr(default, name) or ())
+        and not (name == "caption" and given.template)
+    }
+    return dataclasses.replace(given, **fill)
+
+
+def _usual_caption(schema: pa.Schema) -> str:
+    return _usual(schema, _CAPTION_COLUMNS, "columns.caption")
+
+
+def _check_columns(
+    schema: pa.Schema,
+    image: str,
+    captions: Sequence[str],
+    given: ColumnOptions,
+    split: SplitOptions,
+) -> None:
+    flags = {"columns.image": image, "columns.id": given.id, "columns.url": given.url}
+    flags |= {"columns.sha256": given.sha256}
     flags |= {"split.column": split.column, "split.group": split.group}
     named = [(flag, name) for flag, name in flags.items() if name]
     named += [("columns.caption", name) for name in captions]
@@ -74,21 +130,13 @@ def resolve_columns(
         if flag in ("columns.id", "split.column", "split.group"):
             _check_key_type(flag, schema.field(name))
     _check_image_type(schema.field(image))
-    for name in captions:
+    for name in () if given.template else captions:
         _check_caption_type(schema.field(name))
     _refuse_taken_names(given.kept)
-    return Columns(
-        image=image,
-        captions=captions,
-        id=given.id,
-        keep=given.kept,
-        split=split.column,
-        group=split.group,
-    )
 
 
 def holds_paths(schema: pa.Schema, columns: Columns) -> bool:
-    """Whether the image column holds paths rather than bytes."""
+    """Whether the image column holds paths or URLs rather than bytes."""
     return is_text(schema.field(columns.image).type)
 
 
@@ -117,9 +165,11 @@ def is_text(kind: pa.DataType) -> bool:
 
 def _check_image_type(field: pa.Field) -> None:
     kind = field.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (binary or struct or is_text(kind)):
+    if not (binary or struct or is_text(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"--columns.image {field.name}: it holds {kind}, not image bytes or paths; "
             "encode the images (PNG, JPEG) or name another column"

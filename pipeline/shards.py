@@ -24,15 +24,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import INDEX_DTYPE, SHARD_FILES, file_sha256
+from pipeline.manifest import INDEX_DTYPE, SHARD_FILES, file_sha256, sample_key
 
-# Members of a sample, in the order in which they lie in the tar.
-MEMBERS = ("input_ids.npy", "jpg", "json", "txt")
+# Status of an input that is a sample.
+WRITTEN = "success"
+# How the table of a range and split ends that has rejected inputs and no sample.
+REJECTED = ".rejected.parquet"
+_RANGE_DIGITS = len(sample_key(0, 0)) // 2
 # Files of a shard, by the suffix that replaces `.tar`.
 SUFFIXES = tuple(SHARD_FILES.values())
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 # img2dataset's stats split failures into two kinds; these are its "download" ones.
-_NOT_READ = ("missing_file", "missing_image", "path_outside_input")
+_NOT_READ = (
+    *("missing_", "path_outside_input", "http_", "timeout", "connection", "dns", "tls"),
+    *("too_many_redirects", "opted_out", "address_refused", "bad_url", "too_large"),
+    "hash_mismatch",
+)
 
 ROW_SCHEMA = pa.schema(
     [
@@ -70,7 +77,7 @@ class Sample:
     key: str
     uid: int
     ids: np.ndarray
-    jpeg: bytes
+    image: bytes
     width: int
     height: int
     captions: Sequence[str]
@@ -89,6 +96,17 @@ class StagedShard:
     sha256: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Why a sample that was written does not stay: its row in the table says so."""
+
+    status: str
+    """`duplicate` or `filtered`."""
+    reason: str
+    of: str
+    """Key of the input that it repeats."""
+
+
 class ShardWriter:
     """Writes the files of one range and split as `directory/split.*`.
 
@@ -96,44 +114,48 @@ class ShardWriter:
     only a table of its rejected inputs there.
     """
 
-    def __init__(self, directory: Path, split: str, keep: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, split: str, keep: Sequence[str], image_format: str
+    ) -> None:
         self.split = split
-        self._stem = directory / split
-        fields = [pa.field(name, pa.string()) for name in keep]
-        self._schema = pa.schema([*ROW_SCHEMA, *fields])
+        self._directory = directory
+        self._members = members(image_format)
+        self._schema = table_schema(keep)
         self._rows: list[Mapping[str, Any]] = []
         self._records: list[tuple[int, ...]] = []
-        self._tar: BinaryIO | None = None
-        self._hash = hashlib.sha256()
-        self._offset = 0
+        self._tar: _Tar | None = None
 
-    def add(self, sample: Sample, row: Mapping[str, Any]) -> None:
-        """Append a sample to the tar, and its row to the parquet."""
-        payloads = {
-            "input_ids.npy": _npy(sample.ids),
-            "jpg": sample.jpeg,
-            "json": json.dumps(sample.json, ensure_ascii=False).encode(),
-            "txt": sample.captions[0].encode(),
-        }
-        start = self._offset
+    def add(self, sample: Sample, row: Mapping[str, Any]) -> int:
+        """Append a sample to the tar, and its row to the parquet; returns its bytes."""
+        payloads = (
+            _npy(sample.ids),
+            sample.image,
+            json.dumps(sample.json, ensure_ascii=False).encode(),
+            sample.captions[0].encode(),
+        )
+        if self._tar is None:
+            self._tar = _Tar(self._directory / f"{self.split}.tar")
+        start = self._tar.size
         parts: list[bytes] = []
-        at = {}
-        for name in MEMBERS:
-            header = member_header(f"{sample.key}.{name}", len(payloads[name]))
-            at[name] = start + sum(len(part) for part in parts) + len(header)
-            parts += [header, payloads[name], _padding(len(payloads[name]))]
+        at, offset = {}, start
+        for name, payload in zip(self._members, payloads, strict=True):
+            at[name] = offset + tarfile.BLOCKSIZE
+            parts.append(member_header(f"{sample.key}.{name}", len(payload)))
+            parts += [payload, _padding(len(payload))]
+            offset = at[name] + len(payload) + len(parts[-1])
         span = b"".join(parts)
-        self._write(span)
-        ids, jpeg = payloads["input_ids.npy"], payloads["jpg"]
+        self._tar.write(span)
+        ids, image = payloads[:2]
+        ids_name, image_name = self._members[:2]
         record = {
             "uid": sample.uid,
             "span_offset": start,
             "span_size": len(span),
             "span_crc32c": crc32c.crc32c(span),
-            "jpg_offset": at["jpg"],
-            "jpg_size": len(jpeg),
-            "jpg_crc32c": crc32c.crc32c(jpeg),
-            "ids_offset": at["input_ids.npy"],
+            "jpg_offset": at[image_name],
+            "jpg_size": len(image),
+            "jpg_crc32c": crc32c.crc32c(image),
+            "ids_offset": at[ids_name],
             "ids_size": len(ids),
             "ids_crc32c": crc32c.crc32c(ids),
             "width": sample.width,
@@ -143,6 +165,7 @@ class ShardWriter:
         }
         self._records.append(tuple(record[name] for name in INDEX_DTYPE.names or ()))
         self._rows.append(row)
+        return len(span)
 
     def reject(self, row: Mapping[str, Any]) -> None:
         """Append the row of an input that makes no sample."""
@@ -150,65 +173,152 @@ class ShardWriter:
 
     def close(self) -> StagedShard | None:
         """Finish the files; None where no sample came."""
-        if self._tar is None:
-            self._write_table(self._stem.with_suffix(".rejected.parquet"))
-            return None
-        samples_end = self._offset
-        self._write(END_OF_TAR)
-        _close_durably(self._tar)
-        index = np.array(self._records, dtype=INDEX_DTYPE)
-        offsets = np.append(index["span_offset"], np.uint64(samples_end))
-        _write(self._file(".index.npy"), _npy(index))
-        _write(self._file(".tar.idx"), offsets.astype("<u8").tobytes())
-        self._write_table(self._file(".parquet"))
-        shard = StagedShard(
-            split=self.split,
-            samples=len(index),
-            captions=int(index["n_captions"].sum()),
-            tokens=int(index["n_tokens"].sum()),
-            bytes=self._offset,
-            sha256={"tar": self._hash.hexdigest()},
-        )
-        stats = json.dumps(self._stats(shard), indent=1) + "\n"
-        _write(self._file("_stats.json"), stats.encode())
-        beside = {
-            name: file_sha256(self._file(suffix))
-            for name, suffix in SHARD_FILES.items()
-            if name != "tar"
-        }
-        return dataclasses.replace(shard, sha256={**shard.sha256, **beside})
-
-    def _file(self, suffix: str) -> Path:
-        return self._stem.with_name(self._stem.name + suffix)
-
-    def _write(self, data: bytes) -> None:
-        if self._tar is None:
-            self._tar = self._file(".tar").open("wb")
-        self._tar.write(data)
-        self._hash.update(data)
-        self._offset += len(data)
-
-    def _write_table(self, path: Path) -> None:
         table = pa.Table.from_pylist(self._rows, self._schema)
-        with path.open("wb") as file:
-            pq.write_table(table, file)
-            _sync(file)
+        index = np.array(self._records, dtype=INDEX_DTYPE)
+        return _finish(self._directory, self.split, self._tar, index, table)
 
-    def _stats(self, shard: StagedShard) -> dict[str, Any]:
-        """img2dataset's counts, and ours."""
-        statuses = Counter(row["reason"] or row["status"] for row in self._rows)
-        failed = [row["reason"] for row in self._rows if row["status"] == "failed"]
-        not_read = sum(reason in _NOT_READ for reason in failed)
-        return {
-            "count": len(self._rows),
-            "successes": shard.samples,
-            "failed_to_download": not_read,
-            "failed_to_resize": len(failed) - not_read,
-            "status_dict": dict(sorted(statuses.items())),
-            "captions": shard.captions,
-            "tokens": shard.tokens,
-            "bytes": shard.bytes,
-        }
+
+def without(
+    staged: Path, into: Path, split: str, dropped: Mapping[int, Dropped]
+) -> StagedShard | None:
+    """Copy a shard from one directory to another, without some of its samples.
+
+    `dropped` names them by their position in the range. Spans are copied as they are:
+    nothing is decoded or encoded. None where no sample is left.
+    """
+    table = pq.read_table(staged / f"{split}.parquet")
+    keys, statuses = table["key"].to_pylist(), table["status"].to_pylist()
+    written = [
+        key for key, status in zip(keys, statuses, strict=True) if status == WRITTEN
+    ]
+    index = np.load(staged / f"{split}.index.npy", allow_pickle=False)
+    kept = np.array([position(key) not in dropped for key in written], bool)
+    tar = _Tar(into / f"{split}.tar") if kept.any() else None
+    if tar is not None:
+        with (staged / f"{split}.tar").open("rb") as source:
+            for record in index[kept]:
+                source.seek(int(record["span_offset"]))
+                tar.write(source.read(int(record["span_size"])))
+    index = _moved(index[kept])
+    return _finish(into, split, tar, index, _with_verdicts(table, dropped))
+
+
+def table_schema(keep: Sequence[str]) -> pa.Schema:
+    """Schema of a shard's parquet: the contract's columns, then passthrough ones."""
+    return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.string()) for name in keep)])
+
+
+def members(image_format: str) -> tuple[str, str, str, str]:
+    """Members of a sample, in the order in which they lie in the tar."""
+    return ("input_ids.npy", image_format, "json", "txt")
+
+
+def position(key: str) -> int:
+    """Position of an input in its range, from its key."""
+    return int(key[_RANGE_DIGITS:])
+
+
+class _Tar:
+    """A tar being written, and the digest of what was."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> str:
+        """End the archive, and return the sha256 of the file."""
+        self.write(END_OF_TAR)
+        _sync(self._file)
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+def _moved(index: np.ndarray) -> np.ndarray:
+    """Records of samples that now lie end to end from the start of a tar."""
+    sizes = index["span_size"]
+    start = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype("<u8")[: len(index)]
+    moved = index.copy()
+    for name in ("span_offset", "jpg_offset", "ids_offset"):
+        moved[name] = index[name] - index["span_offset"] + start
+    return moved
+
+
+def _with_verdicts(table: pa.Table, dropped: Mapping[int, Dropped]) -> pa.Table:
+    rows = table.to_pylist()
+    for row in rows:
+        verdict = dropped.get(position(row["key"]))
+        if verdict is not None:
+            row |= {"status": verdict.status, "reason": verdict.reason}
+            row["duplicate_of"] = verdict.of
+    return pa.Table.from_pylist(rows, table.schema)
+
+
+def _finish(
+    directory: Path, split: str, tar: _Tar | None, index: np.ndarray, table: pa.Table
+) -> StagedShard | None:
+    """Write everything beside the tar."""
+    if tar is None:
+        _write_table(directory / f"{split}{REJECTED}", table)
+        return None
+    end = tar.size
+    digest = tar.close()
+    stem = directory / split
+    offsets = np.append(index["span_offset"], np.uint64(end))
+    _write(_beside(stem, ".index.npy"), _npy(index))
+    _write(_beside(stem, ".tar.idx"), offsets.astype("<u8").tobytes())
+    _write_table(_beside(stem, ".parquet"), table)
+    shard = StagedShard(
+        split=split,
+        samples=len(index),
+        captions=int(index["n_captions"].sum()),
+        tokens=int(index["n_tokens"].sum()),
+        bytes=tar.size,
+        sha256={"tar": digest},
+    )
+    stats = json.dumps(shard_stats(shard, table), indent=1) + "\n"
+    _write(_beside(stem, "_stats.json"), stats.encode())
+    beside = {
+        name: file_sha256(_beside(stem, suffix))
+        for name, suffix in SHARD_FILES.items()
+        if name != "tar"
+    }
+    return dataclasses.replace(shard, sha256={**shard.sha256, **beside})
+
+
+def shard_stats(shard: StagedShard, table: pa.Table) -> dict[str, Any]:
+    """img2dataset's counts, and ours: what stands in `X_stats.json`."""
+    status, reason = table["status"].to_pylist(), table["reason"].to_pylist()
+    pairs = list(zip(status, reason, strict=True))
+    failed = [reason for status, reason in pairs if status == "failed"]
+    not_read = sum(reason.startswith(_NOT_READ) for reason in failed)
+    return {
+        "count": len(pairs),
+        "successes": shard.samples,
+        "failed_to_download": not_read,
+        "failed_to_resize": len(failed) - not_read,
+        "status_dict": dict(
+            sorted(Counter(reason or status for status, reason in pairs).items())
+        ),
+        "captions": shard.captions,
+        "tokens": shard.tokens,
+        "bytes": shard.bytes,
+    }
+
+
+def _beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with path.open("wb") as file:
+        pq.write_table(table, file)
+        _sync(file)
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -232,11 +342,6 @@ def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         _sync(file)
-
-
-def _close_durably(file: BinaryIO) -> None:
-    _sync(file)
-    file.close()
 
 
 def _sync(file: BinaryIO) -> None:
