@@ -54,8 +54,12 @@ SHARD_FILES = {
     "stats": "_stats.json",
     "idx": ".tar.idx",
 }
+# Token ids of a shard whose tar has none, end to end: `pipeline.index` describes tars
+# that it leaves as they are.
+IDS_FILES = {"ids": ".ids"}
 
 _SHARD_NAME = re.compile(r"([a-z0-9_]+)/shard-(\d{6})\.tar")
+_SPLIT_NAME = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ class Shard:
     tokens: int
     bytes: int
     sha256: Mapping[str, str]
-    """Hex digests of the files beside each other, by the names in `SHARD_FILES`."""
+    """Hex digests of the files beside each other, by the names in `SHARD_FILES` and,
+    where there is a sidecar with token ids, `IDS_FILES`."""
 
     def sidecar(self, suffix: str) -> str:
         """Path of a file beside the tar, below the dataset directory."""
@@ -111,6 +116,21 @@ class Shard:
     def index(self) -> str:
         """Path of the index, below the dataset directory."""
         return self.sidecar(".index.npy")
+
+    @property
+    def ids(self) -> str | None:
+        """Path of the sidecar that `ids_*` of the index speak of, below the dataset
+        directory; None where the ids are members of the tar.
+        """
+        return self.sidecar(IDS_FILES["ids"]) if "ids" in self.sha256 else None
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Paths of all its files below the dataset directory, by the name of their
+        digest.
+        """
+        suffixes = {**SHARD_FILES, **IDS_FILES}
+        return {name: self.sidecar(suffixes[name]) for name in self.sha256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +171,9 @@ class Manifest:
     files: Mapping[str, str]
     """Hex digests of every file that belongs to no shard, by path below the dataset
     directory; the companions only once it is complete."""
+    indexed: bool = False
+    """Made by `pipeline.index` from tars that were there: they have the names, members
+    and headers that they had, and may have a sidecar with token ids."""
 
     def split(self, name: str) -> tuple[Shard, ...]:
         """Shards of split `name`, in order.
@@ -265,7 +288,11 @@ def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"manifest does not follow the schema: {error}") from error
-    _check_names(manifest.shards)
+    _check_digests(manifest)
+    if manifest.indexed:
+        _check_given_names(manifest.shards)
+    else:
+        _check_names(manifest.shards)
     manifest.accounting.check()
     written = sum(shard.samples for shard in manifest.shards)
     if written != manifest.accounting.written:
@@ -324,15 +351,20 @@ def _add_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({**a, **b})}
 
 
-def _check_names(shards: Iterable[Shard]) -> None:
-    seen: dict[str, int] = {}
-    for shard in shards:
-        if shard.sha256.keys() != SHARD_FILES.keys():
+def _check_digests(manifest: Manifest) -> None:
+    more = IDS_FILES.keys() if manifest.indexed else set()
+    for shard in manifest.shards:
+        if shard.sha256.keys() - more != SHARD_FILES.keys():
             raise ValueError(
                 f"manifest has digests of {', '.join(sorted(shard.sha256))} for "
                 f"{shard.name}, not of {', '.join(sorted(SHARD_FILES))}: preprocess "
                 "the corpus again with this version"
             )
+
+
+def _check_names(shards: Iterable[Shard]) -> None:
+    seen: dict[str, int] = {}
+    for shard in shards:
         match = _SHARD_NAME.fullmatch(shard.name)
         if not match or match[1] != shard.split:
             raise ValueError(f"{shard.name!r} is not a shard of split {shard.split!r}")
@@ -343,6 +375,23 @@ def _check_names(shards: Iterable[Shard]) -> None:
                 "contiguous"
             )
         seen[shard.split] = expected + 1
+
+
+def _check_given_names(shards: Iterable[Shard]) -> None:
+    """Names as they were, as long as they stay inside the directory."""
+    seen: set[str] = set()
+    for shard in shards:
+        name, parts = shard.name, set(shard.name.split("/"))
+        plain = name.isprintable() and "\\" not in name and name.endswith(".tar")
+        inside = plain and not parts & {"", ".", ".."}
+        if not (inside and _SPLIT_NAME.fullmatch(shard.split)):
+            raise ValueError(
+                f"{name!r} is not the name of a tar inside the dataset, of a split: "
+                "index the folder again"
+            )
+        if name in seen:
+            raise ValueError(f"manifest lists {name} twice: index the folder again")
+        seen.add(name)
 
 
 def captions_of(ids: np.ndarray, sep: int) -> Sequence[np.ndarray]:

@@ -57,6 +57,7 @@ class Dataset:
             self._check_tokenizer(Path(tokenizer))
         self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
         self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
+        self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -73,7 +74,7 @@ class Dataset:
         return np.array(rows, dtype=rows[0].dtype)
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
-        """Checked bytes of a sample's image."""
+        """Checked bytes of a sample's image: a JPEG, or as the tar had it."""
         return self._member(shard, record, "jpg")
 
     def captions(self, shard: int, record: np.void) -> list[np.ndarray]:
@@ -123,7 +124,9 @@ class Dataset:
 
     def _bytes(self, shard: int, record: np.void, kind: str) -> np.ndarray:
         offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
-        data = self._tars(shard)[offset : offset + size]
+        sidecar = kind == "ids" and self.shards[shard].ids
+        file = self._ids(shard) if sidecar else self._tars(shard)
+        data = file[offset : offset + size]
         if len(data) != size or crc32c.crc32c(data.data) != record[f"{kind}_crc32c"]:
             raise ValueError(
                 f"{self._where(shard, record, kind)} is damaged: {self._cure()}"
@@ -131,14 +134,24 @@ class Dataset:
         return data
 
     def _open_tar(self, shard: int) -> np.ndarray:
-        path = self.root / self.shards[shard].name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: {self._cure()}")
+        return self._map(self.shards[shard].name)
+
+    def _open_ids(self, shard: int) -> np.ndarray:
+        return self._map(self.shards[shard].ids or self.shards[shard].name)
+
+    def _map(self, name: str) -> np.ndarray:
+        path = self.root / name
+        # An empty file cannot be mapped.
+        if not path.is_file() or not path.stat().st_size:
+            raise ValueError(f"{path} is missing or empty: {self._cure()}")
         return np.memmap(path, mode="r")
 
     def _where(self, shard: int, record: np.void, kind: str) -> str:
         name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
-        place = f"{self.shards[shard].name}, offset {int(record[f'{kind}_offset'])}"
+        file = self.shards[shard].name
+        if kind == "ids":
+            file = self.shards[shard].ids or file
+        place = f"{file}, offset {int(record[f'{kind}_offset'])}"
         return f"{place}: {name} of uid {int(record['uid']):016x}"
 
     def _cure(self) -> str:

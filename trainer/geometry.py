@@ -1,22 +1,28 @@
 """Which box of an image the model sees, and its pixels.
 
 Boxes are a pure function of (seed, epoch, uid); decoding happens at a fraction of the
-size in the DCT domain where the box is much larger than the target.
+size in the DCT domain where the box is much larger than the target. Shards that the
+pipeline wrote hold upright RGB JPEGs, which take the fast way; tars that it only
+indexed hold whatever was in them.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import struct
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from trainer.options import ImageConfig
 
 _ASPECT = math.log(4 / 3)
 _WORD = float(1 << 32)
+# Formats with a maintained decoder and no external interpreter behind it.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Box(NamedTuple):
@@ -47,13 +53,30 @@ def box_of(config: ImageConfig, width: int, height: int, words: np.ndarray) -> B
 
 
 def decode_into(
-    out: np.ndarray, jpeg: memoryview, size: tuple[int, int], box: Box
+    out: np.ndarray, data: memoryview, size: tuple[int, int], box: Box
 ) -> None:
-    """Decode `jpeg` of `size` (width, height), and write its `box` to `out` (S, S, 3).
+    """Decode an image that shows `size` (width, height), and write its `box` to `out`
+    (S, S, 3). EXIF orientation is applied, alpha lies on white.
 
     Raises:
-        ValueError: not a JPEG that decodes to `size`.
+        ValueError: not an image that decodes to `size`.
     """
+    if _is_upright_jpeg(data):
+        try:
+            _decode_jpeg_into(out, data, size, box)
+            return
+        except ValueError:
+            # Inks instead of colours, or damage that a strict decoder refuses.
+            pass
+    image = _decoded(data)
+    if image.size != size:
+        raise ValueError(f"decodes to {image.size}, not {size}")
+    _resize_into(out, image, box)
+
+
+def _decode_jpeg_into(
+    out: np.ndarray, jpeg: memoryview, size: tuple[int, int], box: Box
+) -> None:
     width, height = size
     side = out.shape[0]
     if box == (0, 0, width, height) == (0, 0, side, side):
@@ -67,13 +90,59 @@ def decode_into(
         min_height=math.ceil(side * height / (box.bottom - box.top)),
     )
     scale_x, scale_y = pixels.shape[1] / width, pixels.shape[0] / height
-    scaled = (
+    scaled = Box(
         box.left * scale_x,
         box.top * scale_y,
         min(box.right * scale_x, pixels.shape[1]),
         min(box.bottom * scale_y, pixels.shape[0]),
     )
-    image = Image.fromarray(pixels).resize(
-        (side, side), Image.Resampling.BICUBIC, box=scaled
-    )
-    out[:] = np.asarray(image)
+    _resize_into(out, Image.fromarray(pixels), scaled)
+
+
+def _resize_into(out: np.ndarray, image: Image.Image, box: Box) -> None:
+    side = out.shape[0]
+    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    out[:] = np.asarray(resized)
+
+
+def _is_upright_jpeg(data: memoryview) -> bool:
+    """A JPEG without an EXIF orientation, by the segments before its pixels."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return False
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        size = struct.unpack_from(">H", data, at + 2)[0]
+        if data[at + 1] == 0xE1 and bytes(data[at + 4 : at + 10]) == b"Exif\0\0":
+            return _orientation(bytes(data[at + 4 : at + 2 + size])) == 1
+        at += 2 + size
+    return True
+
+
+def _orientation(exif: bytes) -> int:
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        return int(tags.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block does not make the pixels unusable
+        return 1
+
+
+def _decoded(data: memoryview) -> Image.Image:
+    """RGB pixels as a viewer shows them."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return _on_white(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise anything on hostile data
+        raise ValueError(f"does not decode: {error}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips instead of scaling.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65_535) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import (
+    IDS_FILES,
     SHARD_FILES,
     Accounting,
     Manifest,
@@ -105,3 +106,48 @@ def test_a_damaged_seal_is_one_clear_line(tmp_path: Path, seal: bytes) -> None:
     (root / "manifest.json.sha256").write_bytes(seal)
     with pytest.raises(ValueError, match=r"preprocess` again to rewrite both"):
         load_manifest(root)
+
+
+INDEXED = dataclasses.replace(
+    MANIFEST,
+    indexed=True,
+    shards=(
+        dataclasses.replace(
+            SHARD,
+            name="a folder/00012.v2.tar",
+            sha256=dict.fromkeys([*SHARD_FILES, *IDS_FILES], "00"),
+        ),
+        dataclasses.replace(HELD_OUT, name="00000.tar"),
+    ),
+)
+
+
+def test_indexed_tars_keep_their_names_and_may_have_a_sidecar_with_ids() -> None:
+    loaded = manifest_from_json(json.loads(INDEXED.to_json()))
+    assert loaded == INDEXED
+    assert loaded.shards[0].ids == "a folder/00012.v2.ids"
+    assert loaded.shards[0].files["tar"] == "a folder/00012.v2.tar"
+    assert loaded.shards[1].ids is None
+    assert set(loaded.shards[1].files) == set(SHARD_FILES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../00000.tar", "/data/00000.tar", "a/../../b.tar", "a//b.tar", "./b.tar"),
+        *("a\\b.tar", "a\nb.tar", "00000.zip", "", "a folder/00012.v2.tar"),
+    ],
+)
+def test_no_name_leaves_the_folder_or_occurs_twice(name: str) -> None:
+    value = json.loads(INDEXED.to_json())
+    value["shards"][1]["name"] = name
+    with pytest.raises(ValueError, match="index the folder again"):
+        manifest_from_json(value)
+
+
+def test_the_contracts_names_stay_strict() -> None:
+    for shard in INDEXED.shards:
+        value = json.loads(dataclasses.replace(INDEXED, shards=(shard,)).to_json())
+        value["indexed"] = False
+        with pytest.raises(ValueError, match=r"is not a shard of split|has digests of"):
+            manifest_from_json(value)
