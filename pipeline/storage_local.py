@@ -1,0 +1,306 @@
+"""A storage on a disk, local or mounted by all nodes.
+
+Owns how files get there: temporary name, fsync, rename or link, fsync of the folder.
+Does not own the contract (`pipeline.storage`). After `kill -9` at any moment there are
+whole files, and below `.palimpsest/staging` perhaps some that are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from pipeline.retries import RetryPolicy
+from pipeline.storage import STAGING, Result, Storage, checked_name
+
+# A folder may be removed with its last file just before the next is placed there.
+_PLACING_TRIES = 20
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def local_path(url: str) -> Path | None:
+    """The absolute path that a path or `file://` URL means; None for other URLs."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        # fsspec's chained URLs (`zip::s3://...`) have a separator of their own.
+        return Path(url).expanduser().absolute()
+    if scheme.lower() not in ("file", "local"):
+        return None
+    return Path(unquote(rest.removeprefix("localhost"))).absolute()
+
+
+class LocalStorage(Storage):
+    """A folder on a disk."""
+
+    path: Path
+
+    def __init__(self, url: str, path: Path, policy: RetryPolicy) -> None:
+        super().__init__(url, path, policy)
+        self._staging = path / STAGING
+
+    def read(self, name: str) -> bytes:
+        return self._retry(name, self._local(name).read_bytes)
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        def call() -> bytes:
+            with self._local(name).open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+
+        return self._retry(name, call)
+
+    def size(self, name: str) -> int | None:
+        try:
+            found = self._retry(name, self._local(name).stat)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def names(self, prefix: str = "") -> list[str]:
+        start = self._local(prefix) if prefix else self.path
+        return self._retry(prefix, lambda: _names_below(start, self.path))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._retry(name, lambda: self._write(name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        return self._retry(name, lambda: self._create(name, data))
+
+    def read_version(self, name: str) -> tuple[bytes, str] | None:
+        try:
+            data = self.read(name)
+        except FileNotFoundError:
+            return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        with self._locked(name) as current:
+            if current != version:
+                return False
+            self.write(name, data)
+        return True
+
+    def discard(self, name: str, version: str) -> bool:
+        with self._locked(name) as current:
+            if current != version:
+                return False
+            self.remove(name)
+        return True
+
+    def remove(self, name: str) -> None:
+        target = self._local(name)
+        self._retry(name, lambda: target.unlink(missing_ok=True))
+        self._prune(target.parent)
+
+    def remove_tree(self, prefix: str) -> None:
+        tree = self._local(prefix)
+        if tree.is_symlink():
+            for name in self.names(prefix):
+                self.remove(name)
+        elif tree.is_dir():
+            self._retry(prefix, lambda: self._remove_folder(tree))
+
+    def move(self, name: str, target: str) -> None:
+        source, destination = self._local(name), self._local(target)
+
+        def call() -> None:
+            os.stat(source)
+            os.replace(source, destination)
+
+        self._retry(name, lambda: self._placed(destination, call, needs=source))
+        if source.parent != destination.parent:
+            _sync_directory(source.parent)
+            self._prune(source.parent)
+
+    @contextlib.contextmanager
+    def stage(self, prefix: str) -> Iterator[Path]:
+        checked_name(prefix)
+        directory = self._staging / uuid.uuid4().hex
+        self._placed(directory, directory.mkdir)
+        try:
+            yield directory
+            self._publish(directory, prefix)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            self._prune(self._staging)
+
+    @contextlib.contextmanager
+    def fetch(self, name: str) -> Iterator[Path]:
+        path = self._local(name)
+        self._retry(name, path.stat)
+        yield path
+
+    def _local(self, name: str) -> Path:
+        return self.path / checked_name(name)
+
+    def _write(self, name: str, data: bytes) -> None:
+        target = self._local(name)
+        with self._temporary(data) as temporary:
+            call = functools.partial(os.replace, temporary, target)
+            self._placed(target, call, needs=temporary)
+
+    def _create(self, name: str, data: bytes) -> bool:
+        target = self._local(name)
+        with self._temporary(data) as temporary:
+            call = functools.partial(os.link, temporary, target)
+            try:
+                self._placed(target, call, needs=temporary)
+            except FileExistsError:
+                # NFS may answer so to a link that it made and whose answer was lost.
+                return temporary.stat().st_nlink > 1
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                with self._locked(name) as current:
+                    if current is not None:
+                        return False
+                    self._write(name, data)
+        return True
+
+    def _publish(self, directory: Path, prefix: str) -> None:
+        names = _names_below(directory, directory)
+        for name in names:
+            _sync(directory / name)
+        folders = set()
+        for name in names:
+            source, target = directory / name, self._local(f"{prefix}/{name}")
+            call = functools.partial(os.replace, source, target)
+            self._placed(target, call, needs=source, durable=False)
+            folders.add(target.parent)
+        for folder in folders:
+            _sync_directory(folder)
+
+    def _remove_folder(self, tree: Path) -> None:
+        doomed = tree
+        if not self._staging.is_relative_to(tree):
+            # Moved away first: all of it vanishes at once.
+            doomed = self._staging / uuid.uuid4().hex
+            with contextlib.suppress(FileNotFoundError):
+                call = functools.partial(os.rename, tree, doomed)
+                self._placed(doomed, call, needs=tree)
+        shutil.rmtree(doomed, onerror=_unless_gone)
+        self._prune(doomed.parent)
+        self._prune(tree.parent)
+
+    @contextlib.contextmanager
+    def _temporary(self, data: bytes) -> Iterator[Path]:
+        """A durable file with a name that no other attempt has."""
+        temporary = self._staging / uuid.uuid4().hex
+        try:
+            self._placed(temporary, lambda: _write_durably(temporary, data))
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._prune(self._staging)
+
+    def _placed(
+        self,
+        target: Path,
+        call: Callable[[], Result],
+        *,
+        needs: Path | None = None,
+        durable: bool = True,
+    ) -> Result:
+        """Result of `call`, which puts something at `target`, its folder made before
+        and synchronised after. `needs`: a file without which there is no use in trying.
+        """
+        for tries in range(_PLACING_TRIES):
+            try:
+                _make_folder(target.parent)
+                result = call()
+                if durable:
+                    _sync_directory(target.parent)
+                return result
+            except FileNotFoundError:
+                gone = needs is not None and not needs.exists()
+                if gone or tries == _PLACING_TRIES - 1:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _prune(self, folder: Path) -> None:
+        """Remove a folder below the root that is empty, and those above that it empties
+        in turn.
+        """
+        with contextlib.suppress(OSError):
+            while folder != self.path and folder.is_relative_to(self.path):
+                folder.rmdir()
+                folder = folder.parent
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[str | None]:
+        """The version of a file (None: there is none) that no `replace` changes
+        meanwhile. The folder is locked: that ends with the process and leaves no file.
+        """
+        folder = self._local(name).parent
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            # Some network disks lock no folders: there only the comparison remains.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            found = self.read_version(name)
+            yield found[1] if found else None
+        finally:
+            os.close(descriptor)
+
+
+def _names_below(start: Path, root: Path) -> list[str]:
+    found = [
+        Path(folder, name).relative_to(root)
+        for folder, _, names in os.walk(start)
+        for name in names
+    ]
+    return sorted(str(PurePosixPath(path)) for path in found)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it; a name lasts once its folder is on the disk."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(path)) from None
+    _sync_directory(path.parent)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    # Its last file may have been moved on already, and the folder have gone with it.
+    with contextlib.suppress(FileNotFoundError):
+        _sync(path)
+
+
+def _unless_gone(
+    _: object, __: object, info: tuple[type, BaseException, object]
+) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
