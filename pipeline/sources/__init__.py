@@ -1,0 +1,62 @@
+"""Corpora of every format that can be read, wherever they lie.
+
+Owns opening one: which format it has, and the errors that name it. Does not own the
+formats (the modules of this package), which columns are read (`pipeline.columns`), how
+rows become inputs (`pipeline.plan`) or images (`pipeline.fetch`).
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.options import SOURCE_FORMATS, InputOptions
+from pipeline.sources.base import NeedsSpool, Source
+from pipeline.sources.delimited import SEPARATORS, open_delimited
+from pipeline.sources.detect import choose
+from pipeline.sources.files import named
+from pipeline.sources.parquet import first_line, open_parquet
+from pipeline.storage_local import local_path
+
+__all__ = ["NeedsSpool", "Source", "open_source"]
+
+
+def open_source(
+    given: InputOptions, *, group_by: str | None = None
+) -> Source | NeedsSpool:
+    """Open a corpus; with `group_by`, one in which rows with one value of that column
+    stand side by side.
+
+    Raises:
+        ValueError: not there, not of a known format, unreadable, or without rows.
+    """
+    try:
+        kind, urls = choose(given.path, given.format)
+        source = _opened(kind, urls, given.images)
+        empty = not isinstance(source, NeedsSpool) and not _has_rows(source)
+    except FileNotFoundError as error:
+        raise ValueError(f"--input {given.path} does not exist") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ValueError(f"--input {given.path} cannot be read: {reason}") from error
+    if empty:
+        raise ValueError(f"--input {given.path} has no rows: the corpus is empty")
+    return source
+
+
+def _opened(kind: str, urls: list[str], images: str | None) -> Source | NeedsSpool:
+    folder, found = named(urls)
+    base = folder if images is None else _absolute(images)
+    if kind == "parquet":
+        return open_parquet(found, base)
+    if kind in SEPARATORS:
+        return open_delimited(kind, found, base)
+    raise ValueError(f"format {kind!r} is not one of: {', '.join(SOURCE_FORMATS)}")
+
+
+def _has_rows(source: Source) -> bool:
+    return next(source.scan([]), None) is not None
+
+
+def _absolute(path: str) -> str:
+    local = local_path(path)
+    return path.rstrip("/") if local is None else str(local)

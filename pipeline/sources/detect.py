@@ -1,0 +1,202 @@
+"""Which format a corpus has, by its content, and which files of a folder belong to it.
+
+Owns the magic numbers, the choice between several kinds of files in one folder, and
+what cannot be read with its cure. Does not own opening (`pipeline.sources`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+from collections.abc import Iterable, Mapping
+
+import orjson
+
+from pipeline.sources.files import find
+from pipeline.storage import open_file
+from pipeline.storage_local import local_path
+
+SUFFIXES = {
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "tar": "webdataset",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "tsv": "tsv",
+    "csv": "csv",
+}
+# What images are called; nothing else in a folder or a tar is read as one.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_TABLES = ("jsonl", "tsv", "csv")
+_HEAD = 1 << 16
+_USTAR = slice(257, 262)
+_REFUSED = {
+    b"\x1f\x8b": "it is compressed; unpack it first (gunzip)",
+    b"\x28\xb5\x2f\xfd": "it is compressed; unpack it first (unzstd)",
+    b"BZh": "it is compressed; unpack it first (bunzip2)",
+    b"\xfd7zXZ": "it is compressed; unpack it first (unxz)",
+    b"PK\x03\x04": "it is a zip archive; unpack it and give the folder",
+    b"PARE": "its footer is encrypted; write it without encryption",
+    b"\xff\xfe": "it is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "it is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xff\xd8\xff": "it is a single image; give the folder that it lies in",
+    b"\x89PNG": "it is a single image; give the folder that it lies in",
+}
+_COCO_KEYS = (b'"images"', b'"annotations"', b'"info"', b'"licenses"')
+
+
+def choose(path: str, kind: str | None) -> tuple[str, list[str]]:
+    """The format of the corpus at a path, URL or glob, and its files; for a folder of
+    images no files, because there may be too many to hold.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: nothing that can be read, or several kinds of files.
+    """
+    found = find(path)
+    first = next(found, None)
+    if first is None:
+        local = local_path(path)
+        if local is not None and local.is_dir():
+            raise ValueError("it is a folder without files")
+        raise FileNotFoundError(path)
+    if _is_folder(path, first):
+        return _of_folder(kind, itertools.chain([first], found))
+    urls = [first, *found]
+    return kind or content_kind(urls[0], suffix(urls[0])), urls
+
+
+def suffix(url: str) -> str:
+    """What follows the last dot of a file's name, in lower case."""
+    return posixpath.splitext(url)[1][1:].lower()
+
+
+def _is_folder(path: str, first: str) -> bool:
+    """Whether `first` was found below `path` rather than at it or matching it."""
+    local = local_path(path)
+    if local is not None:
+        return local.is_dir()
+    if any(character in path for character in "*?["):
+        return False
+    return first.rpartition("://")[2] != path.rpartition("://")[2]
+
+
+def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
+    by_kind: dict[str, list[str]] = {}
+    images = False
+    for url in urls:
+        ending = suffix(url)
+        if ending in SUFFIXES:
+            by_kind.setdefault(SUFFIXES[ending], []).append(url)
+        images |= ending in IMAGE_SUFFIXES
+    if kind == "coco":
+        raise ValueError(
+            "it is a folder; give the annotations' JSON file, and the "
+            "folder of the images as --images"
+        )
+    kind = kind or _best(by_kind, images)
+    if kind == "folder":
+        if images:
+            return kind, []
+        raise ValueError("it is a folder without images")
+    if kind not in by_kind:
+        endings = [f"*.{each}" for each, its in SUFFIXES.items() if its == kind]
+        raise ValueError(
+            f"it is a folder without {' or '.join(endings)} files; name "
+            "the files with a glob, or give another --format"
+        )
+    return kind, by_kind[kind]
+
+
+def _best(by_kind: Mapping[str, list[str]], images: bool) -> str:
+    """What the folder is: tars are never part of another format, while tables may
+    stand beside them (img2dataset's do), and images beside tables.
+    """
+    tables = [kind for kind in _TABLES if kind in by_kind]
+    if "webdataset" in by_kind:
+        stems = {posixpath.splitext(url)[0] for url in by_kind["webdataset"]}
+        others = by_kind.get("parquet", [])
+        if not others or any(posixpath.splitext(url)[0] in stems for url in others):
+            return "webdataset"
+        raise ValueError(_ambiguous("webdataset", "parquet"))
+    if "arrow" in by_kind and "parquet" in by_kind:
+        raise ValueError(_ambiguous("arrow", "parquet"))
+    for kind in ("parquet", "arrow"):
+        if kind in by_kind:
+            return kind
+    if len(tables) > 1:
+        raise ValueError(_ambiguous(*tables))
+    if tables:
+        return tables[0]
+    if images:
+        return "folder"
+    raise ValueError(
+        "it is a folder without tables (*.parquet, *.arrow, *.tsv, *.csv, "
+        "*.jsonl), *.tar files or images"
+    )
+
+
+def _ambiguous(*kinds: str) -> str:
+    return (
+        f"it has files of several formats; say which are the corpus with "
+        f"--format {' or '.join(kinds)}, or name the files"
+    )
+
+
+def content_kind(url: str, ending: str) -> str:
+    """The format of a file, by its first bytes; its suffix decides what they leave
+    open.
+
+    Raises:
+        ValueError: none of the formats, with the cure.
+    """
+    with open_file(url) as file:
+        head = file.read(_HEAD)
+    for magic, reason in _REFUSED.items():
+        if head.startswith(magic):
+            raise ValueError(reason)
+    if head.startswith(b"PAR1") or ending == "parquet":
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or ending == "arrow":
+        return "arrow"
+    if head[_USTAR] == b"ustar" or ending == "tar":
+        return "webdataset"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{"):
+        return _json_kind(text, ending)
+    if text.startswith(b"[") and ending in ("json", "jsonl", "ndjson"):
+        raise ValueError(
+            "it is one JSON array; write an object a line instead (jq -c '.[]')"
+        )
+    if ending in ("jsonl", "ndjson"):
+        return "jsonl"
+    if b"\0" in head:
+        raise ValueError("it is none of the formats that can be read; see --format")
+    return _separated_kind(text, ending)
+
+
+def _json_kind(text: bytes, ending: str) -> str:
+    line, end, _ = text.partition(b"\n")
+    try:
+        row = orjson.loads(line)
+        return "coco" if row.keys() >= {"images", "annotations"} else "jsonl"
+    except orjson.JSONDecodeError:
+        # Longer than what was read, torn, or a document over several lines.
+        known = any(key in text for key in _COCO_KEYS)
+        whole = not end or not line.strip(b"{ \t\r")
+        if ending in ("jsonl", "ndjson") or not (known or whole or ending == "json"):
+            return "jsonl"
+        return "coco"
+
+
+def _separated_kind(text: bytes, ending: str) -> str:
+    header = text.partition(b"\n")[0]
+    tabs, commas = header.count(b"\t"), header.count(b",")
+    if ending in ("tsv", "csv") and (bool(tabs) == bool(commas)):
+        return ending
+    if tabs or commas:
+        return "tsv" if tabs >= commas else "csv"
+    raise ValueError(
+        "its first line has neither tabs nor commas between column names; give "
+        "--format (tsv, csv, jsonl, ...)"
+    )
