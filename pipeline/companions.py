@@ -7,23 +7,41 @@ Owns `sizes.json` (open_clip), `.nv-meta/` (Megatron-Energon) and the `README.md
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, Shard
 
 _ENERGON = "megatron.energon"
 # What `datasets` calls it.
 _CARD_SPLITS = {"val": "validation"}
 
 
-def companion_files(manifest: Manifest) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class EnergonFields:
+    """What Energon has to be told about tars that do not follow the contract."""
+
+    image: str
+    caption: str
+    shard_counts: Mapping[str, int]
+    """Samples of each tar, those that are not in our index included."""
+
+
+def companion_files(
+    manifest: Manifest, energon: EnergonFields | None = None
+) -> dict[str, str]:
     """Text of every companion file, by path below the dataset directory."""
+    image = manifest.transform.get("image", {}).get("format", "jpg")
+    energon = energon or EnergonFields(
+        image=image, caption="txt", shard_counts=_counts(manifest)
+    )
     return {
         **_sizes(manifest),
-        ".nv-meta/.info.json": _json({"shard_counts": _counts(manifest)}),
+        ".nv-meta/.info.json": _json({"shard_counts": dict(energon.shard_counts)}),
         ".nv-meta/split.yaml": _yaml(_energon_splits(manifest)),
         ".nv-meta/dataset.yaml": _yaml(
             {
@@ -31,7 +49,7 @@ def companion_files(manifest: Manifest) -> dict[str, str]:
                     "__module__": _ENERGON,
                     "__class__": "CaptioningSample",
                 },
-                "field_map": {"image": "jpg", "caption": "txt"},
+                "field_map": {"image": energon.image, "caption": energon.caption},
             }
         ),
         "README.md": _card(manifest),
@@ -52,13 +70,24 @@ def _sizes(manifest: Manifest) -> dict[str, str]:
     and for readers of several splits.
     """
     files = {"sizes.json": _json(_counts(manifest))}
-    for split in splits_of(manifest):
+    for folder in sorted({_folder(shard) for shard in manifest.shards} - {"."}):
         sizes = {
             PurePosixPath(shard.name).name: shard.samples
-            for shard in manifest.split(split)
+            for shard in manifest.shards
+            if _folder(shard) == folder
         }
-        files[f"{split}/sizes.json"] = _json(sizes)
+        files[f"{folder}/sizes.json"] = _json(sizes)
     return files
+
+
+def _folder(shard: Shard) -> str:
+    return str(PurePosixPath(shard.name).parent)
+
+
+def _patterns(manifest: Manifest, split: str) -> list[str]:
+    """Globs of a split's tars."""
+    folders = sorted({_folder(shard) for shard in manifest.split(split)})
+    return ["*.tar" if folder == "." else f"{folder}/*.tar" for folder in folders]
 
 
 def _energon_splits(manifest: Manifest) -> dict[str, Any]:
@@ -69,12 +98,15 @@ def _energon_splits(manifest: Manifest) -> dict[str, Any]:
 
 
 def _card(manifest: Manifest) -> str:
-    files = [
-        {"split": _CARD_SPLITS.get(split, split), "path": f"{split}/*.tar"}
-        for split in splits_of(manifest)
-    ]
+    files = []
+    for split in splits_of(manifest):
+        paths = _patterns(manifest, split)
+        path = paths[0] if len(paths) == 1 else paths
+        files.append({"split": _CARD_SPLITS.get(split, split), "path": path})
     front = {"configs": [{"config_name": "default", "data_files": files}]}
     source = ", ".join(manifest.sources)
+    command = "index" if manifest.indexed else "preprocess"
+    example = manifest.shards[0].name
     lines = [
         "---",
         _yaml(front).rstrip(),
@@ -82,7 +114,7 @@ def _card(manifest: Manifest) -> str:
         f"# {source}",
         "",
         "Image-text pairs as WebDataset shards with tokenized captions, made by "
-        "`python -m pipeline.preprocess`.",
+        f"`python -m pipeline.{command}`.",
         "",
         "| split | shards | samples | captions | tokens | tar bytes |",
         "|---|---|---|---|---|---|",
@@ -100,7 +132,7 @@ def _card(manifest: Manifest) -> str:
         "",
         "- Trainer: `deepspeed --module trainer.pretrain --data DIR ...`",
         '- Hugging Face: `datasets.load_dataset("DIR")`',
-        '- webdataset: `webdataset.WebDataset("DIR/train/shard-000000.tar")`',
+        f'- webdataset: `webdataset.WebDataset("DIR/{example}")`',
         "- Check every byte: `python -m pipeline.validate DIR`",
     ]
     return "\n".join(lines) + "\n"
