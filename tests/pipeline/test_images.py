@@ -19,7 +19,7 @@ OPTIONS = ImageOptions(size=32)
 
 def pixels(result: EncodedImage) -> np.ndarray:
     """Decoded (height, width, 3) int16 pixels."""
-    return np.asarray(Image.open(io.BytesIO(result.jpeg))).astype(np.int16)
+    return np.asarray(Image.open(io.BytesIO(result.data))).astype(np.int16)
 
 
 def reason(data: bytes, options: ImageOptions = OPTIONS) -> str:
@@ -113,7 +113,7 @@ def test_an_embedded_profile_is_applied_and_dropped() -> None:
     profile = profile_with_red_and_green_exchanged()
     result = encode_image(encoded(image, icc_profile=profile), OPTIONS)
     assert abs(pixels(result).mean((0, 1)) - (30, 200, 30)).max() < 6
-    assert "icc_profile" not in Image.open(io.BytesIO(result.jpeg)).info
+    assert "icc_profile" not in Image.open(io.BytesIO(result.data)).info
 
 
 def test_a_profile_of_another_kind_does_not_cost_the_image() -> None:

@@ -1,0 +1,185 @@
+"""What an image's header says, read before any pixel is decoded, and failures' reasons.
+
+Owns the list of formats, the limits that a header alone can break, orientation, EXIF
+text, and `ImageError`. Does not own pixels (`pipeline.jpeg`, `pipeline.colour`) or the
+chain of steps (`pipeline.images`).
+
+Reasons of failures, as they are counted:
+
+| reason | the image |
+|---|---|
+| not_an_image | is of none of the formats |
+| unreadable | is refused by every decoder of its format |
+| truncated | ends before its last pixel |
+| corrupt | is a JPEG whose compressed data contradict themselves |
+| too_many_pixels | claims more than `image.max_pixels` |
+| too_long | claims a side of more than `image.max_side` |
+| too_large | is a file of more than `image.max_bytes` |
+| too_elongated | would be longer than its format or `image.max_pixels` allows |
+| unsupported_mode | has pixels that no rule turns into sRGB |
+| memory_limit | took more than `image.memory_limit_mb` (`pipeline.decoder`) |
+| time_limit | took more than `image.time_limit_s` (`pipeline.decoder`) |
+| killed_decoder | killed its process twice (`pipeline.decoder`) |
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from pipeline.options import ImageOptions
+
+# Formats with a maintained decoder and no external interpreter behind it (Pillow hands
+# EPS to Ghostscript, for one).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_EXIF_CHARS = 256
+_EXIF_TAGS = 100
+
+
+class ImageError(Exception):
+    """An image that cannot be used. `reason` is the code it is counted under."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        # Both are arguments, because unpickling calls the class with them.
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """An image that was opened, not decoded."""
+
+    image: Image.Image
+    """As Pillow opened it: `load()` decodes."""
+    is_jpeg: bool
+    size: tuple[int, int]
+    """Width and height as `image.load()` gives them."""
+    orientation: int
+    """EXIF orientation that is still to be applied, 1 to 8."""
+    exif: str
+    """JSON text of the main EXIF tags; `{}` without any."""
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height as a viewer shows them: orientation applied."""
+        width, height = self.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+def read_header(data: bytes, options: ImageOptions) -> Header:
+    """Open an image and check its claims against the limits.
+
+    Raises:
+        ImageError: not_an_image, unreadable, too_large, too_long or too_many_pixels.
+    """
+    if len(data) > options.max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes")
+    # The checks here are the limit; Pillow's own is a fixed one.
+    Image.MAX_IMAGE_PIXELS = None
+    canvas = _webp_canvas(data)
+    if canvas:
+        # Opening a WebP takes the memory of two canvases.
+        _check_size(canvas, options)
+    image = _open(data)
+    _check_size(image.size, options)
+    exif = _exif(image)
+    orientation = _exif_value(exif, ExifTags.Base.Orientation)
+    # Pillow applies a TIFF's orientation itself, and gives its size accordingly.
+    turned = orientation in range(2, 9) and image.format != "TIFF"
+    return Header(
+        image=image,
+        is_jpeg=image.format in ("JPEG", "MPO"),
+        size=image.size,
+        orientation=orientation if turned else 1,
+        exif=_exif_text(exif),
+    )
+
+
+def unreadable(error: Exception) -> ImageError:
+    """The failure that a decoder's exception stands for."""
+    # Some messages print an object with its address, which no two runs share.
+    text = re.sub(r"0x[0-9a-f]+", "0x", str(error))
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return ImageError("memory_limit", text or "out of memory")
+    # In Pillow's words: `image file is truncated`, `Truncated File Read`.
+    reason = "truncated" if "truncated" in text.lower() else "unreadable"
+    return ImageError(reason, text)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ImageError("not_an_image", f"none of {known}") from None
+    except Exception as error:  # decoders raise anything on a hostile header
+        raise unreadable(error) from error
+
+
+def _check_size(size: tuple[int, int], options: ImageOptions) -> None:
+    width, height = size
+    if width * height > options.max_pixels:
+        raise ImageError("too_many_pixels", f"{width}x{height}")
+    if max(size) > options.max_side:
+        raise ImageError("too_long", f"{width}x{height}")
+    if width < 1 or height < 1:
+        raise ImageError("unreadable", f"{width}x{height} pixels")
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the canvas of an extended or lossless WebP.
+
+    The third kind, lossy alone, has 14 bits a side and is checked once it is open.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    sides = int.from_bytes(data[21:25], "little")
+    if data[12:16] == b"VP8L":
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    if data[12:16] == b"VP8X":
+        width, height = data[24:27], data[27:30]
+        return int.from_bytes(width, "little") + 1, int.from_bytes(height, "little") + 1
+    width, height = data[26:28], data[28:30]
+    return (
+        int.from_bytes(width, "little") & 0x3FFF,
+        int.from_bytes(height, "little") & 0x3FFF,
+    )
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    if image.format == "JPEG" and "exif" not in image.info:
+        # Parsing nothing takes as long as opening the image.
+        return Image.Exif()
+    try:
+        return image.getexif()
+    except Exception:  # a broken EXIF block does not make the pixels unusable
+        return Image.Exif()
+
+
+def _exif_text(exif: Image.Exif) -> str:
+    tags = {}
+    for tag in sorted(exif)[:_EXIF_TAGS]:
+        value = _exif_value(exif, tag)
+        if isinstance(value, (str, int, float)) or "Rational" in type(value).__name__:
+            name = ExifTags.TAGS.get(tag, str(tag))
+            tags[name] = str(value).replace("\0", "").strip()[:_EXIF_CHARS]
+    return json.dumps(tags, sort_keys=True)
+
+
+def _exif_value(exif: Image.Exif, tag: int) -> Any:
+    """One tag's value, None where it cannot be had: tags are parsed when asked for, and
+    one without a sound value (a TIFF names some that it lacks) costs only itself.
+    """
+    try:
+        return exif.get(tag)
+    except Exception:  # parsers of tags raise anything on hostile data
+        return None

@@ -1,0 +1,141 @@
+"""JPEG: decoding at a fraction of the size, strictly first, and keeping coefficients.
+
+Owns what happens to a JPEG's bytes. Does not own headers (`pipeline.image_header`),
+colour (`pipeline.colour`) or sizes (`pipeline.resize`).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from pipeline.image_header import Header, ImageError, unreadable
+
+_COLOUR_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+# Fractions for which libjpeg-turbo has SIMD code: 3/8, 5/8, ... take longer than 1.
+_FRACTIONS = (8, 4, 2)
+# Complaints of libjpeg that no other decoder can do anything about, in its words.
+_FATAL = {
+    "premature end": "truncated",
+    "Premature end": "truncated",
+    "bad Huffman code": "corrupt",
+    "bad arithmetic code": "corrupt",
+    "instead of RST": "corrupt",
+    "Insufficient memory": "memory_limit",
+}
+
+_JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+_SOF0, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+_APP = range(0xE0, 0xF0)
+_KEPT = (_SOF0, _DHT, _SOS, _DQT, _DRI)
+# The first marker after compressed data that is neither stuffing nor a restart.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
+# Inserted where compressed data end; long enough to fill what is missing.
+_PROBE = bytes.fromhex("5aa53cc369961ee1") * 8
+
+
+def decode_strictly(
+    data: bytes, header: Header, least: tuple[int, int]
+) -> np.ndarray | None:
+    """Pixels (height, width, channels) with sides of at least `least`, width and
+    height; None where the decoder complains about something that may do no harm.
+
+    A source at least twice as large is decoded at 1/2, 1/4 or 1/8 of its size in the
+    DCT domain: the largest single saving, and it averages as it shrinks.
+
+    Raises:
+        ImageError: truncated, corrupt or memory_limit.
+    """
+    fraction = dct_fraction(header.size, least)
+    width, height = (-(-side // fraction) for side in header.size)
+    space = _COLOUR_SPACES.get(header.image.mode, "RGB")
+    try:
+        return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height)
+    except ValueError as error:
+        text = str(error)
+    for words, reason in _FATAL.items():
+        if words in text:
+            raise ImageError(reason, text)
+    return None
+
+
+def decode_tolerantly(
+    data: bytes, header: Header, least: tuple[int, int]
+) -> Image.Image:
+    """The loaded image, where the strict decoder refuses it.
+
+    Pillow asks libjpeg for the same pixels and ignores its complaints, the one about
+    compressed data that end early included: that one is found by adding to them.
+
+    Raises:
+        ImageError: truncated or unreadable.
+    """
+    fraction = dct_fraction(header.size, least)
+    image = _load_fraction(data, fraction)
+    end = _end_of_image(data)
+    if end is not None:
+        longer = data[:end] + _PROBE + data[end:]
+        if _load_fraction(longer, fraction).tobytes() != image.tobytes():
+            raise ImageError("truncated", "compressed data end early")
+    return image
+
+
+def dct_fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """Largest of 8, 4, 2 and 1 by which `size` can be divided and be `least`."""
+    factor = min(size[0] // least[0], size[1] // least[1])
+    return next((fraction for fraction in _FRACTIONS if fraction <= factor), 1)
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """A baseline JPEG with nothing but a plain JFIF header and its coefficients, or
+    None where it is of another kind.
+
+    Expects what the strict decoder has accepted, in YCbCr with chroma at half size.
+    """
+    parts = [_SOI, _JFIF]
+    place = len(_SOI)
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if data[place : place + 2] == _EOI:
+            return b"".join([*parts, _EOI])
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == _SOS:
+            found = _MARKER.search(data, end)
+            end = found.start() if found else len(data)
+        if marker == _DQT and data[place + 4] >> 4:
+            return None
+        if marker in _KEPT:
+            parts.append(data[place:end])
+        elif marker not in _APP and marker != _COM:
+            return None
+        if marker == _SOS and data[end : end + 2] == _EOI:
+            return b"".join([*parts, _EOI])
+        place = end
+    return None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether pixels are stored as YCbCr with chroma at half size."""
+    return simplejpeg.decode_jpeg_header(data)[2:] == ("YCbCr", "420")
+
+
+def _load_fraction(data: bytes, fraction: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        image.draft(None, (image.width // fraction, image.height // fraction))
+        image.load()
+    except Exception as error:  # decoders raise anything on hostile data
+        raise unreadable(error) from error
+    return image
+
+
+def _end_of_image(data: bytes) -> int | None:
+    """Where the end marker after the first scan stands."""
+    scan = data.find(bytes([0xFF, _SOS]))
+    end = data.find(_EOI, scan) if scan >= 0 else -1
+    return end if end >= 0 else None

@@ -1,0 +1,158 @@
+"""Sizes and geometry: from decoded pixels to those that are written.
+
+Owns the resize modes, the resampling filter, orientation and the difference hash. Does
+not own decoding at a fraction of the size (`pipeline.jpeg`) or colour
+(`pipeline.colour`).
+
+Shapes: pixels are C-contiguous uint8 arrays (height, width, channels), with 1 channel
+(grey), 3 (RGB) or 4 (CMYK).
+
+The filter is Lanczos with three lobes, widened by the factor (antialiased), in integer
+arithmetic: the same bytes with any SIMD instructions or none. It is measured against
+Pillow and OpenCV in `benchmarks/image_quality.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from cykooz_resizer import (
+    FilterType,
+    ImageData,
+    PixelType,
+    ResizeAlg,
+    ResizeOptions,
+    Resizer,
+)
+
+from pipeline.image_header import ImageError
+from pipeline.options import ImageOptions
+
+# Longest side that each format can hold.
+_MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
+_PIXEL_TYPES = {1: PixelType.U8, 3: PixelType.U8x3, 4: PixelType.U8x4}
+_LUMA = np.array([299, 587, 114], np.int32)
+_WHITE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How an image of one size becomes what is written, before orientation."""
+
+    crop: bool
+    """Cut to the central square first."""
+    target: tuple[int, int]
+    """Width and height to resample to."""
+    pad: bool
+    """Add white bars to a square at the end."""
+
+    def changes(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this size comes out any different."""
+        square = self.target[0] == self.target[1]
+        return self.target != size or (self.pad and not square)
+
+
+def plan_geometry(size: tuple[int, int], options: ImageOptions) -> Geometry:
+    """What to do to an image of `size`, width and height.
+
+    Raises:
+        ImageError: too_elongated.
+    """
+    mode, side = options.resize, options.size
+    by_longer = mode in ("longer", "border")
+    low, high = min(size), max(size)
+    if options.only_if_bigger and (high if by_longer else low) <= side:
+        mode = "none"
+    crop = mode == "center_crop"
+    if mode == "none":
+        target = size
+    else:
+        target = (
+            (side, side) if crop else _scaled(size, side, high if by_longer else low)
+        )
+    pixels = target[0] * target[1]
+    if max(target) > _MAX_SIDE[options.format] or pixels > options.max_pixels:
+        raise ImageError("too_elongated", f"{size[0]}x{size[1]}")
+    return Geometry(crop=crop, target=target, pad=mode == "border")
+
+
+def resized(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """`pixels` cut and resampled to `geometry.target`."""
+    if geometry.crop:
+        pixels = _central_square(pixels)
+    height, width = pixels.shape[:2]
+    if (width, height) == geometry.target:
+        return np.ascontiguousarray(pixels)
+    return _resample(pixels, geometry.target, FilterType.lanczos3)
+
+
+def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """`pixels` as a viewer shows them, given their EXIF orientation."""
+    if orientation == 1:
+        return pixels
+    # Mirrored kinds first exchange left and right.
+    if orientation in (2, 4, 5, 7):
+        pixels = pixels[:, ::-1]
+    quarters = {2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]
+    return np.ascontiguousarray(np.rot90(pixels, quarters))
+
+
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """`pixels` in the middle of a white square."""
+    height, width = pixels.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return pixels
+    square = np.full((side, side, pixels.shape[2]), _WHITE, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+def difference_hash(pixels: np.ndarray) -> str:
+    """Signs of the horizontal gradients of a 9 x 8 thumbnail: 64 bits, 16 hex digits.
+
+    `pixels` are RGB; near-equal images differ in few bits.
+    """
+    small = _resample(pixels, (9, 8), FilterType.box)
+    grey = small.astype(np.int32) @ _LUMA
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
+def _scaled(size: tuple[int, int], side: int, of: int) -> tuple[int, int]:
+    """`size` times side / of, rounded half up, no side under one pixel."""
+    width, height = ((2 * length * side + of) // (2 * of) for length in size)
+    return max(1, width), max(1, height)
+
+
+def _central_square(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def _resample(
+    pixels: np.ndarray, target: tuple[int, int], kind: FilterType
+) -> np.ndarray:
+    height, width, channels = pixels.shape
+    pixel_type = _PIXEL_TYPES[channels]
+    source = ImageData(width, height, pixel_type, pixels.tobytes())
+    result = ImageData(*target, pixel_type)
+    _resizer().resize(source, result, _resize_options(kind))
+    flat = np.frombuffer(result.get_buffer(), np.uint8)
+    return flat.reshape(target[1], target[0], channels)
+
+
+@functools.cache
+def _resizer() -> Resizer:
+    # It keeps its scratch memory between images.
+    return Resizer()
+
+
+@functools.cache
+def _resize_options(kind: FilterType) -> ResizeOptions:
+    # Four channels are CMYK here, never alpha.
+    return ResizeOptions(ResizeAlg.convolution(kind), use_alpha=False)
