@@ -33,6 +33,7 @@ _TRANSIENT_NAMES: Mapping[str, str] = {
     "IncompleteRead": "truncated body",
     "IncompleteReadError": "truncated body",
     "ResponseStreamingError": "truncated body",
+    "FlexibleChecksumError": "damaged body",
     "ResponseParserError": "unreadable answer",
     "ClientConnectionError": "dropped connection",
     "ConnectionClosedError": "dropped connection",
@@ -65,15 +66,17 @@ class Tries:
         self._end: float | None = None
         self.made = 0
 
-    def pause_after(self, reason: str) -> float | None:
-        """Seconds to wait before the next try, which is counted under `reason`; None
-        where there shall be none.
+    def pause_after(self, reason: str) -> float:
+        """Seconds to wait before the next try, which is counted under `reason`.
+
+        Raises:
+            SpentError: there shall be none.
         """
         now = time.monotonic()
         self._end = self._end or now + self._policy.seconds
         self.made += 1
         if self.made >= self._policy.tries or now >= self._end:
-            return None
+            raise SpentError(reason, self.made)
         with _lock:
             _retried[reason] += 1
         longest = self._policy.first_pause_s * 2 ** (self.made - 1)
@@ -101,19 +104,23 @@ def retry(call: Callable[[], Result], *, url: str, policy: RetryPolicy) -> Resul
         try:
             return call()
         except SpentError as error:
-            raise _failure(url, error.reason, error.tries) from error
+            raise _failure(url, error) from error
         except Exception as error:
             reason = transient_reason(error)
             if reason is None:
                 raise
-            pause = tries.pause_after(reason)
-            if pause is None:
-                raise _failure(url, reason, tries.made) from error
+            try:
+                pause = tries.pause_after(reason)
+            except SpentError as spent:
+                raise _failure(url, spent) from error
         time.sleep(pause)
 
 
 def transient_reason(error: BaseException) -> str | None:
     """Short name of a failure that may pass by itself; None for any other."""
+    if hasattr(error.__cause__, "response"):
+        # An answer of S3, judged where it came in (`pipeline.storage_s3`).
+        return None
     for attribute in ("status", "code", "status_code"):
         status = getattr(error, attribute, None)
         if isinstance(status, int) and status in TRANSIENT_STATUS:
@@ -132,8 +139,8 @@ def retried() -> dict[str, int]:
         return dict(sorted(_retried.items()))
 
 
-def _failure(url: str, reason: str, tries: int) -> OSError:
+def _failure(url: str, spent: SpentError) -> OSError:
     return OSError(
-        f"{url}: storage failed {tries} times, last with: {reason}; nothing committed "
-        "is lost, and the same command continues once the storage answers again"
+        f"{url}: storage failed {spent.tries} times, last with: {spent.reason}; "
+        "nothing committed is lost, and the same command continues once it answers"
     )

@@ -2,9 +2,9 @@
 
 Owns the contract of `Storage` (a folder in which nothing partial is ever visible and
 updates can be conditional), and reading single files by URL. Does not own how it is
-kept on disks (`pipeline.storage_local`), in object stores (`pipeline.storage_remote`,
-`pipeline.storage_s3`), when a call is tried again (`pipeline.retries`) or what the
-files mean (`pipeline.dataset`).
+kept on disks (`pipeline.storage_local`) and behind fsspec (`pipeline.storage_remote`,
+`pipeline.storage_s3`, `pipeline.remote`), when a call is tried again
+(`pipeline.retries`) or what the files mean (`pipeline.dataset`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from pipeline.retries import RetryPolicy, retried, retry
 
@@ -108,6 +108,15 @@ class Storage(ABC):
         """Remove all files below a folder; no error where there are none."""
 
     @abstractmethod
+    def copy(self, name: str, target: str) -> None:
+        """Give a file a second name, replacing what is at `target`: a hard link where
+        there are such, else a copy that moves no byte through this process.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    @abstractmethod
     def move(self, name: str, target: str) -> None:
         """Rename a file, on object stores by copying it there; replaces `target`.
 
@@ -175,10 +184,9 @@ def open_file(url: str, *, policy: RetryPolicy | None = None) -> BinaryIO:
     path = local_path(url)
     if path is not None:
         return path.open("rb")
-    from pipeline.storage_remote import RemoteReader
+    from pipeline.remote import open_remote
 
-    raw: Any = RemoteReader(url, policy or RetryPolicy())
-    return io.BufferedReader(raw, _BLOCK_BYTES)
+    return io.BufferedReader(open_remote(url, policy or RetryPolicy()), _BLOCK_BYTES)
 
 
 def list_files(url: str, *, policy: RetryPolicy | None = None) -> list[str]:
@@ -193,12 +201,17 @@ def list_files(url: str, *, policy: RetryPolicy | None = None) -> list[str]:
 
     path = local_path(url)
     if path is None:
-        from pipeline.storage_remote import list_remote
+        from pipeline.remote import list_remote
 
         return list_remote(url, policy or RetryPolicy())
+    if path.is_dir():
+        below = os.walk(path)
+        return sorted(
+            os.path.join(at, name) for at, _, names in below for name in names
+        )
     # A name that exists is meant literally, whatever characters it has.
-    found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-    return sorted(name for each in found for name in _files(each))
+    found = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+    return sorted(name for name in found if os.path.isfile(name))
 
 
 def file_size(url: str, *, policy: RetryPolicy | None = None) -> int:
@@ -213,7 +226,7 @@ def file_size(url: str, *, policy: RetryPolicy | None = None) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    from pipeline.storage_remote import remote_size
+    from pipeline.remote import remote_size
 
     return remote_size(url, policy or RetryPolicy())
 
@@ -226,13 +239,3 @@ def checked_name(name: str) -> str:
             "between their parts and no '.' or '..'"
         )
     return name
-
-
-def _files(path: Path) -> list[str]:
-    if not path.is_dir():
-        return [str(path)]
-    return [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-    ]

@@ -110,6 +110,30 @@ class LocalStorage(Storage):
         elif tree.is_dir():
             self._retry(prefix, lambda: self._remove_folder(tree))
 
+    def copy(self, name: str, target: str) -> None:
+        source, destination = self._local(name), self._local(target)
+        second = self._staging / uuid.uuid4().hex
+
+        def call() -> None:
+            try:
+                os.link(source, second)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                shutil.copyfile(source, second)
+                _sync(second)
+
+        try:
+            self._retry(name, lambda: self._placed(second, call, needs=source))
+            replace = functools.partial(os.replace, second, destination)
+            self._retry(
+                target, lambda: self._placed(destination, replace, needs=second)
+            )
+        finally:
+            # Renaming a link onto another link of one file leaves both.
+            second.unlink(missing_ok=True)
+            self._prune(self._staging)
+
     def move(self, name: str, target: str) -> None:
         source, destination = self._local(name), self._local(target)
 
