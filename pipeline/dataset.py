@@ -1,26 +1,23 @@
-"""A dataset directory being written: what is committed, and what comes next.
+"""A dataset being written: what is committed, and what comes next.
 
-Owns `.palimpsest/` (plan, commit records, staging), the commit of staged ranges in
+Owns `.palimpsest/` (plan, commit records, retries), the commit of settled ranges in
 order, resuming, and the files of the finished dataset. Does not own who may write
-(`pipeline.lease`) or what is in a shard (`pipeline.shards`). After `kill -9` at any
-moment the directory holds committed ranges, and nothing that needs cleaning by hand.
+(`pipeline.lease`), what is in a shard (`pipeline.shards`), or staging
+(`pipeline.staging`). After `kill -9` at any moment storage holds committed ranges and
+staged ones, and nothing that needs cleaning by hand.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.companions import companion_files
 from pipeline.config import differences
@@ -33,18 +30,29 @@ from pipeline.manifest import (
     Manifest,
     Shard,
     canonical_json,
-    file_sha256,
-    load_manifest,
+    manifest_from_json,
     manifest_seal,
     shard_name,
 )
-from pipeline.ranges import StagedRange
+from pipeline.plan import Plan, read_table
+from pipeline.settle import SETTLED, Placement, rejected_name, verdict_name
 from pipeline.shards import SUFFIXES, StagedShard
+from pipeline.staging import CANDIDATES, COMPARE, RUNNING, STATE, StagedRange
+from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
-STATE = ".palimpsest"
-# Says, while a run is under way, that the root was made by this command.
-_OURS = "made-the-directory"
+PLAN = f"{STATE}/plan.json"
+TABLE = f"{STATE}/plan.npy"
+RECORDS = f"{STATE}/ranges"
+RETRIES = f"{STATE}/retries"
+STAGING = f"{STATE}/staging"
+SPOOL = f"{STATE}/spool"
+# sha256 of every file in `.palimpsest/` of a finished dataset.
+SEALS = f"{STATE}/files.json"
+# Everything that only a run under way needs.
+_TRANSIENT = (CANDIDATES, COMPARE, SETTLED, STAGING, SPOOL)
+# Small reads under way at once: on an object store they cost mostly waiting.
+_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,35 +65,48 @@ class RangeRecord:
     shards: tuple[Shard, ...]
     rejected: Mapping[str, str]
     """Tables of rejected inputs that lie beside no shard, and their sha256."""
+    retried: Mapping[str, int]
+    """How the inputs of a retry had failed before: counts that no longer hold."""
+    verdicts: str
+    """sha256 of what the comparison said, empty where nothing was compared."""
+
+    def net(self) -> Accounting:
+        """What the range adds to the totals: an input counts by its last attempt."""
+        again = sum(self.retried.values())
+        earlier = {reason: -count for reason, count in self.retried.items()}
+        total = self.accounting + Accounting(inputs=-again, failed=earlier)
+        failed = {reason: n for reason, n in total.failed.items() if n}
+        return dataclasses.replace(total, failed=failed)
 
 
 class DatasetWriter:
-    """The directory of one dataset, from its first file to its manifest."""
+    """The folder of one dataset, from its first file to its manifest."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.state = root / STATE
-        self.staging = self.state / "staging"
-        self.lease_path = self.state / "lease.json"
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self.records: list[RangeRecord] = []
+        self._versions: dict[str, str | None] = {}
 
     def stored_plan(self) -> dict[str, Any] | None:
         """What an earlier run wrote down before its first range; None for a new one.
 
         Raises:
-            ValueError: the directory holds something that is not ours.
+            ValueError: the folder holds something that is not ours.
         """
-        self._refuse_unusable()
-        path = self.state / "plan.json"
-        if path.is_file():
-            return json.loads(path.read_text())
-        found = set(os.listdir(self.root)) if self.root.is_dir() else set()
-        # An earlier run may have died between its first files and its plan.
-        if found and (STATE not in found or found - {STATE, TOKENIZER}):
-            raise ValueError(
-                f"--output {self.root} is not empty and no dataset of this command; "
-                "choose a new directory"
-            )
+        path = self.storage.path
+        if path is not None and path.exists() and not path.is_dir():
+            raise ValueError(f"--output {path} is a file; choose a directory")
+        try:
+            return json.loads(self.storage.read(PLAN))
+        except FileNotFoundError:
+            pass
+        for name in self.storage.names():
+            # An earlier run may have died between its first files and its plan.
+            if not name.startswith((f"{STATE}/", f"{TOKENIZER}/")):
+                raise ValueError(
+                    f"--output {self.storage.url} is not empty and no dataset of this "
+                    f"command ({name} lies in it); choose a new folder"
+                )
         return None
 
     def refuse_other(
@@ -95,36 +116,9 @@ class DatasetWriter:
         changed = list(differences(stored["transform"], transform))
         if changed:
             raise ValueError(
-                f"--output {self.root} was made with another configuration "
+                f"--output {self.storage.url} was made with another configuration "
                 f"({'; '.join(changed)}); choose a new --output, go back to that "
-                "configuration, or delete the directory"
-            )
-
-    def _refuse_unusable(self) -> None:
-        """Raise ValueError where no directory can be, or none that can be read."""
-        if os.path.exists(self.root) and not self.root.is_dir():
-            raise ValueError(f"--output {self.root} is a file; choose a directory")
-        if self.root.is_dir() and not _allowed(self.root, os.R_OK | os.X_OK):
-            raise ValueError(
-                f"--output {self.root} cannot be read by this user; choose another or "
-                "change its permissions"
-            )
-
-    def refuse_unwritable(self) -> None:
-        """Raise ValueError where the directory cannot be made or written in."""
-        place = self.state
-        while not os.path.exists(place):
-            place = place.parent
-        if not place.is_dir():
-            raise ValueError(
-                f"--output {self.root} cannot be made: {place} is a file; choose "
-                "another --output"
-            )
-        if not _allowed(place, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"--output {self.root} cannot be written: no permission to write in "
-                f"{place}, or it is mounted read-only; choose another --output or "
-                "change that"
+                "configuration, or delete the folder"
             )
 
     def finished(self) -> Manifest | None:
@@ -132,133 +126,184 @@ class DatasetWriter:
         any sample is a run that died while it was removed.
         """
         try:
-            manifest = load_manifest(self.root)
-        except ValueError:
+            text = self.storage.read(MANIFEST)
+            if self.storage.read(MANIFEST_SHA256) != manifest_seal(text).encode():
+                return None
+            manifest = manifest_from_json(json.loads(text))
+        except (FileNotFoundError, ValueError):
             return None
-        return manifest if manifest.accounting.written else None
+        return manifest if manifest.complete and manifest.accounting.written else None
 
     def missing_file(self, manifest: Manifest) -> str | None:
         """A file of the manifest that is gone or cut short, if any. Looks at names and
         sizes only: bytes are checked by `pipeline.audit`.
         """
-        for name in manifest.files:
-            if not (self.root / name).is_file():
-                return name
+        present = set(self.storage.names())
+        names = [name for name in manifest.files if name not in present]
+        names += [
+            shard.sidecar(suffix)
+            for shard in manifest.shards
+            for suffix in SUFFIXES
+            if shard.sidecar(suffix) not in present
+        ]
+        if names:
+            return names[0]
         found = (self._missing(shard) for shard in manifest.shards)
         return next((name for name in found if name), None)
 
+    def retry_begun(self) -> bool:
+        """Was a retry begun that is not part of the finished dataset yet?"""
+        names = self.storage.names(RETRIES)
+        if not names:
+            return False
+        stored = [json.loads(self.storage.read(name)) for name in names]
+        last = json.loads(self.storage.read(SEALS))
+        total = sum(len(one["ranges"]) for one in stored)
+        plan = json.loads(self.storage.read(PLAN))
+        return self._record_name(plan["ranges"] + total - 1) not in last
+
     def left_behind(self) -> bool:
         """Is there anything that a driver killed after its last file left?"""
-        marks = (self.staging, self.lease_path, self.state / _OURS)
-        return any(map(os.path.exists, marks)) or any(self.state.glob("lease-*"))
+        left = (f"{name}/" for name in _TRANSIENT)
+        marks = (RUNNING, f"{STATE}/lease", *left)
+        return any(name.startswith(marks) for name in self.storage.names(STATE))
 
     def tidy(self) -> None:
         """Remove what only a run under way needs. The caller holds the lease."""
-        (self.state / _OURS).unlink(missing_ok=True)
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self.storage.remove(RUNNING)
+        for name in _TRANSIENT:
+            self.storage.remove_tree(name)
 
     def stored_tokenizer(self) -> StoredTokenizer:
         """The tokenizer that an earlier run wrote before its plan."""
-        return read_tokenizer(self.root / TOKENIZER)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.storage.names(TOKENIZER):
+                data = self.storage.read(name)
+                (Path(folder) / name.rpartition("/")[2]).write_bytes(data)
+            return read_tokenizer(Path(folder))
 
-    def create(self) -> None:
-        """Make the directory, so that a lease can be taken in it."""
-        ours = not self.root.exists()
-        self.state.mkdir(parents=True, exist_ok=True)
-        if ours:
-            (self.state / _OURS).touch()
+    def read_plan(self, described: Mapping[str, Any]) -> Plan | None:
+        """The plan of an earlier run, None where its table is missing or damaged."""
+        try:
+            table = read_table(self.storage.read(TABLE))
+        except (FileNotFoundError, ValueError):
+            return None
+        return Plan(table=table, split_names=tuple(described["splits"]))
 
-    def begin(self, plan: Mapping[str, Any], tokenizer: StoredTokenizer) -> None:
+    def begin(
+        self, described: Mapping[str, Any], plan: Plan, tokenizer: StoredTokenizer
+    ) -> None:
         """Write the plan, or go on from the records of an earlier run."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir()
-        (self.state / "ranges").mkdir(exist_ok=True)
-        self._write_tokenizer(tokenizer)
-        if not (self.state / "plan.json").exists():
-            self.write(f"{STATE}/plan.json", canonical_json(plan))
-        while (path := self._record_path(len(self.records))).exists():
-            self.records.append(_read_record(path))
+        self.storage.write(RUNNING, b"")
+        for name, data in tokenizer.files.items():
+            self.storage.write(f"{TOKENIZER}/{name}", data)
+        if self.storage.size(PLAN) is None:
+            for name in self.storage.names(TOKENIZER):
+                if name.removeprefix(f"{TOKENIZER}/") not in tokenizer.files:
+                    self.storage.remove(name)
+            self.storage.write(TABLE, plan.table_bytes())
+            self.storage.create(PLAN, canonical_json(described).encode())
+        elif self.storage.size(TABLE) is None:
+            self.storage.write(TABLE, plan.table_bytes())
+        self._read_records()
 
-    def stored_duplicates(self) -> np.ndarray | None:
-        """Inputs (N,) found to be duplicates across splits by an earlier run."""
-        path = self.state / "duplicates.npy"
-        return np.load(path) if path.exists() else None
-
-    def store_duplicates(self, duplicate: np.ndarray) -> None:
-        """Keep the result of the digest pass, which reads the whole corpus."""
-        temporary = self.staging / "duplicates.npy"
-        np.save(temporary, duplicate)
-        os.replace(temporary, self.state / "duplicates.npy")
-
-    def commit(self, staged: StagedRange, source: str) -> RangeRecord:
-        """Move a staged range into place, numbers following in range order, and then
-        write its record. Killed in between, the next run moves the same files again.
+    def commit(
+        self, staged: StagedRange, shards: Sequence[Shard], verdicts: str
+    ) -> RangeRecord:
+        """Write the record of a range whose files are in place, in range order. Killed
+        before, the next run copies the same files again.
         """
         if staged.number != len(self.records):
             raise ValueError(f"range {staged.number} committed out of order")
-        (self.accounting() + staged.accounting).check()
-        shards = tuple(
-            _entry(staged, shard, source, self._next_number(shard.split))
-            for shard in staged.shards
-        )
-        rejected = _rejected(staged)
-        self._place(staged, shards)
         record = RangeRecord(
             range=staged.number,
             rows=staged.rows,
             accounting=staged.accounting,
-            shards=shards,
-            rejected=rejected,
+            shards=tuple(shards),
+            rejected={
+                rejected_name(split, staged.number): digest
+                for split, digest in sorted(staged.rejected.items())
+            },
+            retried=staged.retried,
+            verdicts=verdicts,
         )
-        path = self._record_path(record.range)
-        self.write(
-            path.relative_to(self.root).as_posix(),
-            canonical_json(dataclasses.asdict(record)),
-        )
+        staged.accounting.check()
+        name, text = self._record_name(record.range), _record_text(record)
+        if not self.storage.create(name, text) and self.storage.read(name) != text:
+            raise ValueError(
+                f"another driver committed {name} to {self.storage.url}, so this one "
+                "stops; nothing that it committed is lost"
+            )
         self.records.append(record)
-        shutil.rmtree(staged.directory, ignore_errors=True)
         return record
+
+    def names_for(self, staged: StagedRange, taken: dict[str, int]) -> Placement:
+        """Names of a range's shards, numbers following those `taken` in each split."""
+        names = {}
+        for shard in staged.shards:
+            number = taken.get(shard.split, 0)
+            names[shard.split] = shard_name(shard.split, number)
+            taken[shard.split] = number + 1
+        return Placement(staged=staged, names=names)
+
+    def taken(self) -> dict[str, int]:
+        """Shards committed in each split."""
+        counts: dict[str, int] = {}
+        for record in self.records:
+            for shard in record.shards:
+                counts[shard.split] = counts.get(shard.split, 0) + 1
+        return counts
 
     def damaged_ranges(self) -> list[int]:
         """Committed ranges of which a file is gone or cut short."""
-        return [
-            record.range
-            for record in self.records
-            if any(self._missing(shard) for shard in record.shards)
-            or not all((self.root / name).is_file() for name in record.rejected)
-        ]
+        present = set(self.storage.names())
 
-    def restore(self, staged: StagedRange) -> None:
-        """Put the files of a committed range that was made again in their places.
+        def whole(record: RangeRecord) -> bool:
+            names = [
+                shard.sidecar(suffix) for shard in record.shards for suffix in SUFFIXES
+            ]
+            if not present.issuperset([*names, *record.rejected]):
+                return False
+            return not any(self._missing(shard) for shard in record.shards)
+
+        return [record.range for record in self.records if not whole(record)]
+
+    def restored(self, staged: StagedRange) -> Placement:
+        """Where the files of a committed range go that was made again.
 
         Raises:
             ValueError: they are not the files that were lost.
         """
         record = self.records[staged.number]
-        was = [(shard.split, shard.sha256) for shard in record.shards]
-        now = [(shard.split, shard.sha256) for shard in staged.shards]
-        if was != now or record.rejected != _rejected(staged):
+        was = {shard.split: dict(shard.sha256) for shard in record.shards}
+        now = {shard.split: dict(shard.sha256) for shard in staged.shards}
+        if was != now or list(record.rejected.values()) != list(
+            staged.rejected.values()
+        ):
             raise ValueError(
-                f"{self.root} lacks files of range {staged.number}, and its inputs "
-                "give others now: images of the corpus changed; choose a new --output"
+                f"{self.storage.url} lacks files of range {staged.number}, and its "
+                "inputs give others now: images of the corpus changed; choose a new "
+                "--output"
             )
-        self._place(staged, record.shards)
-        shutil.rmtree(staged.directory, ignore_errors=True)
+        names = {shard.split: shard.name for shard in record.shards}
+        return Placement(staged=staged, names=names)
 
     def accounting(self) -> Accounting:
-        """Counts of the committed ranges."""
-        return sum((record.accounting for record in self.records), Accounting())
+        """Counts of the committed ranges, every input once."""
+        total = sum((record.net() for record in self.records), Accounting())
+        failed = {reason: count for reason, count in total.failed.items() if count}
+        return dataclasses.replace(total, failed=failed)
 
     def write_manifest(
         self,
-        plan: Mapping[str, Any],
+        described: Mapping[str, Any],
         tokenizer: StoredTokenizer,
         *,
         complete: bool,
         companions: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Write the manifest of what is committed, and its seal. Raises ValueError if
-        the accounting does not add up.
+        the accounting does not add up, or another driver wrote one meanwhile.
         """
         accounting = self.accounting()
         accounting.check()
@@ -266,174 +311,148 @@ class DatasetWriter:
             schema_version=SCHEMA_VERSION,
             complete=complete,
             shards=tuple(shard for record in self.records for shard in record.shards),
-            sources={plan["source"]: 1.0},
+            sources=described["sources"],
             accounting=accounting,
-            rows=sum(record.rows for record in self.records),
+            rows=sum(record.rows for record in self.records if not record.retried),
             tokenizer=tokenizer.info,
-            transform=plan["transform"],
-            transform_sha256=plan["transform_sha256"],
+            transform=described["transform"],
+            transform_sha256=described["transform_sha256"],
             files=self._digests(tokenizer, companions or {}),
         )
-        self.write(MANIFEST, manifest.to_json())
-        self.write(MANIFEST_SHA256, manifest_seal(manifest.to_json().encode()))
+        self._replace(MANIFEST, manifest.to_json().encode())
+        self._replace(
+            MANIFEST_SHA256, manifest_seal(manifest.to_json().encode()).encode()
+        )
         return manifest
 
-    def finish(self, plan: Mapping[str, Any], tokenizer: StoredTokenizer) -> Manifest:
+    def finish(
+        self, described: Mapping[str, Any], tokenizer: StoredTokenizer
+    ) -> Manifest:
         """Write the companions and, last, the complete manifest."""
-        manifest = self.write_manifest(plan, tokenizer, complete=False)
+        manifest = self.write_manifest(described, tokenizer, complete=False)
         companions = companion_files(manifest)
-        for path, text in companions.items():
-            self.write(path, text)
+        for name, text in companions.items():
+            self.storage.write(name, text.encode())
+        self.storage.write(SEALS, self._seals())
         manifest = self.write_manifest(
-            plan, tokenizer, complete=True, companions=companions
+            described, tokenizer, complete=True, companions=companions
         )
         self.tidy()
         return manifest
 
     def abandon(self) -> None:
-        """Remove everything but what says whose it was, for a run that cannot make a
-        dataset. Killed at any moment, it leaves a run that can be continued: records
-        vanish at once, the plan after all that belongs to it, and a tokenizer without a
-        plan is no obstacle.
+        """Remove everything, for a run that cannot make a dataset. Killed at any
+        moment, it leaves a run that can be continued: the plan goes after all that
+        rests on it, and a tokenizer without a plan is no obstacle.
         """
         for name in (MANIFEST, MANIFEST_SHA256):
-            (self.root / name).unlink(missing_ok=True)
-        for path in self.root.iterdir():
-            if path.name not in (STATE, TOKENIZER):
-                _remove(path)
-        self.staging.mkdir(exist_ok=True)
-        os.replace(self.state / "ranges", self.staging / "ranges")
-        (self.state / "duplicates.npy").unlink(missing_ok=True)
-        (self.state / "plan.json").unlink(missing_ok=True)
-        _remove(self.root / TOKENIZER)
-        _remove(self.staging)
+            self.storage.remove(name)
+        for name in self.storage.names():
+            if not name.startswith((f"{STATE}/", f"{TOKENIZER}/")):
+                self.storage.remove(name)
+        # Last to first: what is left is always a run that can go on.
+        for name in reversed(self.storage.names(RECORDS)):
+            self.storage.remove(name)
+        for name in (*_TRANSIENT, RETRIES, f"{STATE}/verdicts"):
+            self.storage.remove_tree(name)
+        for name in (SEALS, TABLE, PLAN, RUNNING):
+            self.storage.remove(name)
+        self.storage.remove_tree(TOKENIZER)
+        self.records = []
 
-    def remove_emptied(self) -> None:
-        """Remove the directories of an abandoned run, once the lease is given back; the
-        root only where it was made by this command.
-        """
-        ours = self.state / _OURS
-        emptied = [self.state, self.root] if ours.exists() else [self.state]
-        ours.unlink(missing_ok=True)
-        # Another driver may have begun here already.
-        with contextlib.suppress(OSError):
-            for path in emptied:
-                path.rmdir()
+    def _replace(self, name: str, data: bytes) -> None:
+        """Write a file that only this driver may change meanwhile."""
+        found = self.storage.read_version(name)
+        current = found[1] if found else None
+        if name in self._versions and self._versions[name] != current:
+            done = False
+        elif found is None:
+            done = self.storage.create(name, data)
+        else:
+            done = self.storage.replace(name, data, found[1])
+        if not done:
+            raise ValueError(
+                f"another driver wrote {name} in {self.storage.url}, so this one "
+                "stops; nothing that it committed is lost"
+            )
+        written = self.storage.read_version(name)
+        self._versions[name] = written[1] if written else None
 
-    def write(self, name: str, text: str) -> None:
-        """Write a file below the root so that it is there whole or not at all."""
-        path = self.root / name
-        path.parent.mkdir(exist_ok=True)
-        # In the staging directory: a run killed here leaves nothing beside the data.
-        temporary = self.staging / uuid.uuid4().hex
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+    def _read_records(self) -> None:
+        names = [name for name in self.storage.names(RECORDS) if name.endswith(".json")]
+        with ThreadPoolExecutor(_READERS) as pool:
+            texts = dict(zip(names, pool.map(self.storage.read, names), strict=True))
+        self.records = []
+        while (text := texts.get(self._record_name(len(self.records)))) is not None:
+            self.records.append(_read_record(text))
 
     def _digests(
         self, tokenizer: StoredTokenizer, companions: Mapping[str, str]
     ) -> dict[str, str]:
-        """sha256 of every file that is no shard's, by path. The plan and the records in
-        `.palimpsest/` are the writer's own and not part of the dataset.
+        """sha256 of every file that is no shard's, by path. What lies in `.palimpsest/`
+        is the writer's own and not part of the dataset.
         """
         files = {f"{TOKENIZER}/{name}": data for name, data in tokenizer.files.items()}
         files |= {name: text.encode() for name, text in companions.items()}
-        digests = {
-            name: hashlib.sha256(data).hexdigest() for name, data in files.items()
-        }
+        digests = {name: _sha256(data) for name, data in files.items()}
         for record in self.records:
             digests |= record.rejected
         return digests
 
-    def _record_path(self, number: int) -> Path:
-        return self.state / "ranges" / f"{number:06d}.json"
+    def _seals(self) -> bytes:
+        digests = {
+            self._record_name(record.range): _sha256(_record_text(record))
+            for record in self.records
+        }
+        digests |= {
+            verdict_name(record.range): record.verdicts
+            for record in self.records
+            if record.verdicts
+        }
+        for name in (PLAN, TABLE, *self.storage.names(RETRIES)):
+            digests[name] = _sha256(self.storage.read(name))
+        return canonical_json(digests).encode()
 
-    def _next_number(self, split: str) -> int:
-        return sum(shard.split == split for r in self.records for shard in r.shards)
+    def _record_name(self, number: int) -> str:
+        return f"{RECORDS}/{number:06d}.json"
 
     def _missing(self, shard: Shard) -> str | None:
-        """A file of the shard that is gone or cut short."""
+        """A file of the shard that is cut short."""
         for suffix in SUFFIXES:
-            path = self.root / shard.sidecar(suffix)
-            size = path.stat().st_size if path.is_file() else 0
+            size = self.storage.size(shard.sidecar(suffix))
             if not size or (suffix == ".tar" and size != shard.bytes):
                 return shard.sidecar(suffix)
         return None
 
-    def _place(self, staged: StagedRange, shards: Iterable[Shard]) -> None:
-        for shard in shards:
-            (self.root / shard.split).mkdir(exist_ok=True)
-            for suffix in SUFFIXES:
-                target = self.root / shard.sidecar(suffix)
-                os.replace(staged.directory / f"{shard.split}{suffix}", target)
-            _sync_directory(self.root / shard.split)
-        for split in staged.rejected:
-            target = self.root / _rejected_name(staged, split)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(staged.directory / f"{split}.rejected.parquet", target)
 
-    def _write_tokenizer(self, tokenizer: StoredTokenizer) -> None:
-        """File by file, so that a tokenizer that a plan rests on is never gone."""
-        staged, target = self.staging / TOKENIZER, self.root / TOKENIZER
-        tokenizer.write(staged)
-        if not (self.state / "plan.json").exists():
-            _remove(target)
-        target.mkdir(exist_ok=True)
-        for path in sorted(staged.iterdir()):
-            os.replace(path, target / path.name)
+def shards_of(placement: Placement, source: str) -> tuple[Shard, ...]:
+    """The manifest's entries of a placed range."""
+    return tuple(_entry(placement, shard, source) for shard in placement.staged.shards)
 
 
-def _entry(staged: StagedRange, shard: StagedShard, source: str, number: int) -> Shard:
-    """The manifest's entry of a staged shard that becomes `number` of its split."""
-    name = shard_name(shard.split, number)
+def _entry(placement: Placement, shard: StagedShard, source: str) -> Shard:
     return Shard(
-        name=name, source=source, range=staged.number, **dataclasses.asdict(shard)
+        name=placement.names[shard.split],
+        source=source,
+        range=placement.number,
+        **dataclasses.asdict(shard),
     )
 
 
-def _rejected_name(staged: StagedRange, split: str) -> str:
-    return f"rejected/range-{staged.number:06d}-{split}.parquet"
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _rejected(staged: StagedRange) -> dict[str, str]:
-    """sha256 of the staged tables of rejected inputs, by their path in the dataset."""
-    return {
-        _rejected_name(staged, split): file_sha256(
-            staged.directory / f"{split}.rejected.parquet"
-        )
-        for split in staged.rejected
-    }
+def _record_text(record: RangeRecord) -> bytes:
+    return canonical_json(dataclasses.asdict(record)).encode()
 
 
-def _read_record(path: Path) -> RangeRecord:
-    value = json.loads(path.read_text())
+def _read_record(text: bytes) -> RangeRecord:
+    value = json.loads(text)
     return RangeRecord(
-        range=value["range"],
-        rows=value["rows"],
-        accounting=Accounting(**value["accounting"]),
-        shards=tuple(Shard(**shard) for shard in value["shards"]),
-        rejected=value["rejected"],
+        **{
+            **value,
+            "accounting": Accounting(**value["accounting"]),
+            "shards": tuple(Shard(**shard) for shard in value["shards"]),
+        }
     )
-
-
-def _allowed(path: Path, mode: int) -> bool:
-    # The user that files are written as, who may not be the one that logged in.
-    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -158,9 +158,9 @@ class Grouping:
         key, last = row[self.key], before[self.key]
         if not _text(key) or not _text(last) or key != last:
             return True
-        return bool(self.split) and _value(row[self.split]) != _value(
-            before[self.split]
-        )
+        if self.split is None:
+            return False
+        return _value(row[self.split]) != _value(before[self.split])
 
     def _column(
         self, batch: pa.RecordBatch, last: pa.RecordBatch | None, name: str

@@ -186,7 +186,7 @@ class DedupOptions:
     input's, whether that one was kept or not."""
     caption_repeats: int | None = None
     """Drop inputs whose first caption this many earlier inputs have (boilerplate)."""
-    bucket_mb: int = 64
+    bucket_mb: int = 256
     """Memory of one comparison task in MB; it decides how many there are."""
 
 
@@ -260,7 +260,8 @@ class PreprocessConfig:
     """The corpus: a file, folder, glob or URL; or several:
     [{path: a.parquet, name: photos, weight: 2}, {path: 's3://bucket/tars'}]."""
     output: str
-    """Folder or URL of the dataset: new, empty, or an unfinished run of this command."""
+    """Folder or URL of the dataset: new, empty, or an unfinished run of this
+    command."""
     name: str | None = None
     """Name of a single source. Default: the input's file name without its suffix."""
     format: str | None = None

@@ -10,8 +10,9 @@ but where each range begins, and tasks group their own rows again by the same ru
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pipeline.captions import CaptionCleaner
 from pipeline.columns import Columns
 from pipeline.filters import Template
 from pipeline.grouping import TRAIN, VAL, Grouping, split_name, split_order
-from pipeline.sources import Source
+from pipeline.sources import NeedsSpool, Source
 
 # Ranges have six digits in a sample's key.
 MAX_RANGES = 1_000_000
@@ -44,18 +45,28 @@ class Corpus:
 
     name: str
     weight: float
-    source: Source
+    given: Source | NeedsSpool
     columns: Columns
     grouping: Grouping
+
+    @property
+    def source(self) -> Source:
+        """The source, which can be read once it is sorted where that is needed."""
+        assert not isinstance(self.given, NeedsSpool)
+        return self.given
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetriedInputs:
-    """Inputs of an earlier range that are tried again."""
+    """Inputs of a range of the corpus that are tried again."""
 
     range: RangePlan
     positions: tuple[int, ...]
     """Places in that range, rising."""
+    keys: tuple[str, ...]
+    """Keys of their last attempts, which failed."""
+    reasons: tuple[str, ...]
+    """Why each of them failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +109,12 @@ class Plan:
         """Range `number`."""
         row = self.table[number]
         return RangePlan(
-            number=number, **{name: int(row[name]) for name in RANGE_DTYPE.names or ()}
+            number=number,
+            source=int(row["source"]),
+            start=int(row["start"]),
+            stop=int(row["stop"]),
+            first_row=int(row["first_row"]),
+            inputs=int(row["inputs"]),
         )
 
     def table_bytes(self) -> bytes:
@@ -175,7 +191,9 @@ def caption_template(columns: Columns) -> Template | None:
     return Template(columns.template, columns.captions) if columns.template else None
 
 
-def caption_cells(rows: Sequence, columns: Columns, template: Template | None) -> list:
+def caption_cells(
+    rows: Sequence[Mapping[str, Any]], columns: Columns, template: Template | None
+) -> list[Any]:
     """What the captions of an input are cleaned from, in order."""
     if template is not None:
         return [template.render(row) for row in rows]
@@ -238,7 +256,7 @@ class _Scan:
         if grouping.sample is None:
             return starts
         rows = np.flatnonzero(starts)
-        cells = [None] * len(rows)
+        cells: list[object] = [None] * len(rows)
         if grouping.key is not None:
             keys = batch.column(batch.schema.get_field_index(grouping.key))
             cells = [_cell(keys[int(row)]) for row in rows]

@@ -22,6 +22,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Exits 0 when the dataset is complete."""
     config = parse(PreprocessConfig, argv, prog=PROG, description=_DESCRIPTION)
     # After the command line: --help and a wrong key answer at once, without Ray.
+    if config.dry_run:
+        from pipeline.estimate import cores_of, estimate
+
+        print(estimate(config).text(config, cores_of(config)))
+        return 0
     from pipeline.run import preprocess
 
     print(_summary(preprocess(config), config.output))

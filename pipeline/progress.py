@@ -1,6 +1,8 @@
-"""What the user sees while ranges are processed, and `OUTPUT.progress.json`.
+"""What the user sees while a run goes on, and `OUTPUT.progress.json`.
 
-Owns everything about a run that depends on time: none of it stands in the dataset.
+Owns everything about a run that depends on time or place: none of it stands in the
+dataset. The same figures go to a bar or log, to the file (for whoever watches from
+outside) and to Ray's metrics (`pipeline.ray_metrics`).
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from pipeline.manifest import Accounting
+from pipeline.storage import Storage, open_storage
 
 _BAR = (
     "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -26,29 +32,96 @@ _BAR = (
 # A log file wants a line now and then, not a bar.
 _LOG_SECONDS = 10.0
 _FILE_SECONDS = 2.0
+_REASONS_SHOWN = 3
+
+Watch = Callable[[Mapping[str, Any]], None]
 
 
-def progress_path(output: Path) -> Path:
-    """`progress.json` lies beside the dataset, under its name."""
-    return output.with_name(output.name + ".progress.json")
+class ProgressFile:
+    """`OUTPUT.progress.json`: beside the dataset, under its name."""
+
+    def __init__(self, storage: Storage, config: Mapping[str, Any]) -> None:
+        self._storage, self._config = storage, config
+        self._written, self._works = 0.0, True
+        if storage.path is not None:
+            _remove_torn(self._path(storage.path))
+
+    def write(self, state: Mapping[str, Any], *, final: bool) -> None:
+        """Write it, unless that was a moment ago."""
+        now = time.time()
+        if not self._works or (not final and now - self._written < _FILE_SECONDS):
+            return
+        self._written = now
+        text = json.dumps({**state, "config": self._config}, indent=1) + "\n"
+        try:
+            self._replace(text)
+        except OSError as error:
+            # The dataset does not depend on it.
+            self._works = False
+            say(f"progress.json cannot be written ({error}): going on without")
+
+    def remove(self) -> None:
+        """Remove it, where nothing came of the run."""
+        with contextlib.suppress(OSError):
+            if self._storage.path is not None:
+                self._path(self._storage.path).unlink()
+            else:
+                folder, name = self._remote()
+                folder.remove(name)
+
+    def _replace(self, text: str) -> None:
+        if self._storage.path is None:
+            folder, name = self._remote()
+            folder.write(name, text.encode())
+            return
+        path = self._path(self._storage.path)
+        # A name of its own: a driver that lost its lease may be writing still.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _path(self, root: Path) -> Path:
+        return root.with_name(root.name + ".progress.json")
+
+    def _remote(self) -> tuple[Storage, str]:
+        folder, _, name = self._storage.url.rpartition("/")
+        return open_storage(folder), f"{name}.progress.json"
 
 
 class Progress:
-    """A bar on a terminal, lines in a log, and the file."""
+    """One phase of a run: a bar on a terminal, lines in a log, and the file."""
 
-    def __init__(self, *, name: str, total: int, done: int, path: Path | None) -> None:
-        self._name, self._total, self._path = name, total, path
-        self._start, self._first = time.time(), done
-        self._committed, self._done, self._failed = done, done, 0
-        if path:
-            _remove_torn(path)
+    def __init__(
+        self,
+        *,
+        phase: str,
+        total: int,
+        file: ProgressFile | None,
+        before: Accounting | None = None,
+        watch: Watch | None = None,
+        unit: str = "inputs",
+    ) -> None:
+        before = before or Accounting()
+        self._phase, self._total, self._unit = phase, total, unit
+        self._file, self._watch = file, watch
+        self._start, self._first = time.time(), before.inputs
+        self._committed = before.inputs
+        self._done = before.inputs
+        self._failed = Counter(before.failed)
+        self._filtered = Counter(before.filtered)
+        self._finished: Counter[str] = Counter()
+        self._running: list[Mapping[str, Any]] = []
         self._terminal = sys.stderr.isatty()
-        self._last_line = self._last_file = 0.0
+        self._last_line = self._start
         self._bar = tqdm(
             total=total,
-            initial=done,
-            desc=name,
-            unit=" inputs",
+            initial=self._done,
+            desc=phase,
+            unit=f" {unit}",
+            unit_scale=total > 100_000,
             bar_format=_BAR,
             smoothing=0.05,
             disable=not self._terminal,
@@ -63,19 +136,47 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._running = []
         self._show(final=True)
         self._bar.close()
 
-    def commit(self, inputs: int, failed: int) -> None:
-        """Count a finished range."""
-        self._committed += inputs
-        self._failed += failed
+    def commit(
+        self,
+        counts: Accounting,
+        tally: Mapping[str, Any] | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Count a finished range; `text` says it in the log."""
+        self._committed += counts.inputs
+        self._failed.update(counts.failed)
+        self._filtered.update(counts.filtered)
+        self._add(tally or {})
+        if text and not self._terminal:
+            say(text)
         self._update(self._committed)
 
-    def running(self, counts: Mapping[int, tuple[int, int]], next_range: int) -> None:
-        """Show ranges under way: `{range: (done, failed)}`."""
-        under_way = [count for number, count in counts.items() if number >= next_range]
-        self._update(self._committed + sum(done for done, _ in under_way))
+    def step(self, count: int = 1) -> None:
+        """Count finished work of a phase that handles no inputs."""
+        self._committed += count
+        self._update(self._committed)
+
+    def reach(self, done: int) -> None:
+        """Say how far a phase is that one process works through."""
+        self._committed = done
+        self._update(done)
+
+    def running(self, tallies: Mapping[int, Mapping[str, Any]]) -> None:
+        """Show ranges under way, by number."""
+        self._running = list(tallies.values())
+        self._update(
+            self._committed + sum(tally.get("done", 0) for tally in self._running)
+        )
+
+    def _add(self, tally: Mapping[str, Any]) -> None:
+        for name in ("read_bytes", "written_bytes"):
+            self._finished[name] += tally.get(name, 0)
+        for reason, count in tally.get("retried", {}).items():
+            self._finished[f"retried {reason}"] += count
 
     def _update(self, done: int) -> None:
         # An attempt that died is counted again from its start: the bar waits.
@@ -84,55 +185,99 @@ class Progress:
 
     def _show(self, *, final: bool) -> None:
         now = time.time()
-        self._bar.set_postfix_str(
-            f", {self._failed} failed" if self._failed else "", False
-        )
+        state = self._state(now)
+        self._bar.set_postfix_str(_postfix(state), False)
         self._bar.update(self._done - self._bar.n)
-        if not self._terminal and (final or now - self._last_line > _LOG_SECONDS):
-            self._last_line = now
-            print(self._line(now), file=sys.stderr, flush=True)
-        if self._path and (final or now - self._last_file > _FILE_SECONDS):
-            self._last_file = now
-            self._write(self._path, self._state(now))
-
-    def _rate(self, now: float) -> float:
-        return (self._done - self._first) / max(now - self._start, 1e-9)
-
-    def _line(self, now: float) -> str:
-        left = (self._total - self._done) / max(self._rate(now), 1e-9)
-        # The first moments say nothing about the rest.
-        known = now - self._start > _LOG_SECONDS / 2 and self._done < self._total
-        ahead = f", {left:.0f} s left" if known else ""
-        return (
-            f"{self._name}: {self._done}/{self._total} inputs, "
-            f"{self._rate(now):.0f}/s{ahead}, {self._failed} failed"
+        # In a log, phases that take a moment are not worth a line.
+        due = now - self._last_line > _LOG_SECONDS or (
+            final and (self._last_line > self._start or self._unit == "inputs")
         )
+        if not self._terminal and due:
+            self._last_line = now
+            say(self._line(state))
+        if self._file:
+            self._file.write(state, final=final)
+        if self._watch:
+            self._watch(state)
 
     def _state(self, now: float) -> dict[str, Any]:
+        elapsed = now - self._start
+        rate = (self._done - self._first) / max(elapsed, 1e-9)
+        known = elapsed > _LOG_SECONDS / 2 and rate > 0
+        sums = Counter(self._finished)
+        failed, filtered = Counter(self._failed), Counter(self._filtered)
+        for tally in self._running:
+            failed.update(tally.get("failed", {}))
+            filtered.update(tally.get("filtered", {}))
+            for name in ("read_bytes", "written_bytes"):
+                sums[name] += tally.get(name, 0)
+            for reason, count in tally.get("retried", {}).items():
+                sums[f"retried {reason}"] += count
         return {
-            "phase": self._name,
-            "inputs": self._total,
+            "phase": self._phase,
+            "unit": self._unit,
+            "total": self._total,
             "done": self._done,
             "committed": self._committed,
-            "failed": self._failed,
-            "inputs_per_s": round(self._rate(now), 2),
-            "elapsed_s": round(now - self._start, 2),
+            "failed": dict(sorted(failed.items())),
+            "filtered": dict(sorted(filtered.items())),
+            "read_bytes": sums["read_bytes"],
+            "written_bytes": sums["written_bytes"],
+            "retried": {
+                name.removeprefix("retried "): count
+                for name, count in sorted(sums.items())
+                if name.startswith("retried ")
+            },
+            "per_s": round(rate, 2),
+            "elapsed_s": round(elapsed, 2),
+            # The first moments say nothing about the rest.
+            "eta_s": round((self._total - self._done) / rate, 1) if known else None,
             "updated": now,
         }
 
-    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
-        # A name of its own: a driver that lost its lease may be writing still.
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_text(json.dumps(state, indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            # The dataset does not depend on it.
-            self._path = None
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            warning = f"{path} cannot be written ({error.strerror}): going on without"
-            print(warning, file=sys.stderr, flush=True)
+    def _line(self, state: Mapping[str, Any]) -> str:
+        ahead = ""
+        if state["eta_s"] is not None and self._done < self._total:
+            ahead = f", {duration(state['eta_s'])} left"
+        return (
+            f"{self._phase}: {self._done}/{self._total} {self._unit}, "
+            f"{state['per_s']:.0f}/s{ahead}{_postfix(state)}"
+        )
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `3 min 20 s` or `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole} s"
+
+
+def reasons(counts: Mapping[str, int], shown: int = _REASONS_SHOWN) -> str:
+    """`12 http_404, 3 truncated`, the commonest first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {reason}" for reason, count in ordered[:shown]]
+    if rest := sum(count for _, count in ordered[shown:]):
+        parts.append(f"{rest} others")
+    return ", ".join(parts)
+
+
+def _postfix(state: Mapping[str, Any]) -> str:
+    parts = []
+    if state["written_bytes"]:
+        parts.append(f"{state['written_bytes'] / 1e6:.1f} MB")
+    if state["failed"]:
+        parts.append(f"failed: {reasons(state['failed'])}")
+    if state["retried"]:
+        parts.append(f"tried again: {reasons(state['retried'])}")
+    return "".join(f", {part}" for part in parts)
 
 
 def _remove_torn(path: Path) -> None:

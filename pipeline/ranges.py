@@ -1,35 +1,61 @@
 """One input range to one staged shard per split: what a Ray task runs.
 
 Owns turning an input into a sample or into a counted reason why not. Does not own
-files (`pipeline.shards`), the plan (`pipeline.plan`) or making results visible
-(`pipeline.dataset`). Imports no Ray, so that a range can be processed anywhere.
+files (`pipeline.shards`), reading (`pipeline.sources`, `pipeline.fetch`), decoding
+(`pipeline.decoder`) or what a staged range is compared with (`pipeline.settle`).
+Imports no Ray, so that a range can be processed anywhere. Inputs go through in small
+chunks: memory is that of a chunk, of the images being fetched, and of the rows of the
+shard's table.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
+import io
 import json
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.captions import BadText, clean_captions
-from pipeline.columns import Columns
-from pipeline.images import ImageError, encode_image
-from pipeline.manifest import Accounting, sample_key, sample_uid
-from pipeline.options import ImageOptions
-from pipeline.plan import RangeInputs
+from pipeline import compare
+from pipeline.captions import BadText, CaptionCleaner
+from pipeline.decoder import Decoder, Request
+from pipeline.fetch import Cell, ImageReader
+from pipeline.filters import Filtered, UidLists, check_tokens
+from pipeline.grouping import Input
+from pipeline.images import EncodedImage, ImageError
+from pipeline.manifest import Accounting, sample_key
+from pipeline.options import (
+    FetchOptions,
+    FilterOptions,
+    ImageOptions,
+    TextOptions,
+)
+from pipeline.plan import Corpus, RangePlan, caption_cells, caption_template
 from pipeline.shards import ROW_SCHEMA, Sample, ShardWriter, StagedShard
-from pipeline.sources import read_image
+from pipeline.staging import (
+    CANDIDATES,
+    COMPARE,
+    RUNNING,
+    SIGNATURES,
+    StagedRange,
+    new_directory,
+    read_staged,
+    write_staged,
+)
+from pipeline.storage import Storage
 from pipeline.tokenizer import CaptionEncoder, StoredTokenizer
+from pipeline.where import RowFilter
 
-DIGEST_BYTES = 16
+# Inputs that go through together: enough to fill a batch of the tokenizer and a
+# message to the decoder, few enough to hold in memory.
+CHUNK = 16
 _DETAIL = 200
 
 
@@ -37,227 +63,443 @@ _DETAIL = 200
 class Work:
     """What is the same for every range of a run."""
 
-    staging: Path
-    folder: Path
-    columns: Columns
-    source_name: str
+    storage: Storage
+    corpora: tuple[Corpus, ...]
+    split_names: tuple[str, ...]
+    """Held-out splits first; the place of a split is its rank."""
     image: ImageOptions
+    text: TextOptions
+    filter: FilterOptions
+    fetch: FetchOptions
+    where: str | None
+    uids: UidLists
     tokenizer: StoredTokenizer
+    comparison: compare.Comparison
+    watched: bool = True
+    """Is there a driver whose end makes staging pointless?"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StagedRange:
-    """A finished range: files in a directory of its own, not yet in the dataset."""
+@dataclass
+class Tally:
+    """What a task has done so far, for whoever watches."""
 
-    number: int
-    directory: Path
-    rows: int
-    accounting: Accounting
-    shards: tuple[StagedShard, ...]
-    rejected: tuple[str, ...]
-    """Splits of which the range kept nothing, but rejected inputs."""
+    done: int = 0
+    written: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
+    retried: Counter[str] = field(default_factory=Counter)
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain types, to be sent."""
+        return {
+            name: dict(value) if isinstance(value, Counter) else value
+            for name, value in vars(self).items()
+        }
+
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
+    """Process a range into a staging directory of its own, and record it.
+
+    `report` gets the plain tally after every chunk. The files depend on `work` and
+    `plan` alone. A range that an earlier attempt staged is returned as it is.
+    """
+    staged = read_staged(work.storage, CANDIDATES, plan.number)
+    if staged is None:
+        directory = new_directory(CANDIDATES, plan.number)
+        with work.storage.stage(directory) as local:
+            staged = _RangeWriter(work, plan, local, directory).run(report)
+            signatures = np.load(local / SIGNATURES)
+        if work.comparison.needed:
+            compare.store(
+                work.storage,
+                COMPARE,
+                plan.number,
+                committed=False,
+                signatures=signatures,
+            )
+        if work.watched and work.storage.size(RUNNING) is None:
+            work.storage.remove_tree(directory)
+            raise RuntimeError("the run that wanted this range is over")
+        staged = write_staged(work.storage, CANDIDATES, staged)
+    report(
+        {
+            "done": plan.inputs,
+            "failed": staged.accounting.failed,
+            "filtered": staged.accounting.filtered,
+            "written": staged.accounting.written,
+        }
+    )
+    return staged
 
 
 class Rejected(Exception):
     """An input that makes no sample: `status` is failed or filtered."""
 
     def __init__(self, status: str, reason: str, detail: str = "") -> None:
-        super().__init__(f"{status}: {reason} {detail}")
+        super().__init__(status, reason, detail)
         self.status, self.reason, self.detail = status, reason, detail
 
 
-def write_range(
-    work: Work, inputs: RangeInputs, report: Callable[[int, int], None]
-) -> StagedRange:
-    """Process a range into a new staging directory.
+@dataclass(kw_only=True)
+class _Prepared:
+    """An input on its way through a chunk."""
 
-    `report(done, failed)` is called after every input. The result depends on `work` and
-    `inputs` alone, up to the name of the directory, which no other attempt shares.
-    """
-    directory = work.staging / f"{inputs.number:06d}-{uuid.uuid4().hex}"
-    # No parents: once the run is over and its staging gone, a late attempt must fail.
-    directory.mkdir()
-    encoder = CaptionEncoder(work.tokenizer)
-    keep = work.columns.keep
-    writers: dict[str, ShardWriter] = {}
-    accounting, failed = Accounting(), 0
-    for position, rows in enumerate(_grouped(work, inputs)):
-        split = inputs.splits[position]
-        if split not in writers:
-            writers[split] = ShardWriter(directory, split, keep)
-        with _named(inputs, position):
-            writer = writers[split]
-            accounting += _process(work, inputs, position, rows, writer, encoder)
-        failed = sum(accounting.failed.values())
-        report(position + 1, failed)
-    staged = {split: writers[split].close() for split in sorted(writers)}
-    return StagedRange(
-        number=inputs.number,
-        directory=directory,
-        rows=int(inputs.row_counts.sum()),
-        accounting=accounting,
-        shards=tuple(shard for shard in staged.values() if shard is not None),
-        rejected=tuple(split for split, shard in staged.items() if shard is None),
-    )
+    position: int
+    given: Input
+    row: dict[str, Any]
+    cell: Cell
+    columns: Mapping[str, Any]
+    captions: list[str] = field(default_factory=list)
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
+    rejected: Rejected | None = None
 
 
-def range_digests(
-    work: Work, inputs: RangeInputs, report: Callable[[int, int], None]
-) -> np.ndarray:
-    """First 16 bytes of the sha256 of each input's source image (inputs,); empty where
-    the input makes no sample whatever its image shows. 128 bits tell all images ever
-    taken apart.
-
-    Images are not decoded: equal bytes decode alike, so where a held-out copy turns out
-    broken, every other copy does too, and is counted as broken when it is written.
-    """
-    encoder = CaptionEncoder(work.tokenizer)
-    digests = np.zeros(len(inputs.locators), dtype=f"S{DIGEST_BYTES}")
-    for position, rows in enumerate(_grouped(work, inputs)):
-        # A repeated identity makes no sample, so it keeps no image from other splits.
-        if not inputs.duplicate[position]:
-            with _named(inputs, position), contextlib.suppress(Rejected, ImageError):
-                _captions(work, rows, encoder)
-                data = read_image(rows[0][work.columns.image], work.folder)
-                digests[position] = hashlib.sha256(data).digest()[:DIGEST_BYTES]
-        report(position + 1, 0)
-    return digests
+@functools.lru_cache(maxsize=1)
+def _decoder(image: ImageOptions, filters: FilterOptions) -> Decoder:
+    """The decoder of this process: starting its child once is enough."""
+    return Decoder(image, filters)
 
 
-@contextlib.contextmanager
-def _named(inputs: RangeInputs, position: int) -> Iterator[None]:
-    """Says which input it was, in the message of an exception that nobody foresaw."""
-    try:
-        yield
-    except (Rejected, ImageError):
-        raise
-    except Exception as error:
-        key = sample_key(inputs.number, position)
-        cause = str(error) if isinstance(error, OSError) else repr(error)
-        kind = OSError if isinstance(error, OSError) else RuntimeError
-        raise kind(f"input {key} ({inputs.locators[position]}): {cause}") from error
+class _RangeWriter:
+    """One attempt at one range."""
 
+    def __init__(
+        self, work: Work, plan: RangePlan, local: Path, directory: str
+    ) -> None:
+        self._work, self._plan = work, plan
+        self._local, self._directory = local, directory
+        self._corpus = work.corpora[plan.source]
+        columns = self._corpus.columns
+        self._template = caption_template(columns)
+        schema = self._corpus.source.schema
+        self._where = RowFilter(work.where, schema) if work.where else None
+        self._cleaner = CaptionCleaner(work.text)
+        self._encoder = CaptionEncoder(work.tokenizer)
+        self._writers: dict[str, ShardWriter] = {}
+        self._signatures: list[tuple[Any, ...]] = []
+        self._accounting = Accounting()
+        self._tally = Tally()
+        self._rows = 0
+        self._before: Counter[str] = Counter()
 
-def _grouped(work: Work, inputs: RangeInputs) -> Iterator[list[Mapping[str, Any]]]:
-    """The rows of each input."""
-    rows = iter(inputs.rows.rows(work.columns.sample))
-    for count in inputs.row_counts:
-        yield list(islice(rows, int(count)))
-
-
-def _process(
-    work: Work,
-    inputs: RangeInputs,
-    position: int,
-    rows: list[Mapping[str, Any]],
-    writer: ShardWriter,
-    encoder: CaptionEncoder,
-) -> Accounting:
-    """Write one input's sample or rejection, and say what it counts as."""
-    locator = inputs.locators[position]
-    uid = sample_uid(work.source_name, locator)
-    row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
-    row |= {
-        "key": sample_key(inputs.number, position),
-        "uid": f"{uid:016x}",
-        "url": locator,
-        "source": work.source_name,
-        "split": writer.split,
-        **{name: _text(rows[0][name]) for name in work.columns.keep},
-    }
-    if inputs.duplicate[position]:
-        writer.reject(row | {"status": "duplicate"})
-        return Accounting(inputs=1, duplicates=1)
-    plain = dict(row)
-    try:
-        sample = _sample(work, rows, row, uid, encoder)
-    except Rejected as cause:
-        detail = cause.detail[:_DETAIL] or None
-        writer.reject(
-            row | {"status": cause.status, "reason": cause.reason, "detail": detail}
+    def run(self, report: Report) -> StagedRange:
+        """Process every input, and close the files."""
+        with ImageReader(
+            self._work.fetch,
+            base=self._corpus.source.base,
+            max_bytes=self._work.image.max_bytes,
+            image_list=self._corpus.columns.image_list,
+        ) as reader:
+            for chunk in _batched(self._read(reader), CHUNK):
+                self._write(chunk)
+                self._tally.retried = Counter(reader.retried)
+                report(self._tally.plain())
+        staged: dict[str, StagedShard | None] = {
+            split: self._writers[split].close() for split in sorted(self._writers)
+        }
+        self._save_signatures()
+        return StagedRange(
+            number=self._plan.number,
+            directory=self._directory,
+            rows=self._rows,
+            accounting=self._accounting,
+            shards=tuple(shard for shard in staged.values() if shard is not None),
+            rejected={
+                split: self._writers[split].table_sha256
+                for split, shard in staged.items()
+                if shard is None
+            },
+            retried=dict(sorted(self._before.items())),
         )
-        counts = {cause.reason: 1}
-        if cause.status == "filtered":
-            return Accounting(inputs=1, filtered=counts)
-        return Accounting(inputs=1, failed=counts)
-    if inputs.copied[position]:
-        writer.reject(plain | {"status": "duplicate"})
-        return Accounting(inputs=1, duplicates=1)
-    writer.add(sample, row)
-    return Accounting(inputs=1, written=1)
+
+    def _read(
+        self, reader: ImageReader
+    ) -> Iterator[tuple[_Prepared, bytes | ImageError | None]]:
+        """Inputs in order, with the bytes of those that are not rejected already. The
+        reader looks ahead, so inputs wait here for their bytes.
+        """
+        waiting: deque[_Prepared] = deque()
+
+        def cells() -> Iterator[Cell]:
+            for prepared in self._prepared():
+                waiting.append(prepared)
+                if prepared.rejected is None:
+                    yield prepared.cell
+
+        for data in reader.read(cells()):
+            while (prepared := waiting.popleft()).rejected is not None:
+                yield prepared, None
+            yield prepared, data
+        for prepared in waiting:
+            yield prepared, None
+
+    def _prepared(self) -> Iterator[_Prepared]:
+        position = 0
+        for chunk in _batched(self._inputs(), CHUNK):
+            prepared = [
+                self._prepare(position + place, *given)
+                for place, given in enumerate(chunk)
+            ]
+            position += len(chunk)
+            self._tokenize(prepared)
+            self._select(prepared)
+            yield from prepared
+
+    def _inputs(self) -> Iterator[tuple[Input, str | None]]:
+        """Every input, and the key of its failed attempt where it is tried again."""
+        if not self._plan.retried:
+            for given in self._of(self._plan):
+                yield given, None
+            return
+        for part in self._plan.retried:
+            keys = dict(zip(part.positions, part.keys, strict=True))
+            self._before.update(part.reasons)
+            last = part.positions[-1]
+            for position, given in enumerate(islice(self._of(part.range), last + 1)):
+                if position in keys:
+                    yield given, keys[position]
+
+    def _of(self, plan: RangePlan) -> Iterator[Input]:
+        corpus = self._corpus
+        names = corpus.columns.sample + corpus.grouping.all_columns
+        names += self._where.columns if self._where else ()
+        rows = corpus.source.rows(tuple(dict.fromkeys(names)), plan.start, plan.stop)
+        return corpus.grouping.inputs(rows, plan.first_row)
+
+    def _prepare(self, position: int, given: Input, retry_of: str | None) -> _Prepared:
+        """What is known of an input from its rows."""
+        self._rows += len(given.rows)
+        columns, first = self._corpus.columns, given.rows[0]
+        kept = {name: _text(first[name]) for name in columns.keep}
+        url = _text(first[columns.url]) if columns.url else ""
+        row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
+        row |= {
+            "key": sample_key(self._plan.number, position),
+            "uid": f"{given.uid:016x}",
+            "url": url or given.locator,
+            "source": self._corpus.name,
+            "split": given.split,
+            "retry_of": retry_of,
+            **kept,
+        }
+        sha256 = _text(first[columns.sha256]) if columns.sha256 else None
+        prepared = _Prepared(
+            position=position,
+            given=given,
+            row=row,
+            cell=Cell(value=first[columns.image], sha256=sha256 or None),
+            columns={n: first[n] for n in columns.sample if n != columns.image},
+        )
+        try:
+            self._check_rows(given)
+            cells = caption_cells(given.rows, columns, self._template)
+            prepared.captions, reason = self._cleaner.clean(cells)
+            if reason is not None:
+                raise Rejected("filtered", reason)
+        except Rejected as rejected:
+            prepared.rejected = rejected
+        return prepared
+
+    def _check_rows(self, given: Input) -> None:
+        columns = self._corpus.columns
+        for name in columns.sample:
+            if any(isinstance(cells[name], BadText) for cells in given.rows):
+                raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
+        first = given.rows[0][columns.image]
+        if any(cells[columns.image] != first for cells in given.rows[1:]):
+            raise Rejected("failed", "images_differ", "rows of one id differ in image")
+        if not given.has_split:
+            raise Rejected("failed", "missing_split", "the split column is empty")
+
+    def _tokenize(self, chunk: Sequence[_Prepared]) -> None:
+        """Ids of all captions of the chunk at once."""
+        alive = [prepared for prepared in chunk if prepared.rejected is None]
+        encoded = self._encoder.encode_batch([one.captions for one in alive])
+        for prepared, (captions, ids) in zip(alive, encoded, strict=True):
+            prepared.captions, prepared.ids = captions, ids
+            if not captions:
+                prepared.rejected = Rejected("filtered", "empty_caption")
+                continue
+            prepared.row |= {
+                "caption": captions[0],
+                "captions": captions,
+                "n_captions": len(captions),
+                "n_tokens": len(ids),
+            }
+
+    def _select(self, chunk: Sequence[_Prepared]) -> None:
+        """The filters that need no image."""
+        alive = [prepared for prepared in chunk if prepared.rejected is None]
+        matched = [True] * len(alive)
+        if self._where and alive:
+            matched = self._where.matches([one.given.rows[0] for one in alive])
+        sep = self._work.tokenizer.info.special_ids["sep"]
+        for prepared, matches in zip(alive, matched, strict=True):
+            reason = self._work.uids.reason(prepared.given.uid)
+            if not matches:
+                reason = "where"
+            try:
+                if reason is not None:
+                    raise Filtered(reason, "")
+                ends = np.flatnonzero(prepared.ids == sep)
+                lengths = np.diff(ends, prepend=-1) - 1
+                check_tokens(lengths.tolist(), self._work.filter)
+            except Filtered as filtered:
+                prepared.rejected = Rejected(
+                    "filtered", filtered.reason, filtered.detail
+                )
+
+    def _write(
+        self, chunk: Sequence[tuple[_Prepared, bytes | ImageError | None]]
+    ) -> None:
+        """Decode a chunk, and write its samples and rejections in order."""
+        requests = [
+            Request(data=data, captions=one.captions, columns=one.columns)
+            for one, data in chunk
+            if isinstance(data, bytes)
+        ]
+        try:
+            results = iter(
+                _decoder(self._work.image, self._work.filter).encode(requests)
+            )
+        except Exception as error:
+            raise _named(chunk, error) from error
+        for prepared, data in chunk:
+            outcome: EncodedImage | ImageError | Filtered | None = None
+            if isinstance(data, bytes):
+                prepared.row["sha256"] = hashlib.sha256(data).hexdigest()
+                self._tally.read_bytes += len(data)
+                outcome = next(results)
+            elif isinstance(data, ImageError):
+                outcome = data
+            self._count(prepared, outcome)
+
+    def _count(
+        self,
+        prepared: _Prepared,
+        outcome: EncodedImage | ImageError | Filtered | None,
+    ) -> None:
+        rejected = prepared.rejected
+        if isinstance(outcome, ImageError):
+            rejected = Rejected("failed", outcome.reason, outcome.detail)
+        elif isinstance(outcome, Filtered):
+            rejected = Rejected("filtered", outcome.reason, outcome.detail)
+        split = prepared.given.split
+        if split not in self._writers:
+            keep = self._corpus.columns.keep
+            form = self._work.image.format
+            self._writers[split] = ShardWriter(self._local, split, keep, form)
+        self._tally.done += 1
+        if isinstance(outcome, EncodedImage):
+            self._add(prepared, outcome, self._writers[split])
+            return
+        assert rejected is not None
+        counts = {rejected.reason: 1}
+        if rejected.status == "failed":
+            self._tally.failed.update(counts)
+            self._accounting += Accounting(inputs=1, failed=counts)
+        else:
+            self._tally.filtered.update(counts)
+            self._accounting += Accounting(inputs=1, filtered=counts)
+        self._writers[split].reject(
+            prepared.row
+            | {
+                "status": rejected.status,
+                "reason": rejected.reason,
+                "detail": rejected.detail[:_DETAIL] or None,
+            }
+        )
+
+    def _add(
+        self, prepared: _Prepared, image: EncodedImage, writer: ShardWriter
+    ) -> None:
+        row = prepared.row
+        row |= {
+            "status": "success",
+            "width": image.width,
+            "height": image.height,
+            "original_width": image.original_width,
+            "original_height": image.original_height,
+            "jpg_bytes": len(image.data),
+            "dhash": image.dhash,
+            "pixels_sha256": image.pixels_sha256,
+            "exif": image.exif,
+        }
+        names = (*JSON_KEYS, *self._corpus.columns.keep)
+        self._tally.written_bytes += writer.add(
+            Sample(
+                key=row["key"],
+                uid=prepared.given.uid,
+                ids=prepared.ids,
+                image=image.data,
+                width=image.width,
+                height=image.height,
+                captions=prepared.captions,
+                json={name: row[name] for name in names},
+            ),
+            row,
+        )
+        self._tally.written += 1
+        self._accounting += Accounting(inputs=1, written=1)
+        place = self._work.split_names.index(prepared.given.split)
+        self._signatures.append(signature(prepared.position, place, row))
+
+    def _save_signatures(self) -> None:
+        array = np.array(self._signatures, dtype=compare.SIGNATURE_DTYPE)
+        file = io.BytesIO()
+        np.save(file, array, allow_pickle=False)
+        (self._local / SIGNATURES).write_bytes(file.getvalue())
 
 
-def _sample(
-    work: Work,
-    rows: list[Mapping[str, Any]],
-    row: dict[str, Any],
-    uid: int,
-    encoder: CaptionEncoder,
-) -> Sample:
-    """The input's sample; fills in `row` as far as it gets.
-
-    Raises:
-        Rejected: with the reason that is counted.
-    """
-    captions, ids = _captions(work, rows, encoder)
-    row |= {"caption": captions[0], "captions": captions, "n_captions": len(captions)}
-    row["n_tokens"] = len(ids)
-    try:
-        data = read_image(rows[0][work.columns.image], work.folder)
-        row["sha256"] = hashlib.sha256(data).hexdigest()
-        image = encode_image(data, work.image)
-    except ImageError as error:
-        raise Rejected("failed", error.reason, error.detail) from error
-    row |= {
-        "status": "success",
-        "width": image.width,
-        "height": image.height,
-        "original_width": image.original_width,
-        "original_height": image.original_height,
-        "jpg_bytes": len(image.jpeg),
-        "dhash": image.dhash,
-        "exif": image.exif,
-    }
-    names = (*_JSON_KEYS, *work.columns.keep)
-    return Sample(
-        key=row["key"],
-        uid=uid,
-        ids=ids,
-        jpeg=image.jpeg,
-        width=image.width,
-        height=image.height,
-        captions=captions,
-        json={name: row[name] for name in names},
+def signature(position: int, split: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A record of `compare.SIGNATURE_DTYPE` from the row of a sample."""
+    caption = hashlib.sha256(row["caption"].encode()).digest()
+    return (
+        position,
+        int(row["uid"], 16),
+        split,
+        _words(bytes.fromhex(row["sha256"])),
+        _words(bytes.fromhex(row["pixels_sha256"])),
+        int(row["dhash"], 16),
+        int.from_bytes(caption[:8], "little"),
     )
 
 
-def _captions(
-    work: Work, rows: list[Mapping[str, Any]], encoder: CaptionEncoder
-) -> tuple[list[str], np.ndarray]:
-    """Captions and ids of an input: every check that needs no image.
-
-    Raises:
-        Rejected: with the reason that is counted.
-    """
-    images = [cells[work.columns.image] for cells in rows]
-    if any(cell != images[0] for cell in images):
-        raise Rejected("failed", "images_differ", "rows of one id have several images")
-    for name in work.columns.sample:
-        if any(isinstance(cells[name], BadText) for cells in rows):
-            raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
-    cells = [cells[name] for cells in rows for name in work.columns.captions]
-    captions, ids = encoder.encode(clean_captions(cells))
-    if not captions:
-        raise Rejected("filtered", "empty_caption")
-    return captions, ids
+def _words(digest: bytes) -> tuple[int, int]:
+    return (
+        int.from_bytes(digest[:8], "little"),
+        int.from_bytes(digest[8:16], "little"),
+    )
 
 
 # img2dataset's names where it has them, in its order, then ours.
-_JSON_KEYS = (
+JSON_KEYS = (
     *("key", "url", "caption", "status", "width", "height"),
     *("original_width", "original_height", "exif", "sha256"),
     *("captions", "source", "uid"),
 )
+
+
+def _named(chunk: Sequence[tuple[_Prepared, Any]], error: Exception) -> Exception:
+    """An exception that nobody foresaw, with the inputs that it may be about."""
+    first, last = chunk[0][0], chunk[-1][0]
+    cause = str(error) if isinstance(error, OSError) else repr(error)
+    kind = OSError if isinstance(error, OSError) else RuntimeError
+    return kind(
+        f"inputs {first.row['key']} to {last.row['key']} "
+        f"({first.given.locator} ...): {cause}"
+    )
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def _text(value: Any) -> str:

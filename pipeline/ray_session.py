@@ -1,6 +1,6 @@
 """Where tasks run: a Ray of our own on this machine, or the cluster we are part of.
 
-Owns starting, joining and leaving Ray, and running one task per range within a bound.
+Owns starting, joining and leaving Ray, and running tasks within a bound.
 Does not own what a task does (`pipeline.ranges`) or what its result is for
 (`pipeline.run`).
 """
@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.plan import RangeInputs
-from pipeline.ranges import Work
+from pipeline.ranges import Report, Work
+from pipeline.staging import STATE
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     import ray
 
 ResultT = TypeVar("ResultT")
+# Gets the last report of every task under way, by number.
+Poll = Callable[[Mapping[int, Mapping[str, Any]]], None]
 # Set by `ray job submit` for the driver, whose working directory is a temporary copy.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # A cluster that scales looks at waiting tasks, so some must wait even on no CPUs.
@@ -34,18 +37,74 @@ _ATTEMPTS = 4
 _REPORT_SECONDS = 0.5
 _POLL_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 60.0
+# More tasks than this are never under way on a cluster.
+_BOARD_SIZE = 4096
+STAGING = f"{STATE}/staging"
 
 
 def refuse_relative_in_job(output: str) -> None:
     """Raise ValueError where a relative output would lie in a job's temporary copy of
     the working directory, and be lost with it.
     """
-    if _JOB_VARIABLE in os.environ and not Path(output).is_absolute():
+    local = "://" not in output
+    if _JOB_VARIABLE in os.environ and local and not Path(output).is_absolute():
         raise ValueError(
             f"--output {output} is relative, and inside a Ray job that means a "
             "temporary copy of the working directory; give an absolute path that every "
-            "node sees"
+            "node sees, or a URL such as s3://bucket/folder"
         )
+
+
+def refuse_unshared(storage: Storage) -> None:
+    """Raise ValueError where a node of the cluster does not see the output: every node
+    must read back what this process wrote, and the other way round.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2 and not os.environ.get("RAY_ADDRESS"):
+        return
+    token = secrets.token_hex(8)
+    name = f"{STAGING}/probe-{token}"
+    storage.write(name, token.encode())
+    try:
+        probe: Any = ray.remote(_probe).options(num_cpus=0)
+        answers = {
+            node["NodeManagerHostname"]: probe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    node["NodeID"], soft=False
+                )
+            ).remote(storage, name, token)
+            for node in nodes
+        }
+        for host, answer in answers.items():
+            if not _answer(answer):
+                raise ValueError(
+                    f"--output {storage.url} is not the same folder on node {host}: "
+                    "what one node writes the others must read; give a folder that all "
+                    "nodes share, or a URL such as s3://bucket/folder"
+                )
+    finally:
+        storage.remove(name)
+
+
+def _probe(storage: Storage, name: str, token: str) -> bool:
+    try:
+        return storage.read(name) == token.encode()
+    except (OSError, ValueError):
+        return False
+
+
+def _answer(reference: ray.ObjectRef) -> bool:
+    import ray
+
+    try:
+        return bool(ray.get(reference, timeout=_PROBE_SECONDS))
+    except (ray.exceptions.RayError, TimeoutError):
+        # A node that is gone or busy has not said that it sees anything else.
+        return True
 
 
 @contextlib.contextmanager
@@ -73,56 +132,64 @@ def session(workers: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def map_ranges(
-    function: Callable[[Work, RangeInputs, Callable[[int, int], None]], ResultT],
+def map_tasks(
+    function: Callable[[Work, Any, Report], ResultT],
     work: Work,
-    ranges: Iterable[RangeInputs],
+    items: Iterable[tuple[int, Any]],
     *,
     workers: int | None,
-    poll: Callable[[Mapping[int, tuple[int, int]]], None],
+    poll: Poll | None,
 ) -> Iterator[ResultT]:
-    """Run `function` on every range as a Ray task, yielding results in that order.
+    """Run `function(work, item, report)` on every `(number, item)` as a Ray task,
+    yielding results in the order of the items.
 
-    At most a bounded number of ranges is under way, ranges that wait for an earlier one
-    to be yielded included. Tasks whose worker dies are run again. `poll` gets
-    `{range: (done, failed)}` a few times a second.
+    At most a bounded number is under way, those that wait for an earlier one to be
+    yielded included. Tasks whose worker dies are run again. `poll`, where there is one,
+    gets the last report of every task under way, by number, a few times a second.
     """
     import ray
 
-    board: Any = ray.remote(_Board).options(num_cpus=0).remote()
+    board: Any = None
+    if poll is not None:
+        board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
     shared = ray.put(work)
     remote: Any = ray.remote(_run_task).options(num_cpus=1, max_retries=_ATTEMPTS - 1)
     pending: dict[ray.ObjectRef, int] = {}
     finished: dict[int, Any] = {}
-    queue = iter(ranges)
+    queue = iter(items)
     upcoming = next(queue, None)
     turns: deque[int] = deque()
     while upcoming or pending or finished:
         while upcoming and len(pending) + len(finished) < _window(workers):
-            pending[remote.remote(function, shared, upcoming, board)] = upcoming.number
-            turns.append(upcoming.number)
+            number, item = upcoming
+            pending[remote.remote(function, shared, item, number, board)] = number
+            turns.append(number)
             upcoming = next(queue, None)
         ready, _ = (
             ray.wait(list(pending), timeout=_POLL_SECONDS) if pending else ([], [])
         )
         for reference in ready:
             finished[pending.pop(reference)] = _result(reference)
-        poll(_counts(board))
+        if poll is not None:
+            waiting, tallies = set(turns), _tallies(board)
+            poll({number: tallies[number] for number in tallies if number in waiting})
         while turns and turns[0] in finished:
             yield finished.pop(turns.popleft())
 
 
 class _Board:
-    """Progress of ranges under way; losing it loses only the look of the bar."""
+    """Progress of tasks under way; losing it loses only the look of the bar."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, tuple[int, int]] = {}
+        self._tallies: dict[int, Mapping[str, Any]] = {}
 
-    def report(self, number: int, done: int, failed: int) -> None:
-        self._counts[number] = (done, failed)
+    def report(self, number: int, tally: Mapping[str, Any]) -> None:
+        self._tallies[number] = tally
+        if len(self._tallies) > _BOARD_SIZE:
+            del self._tallies[min(self._tallies)]
 
-    def counts(self) -> dict[int, tuple[int, int]]:
-        return self._counts
+    def tallies(self) -> dict[int, Mapping[str, Any]]:
+        return self._tallies
 
 
 def _refuse_dead_end(address: str) -> None:
@@ -152,20 +219,21 @@ def _set_environment(*, local: bool) -> None:
 
 
 def _run_task(
-    function: Callable[[Work, RangeInputs, Callable[[int, int], None]], ResultT],
+    function: Callable[[Work, Any, Report], ResultT],
     work: Work,
-    inputs: RangeInputs,
+    item: Any,
+    number: int,
     board: Any,
 ) -> ResultT:
     last = 0.0
 
-    def report(done: int, failed: int) -> None:
+    def report(tally: Mapping[str, Any]) -> None:
         nonlocal last
-        if time.monotonic() - last > _REPORT_SECONDS or done == len(inputs.locators):
+        if board is not None and time.monotonic() - last > _REPORT_SECONDS:
             last = time.monotonic()
-            board.report.remote(inputs.number, done, failed)
+            board.report.remote(number, tally)
 
-    return function(work, inputs, report)
+    return function(work, item, report)
 
 
 def _window(workers: int | None) -> int:
@@ -178,11 +246,11 @@ def _window(workers: int | None) -> int:
     return 2 * (workers or cpus)
 
 
-def _counts(board: Any) -> Mapping[int, tuple[int, int]]:
+def _tallies(board: Any) -> Mapping[int, Mapping[str, Any]]:
     import ray
 
     try:
-        return ray.get(board.counts.remote(), timeout=_POLL_SECONDS)
+        return ray.get(board.tallies.remote(), timeout=_POLL_SECONDS)
     except (ray.exceptions.RayError, TimeoutError):
         return {}
 

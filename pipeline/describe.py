@@ -1,0 +1,191 @@
+"""What a run is, told from its configuration and its corpora: nothing is written here.
+
+Owns opening the corpora with their columns, and the transform: everything that decides
+bytes, which a dataset carries and a resuming driver compares. Does not own the keys
+(`pipeline.options`) or the order of a run (`pipeline.run`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from pipeline.columns import Columns, holds_paths, resolve_columns
+from pipeline.filters import UidLists, load_uids
+from pipeline.grouping import Grouping
+from pipeline.images import codec_versions
+from pipeline.manifest import SCHEMA_VERSION, canonical_json
+from pipeline.options import InputOptions, PreprocessConfig
+from pipeline.plan import Corpus, Plan
+from pipeline.sources import NeedsSpool, Source, open_source
+from pipeline.storage import open_file
+from pipeline.tokenizer import StoredTokenizer
+from pipeline.where import RowFilter
+
+# What of the configuration decides no byte.
+_FREE = {
+    "image": ("time_limit_s", "memory_limit_mb"),
+    "dedup": ("bucket_mb",),
+    "shard": (),
+}
+
+
+def open_corpora(config: PreprocessConfig) -> tuple[Corpus, ...]:
+    """Open every input and find its columns.
+
+    Raises:
+        ValueError: an input, a column, or the condition of `--where` is not usable.
+    """
+    return tuple(_open(config, given) for given in config.inputs)
+
+
+def load_uid_lists(config: PreprocessConfig) -> UidLists:
+    """The uids of `--allow_uids` and `--deny_uids`.
+
+    Raises:
+        ValueError: a list cannot be read, or a line is no uid.
+    """
+    return UidLists(
+        allow=load_uids(config.allow_uids) if config.allow_uids else None,
+        deny=load_uids(config.deny_uids) if config.deny_uids else None,
+    )
+
+
+def transform_of(
+    config: PreprocessConfig, corpora: Sequence[Corpus], tokenizer: StoredTokenizer
+) -> dict[str, Any]:
+    """Everything that decides bytes: no folders, no times, no worker counts."""
+    trained = config.trained_vocabulary is not None
+    transform: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "sources": {corpus.name: _source(corpus) for corpus in corpora},
+        "limit": config.limit,
+        "sample": config.sample,
+        "where": config.where,
+        "uids": {
+            "allow": _digest(config.allow_uids),
+            "deny": _digest(config.deny_uids),
+        },
+        "group": config.group,
+        "text": asdict(config.text),
+        "filter": asdict(config.filter),
+        "shard": asdict(config.shard),
+        "split": {"val": config.split.val},
+        "tokenizer": {
+            "made": config.tokenizer if trained else "loaded",
+            "sha256": tokenizer.info.sha256,
+        },
+        "versions": {
+            **codec_versions(),
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    for group in ("image", "dedup"):
+        values = asdict(getattr(config, group))
+        transform[group] = {
+            key: value for key, value in values.items() if key not in _FREE[group]
+        }
+    return _plain(transform)
+
+
+def description_of(
+    plan: Plan, corpora: Sequence[Corpus], transform: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `plan.json` says, so that a later driver can tell whether it is its own."""
+    text = canonical_json(transform)
+    return {
+        "inputs": plan.n_inputs,
+        "ranges": plan.n_ranges,
+        "sources": {corpus.name: corpus.weight for corpus in corpora},
+        "splits": list(plan.split_names),
+        "transform": transform,
+        "transform_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def grouping_of(
+    config: PreprocessConfig,
+    name: str,
+    source: Source | NeedsSpool,
+    columns: Columns,
+) -> Grouping:
+    """The rule by which rows of a source are inputs."""
+    key = columns.id or (columns.image if holds_paths(source.schema, columns) else None)
+    return Grouping(
+        source_name=name,
+        key=key,
+        split=columns.split,
+        group=columns.group,
+        val=config.split.val,
+        sample=config.sample,
+    )
+
+
+def _open(config: PreprocessConfig, given: InputOptions) -> Corpus:
+    columns_given = given.columns or config.columns
+    group_by = None
+    if config.group:
+        group_by = columns_given.id or columns_given.image
+        if group_by is None:
+            plain = open_source(given)
+            columns = resolve_columns(
+                plain.schema, columns_given, config.split, plain.default_columns
+            )
+            group_by = columns.id or columns.image
+    source = open_source(given, group_by=group_by)
+    columns = resolve_columns(
+        source.schema, columns_given, config.split, source.default_columns
+    )
+    if config.where:
+        # Named now, before anything is written.
+        RowFilter(config.where, source.schema)
+    grouping = grouping_of(config, given.source_name, source, columns)
+    if config.group and grouping.key is None:
+        raise ValueError(
+            "--group brings rows with one id together, and this corpus has none: its "
+            "images are bytes; name the column with --columns.id"
+        )
+    return Corpus(
+        name=given.source_name,
+        weight=given.weight,
+        given=source,
+        columns=columns,
+        grouping=grouping,
+    )
+
+
+def _source(corpus: Corpus) -> dict[str, Any]:
+    files = {}
+    for file in corpus.given.fingerprint():
+        rest = dict(file)
+        files[rest.pop("file")] = rest
+    return {
+        "format": corpus.given.kind,
+        "files": files,
+        "columns": asdict(corpus.columns),
+        "weight": corpus.weight,
+    }
+
+
+def _digest(url: str | None) -> str | None:
+    if url is None:
+        return None
+    with open_file(url) as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: as JSON gives them back, so that stored and new compare."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,241 @@
+"""What a run would read and write, from a few of its inputs: `--dry_run`.
+
+Owns the sample and the figures that are drawn from it, and picking `shard.samples` for
+`--shard.bytes`. Nothing is written but in a temporary folder that is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import compare
+from pipeline.captions import CaptionCleaner
+from pipeline.describe import load_uid_lists, open_corpora
+from pipeline.manifest import Accounting
+from pipeline.options import PreprocessConfig
+from pipeline.plan import (
+    Corpus,
+    Plan,
+    RangePlan,
+    RetriedInputs,
+    make_plan,
+    training_captions,
+)
+from pipeline.progress import duration, reasons
+from pipeline.ranges import Work, write_range
+from pipeline.sources import NeedsSpool
+from pipeline.staging import StagedRange
+from pipeline.storage import Storage, open_storage
+from pipeline.tokenizer import StoredTokenizer, load_tokenizer, train_tokenizer
+
+# Inputs of the sample come from this many places, evenly spaced.
+_PLACES = 8
+_INPUTS_PER_PLACE = 16
+_PILOT_INPUTS = 256
+_SMALL_VOCABULARY = 1000
+_MAX_SAMPLES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would do."""
+
+    plan: Plan
+    corpora: tuple[Corpus, ...]
+    sampled: Accounting
+    bytes_per_input: float
+    """Written bytes, over all inputs of the sample."""
+    seconds_per_input: float
+    """Of one core."""
+
+    def text(self, config: PreprocessConfig, cores: int) -> str:
+        """The estimate for people."""
+        lines = ["dry run: nothing was written", ""]
+        for place, corpus in enumerate(self.corpora):
+            rows = self.plan.table[self.plan.table["source"] == place]
+            columns = corpus.columns
+            captions = columns.template or ", ".join(columns.captions)
+            lines.append(
+                f"source {corpus.name} ({corpus.source.kind}, weight {corpus.weight:g})"
+            )
+            lines.append(f"  inputs    {int(rows['inputs'].sum())}")
+            lines.append(f"  image     column {columns.image!r}")
+            lines.append(f"  captions  {captions!r}")
+            identity = corpus.grouping.key or "the row number"
+            lines.append(f"  identity  {identity!r}")
+        n = self.plan.n_inputs
+        size = n * self.bytes_per_input
+        seconds = n * self.seconds_per_input / cores
+        lines += [
+            f"output {config.output}",
+            f"  splits    {', '.join(reversed(self.plan.split_names))}",
+            f"  shards    up to {self.plan.n_ranges} ranges of {config.shard.samples} "
+            "inputs, a shard for each split of a range",
+            f"  size      about {_size(size)}",
+            f"  time      about {duration(seconds)} on {cores} cores "
+            f"({1 / self.seconds_per_input:.0f} inputs/s per core; starting Ray and "
+            "comparisons not counted)",
+            f"sample of {self.sampled.inputs} inputs",
+            f"  written   {self.sampled.written}",
+        ]
+        for title, counts in (
+            ("filtered", self.sampled.filtered),
+            ("failed", self.sampled.failed),
+        ):
+            if counts:
+                lines.append(f"  {title:<9} {reasons(counts, 10)}")
+        return "\n".join(lines)
+
+
+def estimate(config: PreprocessConfig) -> Estimate:
+    """Plan the whole run, and process a sample of it here.
+
+    Raises:
+        ValueError: as the run itself would before its first shard.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(Path(folder))
+        corpora = _spooled(open_corpora(config), storage)
+        if config.shard.bytes is not None:
+            samples = samples_for(config, corpora)
+            shard = dataclasses.replace(config.shard, samples=samples)
+            config = dataclasses.replace(config, shard=shard)
+        plan = make_plan(corpora, samples=config.shard.samples, limit=config.limit)
+        if not plan.n_inputs:
+            raise ValueError("no inputs: the corpus is empty, or --sample takes none")
+        work = _work(config, corpora, plan, storage)
+        parts = list(_sample(plan))
+        # Starts the decoder, and reads what is read once.
+        _process(work, parts[0])
+        start = time.monotonic()
+        staged = [_process(work, part) for part in parts]
+        took = time.monotonic() - start
+    counts = sum((one.accounting for one in staged), Accounting())
+    size = sum(shard.bytes for one in staged for shard in one.shards)
+    return Estimate(
+        plan=plan,
+        corpora=corpora,
+        sampled=counts,
+        bytes_per_input=size / counts.inputs,
+        seconds_per_input=took / counts.inputs,
+    )
+
+
+def samples_for(config: PreprocessConfig, corpora: tuple[Corpus, ...]) -> int:
+    """Inputs per shard so that a full one has about `shard.bytes`, from the first
+    inputs of the corpus: always the same ones.
+    """
+    assert config.shard.bytes is not None
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(Path(folder))
+        corpora = _spooled(corpora, storage)
+        plan = make_plan(corpora, samples=_PILOT_INPUTS, limit=_PILOT_INPUTS)
+        work = _work(config, corpora, plan, storage)
+        parts = [plan.range(number) for number in range(plan.n_ranges)]
+        staged = [_process(work, part) for part in parts]
+    counts = sum((one.accounting for one in staged), Accounting())
+    size = sum(shard.bytes for one in staged for shard in one.shards)
+    if not size:
+        raise ValueError(
+            f"--shard.bytes: none of the first {counts.inputs} inputs makes a sample, "
+            "so there is nothing to measure; give --shard.samples"
+        )
+    return max(1, min(_MAX_SAMPLES, config.shard.bytes * counts.inputs // size))
+
+
+def cores_of(config: PreprocessConfig) -> int:
+    """Cores that a run would have: of the cluster only what `--workers` says."""
+    return config.workers or os.cpu_count() or 1
+
+
+def _sample(plan: Plan) -> Iterator[RangePlan]:
+    places = min(_PLACES, plan.n_ranges)
+    for number in range(places):
+        part = plan.range(number * plan.n_ranges // places)
+        count = min(part.inputs, _INPUTS_PER_PLACE * _PLACES // places)
+        yield RangePlan(
+            number=number,
+            source=part.source,
+            start=0,
+            stop=0,
+            first_row=0,
+            inputs=count,
+            retried=(
+                RetriedInputs(
+                    range=part,
+                    positions=tuple(range(count)),
+                    keys=("",) * count,
+                    reasons=("",) * count,
+                ),
+            ),
+        )
+
+
+def _process(work: Work, part: RangePlan) -> StagedRange:
+    staged = write_range(work, part, _no_report)
+    # The next look at this range must process it anew.
+    work.storage.remove_tree(".palimpsest/candidates")
+    return staged
+
+
+def _no_report(tally: Mapping[str, object]) -> None:
+    del tally
+
+
+def _work(
+    config: PreprocessConfig,
+    corpora: tuple[Corpus, ...],
+    plan: Plan,
+    storage: Storage,
+) -> Work:
+    nothing = compare.Comparison(
+        identity=False, inputs=plan.n_inputs, ranges=plan.n_ranges, memory=1
+    )
+    return Work(
+        storage=storage,
+        corpora=corpora,
+        split_names=plan.split_names,
+        image=config.image,
+        text=config.text,
+        filter=config.filter,
+        fetch=config.fetch,
+        where=config.where,
+        uids=load_uid_lists(config),
+        tokenizer=_tokenizer(config, corpora),
+        comparison=nothing,
+        watched=False,
+    )
+
+
+def _tokenizer(
+    config: PreprocessConfig, corpora: tuple[Corpus, ...]
+) -> StoredTokenizer:
+    """The tokenizer, or one trained on the pilot alone where it is to be trained."""
+    if config.trained_vocabulary is None:
+        return load_tokenizer(config.tokenizer)
+    pilot = make_plan(corpora, samples=_PILOT_INPUTS, limit=_PILOT_INPUTS)
+    captions = training_captions(pilot, corpora, CaptionCleaner(config.text))
+    return train_tokenizer(captions, min(_SMALL_VOCABULARY, config.trained_vocabulary))
+
+
+def _spooled(corpora: tuple[Corpus, ...], storage: Storage) -> tuple[Corpus, ...]:
+    return tuple(
+        dataclasses.replace(one, given=one.given.spooled(storage, one.name))
+        if isinstance(one.given, NeedsSpool)
+        else one
+        for one in corpora
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit holds anything")

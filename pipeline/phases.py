@@ -1,0 +1,431 @@
+"""The phases of a run, under its lease: from a plan to a manifest.
+
+Owns which tasks run in which order, and what the driver does with their results. Does
+not own the checks before (`pipeline.run`), the tasks (`pipeline.ranges`,
+`pipeline.compare`, `pipeline.settle`) or the records (`pipeline.dataset`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import compare
+from pipeline.captions import CaptionCleaner
+from pipeline.dataset import DatasetWriter, shards_of
+from pipeline.describe import (
+    description_of,
+    load_uid_lists,
+    transform_of,
+)
+from pipeline.lease import Lease
+from pipeline.manifest import (
+    SPECIAL_TOKENS,
+    Accounting,
+    Manifest,
+)
+from pipeline.options import PreprocessConfig
+from pipeline.plan import Corpus, Plan, RangePlan, make_plan, training_captions
+from pipeline.progress import Progress, ProgressFile, duration, reasons, say
+from pipeline.ranges import Report, Work, write_range
+from pipeline.ray_metrics import Metrics
+from pipeline.ray_session import (
+    Poll,
+    map_tasks,
+    refuse_unshared,
+    session,
+)
+from pipeline.retry import begin_retry, failed_rows, pending_ranges
+from pipeline.settle import place_range, settle_range, store_committed
+from pipeline.sources import NeedsSpool
+from pipeline.staging import COMPARE, StagedRange
+from pipeline.tokenizer import StoredTokenizer, train_tokenizer
+
+_MANIFEST_SECONDS = 10.0
+
+
+class Run:
+    """One driver's way from a plan to a manifest, under its lease."""
+
+    def __init__(
+        self,
+        config: PreprocessConfig,
+        writer: DatasetWriter,
+        lease: Lease,
+        file: ProgressFile,
+        corpora: tuple[Corpus, ...],
+    ) -> None:
+        self._config, self._writer, self._lease = config, writer, lease
+        self._file, self._corpora = file, corpora
+        self._metrics: Metrics | None = None
+        self.accounting = Accounting()
+
+    def finish(
+        self, stored: Mapping[str, Any] | None, tokenizer: StoredTokenizer | None
+    ) -> Manifest | None:
+        """Go through all phases. None where no input could be kept: then everything
+        that was written is gone again.
+        """
+        self._corpora = spooled(self._corpora, self._writer)
+        config = _with_samples(self._config, self._corpora, stored)
+        plan = self._writer.read_plan(stored) if stored is not None else None
+        if plan is None:
+            plan = self._plan(config)
+        _report_plan(self._corpora, plan)
+        tokenizer = tokenizer or self._trained(config, plan)
+        transform = transform_of(config, self._corpora, tokenizer)
+        described = description_of(plan, self._corpora, transform)
+        with session(config.workers):
+            refuse_unshared(self._writer.storage)
+            self._metrics = Metrics(Path(config.output).name)
+            self._writer.begin(described, plan, tokenizer)
+            work = work_of(config, self._corpora, plan, self._writer, tokenizer)
+            self._process(config, plan, work, described)
+            self.accounting = self._writer.accounting()
+            if not self.accounting.written:
+                self._writer.abandon()
+                return None
+            _refuse_unaccounted(self.accounting, plan)
+            self._lease.check()
+            manifest = self._writer.finish(described, tokenizer)
+            self._file.write(_complete(manifest), final=True)
+            return manifest
+
+    def _plan(self, config: PreprocessConfig) -> Plan:
+        ends = [corpus.source.end for corpus in self._corpora]
+        with Progress(
+            phase="plan", total=sum(ends), file=self._file, unit="rows or bytes"
+        ) as bar:
+            return make_plan(
+                self._corpora,
+                samples=config.shard.samples,
+                limit=config.limit,
+                on_scan=lambda place, cursor: bar.reach(sum(ends[:place]) + cursor),
+            )
+
+    def _trained(self, config: PreprocessConfig, plan: Plan) -> StoredTokenizer:
+        vocabulary = config.trained_vocabulary
+        assert vocabulary is not None
+        start = time.monotonic()
+        cleaner = CaptionCleaner(config.text)
+        captions = training_captions(plan, self._corpora, cleaner)
+        tokenizer = train_tokenizer(captions, vocabulary)
+        size = tokenizer.info.vocab_size
+        if size == len(SPECIAL_TOKENS):
+            raise ValueError(
+                "no caption outside the held-out splits to train a tokenizer on; check "
+                "--columns.caption, or give --tokenizer a directory"
+            )
+        took = duration(time.monotonic() - start)
+        say(f"tokenizer: {size} entries, trained in {took}")
+        return tokenizer
+
+    def _process(
+        self,
+        config: PreprocessConfig,
+        plan: Plan,
+        work: Work,
+        described: Mapping[str, Any],
+    ) -> None:
+        """Bring every range into the dataset."""
+        self._restore(plan, work)
+        if config.retry_failed:
+            self._begin_retry(config, plan, work)
+        retries = pending_ranges(self._writer, plan)
+        done = len(self._writer.records)
+        work = _with_retries(work, retries)
+        todo = [plan.range(number) for number in range(done, plan.n_ranges)]
+        todo += retries[max(0, done - plan.n_ranges) :]
+        if done and todo:
+            total = plan.n_ranges + len(retries)
+            say(f"continuing: {done} of {total} ranges are committed")
+        self._write(work, todo)
+        self._compare(work, done, todo)
+        settled = self._settle(work, todo)
+        self._place(plan, work, settled, described, retries)
+
+    def _write(self, work: Work, todo: Sequence[RangePlan]) -> None:
+        before = self._writer.accounting()
+        total = before.inputs + sum(part.inputs for part in todo)
+        with self._progress("preprocess", total, before=before) as bar:
+            results = self._map(
+                write_range, work, ((part.number, part) for part in todo), bar.running
+            )
+            for staged in results:
+                self._lease.check()
+                bar.commit(staged.accounting, _tally(staged), _line(staged))
+
+    def _compare(self, work: Work, done: int, todo: Sequence[RangePlan]) -> None:
+        """Find what is there twice. Steps that are done do nothing."""
+        if not work.comparison.needed or not todo:
+            return
+        if todo[0].retried:
+            self._store_committed(work, done)
+        groups, buckets = work.comparison.groups, work.comparison.buckets
+        steps = ((_scatter, groups), (_match, buckets), (_collect, groups))
+        total = 2 * groups + buckets
+        with self._progress("compare", total, unit="steps") as bar:
+            for function, count in steps:
+                items = ((number, number) for number in range(count))
+                for _ in self._map(function, work, items, None):
+                    self._lease.check()
+                    bar.step()
+
+    def _store_committed(self, work: Work, done: int) -> None:
+        records = self._writer.records[:done]
+        items = [(record.range, (record.range, record.shards)) for record in records]
+        with self._progress("read committed", len(items), unit="ranges") as bar:
+            for _ in self._map(store_committed, work, items, None):
+                bar.step()
+
+    def _settle(self, work: Work, todo: Sequence[RangePlan]) -> list[StagedRange]:
+        """Drop from every range what is there twice."""
+        items = ((part.number, part.number) for part in todo)
+        settled = []
+        with self._progress("settle", len(todo), unit="ranges") as bar:
+            for staged in self._map(settle_range, work, items, None):
+                settled.append(staged)
+                bar.step()
+        return settled
+
+    def _place(
+        self,
+        plan: Plan,
+        work: Work,
+        settled: Sequence[StagedRange],
+        described: Mapping[str, Any],
+        retries: Sequence[RangePlan],
+    ) -> None:
+        """Give the shards their names, and commit range by range."""
+        taken = self._writer.taken()
+        placements = [self._writer.names_for(staged, taken) for staged in settled]
+        items = ((one.number, one) for one in placements)
+        last_manifest = time.monotonic()
+        with self._progress("commit", len(settled), unit="ranges") as bar:
+            placed = self._map(place_range, work, items, None)
+            for placement, _ in zip(placements, placed, strict=True):
+                self._lease.check()
+                number = placement.number
+                source = (
+                    plan.range(number)
+                    if number < plan.n_ranges
+                    else retries[number - plan.n_ranges]
+                ).source
+                shards = shards_of(placement, self._corpora[source].name)
+                self._writer.commit(placement.staged, shards, placement.staged.verdicts)
+                bar.step()
+                # While inputs are tried again, the manifest of before is the truth.
+                due = time.monotonic() - last_manifest > _MANIFEST_SECONDS
+                if due and not retries:
+                    self._writer.write_manifest(
+                        described, work.tokenizer, complete=False
+                    )
+                    last_manifest = time.monotonic()
+
+    def _restore(self, plan: Plan, work: Work) -> None:
+        """Make ranges again whose files somebody removed: the same bytes, by law 4."""
+        damaged = self._writer.damaged_ranges()
+        if not damaged:
+            return
+        say(f"{len(damaged)} committed ranges lack files: they are made again")
+        retries = pending_ranges(self._writer, plan)
+        parts = [
+            plan.range(number)
+            if number < plan.n_ranges
+            else retries[number - plan.n_ranges]
+            for number in damaged
+        ]
+        total = sum(part.inputs for part in parts)
+        with self._progress("restore", total) as bar:
+            items = ((part.number, part) for part in parts)
+            for staged in self._map(write_range, work, items, bar.running):
+                bar.commit(staged.accounting)
+        for staged in self._settle(work, parts):
+            self._lease.check()
+            placement = self._writer.restored(staged)
+            for _ in self._map(place_range, work, [(staged.number, placement)], None):
+                self._writer.storage.remove_tree(staged.directory)
+
+    def _begin_retry(self, config: PreprocessConfig, plan: Plan, work: Work) -> None:
+        """Find what failed, unless a retry that was begun is still to be finished."""
+        retries = pending_ranges(self._writer, plan)
+        if plan.n_ranges + len(retries) > len(self._writer.records):
+            return
+        records = self._writer.records
+        with self._progress("find failed", len(records), unit="ranges") as bar:
+            found = []
+            items = ((record.range, record) for record in records)
+            for rows in self._map(failed_rows, work, items, None):
+                found.append(rows)
+                bar.step()
+        count = begin_retry(self._writer, plan, found, config.shard.samples)
+        say(f"{count} failed inputs to try again" if count else "nothing failed")
+
+    def _progress(
+        self,
+        phase: str,
+        total: int,
+        *,
+        before: Accounting | None = None,
+        unit: str = "inputs",
+    ) -> Progress:
+        watch = self._metrics.update if self._metrics else None
+        return Progress(
+            phase=phase,
+            total=total,
+            file=self._file,
+            before=before,
+            watch=watch,
+            unit=unit,
+        )
+
+    def _map(
+        self, function: Any, work: Work, items: Any, poll: Poll | None
+    ) -> Iterator[Any]:
+        return map_tasks(function, work, items, workers=self._config.workers, poll=poll)
+
+
+def _scatter(work: Work, group: int, report: Report) -> None:
+    del report
+    compare.scatter(work.storage, COMPARE, work.comparison, group)
+
+
+def _match(work: Work, bucket: int, report: Report) -> None:
+    del report
+    compare.match(work.storage, COMPARE, work.comparison, bucket)
+
+
+def _collect(work: Work, group: int, report: Report) -> None:
+    del report
+    compare.collect(work.storage, COMPARE, work.comparison, group)
+
+
+def work_of(
+    config: PreprocessConfig,
+    corpora: tuple[Corpus, ...],
+    plan: Plan,
+    writer: DatasetWriter,
+    tokenizer: StoredTokenizer,
+) -> Work:
+    """What the tasks of a run share."""
+    comparison = compare.Comparison(
+        near=config.dedup.near,
+        exact=config.dedup.exact,
+        splits=len(plan.split_names) > 1,
+        identity=any(corpus.grouping.key is not None for corpus in corpora),
+        caption_repeats=config.dedup.caption_repeats,
+        inputs=plan.n_inputs,
+        ranges=plan.n_ranges,
+        memory=config.dedup.bucket_mb << 20,
+    )
+    return Work(
+        storage=writer.storage,
+        corpora=corpora,
+        split_names=plan.split_names,
+        image=config.image,
+        text=config.text,
+        filter=config.filter,
+        fetch=config.fetch,
+        where=config.where,
+        uids=load_uid_lists(config),
+        tokenizer=tokenizer,
+        comparison=comparison,
+    )
+
+
+def _with_retries(work: Work, retries: Sequence[RangePlan]) -> Work:
+    """The work with a comparison that knows of ranges beyond the corpus's own."""
+    again = sum(part.inputs for part in retries)
+    comparison = dataclasses.replace(
+        work.comparison,
+        inputs=work.comparison.inputs + again,
+        ranges=work.comparison.ranges + len(retries),
+    )
+    return dataclasses.replace(work, comparison=comparison)
+
+
+def spooled(corpora: Sequence[Corpus], writer: DatasetWriter) -> tuple[Corpus, ...]:
+    """The corpora with those sorted first that cannot be read in order as they are."""
+    ready = []
+    for corpus in corpora:
+        given = corpus.given
+        if isinstance(given, NeedsSpool):
+            say(f"{corpus.name}: sorting (once; a later run finds it done)")
+            given = given.spooled(writer.storage, corpus.name)
+        ready.append(dataclasses.replace(corpus, given=given))
+    return tuple(ready)
+
+
+def _with_samples(
+    config: PreprocessConfig,
+    corpora: tuple[Corpus, ...],
+    stored: Mapping[str, Any] | None,
+) -> PreprocessConfig:
+    """The configuration with `shard.samples` picked, where `shard.bytes` was given."""
+    if config.shard.bytes is None:
+        return config
+    if stored is not None:
+        return as_stored(config, stored)
+    from pipeline.estimate import samples_for
+
+    samples = samples_for(config, corpora)
+    say(f"--shard.bytes {config.shard.bytes}: {samples} inputs a shard")
+    shard = dataclasses.replace(config.shard, samples=samples)
+    return dataclasses.replace(config, shard=shard)
+
+
+def _tally(staged: StagedRange) -> dict[str, Any]:
+    return {"written_bytes": sum(shard.bytes for shard in staged.shards)}
+
+
+def _line(staged: StagedRange) -> str:
+    counts = staged.accounting
+    rest = "".join(
+        f", {sum(found.values())} {status} ({reasons(found)})"
+        for status, found in (
+            ("filtered", counts.filtered),
+            ("failed", counts.failed),
+        )
+        if found
+    )
+    return f"range {staged.number:06d}: {counts.written} of {counts.inputs}{rest}"
+
+
+def _refuse_unaccounted(counts: Accounting, plan: Plan) -> None:
+    if counts.inputs != plan.n_inputs:
+        raise ValueError(
+            f"{counts.inputs} of {plan.n_inputs} inputs are accounted for; run the "
+            "same command again"
+        )
+
+
+def _report_plan(corpora: Sequence[Corpus], plan: Plan) -> None:
+    for place, corpus in enumerate(corpora):
+        rows = plan.table[plan.table["source"] == place]
+        say(
+            f"{corpus.name} ({corpus.source.kind}): {int(rows['inputs'].sum())} "
+            f"inputs, {len(rows)} ranges"
+        )
+    if not plan.n_inputs:
+        raise ValueError(
+            "no inputs: the corpus is empty, or --sample takes none of them"
+        )
+
+
+def as_stored(config: PreprocessConfig, stored: Mapping[str, Any]) -> PreprocessConfig:
+    samples = stored["transform"]["shard"]["samples"]
+    shard = dataclasses.replace(config.shard, samples=samples)
+    return dataclasses.replace(config, shard=shard)
+
+
+def _complete(manifest: Manifest) -> dict[str, Any]:
+    """What progress.json says at the end."""
+    return {
+        "phase": "complete",
+        "accounting": asdict(manifest.accounting),
+        "totals": manifest.totals(),
+        "updated": time.time(),
+    }
