@@ -127,11 +127,6 @@ def clean_caption(text: str, *, unescape_html: bool = True) -> str:
     return " ".join(text.split())
 
 
-def clean_captions(values: Iterable[Any]) -> list[str]:
-    """Cleaned captions of an input's cells; empty ones are dropped."""
-    return CaptionCleaner(TextOptions(placeholders=[])).clean(values)[0]
-
-
 class _Placeholders:
     """Captions that say nothing, as listed."""
 

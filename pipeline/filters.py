@@ -21,13 +21,11 @@ import numpy as np
 from pipeline.captions import BadText
 from pipeline.config import nearest
 from pipeline.options import FilterOptions
-from pipeline.where import RowFilter  # noqa: F401
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _REASON = re.compile(r"[a-z0-9_]{1,64}")
-_UID_DIGITS = 16
 # About 60,000 uids.
 _UID_BLOCK = 1 << 20
 
@@ -194,7 +192,7 @@ def _uid_blocks(file: BinaryIO, url: str) -> Iterator[np.ndarray]:
             if word and not re.fullmatch(rb"[0-9a-fA-F]{16}", word):
                 raise ValueError(
                     f"line {number} of {url} is no uid: {word[:40]!r}; every line is "
-                    f"{_UID_DIGITS} hex digits, as in the column uid of a dataset's "
+                    f"16 hex digits, as in the column uid of a dataset's "
                     "parquet files"
                 )
         digits = bytes.fromhex(b"".join(words).decode("ascii"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pipeline.captions import clean_caption, clean_captions
 from pipeline.manifest import SPECIAL_TOKENS, captions_of
 from pipeline.tokenizer import (
     CaptionEncoder,
@@ -90,10 +90,33 @@ def test_captions_without_tokens_are_dropped() -> None:
     assert np.count_nonzero(ids == 3) == 1
 
 
-def test_captions_are_cleaned() -> None:
-    assert clean_caption(" A\tdog\r\n e\u0301\u0007! ") == "A dog \u00e9 !"
-    cells = ["one", None, ["two", "", None, " three "], "  "]
-    assert clean_captions(cells) == ["one", "two", "three"]
+def test_a_batch_gives_every_input_what_it_would_get_alone() -> None:
+    encoder = CaptionEncoder(train_tokenizer(CAPTIONS, 300))
+    batch = [CAPTIONS[:2], [], ["\u200b"], ["\u200b", "a dog", "", "\u0301"], CAPTIONS]
+    together = encoder.encode_batch(batch)
+    assert [kept for kept, _ in together] == [CAPTIONS[:2], [], [], ["a dog"], CAPTIONS]
+    for captions, (kept, ids) in zip(batch, together, strict=True):
+        alone, expected = encoder.encode(captions)
+        assert kept == alone
+        assert ids.dtype == np.uint16
+        assert ids.tolist() == expected.tolist()
+        assert len(captions_of(ids, 3)) == len(kept)
+        assert not len(ids) or ids[-1] == 3
+    assert encoder.encode_batch([]) == []
+
+
+def test_a_caption_in_a_batch_is_neither_padded_nor_cut() -> None:
+    stored = train_tokenizer(CAPTIONS, 300)
+    tokenizer = Tokenizer.from_str(stored.files["tokenizer.json"].decode())
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(3)
+    files = {**stored.files, "tokenizer.json": tokenizer.to_str().encode()}
+    encoder = CaptionEncoder(dataclasses.replace(stored, files=files))
+    for captions in (["a"], ["a dog " * 40]):
+        _, alone = CaptionEncoder(stored).encode(captions)
+        encoded = encoder.encode_batch([["a"], ["a dog " * 40]])
+        ids = [ids.tolist() for kept, ids in encoded if kept == captions]
+        assert ids == [alone.tolist()]
 
 
 _LOAD = """
