@@ -1,0 +1,170 @@
+"""Are the files of a dataset that belong to no shard as they were written?
+
+Owns the manifest and its seal, the files it has digests of, files it does not know, and
+the state below `.palimpsest/` (plan, commit records, verdicts). Does not own shards
+(`pipeline.audit_shard`) or the sums over them (`pipeline.audit`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from pipeline.companions import companion_files
+from pipeline.damages import Damage, first_difference
+from pipeline.manifest import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    Manifest,
+    canonical_json,
+    manifest_from_json,
+    manifest_seal,
+)
+from pipeline.storage import Storage
+
+STATE = ".palimpsest"
+# Digests of everything else in there.
+SEALS = f"{STATE}/files.json"
+# What stays there when a run is over; the rest is staging and leases.
+_LASTING = ("plan", "ranges/", "retries/", "verdicts/", "files.json")
+# A seal that differs in no more characters than this was damaged itself: another
+# manifest would have another digest altogether.
+_SEAL_SLIPS = 8
+
+
+def read_manifest(storage: Storage) -> tuple[Manifest, list[Damage]]:
+    """The manifest of a dataset, also where it does not match its seal, and what is
+    wrong with the two.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or the dataset is unfinished.
+    """
+    try:
+        text = storage.read(MANIFEST)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{storage.url} has no {MANIFEST}: not a finished dataset. Make one with "
+            "`python -m pipeline.preprocess --input ... --output ...`"
+        ) from None
+    damages = list(_check_seal(storage, text))
+    try:
+        manifest = manifest_from_json(json.loads(text))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        if not damages:
+            raise
+        raise ValueError(
+            f"{storage.url}/{MANIFEST} does not match {MANIFEST_SHA256} and cannot be "
+            f"read ({error}): it is damaged. Run the same "
+            "`python -m pipeline.preprocess` again to rewrite both"
+        ) from error
+    if not manifest.complete:
+        raise ValueError(
+            f"{storage.url} is still being written; wait for preprocess, or resume it "
+            "with the same command"
+        )
+    if canonical_json(json.loads(text)).encode() != text:
+        damages = damages or [
+            Damage(path=MANIFEST, offset=None, message="not in canonical form")
+        ]
+    return manifest, damages
+
+
+def _check_seal(storage: Storage, text: bytes) -> Iterator[Damage]:
+    right = manifest_seal(text).encode()
+    try:
+        seal = storage.read(MANIFEST_SHA256)
+    except FileNotFoundError:
+        message = "the file is missing"
+        yield Damage(path=MANIFEST_SHA256, offset=None, message=message)
+        return
+    if seal == right:
+        return
+    place = first_difference(seal, right)
+    slips = sum(a != b for a, b in zip(seal, right, strict=False))
+    if len(seal) == len(right) and slips <= _SEAL_SLIPS:
+        message = f"not the sha256 of {MANIFEST}, but all but equal to it: damaged"
+        yield Damage(path=MANIFEST_SHA256, offset=place, message=message)
+        return
+    message = f"does not match {MANIFEST_SHA256}: one of them is damaged"
+    yield Damage(path=MANIFEST, offset=None, message=message)
+
+
+def check_files(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
+    """Tokenizer, companions and tables of rejected inputs, by their digests."""
+    companions = companion_files(manifest)
+    for name, digest in sorted(manifest.files.items()):
+        try:
+            data = storage.read(name)
+        except FileNotFoundError:
+            yield Damage(path=name, offset=None, message="the file is missing")
+            continue
+        if hashlib.sha256(data).hexdigest() == digest:
+            continue
+        right = companions.get(name, "").encode()
+        known = hashlib.sha256(right).hexdigest() == digest
+        place = first_difference(data, right) if known else None
+        message = "sha256 does not match the manifest"
+        yield Damage(path=name, offset=place, message=message)
+
+
+def check_strays(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
+    """Shards and tables that no record names would be read by all loaders but ours."""
+    known = {name for shard in manifest.shards for name in shard.files.values()}
+    known |= manifest.files.keys()
+    for name in storage.names():
+        read = name.endswith((".tar", ".parquet")) and not name.startswith(f"{STATE}/")
+        if read and name not in known:
+            yield Damage(path=name, offset=None, message="not in the manifest")
+
+
+def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
+    """Plan, commit records and verdicts by the digests that lie beside them."""
+    names = {name for name in storage.names(STATE) if _lasting(name)}
+    if not names:
+        return
+    try:
+        data = storage.read(SEALS)
+    except FileNotFoundError:
+        yield Damage(path=SEALS, offset=None, message="the file is missing")
+        return
+    try:
+        digests = json.loads(data)
+        place = first_difference(data, canonical_json(digests).encode())
+        texts = place is None and all(isinstance(d, str) for d in digests.values())
+    except (ValueError, AttributeError, RecursionError) as error:
+        place, texts = getattr(error, "pos", None), False
+    if not texts:
+        message = "not the digests of the state that were written"
+        yield Damage(path=SEALS, offset=place, message=message)
+        return
+    for name in sorted(names - digests.keys() - {SEALS} - manifest.files.keys()):
+        yield Damage(path=name, offset=None, message=f"not in {SEALS}")
+    for name, digest in digests.items():
+        yield from _check_sealed(storage, name, digest, data)
+
+
+def _lasting(name: str) -> bool:
+    """Is it no trace of a run that was killed, or is under way?"""
+    rest = name.removeprefix(f"{STATE}/")
+    return rest.startswith(_LASTING)
+
+
+def _check_sealed(
+    storage: Storage, name: str, digest: str, seals: bytes
+) -> Iterator[Damage]:
+    try:
+        found = hashlib.sha256(storage.read(name)).hexdigest()
+    except (FileNotFoundError, ValueError):
+        yield Damage(path=name, offset=None, message="the file is missing")
+        return
+    slips = sum(a != b for a, b in zip(found, digest, strict=False))
+    if found == digest:
+        return
+    if slips <= _SEAL_SLIPS and len(found) == len(digest):
+        place = seals.find(digest.encode())
+        message = f"the digest of {name} is damaged"
+        yield Damage(path=SEALS, offset=place, message=message)
+        return
+    message = f"sha256 does not match {SEALS}"
+    yield Damage(path=name, offset=None, message=message)

@@ -1,0 +1,249 @@
+"""Mending a damaged dataset: nothing is guessed, everything has a digest to meet.
+
+Owns rewriting files that follow from sound ones (offsets, index, counts, companions,
+seal), putting damaged files aside in `DATASET.quarantine`, and having the rest made
+again. Does not own finding damage (`pipeline.audit`) or making shards: that is the
+preprocess command, which completes a dataset that lacks files byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.audit_files import read_manifest
+from pipeline.companions import companion_files
+from pipeline.damages import Damage
+from pipeline.manifest import (
+    INDEX_DTYPE,
+    MANIFEST_SHA256,
+    Manifest,
+    Shard,
+    file_sha256,
+    manifest_seal,
+)
+from pipeline.shards import StagedShard, members, shard_stats
+from pipeline.storage import Storage, open_file, open_storage
+from pipeline.tarwalk import index_record, read_spans
+from pipeline.tokenizer import TOKENIZER_JSON, read_tokenizer
+
+Say = Callable[[str], None]
+
+
+def repair(
+    storage: Storage, damages: Sequence[Damage], *, config: str | None, say: Say
+) -> list[str]:
+    """Mend what `damages` name, and return what was done, a line each.
+
+    Args:
+        config: YAML file of the preprocess command; None for what the run's progress
+            file says.
+        say: gets every line at once.
+    """
+    return _Repair(storage, say).run(damages, config)
+
+
+class _Repair:
+    def __init__(self, storage: Storage, say: Say) -> None:
+        self._storage, self._say = storage, say
+        self._manifest, _ = read_manifest(storage)
+        self._shards = {
+            file: (name, shard)
+            for shard in self._manifest.shards
+            for name, file in shard.files.items()
+        }
+        self._done: list[str] = []
+
+    def run(self, damages: Sequence[Damage], config: str | None) -> list[str]:
+        """Rewrite, put aside, restore."""
+        left = []
+        for path in sorted({damage.path for damage in damages}):
+            if self._is_sound(path):
+                self._tell(f"{path}: the file is as it was written, and stays")
+            elif not self._rewrite(path):
+                left.append(path)
+        if left:
+            self._put_aside(left)
+            self._restore(left, config)
+        return self._done
+
+    def _tell(self, line: str) -> None:
+        self._done.append(line)
+        self._say(line)
+
+    def _digest(self, path: str) -> str | None:
+        """What the manifest says about a file."""
+        if path in self._shards:
+            name, shard = self._shards[path]
+            return shard.sha256[name]
+        return self._manifest.files.get(path)
+
+    def _is_sound(self, path: str) -> bool:
+        digest = self._digest(path)
+        try:
+            with self._storage.fetch(path) as local:
+                return digest is not None and file_sha256(local) == digest
+        except (FileNotFoundError, ValueError):
+            # Nor is a folder, or `*.parquet` for all tables, a file to be mended.
+            return False
+
+    def _rewrite(self, path: str) -> bool:
+        """Write a file anew from others, where that gives what the manifest names."""
+        if path == MANIFEST_SHA256:
+            text = self._storage.read("manifest.json")
+            # A seal that is gone or slipped: the manifest was found to be sound.
+            self._storage.write(path, manifest_seal(text).encode())
+            self._tell(f"{path}: rewritten from manifest.json")
+            return True
+        digest = self._digest(path)
+        for origin, make in self._origins(path):
+            try:
+                data = make()
+            except (ValueError, OSError, KeyError):
+                continue
+            if hashlib.sha256(data).hexdigest() == digest:
+                self._storage.write(path, data)
+                self._tell(f"{path}: rewritten from {origin}")
+                return True
+        return False
+
+    def _origins(self, path: str) -> list[tuple[str, Callable[[], bytes]]]:
+        """Where the bytes of a file could come from, and how."""
+        manifest, storage = self._manifest, self._storage
+        folder = manifest.tokenizer.path
+        companions = companion_files(manifest)
+        if path in companions:
+            return [("manifest.json", companions[path].encode)]
+        if path.startswith(f"{folder}/") and not path.endswith(TOKENIZER_JSON):
+            origin = f"{folder}/{TOKENIZER_JSON}"
+            return [(origin, lambda: _tokenizer_file(storage, manifest, path))]
+        if path not in self._shards:
+            return []
+        name, shard = self._shards[path]
+        makers: dict[str, tuple[str, Callable[[], bytes]]] = {
+            "idx": (shard.index, lambda: _offsets(storage, shard)),
+            "index": (shard.name, lambda: _index(storage, manifest, shard)),
+            "stats": (shard.sidecar(".parquet"), lambda: _stats(storage, shard)),
+        }
+        return [makers[name]] if name in makers else []
+
+    def _put_aside(self, paths: Sequence[str]) -> None:
+        """Move damaged files into the quarantine, one folder deep as they lay."""
+        aside = open_storage(f"{self._storage.url}.quarantine")
+        for path in paths:
+            # Names of damages need not be those of files.
+            if path.startswith("*") or self._storage.size(path) is None:
+                continue
+            parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+            with self._storage.fetch(path) as local, aside.stage(parent) as folder:
+                shutil.copyfile(local, folder / name)
+            self._storage.remove(path)
+            self._tell(f"{path}: moved to {aside.url}")
+
+    def _restore(self, paths: Sequence[str], config: str | None) -> None:
+        """Have the preprocess command make again what is gone."""
+        try:
+            restore(self._storage, config)
+            self._tell(f"{len(paths)} files made again from the corpus")
+        except (ValueError, OSError) as error:
+            shards = {
+                shard.name: shard.samples
+                for _, shard in (
+                    self._shards[path] for path in paths if path in self._shards
+                )
+            }
+            lost = sum(shards.values())
+            self._tell(
+                f"not made again: {error}. {lost} samples in {len(shards)} shards are "
+                "missing now; bring the corpus back and run the preprocess command, or "
+                "put the files back from the quarantine"
+            )
+
+
+def restore(storage: Storage, config: str | None) -> None:
+    """Run the preprocess command of a dataset again, which makes lost files anew.
+
+    Raises:
+        ValueError: its configuration is not known, or the corpus is not what it was.
+    """
+    from pipeline import preprocess
+
+    values = _stored_config(storage, config)
+    values |= {"output": storage.url, "dry_run": False, "retry_failed": False}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "preprocess.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        # Its summary is no part of what this command prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            preprocess.main([f"--config={path}"])
+
+
+def _stored_config(storage: Storage, config: str | None) -> dict[str, Any]:
+    place = config or f"{storage.url}.progress.json"
+    cure = "give the configuration of the preprocess run with --preprocess FILE.yaml"
+    try:
+        with open_file(place) as file:
+            value = yaml.safe_load(file.read())
+        found = value if config else value["config"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{place} does not hold the configuration of the run: {cure}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} does not hold the configuration of the run: {cure}")
+    return found
+
+
+def _offsets(storage: Storage, shard: Shard) -> bytes:
+    index = _sound_index(storage, shard)
+    end = index["span_offset"][-1] + index["span_size"][-1]
+    return np.append(index["span_offset"], end).astype("<u8").tobytes()
+
+
+def _sound_index(storage: Storage, shard: Shard) -> np.ndarray:
+    data = storage.read(shard.index)
+    if hashlib.sha256(data).hexdigest() != shard.sha256["index"]:
+        raise ValueError(f"{shard.index} is damaged")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _index(storage: Storage, manifest: Manifest, shard: Shard) -> bytes:
+    """The index of a tar of the contract, read from the tar."""
+    image = (manifest.transform.get("image") or {}).get("format", "jpg")
+    with storage.fetch(shard.name) as path, path.open("rb") as tar:
+        spans = read_spans(tar, members(image))
+        records = [index_record(span, image) for span in spans]
+    file = io.BytesIO()
+    index = np.array(records, dtype=INDEX_DTYPE)
+    np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _stats(storage: Storage, shard: Shard) -> bytes:
+    fields = {field.name for field in dataclasses.fields(StagedShard)}
+    staged = {name: value for name, value in vars(shard).items() if name in fields}
+    with storage.fetch(shard.sidecar(".parquet")) as path:
+        stats = shard_stats(StagedShard(**staged), pq.read_table(path))
+    return (json.dumps(stats, indent=1) + "\n").encode()
+
+
+def _tokenizer_file(storage: Storage, manifest: Manifest, path: str) -> bytes:
+    """A file of the tokenizer that follows from its `tokenizer.json`."""
+    name = PurePosixPath(path).name
+    data = storage.read(f"{manifest.tokenizer.path}/{TOKENIZER_JSON}")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TOKENIZER_JSON).write_bytes(data)
+        return read_tokenizer(Path(folder)).files[name]
