@@ -10,11 +10,15 @@ from __future__ import annotations
 import pyarrow as pa
 
 from pipeline.options import SOURCE_FORMATS, InputOptions
+from pipeline.sources.arrow import open_arrow
 from pipeline.sources.base import NeedsSpool, Source
 from pipeline.sources.delimited import SEPARATORS, open_delimited
 from pipeline.sources.detect import choose
 from pipeline.sources.files import named
+from pipeline.sources.jsonl import open_jsonl
 from pipeline.sources.parquet import first_line, open_parquet
+from pipeline.sources.spool import grouped
+from pipeline.sources.tars import open_tars
 from pipeline.storage_local import local_path
 
 __all__ = ["NeedsSpool", "Source", "open_source"]
@@ -40,7 +44,7 @@ def open_source(
         raise ValueError(f"--input {given.path} cannot be read: {reason}") from error
     if empty:
         raise ValueError(f"--input {given.path} has no rows: the corpus is empty")
-    return source
+    return source if group_by is None else grouped(source, group_by)
 
 
 def _opened(kind: str, urls: list[str], images: str | None) -> Source | NeedsSpool:
@@ -50,6 +54,12 @@ def _opened(kind: str, urls: list[str], images: str | None) -> Source | NeedsSpo
         return open_parquet(found, base)
     if kind in SEPARATORS:
         return open_delimited(kind, found, base)
+    if kind == "jsonl":
+        return open_jsonl(found, base)
+    if kind == "arrow":
+        return open_arrow(found, base)
+    if kind == "webdataset":
+        return open_tars(found, base)
     raise ValueError(f"format {kind!r} is not one of: {', '.join(SOURCE_FORMATS)}")
 
 

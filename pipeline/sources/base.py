@@ -8,7 +8,7 @@ which columns are read (`pipeline.columns`).
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,9 @@ from pipeline.captions import BadText
 from pipeline.columns import is_text
 from pipeline.storage import Storage
 
+# Rows of a batch, without and with images.
+MAX_ROWS = 16_384
+IMAGE_ROWS = 64
 # Python objects of this many rows are held at a time.
 _ROWS = 1024
 _BYTES = (
@@ -87,28 +90,14 @@ class Source(Protocol):
 class NeedsSpool(abc.ABC):
     """A corpus whose rows must be brought into order before they can be read.
 
-    Knows everything about itself but its rows.
+    Knows everything about itself but its rows: kind, base, schema, default columns and
+    fingerprint are those of a `Source`.
     """
 
-    @property
-    @abc.abstractmethod
-    def kind(self) -> str:
-        """As `Source.kind`."""
-
-    @property
-    @abc.abstractmethod
-    def base(self) -> str:
-        """As `Source.base`."""
-
-    @property
-    @abc.abstractmethod
-    def schema(self) -> pa.Schema:
-        """As `Source.schema`."""
-
-    @property
-    @abc.abstractmethod
-    def default_columns(self) -> Mapping[str, Any]:
-        """As `Source.default_columns`."""
+    kind: str
+    base: str
+    schema: pa.Schema
+    default_columns: Mapping[str, Any]
 
     @abc.abstractmethod
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -217,7 +206,10 @@ def not_utf8(column: pa.Array) -> np.ndarray | None:
     """
     try:
         column.validate(full=True)
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid as error:
+        # Arrow looks at the structure first, and cells of a broken one kill.
+        if "UTF8" not in str(error):
+            raise
         return np.array([not _is_readable(cell) for cell in column], bool)
     return None
 
@@ -286,3 +278,25 @@ def _common_field(mine: pa.Field, theirs: pa.Field, name: str) -> pa.Field:
             "the files before it; write all with one type"
         ) from error
     return field
+
+
+def as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The column as the wide type that its own fits."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column if column.type == kind else column.cast(kind)
+
+
+def batch_rows(fields: Iterable[pa.Field]) -> int:
+    """Rows that are read at a time: a batch with images holds the bytes of all."""
+    return IMAGE_ROWS if any(_holds_bytes(field.type) for field in fields) else MAX_ROWS
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(field.type) for field in kind)
+    if pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    return pa.types.is_large_binary(kind)

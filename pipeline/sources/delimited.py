@@ -9,94 +9,40 @@ A row that cannot be parsed is a row still, every cell of which is bad.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from pipeline.sources.base import Block, BlockSource, text_block, with_nulls
-from pipeline.sources.files import (
-    Found,
-    InputFile,
-    content_fingerprint,
-    in_threads,
-    laid_end_to_end,
-    overlapping,
-    sizes,
-)
-from pipeline.sources.rows import FIELD, TextBlock, read_rows
+from pipeline.sources.base import Block, text_block
+from pipeline.sources.files import Found, in_threads, laid_end_to_end, sizes
+from pipeline.sources.rows import FIELD, TextBlock
+from pipeline.sources.text import BYTE_ORDER_MARK, TextSource, without_rows
 from pipeline.storage import open_file
 
 SEPARATORS = {"tsv": "\t", "csv": ","}
-_MARK = b"\xef\xbb\xbf"
 _MAX_HEADER = 1 << 20
 _QUOTED = re.compile(rb'"([^"]*+(?:""[^"]*+)*+)"(.*)', re.DOTALL)
 _FIELDS = re.compile(rb"(%b)(?:,|\Z)" % FIELD, re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DelimitedSource(BlockSource):
-    """Tables with one header, their bytes laid end to end."""
+class DelimitedSource(TextSource):
+    """Tables with one header."""
 
-    kind: str
-    base: str
-    files: tuple[InputFile, ...]
-    headers: tuple[int, ...]
-    """Bytes of each file's header line."""
-    schema: pa.Schema
-    default_columns: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """Bytes of all files."""
-        return self.files[-1].stop
-
-    def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size and content of every file."""
-        return [content_fingerprint(file) for file in self.files]
-
-    def blocks(self, columns: Sequence[str], start: int, stop: int) -> Iterator[Block]:
-        """As `BlockSource.blocks`."""
-        quoted = self.kind == "csv"
-        headers = dict(zip(self.files, self.headers, strict=True))
-        for file in overlapping(self.files, start, stop):
-            rows = read_rows(
-                file.url,
-                max(start - file.start, headers[file]),
-                min(stop, file.stop) - file.start,
-                file.stop - file.start,
-                quoted=quoted,
-            )
-            for block in rows:
-                if len(block.starts):
-                    yield self._parsed(block, columns, file.start + block.offset)
-
-    def _parsed(self, block: TextBlock, columns: Sequence[str], offset: int) -> Block:
-        separator = SEPARATORS[self.kind]
+    def parsed(self, block: TextBlock, columns: Sequence[str], offset: int) -> Block:
+        """As `TextSource.parsed`."""
         places = [self.schema.names.index(name) for name in columns]
-        n_fields = len(self.schema)
-        if block.bad:
-            cells = [pa.array([""], pa.large_string())] * len(places)
-            wrong = np.ones(1, bool)
-        elif not places:
-            cells, wrong = [], np.zeros(len(block.starts), bool)
-        else:
+        cells: list[pa.Array] = []
+        wrong = np.zeros(len(block.starts), bool)
+        if places:
+            separator, n_fields = SEPARATORS[self.kind], len(self.schema)
             cells, wrong = _fields(block, separator, n_fields, places)
         batch = pa.RecordBatch.from_arrays(cells, names=list(columns))
-        parsed = text_block(batch, offset + block.starts)
-        return _without(parsed, wrong) if wrong.any() else parsed
-
-
-def _without(block: Block, wrong: np.ndarray) -> Block:
-    """The block with nothing usable in the `wrong` rows (rows,)."""
-    names = block.batch.schema.names
-    arrays = [with_nulls(column, wrong) for column in block.batch.columns]
-    bad = {name: block.bad.get(name, wrong) | wrong for name in names}
-    batch = pa.RecordBatch.from_arrays(arrays, schema=block.batch.schema)
-    return Block(batch=batch, cursors=block.cursors, bad=bad)
+        return without_rows(text_block(batch, offset + block.starts), wrong)
 
 
 def open_delimited(kind: str, found: Sequence[Found], base: str) -> DelimitedSource:
@@ -131,7 +77,7 @@ def _header_line(file: Found) -> bytes:
 
 
 def _header_names(line: bytes, separator: str) -> list[str]:
-    text = line.removeprefix(_MARK).removesuffix(b"\n").removesuffix(b"\r")
+    text = line.removeprefix(BYTE_ORDER_MARK).removesuffix(b"\n").removesuffix(b"\r")
     if not text.strip():
         raise ValueError("it has no header line with column names")
     if b"\r" in text:

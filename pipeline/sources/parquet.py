@@ -18,8 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.sources.base import (
+    MAX_ROWS,
     Block,
     BlockSource,
+    as_type,
+    batch_rows,
     common_schema,
     text_block,
     wide_schema,
@@ -34,9 +37,6 @@ from pipeline.sources.files import (
 from pipeline.storage import file_size, open_file
 from pipeline.storage_local import local_path
 
-# A batch with images holds the bytes of all of them.
-_IMAGE_ROWS = 64
-_ROWS = 16_384
 _FOOTER_BYTES = 8
 _READ_BUFFER = 1 << 16
 # What a damaged file can make of Arrow's reader.
@@ -148,7 +148,7 @@ def _group_blocks(
         if first >= stop:
             return
         columns = [
-            _as_type(column, target.type)
+            as_type(column, target.type)
             for column, target in zip(batch, fields, strict=True)
         ]
         made = pa.RecordBatch.from_arrays(columns, [each.name for each in fields])
@@ -163,34 +163,18 @@ def _batches(
 ) -> Iterator[tuple[list[pa.Array], int]]:
     if not fields:
         n_rows = parquet.metadata.row_group(group).num_rows
-        yield from (([], min(_ROWS, n_rows - low)) for low in range(0, n_rows, _ROWS))
+        yield from (
+            ([], min(MAX_ROWS, n_rows - low)) for low in range(0, n_rows, MAX_ROWS)
+        )
         return
     names = [each.name for each in fields]
-    images = any(holds_bytes(each.type) for each in fields)
     for batch in parquet.iter_batches(
-        _IMAGE_ROWS if images else _ROWS,
+        batch_rows(fields),
         row_groups=[group],
         columns=names,
         use_threads=False,
     ):
         yield [batch.column(name) for name in names], batch.num_rows
-
-
-def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether cells of this (wide) type can be as large as images."""
-    if pa.types.is_struct(kind):
-        return any(holds_bytes(each.type) for each in kind)
-    if pa.types.is_large_list(kind):
-        return holds_bytes(kind.value_type)
-    return pa.types.is_large_binary(kind)
-
-
-def _as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    return column if column.type == kind else column.cast(kind)
 
 
 def first_line(error: BaseException) -> str:

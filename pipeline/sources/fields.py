@@ -1,0 +1,89 @@
+"""Fields of JSON objects as columns: one type each, found in a sample of the objects.
+
+Owns the types that JSON values become, and fitting values to them. Does not own where
+the objects stand (`pipeline.sources.jsonl`, `pipeline.sources.tars`,
+`pipeline.sources.folder`). Objects and lists other than of text become JSON text, and
+so do values of a field whose types disagree. What does not fit a type that was found in
+the sample is bad, as text that is not UTF-8 is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+TEXT, TEXTS = pa.large_string(), pa.large_list(pa.large_string())
+_TYPES = {
+    frozenset({"bool"}): pa.bool_(),
+    frozenset({"int"}): pa.int64(),
+    frozenset({"float"}): pa.float64(),
+    frozenset({"int", "float"}): pa.float64(),
+    frozenset({"texts"}): TEXTS,
+    # One caption or several.
+    frozenset({"text", "texts"}): TEXTS,
+}
+_INT64 = range(-(1 << 63), 1 << 63)
+_BAD = object()
+
+
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that `data` is; None for anything else. Nesting is limited."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def field_types(objects: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Types of the fields of some objects, in the order in which they appear."""
+    kinds: dict[str, set[str]] = {}
+    for fields in objects:
+        for name, value in fields.items():
+            seen = kinds.setdefault(name, set())
+            if value is not None:
+                seen.add(_kind(value))
+    return {name: _TYPES.get(frozenset(seen), TEXT) for name, seen in kinds.items()}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "texts"
+    if isinstance(value, int) and not isinstance(value, bool) and value not in _INT64:
+        return "json"
+    named = {bool: "bool", int: "int", float: "float"}
+    return named.get(type(value), "json")
+
+
+def field_column(
+    values: Sequence[Any], kind: pa.DataType
+) -> tuple[pa.Array, np.ndarray | None]:
+    """Values of a field as a column (values,), and those (values,) bool that do not fit
+    its type, which are null there; None where all do.
+    """
+    if kind == TEXT and set(map(type, values)) <= {str, type(None)}:
+        return pa.array(values, kind), None
+    fitted = [_fitted(value, kind) for value in values]
+    bad = np.array([value is _BAD for value in fitted], bool)
+    if not bad.any():
+        return pa.array(fitted, kind), None
+    return pa.array([None if value is _BAD else value for value in fitted], kind), bad
+
+
+def _fitted(value: Any, kind: pa.DataType) -> Any:
+    if value is None:
+        return None
+    found = _kind(value)
+    if kind == TEXT:
+        return value if found == "text" else orjson.dumps(value).decode()
+    if kind == TEXTS:
+        return [value] if found == "text" else value if found == "texts" else _BAD
+    if kind == pa.float64() and found == "int":
+        return float(value)
+    return value if _TYPES.get(frozenset({found})) == kind else _BAD

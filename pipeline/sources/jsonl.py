@@ -1,0 +1,104 @@
+"""JSON Lines: one object a line, whose fields are the columns.
+
+Owns which columns there are: the fields of the first lines of the files. Does not own
+their types (`pipeline.sources.fields`). A field that a line lacks is null; a field that
+appears only later is not seen; a line that is no object is a row that cannot be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.sources.base import Block
+from pipeline.sources.fields import field_column, field_types, parse_object
+from pipeline.sources.files import Found, InputFile, laid_end_to_end, sizes
+from pipeline.sources.rows import TextBlock, read_rows
+from pipeline.sources.text import BYTE_ORDER_MARK, TextSource, without_rows
+from pipeline.storage import open_file
+
+# Lines of all files together that types are found in, and bytes of each file.
+_SAMPLE_ROWS = 10_000
+_SAMPLE_BYTES = 8 << 20
+_SAMPLE_FILES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlSource(TextSource):
+    """JSON Lines files."""
+
+    def parsed(self, block: TextBlock, columns: Sequence[str], offset: int) -> Block:
+        """As `TextSource.parsed`."""
+        objects: list[dict[str, Any] | None] = []
+        if columns:
+            objects = [parse_object(line) for line in _lines(block)]
+        arrays, bad = [], {}
+        for name in columns:
+            values = [None if row is None else row.get(name) for row in objects]
+            column, wrong = field_column(values, self.schema.field(name).type)
+            arrays.append(column)
+            if wrong is not None:
+                bad[name] = wrong
+        parsed = Block(
+            batch=pa.RecordBatch.from_arrays(arrays, list(columns)),
+            cursors=offset + block.starts,
+            bad=bad,
+        )
+        return without_rows(parsed, np.array([row is None for row in objects], bool))
+
+
+def _lines(block: TextBlock) -> Iterator[bytes]:
+    for start, end in zip(block.starts.tolist(), block.ends.tolist(), strict=True):
+        yield block.data[start:end]
+
+
+def open_jsonl(found: Sequence[Found], base: str) -> JsonlSource:
+    """Open files of one object a line.
+
+    Raises:
+        ValueError: no object in the first lines.
+    """
+    files = laid_end_to_end(zip(found, sizes(found), strict=True))
+    objects = list(_sampled(files))
+    if not objects and files[-1].stop:
+        raise ValueError(
+            "none of its first lines is a JSON object; write one a line (jq -c .)"
+        )
+    types = field_types(objects)
+    return JsonlSource(
+        kind="jsonl",
+        base=base,
+        files=files,
+        headers=tuple(_mark_bytes(file) for file in found),
+        schema=pa.schema(list(types.items())),
+    )
+
+
+def _sampled(files: Sequence[InputFile]) -> Iterator[dict[str, Any]]:
+    """Objects of the first lines of files that are spread over all of them."""
+    step = -(-len(files) // _SAMPLE_FILES)
+    chosen = files[::step]
+    for file in chosen:
+        left = _SAMPLE_ROWS // len(chosen)
+        size = file.stop - file.start
+        stop = min(size, _SAMPLE_BYTES)
+        for block in read_rows(file.url, 0, stop, size, quoted=False):
+            for line in _lines(block):
+                row = parse_object(line.removeprefix(BYTE_ORDER_MARK))
+                left -= 1
+                if row is not None:
+                    yield row
+                if not left:
+                    break
+            if left <= 0:
+                break
+
+
+def _mark_bytes(file: Found) -> int:
+    with open_file(file.url) as opened:
+        mark = opened.read(len(BYTE_ORDER_MARK))
+    return len(mark) if mark == BYTE_ORDER_MARK else 0

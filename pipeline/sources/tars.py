@@ -1,0 +1,296 @@
+"""WebDataset tars: adjacent members with one key are a row.
+
+Owns which members make which columns: the image, the text, and the fields of the json,
+so that img2dataset's metadata is kept. Does not own walking tars (`pipeline.archive`).
+Other members (arrays, pickles) are never read. A tar that is damaged or cut short is
+refused when it is scanned: nobody can tell which samples it lost.
+
+A scan touches headers only; a remote tar is read through for them, once.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.archive import Archive, Member, TarSample
+from pipeline.shards import ROW_SCHEMA
+from pipeline.sources.base import Block, BlockSource
+from pipeline.sources.detect import IMAGE_SUFFIXES
+from pipeline.sources.fields import (
+    TEXT,
+    TEXTS,
+    field_column,
+    field_types,
+    parse_object,
+)
+from pipeline.sources.files import (
+    Found,
+    InputFile,
+    in_threads,
+    laid_end_to_end,
+    overlapping,
+    sampled_fingerprint,
+    sizes,
+)
+from pipeline.storage import open_file
+
+KEY, IMAGE, CAPTION = "__key__", "image", "txt"
+_TEXT_SUFFIXES = ("txt", "caption", "cap")
+# Larger members are no image (or no text) of a training corpus.
+_MAX_IMAGE = 256 << 20
+_MAX_TEXT = 16 << 20
+_MAX_KEY = 1024
+# A block ends with the first of these.
+_BLOCK_ROWS = 1024
+_BLOCK_BYTES = 32 << 20
+# Types of json fields are found in so many samples of so many tars.
+_SAMPLED_TARS = 16
+_SAMPLED = 64
+_BAD = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSource(BlockSource):
+    """Tars, their bytes laid end to end."""
+
+    base: str
+    files: tuple[InputFile, ...]
+    schema: pa.Schema
+    fields: Mapping[str, str]
+    """Columns that are fields of the json, and what they are called there."""
+    default_columns: Mapping[str, Any]
+    kind: str = "webdataset"
+
+    @property
+    def end(self) -> int:
+        """Bytes of all tars."""
+        return self.files[-1].stop
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Name and size of every tar, and a digest of pieces of it."""
+        return in_threads(sampled_fingerprint, self.files)
+
+    def blocks(self, columns: Sequence[str], start: int, stop: int) -> Iterator[Block]:
+        """As `BlockSource.blocks`."""
+        for file in overlapping(self.files, start, stop):
+            first, last = max(start - file.start, 0), stop - file.start
+            with closing(_Tar(file, first)) as tar:
+                rows: list[dict[str, Any]] = []
+                cursors: list[int] = []
+                held = 0
+                for sample in tar.samples():
+                    if first + sample.start >= last:
+                        break
+                    row = self._row(tar, sample, columns)
+                    held += len(row.get(IMAGE) or b"")
+                    rows.append(row)
+                    cursors.append(file.start + first + sample.start)
+                    if len(rows) == _BLOCK_ROWS or held >= _BLOCK_BYTES:
+                        yield self._block(rows, cursors, columns)
+                        rows, cursors, held = [], [], 0
+                if rows:
+                    yield self._block(rows, cursors, columns)
+
+    def _row(
+        self, tar: _Tar, sample: TarSample, columns: Sequence[str]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        key = _key(tar.file, sample)
+        if KEY in columns:
+            row[KEY] = key
+        if IMAGE in columns:
+            usable = sample.damage is None and key is not _BAD
+            row[IMAGE] = tar.image(sample) if usable else None
+        if CAPTION in columns:
+            row[CAPTION] = tar.text(sample)
+        wanted = [name for name in columns if name in self.fields]
+        if wanted:
+            values = tar.json(sample)
+            for name in wanted:
+                known = isinstance(values, dict)
+                row[name] = values.get(self.fields[name]) if known else values
+        return row
+
+    def _block(
+        self, rows: list[dict[str, Any]], cursors: list[int], columns: Sequence[str]
+    ) -> Block:
+        arrays, bad = [], {}
+        for name in columns:
+            cells = [row[name] for row in rows]
+            kind = self.schema.field(name).type
+            missing = np.array([cell is _BAD for cell in cells], bool)
+            cells = [None if cell is _BAD else cell for cell in cells]
+            wrong = None
+            if name in self.fields:
+                array, wrong = field_column(cells, kind)
+            else:
+                array = pa.array(cells, kind)
+            arrays.append(array)
+            if missing.any() or wrong is not None:
+                bad[name] = missing if wrong is None else missing | wrong
+        return Block(
+            batch=pa.RecordBatch.from_arrays(arrays, list(columns)),
+            cursors=np.array(cursors, np.int64),
+            bad=bad,
+        )
+
+
+def open_tars(found: Sequence[Found], base: str) -> TarSource:
+    """Open tars; types of json fields are those of the first samples.
+
+    Raises:
+        ValueError: damaged where its first samples are.
+    """
+    files = laid_end_to_end(zip(found, sizes(found), strict=True))
+    objects: list[dict[str, Any]] = []
+    has_text = False
+    for file in files[:: -(-len(files) // _SAMPLED_TARS)]:
+        with closing(_Tar(file, 0)) as tar:
+            for sample, _ in zip(tar.samples(), range(_SAMPLED), strict=False):
+                has_text |= any(name in sample.members for name in _TEXT_SUFFIXES)
+                values = tar.json(sample)
+                if isinstance(values, dict):
+                    objects.append(values)
+    types = field_types(objects)
+    names = _column_names(types)
+    columns = {KEY: TEXT, IMAGE: pa.large_binary()}
+    if has_text:
+        columns[CAPTION] = TEXT
+    columns |= {names[field]: kind for field, kind in types.items()}
+    return TarSource(
+        base=base,
+        files=files,
+        schema=pa.schema(list(columns.items())),
+        fields={column: field for field, column in names.items()},
+        default_columns=_default_columns(types, names, has_text),
+    )
+
+
+def _column_names(fields: Iterable[str]) -> dict[str, str]:
+    """A column for each field of the json. Names that every sample of ours has already
+    (width, sha256, url, ...) say something else about the source.
+    """
+    taken = {*ROW_SCHEMA.names, KEY, IMAGE, CAPTION}
+    names: dict[str, str] = {}
+    for field in fields:
+        name = field
+        while name in taken:
+            name = f"source_{name}"
+        taken.add(name)
+        names[field] = name
+    return names
+
+
+def _default_columns(
+    types: Mapping[str, pa.DataType], names: Mapping[str, str], has_text: bool
+) -> dict[str, Any]:
+    columns: dict[str, Any] = {"image": IMAGE, "id": KEY, "keep": tuple(names.values())}
+    # All captions, where the json has several; else the text that loaders read.
+    if types.get("captions") == TEXTS:
+        columns["caption"] = names["captions"]
+    elif has_text:
+        columns["caption"] = CAPTION
+    elif "caption" in names:
+        columns["caption"] = names["caption"]
+    if types.get("url") == TEXT:
+        columns["url"] = names["url"]
+    return columns
+
+
+def _key(file: InputFile, sample: TarSample) -> Any:
+    key = f"{posixpath.splitext(file.name)[0]}/{sample.key.removeprefix('./')}"
+    try:
+        too_long = len(key.encode()) > _MAX_KEY
+    except UnicodeEncodeError:
+        return _BAD
+    return _BAD if too_long else key
+
+
+class _Tar:
+    """The samples of a tar from byte `start` on, where a sample begins."""
+
+    def __init__(self, file: InputFile, start: int) -> None:
+        self.file = file
+        self._start = start
+        self._bytes = _Bytes(open_file(file.url), start, file.stop - file.start)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._bytes.file.close()
+
+    def samples(self) -> Iterator[TarSample]:
+        """Samples in order; offsets are relative to `start`.
+
+        Raises:
+            ValueError: a damaged header, or no end.
+        """
+        # Not mapped into memory: a file that is cut meanwhile would kill the process.
+        archive = Archive(cast(memoryview, self._bytes))
+        for sample in archive.samples():
+            if sample.damage not in (None, "duplicate_member"):
+                raise ValueError(self._damaged(f"{sample.damage} at", sample.start))
+            yield sample
+        if not archive.ended:
+            end = len(self._bytes)
+            raise ValueError(self._damaged("it ends without an end mark at", end))
+
+    def _damaged(self, what: str, offset: int) -> str:
+        return (
+            f"{self.file.name} is damaged or was cut short ({what} byte "
+            f"{self._start + offset}); fetch it again or leave it out"
+        )
+
+    def image(self, sample: TarSample) -> bytes | None:
+        """The image of a sample; None where it has none or one of absurd size."""
+        members = sample.members
+        names = [name for name in IMAGE_SUFFIXES if name in members]
+        # `0001.photo.jpg`, where there is no plain `0001.jpg`.
+        names += [name for name in members if name.split(".")[-1] in IMAGE_SUFFIXES]
+        return self._payload(members[names[0]], _MAX_IMAGE) if names else None
+
+    def text(self, sample: TarSample) -> Any:
+        """The text of a sample; None without one."""
+        for name in _TEXT_SUFFIXES:
+            if name in sample.members:
+                data = self._payload(sample.members[name], _MAX_TEXT)
+                try:
+                    return _BAD if data is None else data.decode()
+                except UnicodeDecodeError:
+                    return _BAD
+        return None
+
+    def json(self, sample: TarSample) -> Any:
+        """The fields of a sample's json; None without one."""
+        if "json" not in sample.members:
+            return None
+        data = self._payload(sample.members["json"], _MAX_TEXT)
+        fields = None if data is None else parse_object(data)
+        return _BAD if fields is None else fields
+
+    def _payload(self, member: Member, most: int) -> bytes | None:
+        if member.size > most:
+            return None
+        return self._bytes[member.data : member.data + member.size]
+
+
+class _Bytes:
+    """A file from `start` on, sliced like the bytes that it holds."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file = file
+        self._start, self._size = start, size
+
+    def __len__(self) -> int:
+        return self._size - self._start
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, stop, _ = place.indices(len(self))
+        self.file.seek(self._start + start)
+        return self.file.read(max(stop - start, 0))
