@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,11 @@ class DatasetWriter:
         path = self.storage.path
         if path is not None and path.exists() and not path.is_dir():
             raise ValueError(f"--output {path} is a file; choose a directory")
+        if path is not None and path.is_dir() and not _allowed(path, os.R_OK | os.X_OK):
+            raise ValueError(
+                f"--output {path} cannot be read by this user; choose another or "
+                "change its permissions"
+            )
         try:
             return json.loads(self.storage.read(PLAN))
         except FileNotFoundError:
@@ -108,6 +114,27 @@ class DatasetWriter:
                     f"command ({name} lies in it); choose a new folder"
                 )
         return None
+
+    def refuse_unwritable(self) -> None:
+        """Raise ValueError where a local folder cannot be made or written in; a remote
+        one says so at the first write.
+        """
+        if self.storage.path is None:
+            return
+        root = place = self.storage.path / STATE
+        while not os.path.exists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(
+                f"--output {root.parent} cannot be made: {place} is a file; choose "
+                "another --output"
+            )
+        if not _allowed(place, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"--output {root.parent} cannot be written: no permission to write in "
+                f"{place}, or it is mounted read-only; choose another --output or "
+                "change that"
+            )
 
     def refuse_other(
         self, transform: Mapping[str, Any], stored: Mapping[str, Any]
@@ -437,6 +464,11 @@ def _entry(placement: Placement, shard: StagedShard, source: str) -> Shard:
         range=placement.number,
         **dataclasses.asdict(shard),
     )
+
+
+def _allowed(path: Path, mode: int) -> bool:
+    """What the effective user may do, where the system tells that apart."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _sha256(data: bytes) -> str:

@@ -7,8 +7,10 @@ passed. Each thing itself is owned by the module it is imported from.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeline.dataset import DatasetWriter
 from pipeline.describe import (
@@ -23,11 +25,12 @@ from pipeline.manifest import (
 )
 from pipeline.options import PreprocessConfig
 from pipeline.phases import Run, as_stored
+from pipeline.plan import Corpus
 from pipeline.progress import ProgressFile, reasons, say
 from pipeline.ray_session import (
     refuse_relative_in_job,
 )
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer
 
 _MANIFEST_SECONDS = 10.0
@@ -58,8 +61,21 @@ def preprocess(config: PreprocessConfig) -> Manifest:
             f"--retry_failed: {config.output} is no complete dataset yet; run the same "
             "command without it first"
         )
+    writer.refuse_unwritable()
     lease = Lease(writer.storage)
     lease.refuse_if_held()
+    with _removed_where_empty(writer.storage):
+        return _run(config, writer, lease, corpora, stored, tokenizer)
+
+
+def _run(
+    config: PreprocessConfig,
+    writer: DatasetWriter,
+    lease: Lease,
+    corpora: tuple[Corpus, ...],
+    stored: Mapping[str, Any] | None,
+    tokenizer: StoredTokenizer | None,
+) -> Manifest:
     file = ProgressFile(writer.storage, asdict(config))
     with lease:
         run = Run(config, writer, lease, file, corpora)
@@ -77,6 +93,19 @@ def preprocess(config: PreprocessConfig) -> Manifest:
             f"{_reasons(run.accounting)}; {config.output} was removed again"
         )
     return manifest
+
+
+@contextlib.contextmanager
+def _removed_where_empty(storage: Storage) -> Iterator[None]:
+    """Take away a folder that this run made, where nothing came of it."""
+    path = storage.path
+    new = path is not None and not path.exists()
+    try:
+        yield
+    finally:
+        if new and path is not None:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _refuse_inside_input(config: PreprocessConfig) -> None:
