@@ -43,6 +43,8 @@ class Gap:
     end: int
     reason: str
     """damaged_header or truncated_tar."""
+    name: str
+    """Of the member whose bytes end with the tar; empty where no header is sound."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,13 +80,16 @@ class Archive:
         current: TarSample | None = None
         gap: Gap | None = None
         for item in self.members():
+            name = _NAME.fullmatch(item.name)
             if isinstance(item, Gap):
-                gap = item
+                gap, key = item, name[1] if name else ""
+                if current is not None and key and key != current.key:
+                    yield current
+                    current = None
                 if current is None:
-                    current = TarSample(key="", start=item.start, end=item.end)
+                    current = TarSample(key=key, start=item.start, end=item.end)
                 current.damage = item.reason
                 continue
-            name = _NAME.fullmatch(item.name)
             if name is None or _META.match(item.name):
                 continue
             key, extension = name[1], name[2].lower()
@@ -116,9 +121,13 @@ class Archive:
                 offset = member.end
                 continue
             start, offset = offset, self._next_header(offset + _BLOCK)
-            cut = offset >= size
-            reason = "truncated_tar" if cut and member else "damaged_header"
-            yield Gap(start=start, end=offset, reason=reason)
+            cut = member if offset >= size else None
+            yield Gap(
+                start=start,
+                end=offset,
+                reason="truncated_tar" if cut else "damaged_header",
+                name=cut.name if cut else "",
+            )
 
     def _is_end(self, offset: int) -> bool:
         """Nothing but zeros from here on, two blocks of them at least."""

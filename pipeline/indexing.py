@@ -49,7 +49,7 @@ from pipeline.manifest import (
 )
 from pipeline.pictures import CHECKS
 from pipeline.processes import cpus, map_processes
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import STAGING, Storage, open_storage
 from pipeline.tar_samples import SampleReader
 from pipeline.tokenizer import (
     TOKENIZER_JSON,
@@ -82,6 +82,8 @@ def index(config: IndexConfig) -> Manifest:
     _refuse_other_datasets(storage)
     tars = _tars(storage, config.split)
     with Lease(storage) as lease:
+        # What processes left that were killed while they wrote.
+        storage.remove_tree(STAGING)
         plan = _stored_plan(storage)
         tokenizer = _tokenizer(config, storage, plan, tars)
         transform = _transform(config, tokenizer)
