@@ -7,14 +7,18 @@ rows become inputs (`pipeline.plan`) or images (`pipeline.fetch`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 
-from pipeline.options import SOURCE_FORMATS, InputOptions
+from pipeline.options import InputOptions
 from pipeline.sources.arrow import open_arrow
 from pipeline.sources.base import NeedsSpool, Source
+from pipeline.sources.coco import open_coco
 from pipeline.sources.delimited import SEPARATORS, open_delimited
 from pipeline.sources.detect import choose
-from pipeline.sources.files import named
+from pipeline.sources.files import Found, named
+from pipeline.sources.folder import open_folder
 from pipeline.sources.jsonl import open_jsonl
 from pipeline.sources.parquet import first_line, open_parquet
 from pipeline.sources.spool import grouped
@@ -35,7 +39,7 @@ def open_source(
     """
     try:
         kind, urls = choose(given.path, given.format)
-        source = _opened(kind, urls, given.images)
+        source = _opened(given, kind, urls)
         empty = not isinstance(source, NeedsSpool) and not _has_rows(source)
     except FileNotFoundError as error:
         raise ValueError(f"--input {given.path} does not exist") from error
@@ -47,20 +51,30 @@ def open_source(
     return source if group_by is None else grouped(source, group_by)
 
 
-def _opened(kind: str, urls: list[str], images: str | None) -> Source | NeedsSpool:
+def _opened(given: InputOptions, kind: str, urls: list[str]) -> Source | NeedsSpool:
+    if kind == "folder":
+        return open_folder(given.path)
     folder, found = named(urls)
-    base = folder if images is None else _absolute(images)
-    if kind == "parquet":
-        return open_parquet(found, base)
+    base = folder if given.images is None else _absolute(given.images)
     if kind in SEPARATORS:
         return open_delimited(kind, found, base)
-    if kind == "jsonl":
-        return open_jsonl(found, base)
-    if kind == "arrow":
-        return open_arrow(found, base)
-    if kind == "webdataset":
-        return open_tars(found, base)
-    raise ValueError(f"format {kind!r} is not one of: {', '.join(SOURCE_FORMATS)}")
+    openers: dict[str, Callable[[list[Found], str], Source | NeedsSpool]] = {
+        "parquet": open_parquet,
+        "arrow": open_arrow,
+        "jsonl": open_jsonl,
+        "coco": _coco,
+        "webdataset": open_tars,
+    }
+    return openers[kind](found, base)
+
+
+def _coco(found: list[Found], base: str) -> NeedsSpool:
+    if len(found) > 1:
+        raise ValueError(
+            "these are several COCO documents; give each as an input of its own: "
+            "[{path: a.json, name: a}, {path: b.json, name: b}]"
+        )
+    return open_coco(found[0], base)
 
 
 def _has_rows(source: Source) -> bool:

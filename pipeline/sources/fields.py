@@ -16,6 +16,8 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from pipeline.shards import ROW_SCHEMA
+
 TEXT, TEXTS = pa.large_string(), pa.large_list(pa.large_string())
 _TYPES = {
     frozenset({"bool"}): pa.bool_(),
@@ -27,7 +29,10 @@ _TYPES = {
     frozenset({"text", "texts"}): TEXTS,
 }
 _INT64 = range(-(1 << 63), 1 << 63)
-_BAD = object()
+# Stands among values for one that cannot be used.
+BAD = object()
+# Longer texts are none of an image.
+MAX_TEXT = 16 << 20
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
@@ -37,6 +42,43 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def parse_text(data: bytes) -> Any:
+    """The text that `data` is; `BAD` where it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return BAD
+
+
+def column_names(fields: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """A column for each field, by field. A name that every sample of ours has already
+    (width, sha256, url, ...), or that is `taken`, gets `source_` before it: in the
+    corpus it says something else.
+    """
+    used = {*ROW_SCHEMA.names, *taken}
+    names: dict[str, str] = {}
+    for field in fields:
+        name = field
+        while name in used:
+            name = f"source_{name}"
+        used.add(name)
+        names[field] = name
+    return names
+
+
+def default_captions(
+    types: Mapping[str, pa.DataType], names: Mapping[str, str], text: str | None
+) -> dict[str, str]:
+    """Where captions stand by default: all of them where the json has several, else the
+    column `text` where there is one, else the json's own; empty without any.
+    """
+    if types.get("captions") == TEXTS:
+        return {"caption": names["captions"]}
+    if text is not None:
+        return {"caption": text}
+    return {"caption": names["caption"]} if "caption" in names else {}
 
 
 def field_types(objects: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
@@ -70,20 +112,20 @@ def field_column(
     if kind == TEXT and set(map(type, values)) <= {str, type(None)}:
         return pa.array(values, kind), None
     fitted = [_fitted(value, kind) for value in values]
-    bad = np.array([value is _BAD for value in fitted], bool)
+    bad = np.array([value is BAD for value in fitted], bool)
     if not bad.any():
         return pa.array(fitted, kind), None
-    return pa.array([None if value is _BAD else value for value in fitted], kind), bad
+    return pa.array([None if value is BAD else value for value in fitted], kind), bad
 
 
 def _fitted(value: Any, kind: pa.DataType) -> Any:
-    if value is None:
-        return None
+    if value is None or value is BAD:
+        return value
     found = _kind(value)
     if kind == TEXT:
         return value if found == "text" else orjson.dumps(value).decode()
     if kind == TEXTS:
-        return [value] if found == "text" else value if found == "texts" else _BAD
+        return [value] if found == "text" else value if found == "texts" else BAD
     if kind == pa.float64() and found == "int":
         return float(value)
-    return value if _TYPES.get(frozenset({found})) == kind else _BAD
+    return value if _TYPES.get(frozenset({found})) == kind else BAD

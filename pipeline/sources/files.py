@@ -103,7 +103,7 @@ def in_threads(
     call: Callable[[Given], Result], arguments: Sequence[Given]
 ) -> list[Result]:
     """`call` for each argument, in order: remote storage answers several at a time."""
-    with ThreadPoolExecutor(min(_THREADS, len(arguments))) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(call, arguments))
 
 

@@ -40,7 +40,7 @@ from pipeline.storage_local import local_path
 _FOOTER_BYTES = 8
 _READ_BUFFER = 1 << 16
 # What a damaged file can make of Arrow's reader.
-READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeError)
+READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeError, KeyError)
 
 
 @dataclass(frozen=True, kw_only=True)

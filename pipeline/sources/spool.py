@@ -102,18 +102,21 @@ class GroupedSource(NeedsSpool):
 
     def spooled(self, storage: Storage, name: str) -> Source:
         """As `NeedsSpool.spooled`."""
-        given = self.given
-        if isinstance(given, NeedsSpool):
-            given = given.spooled(storage, f"{name}/given")
-        assert isinstance(given, BlockSource)
-        blocks = given.blocks(given.schema.names, 0, given.end)
+        first = f"{name}/given"
 
         def fill(work: Path) -> Iterator[pa.RecordBatch]:
-            rows = work / "rows.parquet"
+            given = self.given
+            if isinstance(given, NeedsSpool):
+                given = given.spooled(storage, first)
+            assert isinstance(given, BlockSource)
+            blocks = given.blocks(given.schema.names, 0, given.end)
+            rows = work / _FILE
             write_rows(rows, _stored(blocks, self.schema))
             yield from sort(work, _grouping(rows, self.by))
 
-        return spooled_source(self, storage, f"{name}/grouped", fill, by=self.by)
+        spool = spooled_source(self, storage, f"{name}/grouped", fill, by=self.by)
+        storage.remove_tree(f"{SPOOL}/{first}")
+        return spool
 
 
 def grouped(given: Source | NeedsSpool, by: str) -> GroupedSource:
@@ -189,7 +192,7 @@ def spooled_source(
         with storage.stage(folder) as directory:
             work = directory / "work"
             work.mkdir()
-            rows = write_rows(directory / _FILE, fill(work))
+            rows = write_rows(directory / _FILE, map(_with_bad, fill(work)))
             shutil.rmtree(work)
         # Last: a spool counts as finished once this says so.
         marker = {"corpus": digest, "rows": rows}
@@ -207,6 +210,13 @@ def spooled_source(
         default_columns=given.default_columns,
         prints=tuple(prints),
     )
+
+
+def _with_bad(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with a column of bad cells, where it has none because none is."""
+    if _BAD in batch.schema.names:
+        return batch
+    return batch.append_column(_BAD_FIELD, pa.nulls(batch.num_rows, _BAD_TYPE))
 
 
 def _finished(storage: Storage, folder: str, digest: str) -> int | None:

@@ -11,7 +11,7 @@ A scan touches headers only; a remote tar is read through for them, once.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -20,15 +20,18 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.archive import Archive, Member, TarSample
-from pipeline.shards import ROW_SCHEMA
 from pipeline.sources.base import Block, BlockSource
 from pipeline.sources.detect import IMAGE_SUFFIXES
 from pipeline.sources.fields import (
+    BAD,
+    MAX_TEXT,
     TEXT,
-    TEXTS,
+    column_names,
+    default_captions,
     field_column,
     field_types,
     parse_object,
+    parse_text,
 )
 from pipeline.sources.files import (
     Found,
@@ -45,7 +48,6 @@ KEY, IMAGE, CAPTION = "__key__", "image", "txt"
 _TEXT_SUFFIXES = ("txt", "caption", "cap")
 # Larger members are no image (or no text) of a training corpus.
 _MAX_IMAGE = 256 << 20
-_MAX_TEXT = 16 << 20
 _MAX_KEY = 1024
 # A block ends with the first of these.
 _BLOCK_ROWS = 1024
@@ -53,7 +55,6 @@ _BLOCK_BYTES = 32 << 20
 # Types of json fields are found in so many samples of so many tars.
 _SAMPLED_TARS = 16
 _SAMPLED = 64
-_BAD = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class TarSource(BlockSource):
         if KEY in columns:
             row[KEY] = key
         if IMAGE in columns:
-            usable = sample.damage is None and key is not _BAD
+            usable = sample.damage is None and key is not BAD
             row[IMAGE] = tar.image(sample) if usable else None
         if CAPTION in columns:
             row[CAPTION] = tar.text(sample)
@@ -125,16 +126,14 @@ class TarSource(BlockSource):
         for name in columns:
             cells = [row[name] for row in rows]
             kind = self.schema.field(name).type
-            missing = np.array([cell is _BAD for cell in cells], bool)
-            cells = [None if cell is _BAD else cell for cell in cells]
             wrong = None
-            if name in self.fields:
-                array, wrong = field_column(cells, kind)
-            else:
+            if name == IMAGE:
                 array = pa.array(cells, kind)
+            else:
+                array, wrong = field_column(cells, kind)
             arrays.append(array)
-            if missing.any() or wrong is not None:
-                bad[name] = missing if wrong is None else missing | wrong
+            if wrong is not None:
+                bad[name] = wrong
         return Block(
             batch=pa.RecordBatch.from_arrays(arrays, list(columns)),
             cursors=np.array(cursors, np.int64),
@@ -159,7 +158,7 @@ def open_tars(found: Sequence[Found], base: str) -> TarSource:
                 if isinstance(values, dict):
                     objects.append(values)
     types = field_types(objects)
-    names = _column_names(types)
+    names = column_names(types, (KEY, IMAGE, CAPTION))
     columns = {KEY: TEXT, IMAGE: pa.large_binary()}
     if has_text:
         columns[CAPTION] = TEXT
@@ -173,35 +172,13 @@ def open_tars(found: Sequence[Found], base: str) -> TarSource:
     )
 
 
-def _column_names(fields: Iterable[str]) -> dict[str, str]:
-    """A column for each field of the json. Names that every sample of ours has already
-    (width, sha256, url, ...) say something else about the source.
-    """
-    taken = {*ROW_SCHEMA.names, KEY, IMAGE, CAPTION}
-    names: dict[str, str] = {}
-    for field in fields:
-        name = field
-        while name in taken:
-            name = f"source_{name}"
-        taken.add(name)
-        names[field] = name
-    return names
-
-
 def _default_columns(
     types: Mapping[str, pa.DataType], names: Mapping[str, str], has_text: bool
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"image": IMAGE, "id": KEY, "keep": tuple(names.values())}
-    # All captions, where the json has several; else the text that loaders read.
-    if types.get("captions") == TEXTS:
-        columns["caption"] = names["captions"]
-    elif has_text:
-        columns["caption"] = CAPTION
-    elif "caption" in names:
-        columns["caption"] = names["caption"]
     if types.get("url") == TEXT:
         columns["url"] = names["url"]
-    return columns
+    return columns | default_captions(types, names, CAPTION if has_text else None)
 
 
 def _key(file: InputFile, sample: TarSample) -> Any:
@@ -209,8 +186,8 @@ def _key(file: InputFile, sample: TarSample) -> Any:
     try:
         too_long = len(key.encode()) > _MAX_KEY
     except UnicodeEncodeError:
-        return _BAD
-    return _BAD if too_long else key
+        return BAD
+    return BAD if too_long else key
 
 
 class _Tar:
@@ -259,20 +236,17 @@ class _Tar:
         """The text of a sample; None without one."""
         for name in _TEXT_SUFFIXES:
             if name in sample.members:
-                data = self._payload(sample.members[name], _MAX_TEXT)
-                try:
-                    return _BAD if data is None else data.decode()
-                except UnicodeDecodeError:
-                    return _BAD
+                data = self._payload(sample.members[name], MAX_TEXT)
+                return BAD if data is None else parse_text(data)
         return None
 
     def json(self, sample: TarSample) -> Any:
         """The fields of a sample's json; None without one."""
         if "json" not in sample.members:
             return None
-        data = self._payload(sample.members["json"], _MAX_TEXT)
+        data = self._payload(sample.members["json"], MAX_TEXT)
         fields = None if data is None else parse_object(data)
-        return _BAD if fields is None else fields
+        return BAD if fields is None else fields
 
     def _payload(self, member: Member, most: int) -> bytes | None:
         if member.size > most:
