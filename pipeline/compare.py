@@ -30,19 +30,23 @@ all, and does nothing where the file is:
   collect  one per group   its section of every bucket; a section for every range
   gather   one per range   its section
 
-Memory: a task holds `memory` bytes at `_BYTES_PER_RECORD` per record, besides the
-interpreter; a group is as many ranges as fit (at least one), and a bucket's share half
-of it. Buckets of hashes are even; how often one hash repeats costs no memory, because
-windows of a bucket are reduced to its first places. Only near hashes crowd: a bucket
-with more of them than fit compares window with window, in the same memory.
+Memory: a task holds R = `memory` / 160 bytes records at a time, besides the idle
+interpreter; a group is as many ranges as have R inputs (at least one), a bucket half as
+many records on average. Buckets of hashes are even, and how often one hash repeats
+costs no memory, because a bucket is read in windows and reduced to its first places.
+Only near hashes crowd: where more of them meet than fit, window is compared with
+window, in the same memory. That many `caption_repeats` of a caption have to fit.
 
-Reads: with N inputs, C criteria and R records to a task, 2 C (2 N / R) (N / R) small
-reads each for match and collect: a billion inputs with four criteria want 1 GB
-(0.3 million reads), not 64 MB (70 million). Files: N (64 + 16 C) bytes, less verdicts.
+Work of `near`: within a bucket as `pipeline.hamming` says; a distance above 8 is little
+better than comparing everything with everything.
 
-Hashes are compared by 64 bits; those of sources and pixels meet in buckets by another
-64, so that two different of N have one chance in 2^65 B / N^2 to be taken for equal
-(B buckets): below one in a hundred thousand for a billion.
+Reads: of N inputs by C criteria, `match` and `collect` make 4 C (N / R)^2 small ones
+each: 100 million for a billion inputs by four criteria in 64 MB, 400,000 in 1 GB. Give
+large corpora memory. Files take 64 + 16 C bytes an input, and verdicts.
+
+Hashes are compared by 64 bits; those of sources and pixels meet in one of B buckets by
+another 64, so that N inputs have about N^2 / (B 2^65) chances that two different ones
+are taken for equal: 1e-5 for a billion and 5,000 buckets.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ VERDICT_DTYPE = np.dtype(
 _MATCH_DTYPE = np.dtype([("order", "<u8"), ("of", "<u8")])
 _FOUND_DTYPE = np.dtype([("order", "<u8"), ("of", "<u8"), ("kind", "u1")])
 # Signatures or records, sorting them, and the copies on the way.
-_BYTES_PER_RECORD = 128
+_BYTES_PER_RECORD = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +230,10 @@ def _dealt(
     storage: Storage, prefix: str, comparison: Comparison, group: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each criterion the records of a group, by bucket, and how many each has."""
-    data = b"".join(
-        storage.read(_stored(prefix, number))
-        for number in comparison.group_ranges(group)
-    )
+    # Joining a list of them would hold all twice.
+    data = bytearray()
+    for number in comparison.group_ranges(group):
+        data += storage.read(_stored(prefix, number))
     given = np.frombuffer(data, dtype=STORED_DTYPE)
     for criterion in comparison.criteria:
         part, records = criterion.dealt(given, comparison.parts)
