@@ -106,7 +106,11 @@ def decode_image(
 
 
 def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
-    """The file of a decoded image, and its hashes."""
+    """The file of a decoded image, and its hashes.
+
+    Raises:
+        ImageError: the encoder of `image.format` refuses it.
+    """
     pixels = picture.pixels
     height, width = pixels.shape[:2]
     # Flat images of different shapes have the same pixels.
@@ -180,12 +184,15 @@ def _kept(data: bytes, header: Header, options: ImageOptions) -> bytes | None:
 
 
 def _encoded(pixels: np.ndarray, options: ImageOptions) -> bytes:
-    if options.format == "jpg":
-        return simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "420")
-    file = io.BytesIO()
-    image = Image.fromarray(pixels)
-    if options.format == "png":
-        image.save(file, "PNG", compress_level=min(options.quality, 9))
-    else:
-        image.save(file, "WEBP", quality=options.quality)
-    return file.getvalue()
+    try:
+        if options.format == "jpg":
+            return simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "420")
+        file = io.BytesIO()
+        image = Image.fromarray(pixels)
+        if options.format == "png":
+            image.save(file, "PNG", compress_level=min(options.quality, 9))
+        else:
+            image.save(file, "WEBP", quality=options.quality)
+        return file.getvalue()
+    except (OSError, ValueError) as error:
+        raise unreadable(error) from error
