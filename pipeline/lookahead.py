@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 from pipeline.images import ImageError
 
 Item = TypeVar("Item")
+Failure = TypeVar("Failure", bound=Exception)
 
 
 class NoRoom(Exception):
@@ -115,6 +116,14 @@ def in_order(
             each.future.cancel()
 
 
+def bare(error: Failure) -> Failure:
+    """An exception without the frames that it went through: they keep whole bodies
+    alive, for as long as it waits to be looked at.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 def _taken(
     first: _Pending[Item], start: Start[Item], room: Room
 ) -> tuple[Item, bytes | ImageError]:
@@ -127,6 +136,6 @@ def _taken(
             share.drop()
         return first.item, data
     except ImageError as error:
-        return first.item, error
+        return first.item, bare(error)
     finally:
         first.share.drop()

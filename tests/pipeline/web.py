@@ -5,7 +5,7 @@ from __future__ import annotations
 import socketserver
 import ssl
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -25,6 +25,8 @@ class Reply:
     """Content-Length to claim; default the body's, -1 for none."""
     pause_s: float = 0.0
     """Wait before answering."""
+    until_hits: int = 0
+    """Wait until this many requests have come."""
     drip_s: float = 0.0
     """Wait before each byte of the body."""
     endless: bool = False
@@ -47,9 +49,8 @@ class WebServer:
         self.hits: Counter[str] = Counter()
         self.headers: dict[str, Mapping[str, str]] = {}
         self.most_at_once = 0
-        self.peers: defaultdict[str, set[int]] = defaultdict(set)
         self.stopped = threading.Event()
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
         self._at_once = 0
         self._server = _Server((host, 0), _Handler)
         self._server.web = self
@@ -72,16 +73,23 @@ class WebServer:
         self.replies[path] = list(replies)
         return self.url(path)
 
-    def begin(self, path: str, headers: Mapping[str, str], port: int) -> Reply:
+    def begin(self, path: str, headers: Mapping[str, str]) -> Reply:
         """Count a request, and say what to answer."""
         with self.lock:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
             self.hits[path] += 1
+            self.lock.notify_all()
             self.headers[path] = headers
-            self.peers[path].add(port)
             replies = self.replies.get(path) or [Reply(status=404)]
             return replies.pop(0) if len(replies) > 1 else replies[0]
+
+    def wait_for_hits(self, number: int) -> None:
+        """Return once so many requests have come, or the server stops."""
+        with self.lock:
+            self.lock.wait_for(
+                lambda: self.hits.total() >= number or self.stopped.is_set()
+            )
 
     def end(self) -> None:
         """Count the end of an answer."""
@@ -93,7 +101,9 @@ class WebServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopped.set()
+        with self.lock:
+            self.stopped.set()
+            self.lock.notify_all()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -117,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         web = self.server.web
-        reply = web.begin(self.path, self.headers, self.client_address[1])
+        reply = web.begin(self.path, self.headers)
         try:
             self._answer(reply)
         except OSError:
@@ -129,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         stopped = self.server.web.stopped
         if reply.pause_s:
             stopped.wait(reply.pause_s)
+        self.server.web.wait_for_hits(reply.until_hits)
         if reply.drop or reply.raw is not None:
             self.close_connection = True
             self.wfile.write(reply.raw or b"")
