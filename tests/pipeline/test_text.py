@@ -1,211 +1,148 @@
-"""Text that is not UTF-8, long cells and ragged rows: read, counted, or refused."""
+"""Text that is not UTF-8 fails alone; every rule about text and rows counts what it
+drops. One run of the command with all rules on, its rows looked at one by one.
+"""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.columns import resolve_columns
-from pipeline.options import (
-    ColumnOptions,
-    PreprocessConfig,
-    ShardOptions,
-    SplitOptions,
+from pipeline.manifest import sample_uid
+from tests.pipeline.corpora import Run, encoded, picture
+
+_FUNCTION = """
+def no_wide(candidate):
+    assert candidate.columns["note"] is not None and candidate.image.mode == "RGB"
+    return "wide" if candidate.width > 2 * candidate.height else None
+"""
+_SPAM = "sale sale sale sale sale sale sale sale cheap"
+_NO_CHANGE = {"caption": b"a bird", "note": b"x", "size": (60, 40), "width": "300"}
+
+# What a row is, and what becomes of it.
+_ROWS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"caption": "A&amp;B \u202ebird\x07".encode()}, "success"),
+    ({"caption": b"caf\xe9"}, "bad_text"),
+    ({"note": b"\xff"}, "bad_text"),
+    ({"path": b"\xff.jpg"}, "bad_text"),
+    ({"path": b"\xff.jpg", "size": None}, "bad_text"),
+    ({"id": b"\xff\x00"}, "success"),
+    ({"width": "255.9"}, "where"),
+    ({"width": "wide"}, "where"),
+    ({"width": "256.5"}, "success"),
+    ({"caption": b"\xe2\x80\x8b"}, "empty_caption"),
+    ({"caption": b"(Untitled)"}, "placeholder_caption"),
+    ({"caption": b"ab"}, "short_caption"),
+    ({"caption": _SPAM.encode()}, "repetitive_caption"),
+    ({"caption": b"bird"}, "short_caption"),
+    ({"size": (90, 40)}, "wide"),
+    ({"size": (20, 40)}, "too_small"),
+    ({"size": (80, 26)}, "aspect"),
+    ({"id": b"denied"}, "denied"),
 )
-from pipeline.plan import Plan, make_plan
-from pipeline.ranges import StagedRange, Work, write_range
-from pipeline.sources import open_source
-from pipeline.tokenizer import train_tokenizer
-from tests.pipeline.corpora import encoded, picture
 
 
-def not_utf8(*cells: bytes) -> pa.Array:
+def not_utf8(cells: list[bytes]) -> pa.Array:
     """A column of strings whose bytes nobody checked, as other writers make them."""
-    _, offsets, data = pa.array(cells).buffers()
+    _, offsets, data = pa.array(cells, pa.binary()).buffers()
     return pa.Array.from_buffers(pa.string(), len(cells), [None, offsets, data])
 
 
-def plan_of(path: Path, **options: object) -> Plan:
-    config = PreprocessConfig(input=str(path), output="out", **options)
-    source = open_source(str(path))
-    return make_plan(
-        config, source, resolve_columns(source.schema, config.columns, config.split)
-    )
-
-
-def staged_rows(table: pa.Table, folder: Path, columns: ColumnOptions) -> StagedRange:
-    """All rows of `table`, processed as one range."""
-    pq.write_table(table, folder / "t.parquet")
-    plan = plan_of(folder / "t.parquet", columns=columns, split=SplitOptions(val=0))
-    config = PreprocessConfig(input="t.parquet", output="out")
-    work = Work(
-        staging=folder,
-        folder=folder,
-        columns=plan.columns,
-        source_name="birds",
-        image=config.image,
-        tokenizer=train_tokenizer(plan.tokenizer_captions(), 64),
-    )
-    staged = write_range(work, plan.range(0), lambda done, failed: None)
-    staged.accounting.check()
-    return staged
-
-
-def test_a_caption_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
-    images = [encoded(picture(seed)) for seed in range(4)]
-    captions = not_utf8(b"a bird", b"caf\xe9", b"a kite", b"a house")
-    notes = not_utf8(b"x", b"x", b"\xff", b"x")
-    table = pa.table({"image": images, "caption": captions, "note": notes})
-    staged = staged_rows(table, tmp_path, ColumnOptions(keep="note"))
-    plan = plan_of(tmp_path / "t.parquet", split=SplitOptions(val=0))
-    assert list(plan.tokenizer_captions()) == ["a bird", "a kite", "a house"]
-    assert staged.accounting.written == 2
-    assert staged.accounting.failed == {"bad_text": 2}
-    rows = pq.read_table(staged.directory / "train.parquet").to_pylist()
-    assert [row["detail"] for row in rows] == [
-        None,
-        "column 'caption' is not UTF-8",
-        "column 'note' is not UTF-8",
-        None,
+def table() -> pa.Table:
+    """The rows above; what a row does not say is as in a good one."""
+    rows = [
+        {"id": f"id{n}".encode(), "path": b"a.jpg", **_NO_CHANGE, **row}
+        for n, (row, _) in enumerate(_ROWS)
     ]
-
-
-def test_an_embedded_path_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
-    data = pa.array([encoded(picture(1)), None])
-    images = pa.StructArray.from_arrays(
-        [data, not_utf8(b"a.jpg", b"\xff.jpg")], ["bytes", "path"]
+    data = [
+        encoded(picture(n, row["size"])) if row["size"] else None
+        for n, row in enumerate(rows)
+    ]
+    paths = not_utf8([row["path"] for row in rows])
+    return pa.table(
+        {
+            "image": pa.StructArray.from_arrays(
+                [pa.array(data), paths], ["bytes", "path"]
+            ),
+            "id": pa.array([row["id"] for row in rows], pa.binary()),
+            "width": [row["width"] for row in rows],
+            **{
+                name: not_utf8([row[name] for row in rows])
+                for name in ("caption", "note")
+            },
+        }
     )
-    table = pa.table({"image": images, "caption": ["a bird", "a kite"]})
-    staged = staged_rows(table, tmp_path, ColumnOptions())
-    # The first one's path is good, and not needed: its bytes are there.
-    assert staged.accounting.written == 1
-    assert staged.accounting.failed == {"bad_text": 1}
 
 
-@pytest.mark.parametrize(
-    ("flag", "options"),
-    [
-        ("columns.id", {"columns": ColumnOptions(id="name")}),
-        ("columns.image", {"columns": ColumnOptions(image="path")}),
-        ("split.column", {"split": SplitOptions(column="name")}),
-        ("split.group", {"split": SplitOptions(group="name", val=0.5)}),
-    ],
-)
-@pytest.mark.parametrize("binary", [False, True])
-def test_an_identity_that_is_not_utf8_names_column_and_row(
-    tmp_path: Path, flag: str, options: dict[str, object], binary: bool
-) -> None:
-    text = not_utf8(b"a", b"b", b"\xff\x00")
-    name = pa.array([b"a", b"b", b"\xff\x00"]) if binary else text
-    table = pa.table({"image": [b"x"] * 3, "caption": ["a"] * 3})
-    table = table.append_column("name", name).append_column("path", text)
-    pq.write_table(table, tmp_path / "t.parquet")
-    says = rf"--{flag} (name|path): row 2 is not UTF-8 text; write the column"
-    with pytest.raises(ValueError, match=says):
-        plan_of(tmp_path / "t.parquet", **options)
-
-
-def test_binary_identities_that_are_text_are_used(tmp_path: Path) -> None:
-    columns = {"image": [b"x"] * 2, "caption": ["a"] * 2, "name": [b"one", b"two"]}
-    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    plan = plan_of(tmp_path / "t.parquet", columns=ColumnOptions(id="name"))
-    assert plan.range(0).locators == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (
-            "image\tcaption\na.jpg\tbird\nb.jpg\tcafé\n".encode("latin-1"),
-            r"column 'caption', row 3: not UTF-8; save the table as UTF-8 \(iconv",
-        ),
-        (
-            "imâge\tcaption\na.jpg\tbird\n".encode("latin-1"),
-            r"the header: not UTF-8; save the table as UTF-8 \(iconv",
-        ),
-        (
-            b"image\tcaption\na.jpg\tbird\nb.jpg\n",
-            r"Row #3: Expected 2 columns, got 1: b\.jpg; the header is row 1, and "
-            "every row needs as many tabs",
-        ),
-    ],
-)
-def test_a_table_that_does_not_parse_names_row_and_cure(
-    tmp_path: Path, data: bytes, says: str
-) -> None:
-    (tmp_path / "t.tsv").write_bytes(data)
-    with pytest.raises(ValueError, match=says):
-        open_source(str(tmp_path / "t.tsv"))
-
-
-@pytest.mark.parametrize("suffix", ["tsv", "csv"])
-@pytest.mark.parametrize("size", [1 << 20, 20_000_000])
-def test_a_cell_longer_than_a_block_is_read(
-    tmp_path: Path, suffix: str, size: int
-) -> None:
-    separator = "\t" if suffix == "tsv" else ","
-    path = tmp_path / f"t.{suffix}"
-    rows = [("image", "caption"), ("a.jpg", "x" * size), ("b.jpg", "a bird")]
-    path.write_text("".join(separator.join(row) + "\n" for row in rows))
-    source = open_source(str(path))
-    assert [len(text) for text in source.column("caption").to_pylist()] == [size, 6]
-
-
-def test_a_table_with_old_line_ends_is_not_taken_for_its_header(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "t.tsv").write_bytes(b"image\tcaption\ra.jpg\ta bird\r")
-    assert open_source(str(tmp_path / "t.tsv")).n_rows == 1
-
-
-def test_rows_are_read_without_their_whole_row_group(tmp_path: Path) -> None:
-    image = os.urandom(100_000)
-    images = [image[number:] + image[:number] for number in range(400)]
-    path = tmp_path / "t.parquet"
-    # Pages of about 1 MB, as writers that know their rows are large make them.
-    pq.write_table(
-        pa.table({"image": images}),
-        path,
-        compression="none",
-        use_dictionary=False,
-        write_batch_size=8,
+@pytest.fixture(scope="module")
+def rows(
+    tmp_path_factory: pytest.TempPathFactory, preprocess: Run
+) -> list[dict[str, Any]]:
+    """Rows of the dataset's tables, one for each row of the corpus, in order."""
+    folder = tmp_path_factory.mktemp("text")
+    pq.write_table(table(), folder / "t.parquet")
+    (folder / "users_rules.py").write_text(_FUNCTION)
+    (folder / "deny.txt").write_text(f"{sample_uid('t', 'denied'):016x}\n")
+    result = preprocess(
+        f"--input={folder / 't.parquet'}",
+        f"--output={folder / 'out'}",
+        *("--columns.id=id", "--columns.keep=note", "--split.val=0"),
+        *("--where=width >= 256", f"--deny_uids={folder / 'deny.txt'}"),
+        *("--text.min_chars=3", "--text.max_word_share=0.5", "--filter.min_tokens=2"),
+        *("--filter.min_size=24", "--filter.max_aspect=3"),
+        *("--filter.function=users_rules:no_wide", "--image.size=32"),
+        *("--tokenizer=train:300", "--workers=1"),
+        env={"PYTHONPATH": str(folder)},
     )
-    assert pq.read_metadata(path).num_row_groups == 1
-    del images
-    rows = open_source(str(path)).part(0, 400).rows(["image"])
-    before = pa.total_allocated_bytes()
-    assert next(iter(rows))["image"] == image
-    assert pa.total_allocated_bytes() - before < 20_000_000
+    assert result.returncode == 0, result.stderr
+    made = sorted((folder / "out").rglob("*.parquet"))
+    found = [row for path in made for row in pq.read_table(path).to_pylist()]
+    return sorted(found, key=lambda row: row["key"])
 
 
-def test_text_columns_have_offsets_beyond_2_gib(tmp_path: Path) -> None:
-    table = pa.table({"caption": ["a"], "more": [["a"]], "data": [b"a"]})
-    pq.write_table(table, tmp_path / "t.parquet")
-    source = open_source(str(tmp_path / "t.parquet"))
-    text = pa.large_string()
-    assert source.column("caption").type == text
-    assert source.column("more").type == pa.large_list(text)
-    assert source.column("data").type == pa.large_binary()
+def test_every_row_is_written_or_has_its_reason(rows: list[dict[str, Any]]) -> None:
+    found = [row["reason"] or row["status"] for row in rows]
+    assert found == [expected for _, expected in _ROWS]
 
 
-def test_more_ranges_than_keys_can_number_are_refused(tmp_path: Path) -> None:
-    n_inputs = 1_000_001
-    same = pa.DictionaryArray.from_arrays(np.zeros(n_inputs, np.int8), pa.array(["a"]))
-    numbers = pa.table({"image": same, "caption": same, "n": np.arange(n_inputs)})
-    pq.write_table(numbers, tmp_path / "t.parquet")
-    options = {"columns": ColumnOptions(id="n"), "split": SplitOptions(val=0)}
-    path = tmp_path / "t.parquet"
-    with pytest.raises(ValueError, match=r"--shard\.samples 1 .*give at least 2"):
-        plan_of(path, shard=ShardOptions(samples=1), **options)
+def test_text_that_is_not_utf8_is_named(rows: list[dict[str, Any]]) -> None:
+    details = [row["detail"] for row in rows if row["reason"] == "bad_text"]
+    columns = ("caption", "note", "image", "image")
+    assert len(details) == len(columns)
+    for name, detail in zip(columns, details, strict=True):
+        assert name in detail
 
 
-@pytest.mark.parametrize("name", ["rejected", "Tokenizer"])
-def test_a_split_is_not_called_like_another_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / "t.tsv").write_text(f"image\tcaption\tsplit\na.jpg\ta\t{name}\n")
-    with pytest.raises(ValueError, match=r"a folder .* of its own; rename it"):
-        plan_of(tmp_path / "t.tsv", split=SplitOptions(column="split"))
+def test_captions_are_written_clean(rows: list[dict[str, Any]]) -> None:
+    assert rows[0]["captions"] == ["A&B bird"]
+
+
+def test_filters_say_what_they_saw(rows: list[dict[str, Any]]) -> None:
+    details = {row["reason"]: row["detail"] for row in rows if row["reason"]}
+    assert details["too_small"] == "20x40, filter.min_size is 24"
+    assert details["aspect"] == "80x26, filter.max_aspect is 3"
+    assert details["wide"] == "by users_rules:no_wide"
+
+
+def test_a_template_makes_captions(tmp_path: Path, preprocess: Run) -> None:
+    images = [encoded(picture(n)) for n in range(3)]
+    given = {"image": images, "a": ["red", "big", ""], "b": [["x", "y"], [], ["z"]]}
+    pq.write_table(pa.table(given), tmp_path / "t.parquet")
+    result = preprocess(
+        f"--input={tmp_path / 't.parquet'}",
+        f"--output={tmp_path / 'out'}",
+        *("--columns.template={a}: {b}", "--split.val=0", "--image.size=32"),
+        *("--tokenizer=train:300", "--workers=1"),
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    assert manifest["accounting"]["filtered"] == {"empty_caption": 2}
+    (made,) = (tmp_path / "out").rglob("shard-000000.parquet")
+    written = pq.read_table(made).to_pylist()
+    assert [row["caption"] for row in written if row["status"] == "success"] == [
+        "red: x, y"
+    ]
