@@ -84,16 +84,16 @@ def open_remote(url: str, policy: RetryPolicy) -> Any:
     """A remote file, opened for reading without a buffer."""
     with explained(url):
         fs, path = connect(url, policy)
+        if "http" in fs.protocol and not retry(
+            lambda: fs.info(path).get("partial"), url=url, policy=policy
+        ):
+            return _downloaded(fs, path, url, policy)
         # Every read is a request of its own: the buffer is the caller's.
         opened = functools.partial(fs.open, path, "rb", cache_type="none")
         file = retry(opened, url=url, policy=policy)
-        if getattr(file, "size", None) is not None and file.seekable():
-            return RemoteReader(url, file, policy)
-        # A server that answers no ranges: what was read could not be tried again.
-        file.close()
-        whole = tempfile.TemporaryFile(prefix="palimpsest-")  # noqa: SIM115
-        retry(lambda: _download(fs, path, whole), url=url, policy=policy)
-        return whole
+        if getattr(file, "details", {}).get("type") == "directory":
+            raise IsADirectoryError(errno.EISDIR, "is a folder", url)
+        return RemoteReader(url, file, policy)
 
 
 def list_remote(url: str, policy: RetryPolicy) -> list[str]:
@@ -191,7 +191,11 @@ def explained(url: str) -> Iterator[None]:
         raise OSError(f"{url}: {error_code(error)}: {error}") from error
     except Exception as error:
         if not _NO_CREDENTIALS & {kind.__name__ for kind in type(error).__mro__}:
-            raise
+            status = http_status(error)
+            if status is None:
+                raise
+            refused = PermissionError if status in (401, 403) else OSError
+            raise refused(f"{url}: the server answered {status}") from error
         raise ValueError(
             f"{url}: no credentials ({error}); set AWS_PROFILE, or AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY, or for a public bucket FSSPEC_S3_ANON=true"
@@ -219,8 +223,17 @@ def _globbed(fs: Any, path: str) -> list[str]:
     return [name for name, about in found.items() if about["type"] == "file"]
 
 
-def _download(fs: Any, path: str, file: Any) -> None:
+def _downloaded(fs: Any, path: str, url: str, policy: RetryPolicy) -> Any:
+    """A file whose server answers no ranges, so that no part of it could be read again:
+    all of it, in a file without a name.
+    """
+    file = tempfile.TemporaryFile(prefix="palimpsest-")  # noqa: SIM115
+
+    def call() -> None:
+        file.seek(0)
+        file.truncate()
+        fs.get_file(path, file)
+
+    retry(call, url=url, policy=policy)
     file.seek(0)
-    file.truncate()
-    fs.get_file(path, file)
-    file.seek(0)
+    return file

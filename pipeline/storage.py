@@ -160,6 +160,8 @@ def open_storage(url: str | Path, *, policy: RetryPolicy | None = None) -> Stora
     """
     from pipeline.storage_local import LocalStorage, local_path
 
+    if not str(url):
+        raise ValueError("a folder has no name: give a path or a URL")
     policy = policy or RetryPolicy()
     given = str(url).rstrip("/") or "/"
     path = local_path(given)

@@ -13,13 +13,13 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.remote import check_scheme, connect, explained, http_status, open_remote
 from pipeline.retries import RetryPolicy
-from pipeline.storage import Storage, checked_name
+from pipeline.storage import Result, Storage, checked_name
 
 _COPY_BYTES = 8 << 20
 
@@ -117,7 +117,7 @@ class RemoteStorage(Storage):
             self._call(name, lambda: self.fs.rm_file(path))
 
     def remove_tree(self, prefix: str) -> None:
-        for name in self.names(prefix):
+        for name in self.names(checked_name(prefix)):
             self.remove(name)
 
     def copy(self, name: str, target: str) -> None:
@@ -157,7 +157,7 @@ class RemoteStorage(Storage):
     def _remote(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{checked_name(name)}"
 
-    def _call(self, name: str, call: Any) -> Any:
+    def _call(self, name: str, call: Callable[[], Result]) -> Result:
         with explained(f"{self.url}/{name}"):
             return self._retry(name, call)
 

@@ -9,6 +9,7 @@ leaves parts that nobody sees; a lifecycle rule for incomplete uploads removes t
 
 from __future__ import annotations
 
+import functools
 import math
 import uuid
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipeline.remote import error_code, explained, http_status
 from pipeline.retries import TRANSIENT_STATUS, RetryPolicy, Tries, transient_reason
+from pipeline.storage import checked_name
 from pipeline.storage_remote import RemoteStorage
 
 # Memory of an upload: this many parts of this size are held at once.
@@ -75,10 +77,10 @@ class S3Storage(RemoteStorage):
         return self._call(name, call)
 
     def remove_tree(self, prefix: str) -> None:
-        names = self.names(prefix)
+        names = self.names(checked_name(prefix))
         for start in range(0, len(names), _DELETED_AT_ONCE):
             some = names[start : start + _DELETED_AT_ONCE]
-            self._call(prefix, lambda some=some: self._delete(some))
+            self._call(prefix, functools.partial(self._delete, some))
 
     def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
         mark = uuid.uuid4().hex

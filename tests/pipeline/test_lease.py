@@ -1,23 +1,71 @@
-"""One driver at a time, and no dead one that blocks the next."""
+"""One driver at a time, and no dead one that blocks the next: on a disk and on S3."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pipeline.lease
 from pipeline.lease import Lease
+from pipeline.retries import RetryPolicy
+from pipeline.storage import STAGING, Storage, open_storage
+from tests.pipeline.s3 import LOSE, S3Server, status
+
+NAME = ".palimpsest/lease.json"
+FAST = RetryPolicy(tries=4, first_pause_s=0.01, longest_pause_s=0.02)
+# Takes the lease, says so, and keeps it until its input ends.
+HOLD = """
+import sys
+from pipeline.lease import Lease
+from pipeline.storage import open_storage
+lease = Lease(open_storage(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lease:
+        print("held", flush=True)
+        sys.stdin.read()
+        lease.check()
+except ValueError as error:
+    print(error, flush=True)
+"""
 
 
-def holder(path: Path, *, pid: int, host: str, expires_in: float) -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with S3Server() as running:
+        yield running
+
+
+@pytest.fixture(params=["disk", "s3"])
+def storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Storage:
+    if request.param == "disk":
+        return open_storage(tmp_path / "root", policy=FAST)
+    server: S3Server = request.getfixturevalue("server")
+    return open_storage(f"{server.bucket(monkeypatch)}/root", policy=FAST)
+
+
+def holder(storage: Storage, *, pid: int, host: str, expires_in: float) -> None:
     value = {"token": "other", "pid": pid, "host": host}
-    path.write_text(json.dumps({**value, "expires": time.time() + expires_in}))
+    content = {**value, "expires": time.time() + expires_in}
+    storage.write(NAME, json.dumps(content).encode())
+
+
+def held(storage: Storage) -> dict[str, Any]:
+    return json.loads(storage.read(NAME))
 
 
 def dead_pid() -> int:
@@ -26,47 +74,141 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_a_dead_holder_on_this_machine_is_succeeded_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    holder(path, pid=dead_pid(), host=socket.gethostname(), expires_in=1000)
-    with Lease(path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert list(tmp_path.iterdir()) == []
+def driver(storage: Storage) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, storage.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert line(process) == "ready"
+    return process
 
 
-def test_a_live_holder_is_not_succeeded(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    holder(path, pid=os.getppid(), host=socket.gethostname(), expires_in=1000)
-    with pytest.raises(ValueError, match="being written by process"), Lease(path):
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_dead_holder_on_this_machine_is_succeeded_at_once(storage: Storage) -> None:
+    holder(storage, pid=dead_pid(), host=socket.gethostname(), expires_in=1000)
+    lease = Lease(storage)
+    lease.refuse_if_held()
+    with lease:
+        assert held(storage)["pid"] == os.getpid()
+        assert 30 < held(storage)["expires"] - time.time() <= 60
+    assert storage.names() == []
+
+
+def test_a_live_holder_is_not_succeeded(storage: Storage) -> None:
+    holder(storage, pid=os.getppid(), host=socket.gethostname(), expires_in=1000)
+    with pytest.raises(ValueError, match="being written by process"):
+        Lease(storage).refuse_if_held()
+    with pytest.raises(ValueError, match="being written by process"), Lease(storage):
         pass
-    assert json.loads(path.read_text())["token"] == "other"
+    assert held(storage)["token"] == "other"
 
 
-def test_a_holder_elsewhere_is_succeeded_when_its_lease_expired(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    holder(path, pid=1, host="another-machine", expires_in=30)
-    with pytest.raises(ValueError, match="another-machine"), Lease(path):
+def test_a_holder_elsewhere_is_succeeded_when_its_lease_expired(
+    storage: Storage,
+) -> None:
+    holder(storage, pid=1, host="another-machine", expires_in=30)
+    with pytest.raises(ValueError, match="another-machine"), Lease(storage):
         pass
-    holder(path, pid=1, host="another-machine", expires_in=-1)
-    with Lease(path):
-        pass
-
-
-def test_a_driver_that_was_taken_over_stops(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    with Lease(path) as lease:
+    holder(storage, pid=1, host="another-machine", expires_in=-1)
+    with Lease(storage) as lease:
         lease.check()
-        holder(path, pid=1, host="another-machine", expires_in=30)
+
+
+def test_a_driver_that_was_taken_over_stops(storage: Storage) -> None:
+    with Lease(storage) as lease:
+        lease.check()
+        holder(storage, pid=1, host="another-machine", expires_in=30)
         with pytest.raises(ValueError, match="took over"):
             lease.check()
-    assert path.exists(), "the successor's lease must stay"
+    assert held(storage)["token"] == "other", "the successor's lease must stay"
 
 
-def test_what_dead_drivers_left_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:
-    here = socket.gethostname()
-    holder(tmp_path / "lease-dead", pid=dead_pid(), host=here, expires_in=1000)
-    holder(tmp_path / "lease-live", pid=os.getppid(), host=here, expires_in=1000)
-    (tmp_path / "lease-torn").write_text('{"tok')
-    with Lease(tmp_path / "lease.json"):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["lease-live"]
+def test_a_lease_that_was_torn_blocks_nobody(storage: Storage) -> None:
+    for content in (b"", b'{"tok', b"[]", b"\xff"):
+        storage.write(NAME, content)
+        Lease(storage).refuse_if_held()
+        with Lease(storage) as lease:
+            lease.check()
+        assert storage.names() == []
+
+
+def test_a_held_lease_is_renewed_and_never_after_its_loss(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.lease, "_RENEWAL_SECONDS", 0.01)
+    with Lease(storage) as lease:
+        first = held(storage)
+        while held(storage)["expires"] == first["expires"]:
+            time.sleep(0.01)
+        assert held(storage)["token"] == first["token"]
+        holder(storage, pid=1, host="another-machine", expires_in=30)
+        lease._renewal.join()
+        assert held(storage)["token"] == "other"
+    assert held(storage)["token"] == "other"
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_of_racing_drivers_exactly_one_wins(storage: Storage, expired: bool) -> None:
+    if expired:
+        holder(storage, pid=1, host="another-machine", expires_in=-1)
+    drivers = [driver(storage) for _ in range(3)]
+    for process in drivers:
+        tell(process)
+    said = [line(process) for process in drivers]
+    assert said.count("held") == 1, said
+    winner = drivers[said.index("held")]
+    assert held(storage)["pid"] == winner.pid
+    assert all("being written by" in text for text in said if text != "held")
+    printed = [process.communicate()[0] for process in drivers]
+    assert printed == [""] * 3, "the winner's check passes until the end"
+    assert storage.names() == []
+
+
+def test_a_killed_driver_is_succeeded_and_leaves_nothing(storage: Storage) -> None:
+    for number in range(4):
+        process = driver(storage)
+        tell(process)
+        # Also while it takes the lease, not only once it has it.
+        if number % 2:
+            assert line(process) == "held"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with Lease(storage) as lease:
+        lease.check()
+    assert [name for name in storage.names() if not name.startswith(STAGING)] == []
+
+
+def test_errors_of_storage_neither_lose_nor_double_the_lease(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = RetryPolicy(tries=12, first_pause_s=0.01, longest_pause_s=0.02)
+    storage = open_storage(f"{server.bucket(monkeypatch)}/root", policy=patient)
+    monkeypatch.setattr(pipeline.lease, "_RENEWAL_SECONDS", 0.01)
+    server.inject(itertools.cycle([LOSE, status(503), None]))
+    with Lease(storage) as lease:
+        first = held(storage)
+        while held(storage)["expires"] == first["expires"]:
+            time.sleep(0.01)
+        # Away for longer than the renewal tries: it goes on when storage is back.
+        server.inject(itertools.cycle([status(500)]))
+        for _ in range(3):
+            with pytest.raises(OSError, match="same command continues"):
+                lease.check()
+        server.inject(())
+        second = held(storage)
+        while held(storage)["expires"] == second["expires"]:
+            time.sleep(0.01)
+        lease.check()
+    assert storage.names() == []
