@@ -24,6 +24,8 @@ MAX_ROWS = 16_384
 IMAGE_ROWS = 64
 # Python objects of this many rows are held at a time.
 _ROWS = 1024
+# Text that is not UTF-8, and dates beyond what Python counts.
+_NO_PYTHON_VALUE = (ValueError, OverflowError)
 _BYTES = (
     pa.types.is_binary,
     pa.types.is_large_binary,
@@ -177,7 +179,7 @@ def _row_dicts(block: Block) -> Iterator[dict[str, Any]]:
     if not names:
         yield from ({} for _ in block.cursors)
         return
-    columns = [column.to_pylist() for column in block.batch.columns]
+    columns = [_python_cells(column) for column in block.batch.columns]
     for name, rows in block.bad.items():
         if name in names:
             cells = columns[names.index(name)]
@@ -185,6 +187,13 @@ def _row_dicts(block: Block) -> Iterator[dict[str, Any]]:
                 cells[row] = BadText()
     for cells in zip(*columns, strict=True):
         yield dict(zip(names, cells, strict=True))
+
+
+def _python_cells(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except _NO_PYTHON_VALUE:
+        return [cell.as_py() if _is_readable(cell) else BadText() for cell in column]
 
 
 def text_block(batch: pa.RecordBatch, cursors: np.ndarray) -> Block:
@@ -217,7 +226,7 @@ def not_utf8(column: pa.Array) -> np.ndarray | None:
 def _is_readable(cell: pa.Scalar) -> bool:
     try:
         cell.as_py()
-    except UnicodeDecodeError:
+    except _NO_PYTHON_VALUE:
         return False
     return True
 

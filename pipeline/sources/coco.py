@@ -59,8 +59,8 @@ class CocoSource(NeedsSpool):
 
     def _joined(self, work: Path) -> Iterator[pa.RecordBatch]:
         images, captions = work / "images.parquet", work / "captions.parquet"
-        write_rows(images, _records(self.file.url, "images", _IMAGES))
-        write_rows(captions, _records(self.file.url, "annotations", _CAPTIONS))
+        write_rows(images, _records(self.file, "images", _IMAGES))
+        write_rows(captions, _records(self.file, "annotations", _CAPTIONS))
         fields = [f"images.{field.name}" for field in _IMAGES]
         fields[0] = "coalesce(images.id, captions.image_id) AS id"
         query = f"""
@@ -83,8 +83,8 @@ def open_coco(found: Found, base: str) -> CocoSource:
     Raises:
         ValueError: no COCO document, or one whose annotations are no captions.
     """
-    image = next(_items(found.url, "images"), None)
-    annotation = next(_items(found.url, "annotations"), None)
+    image = next(_items(found, "images"), None)
+    annotation = next(_items(found, "annotations"), None)
     if image is None or annotation is None:
         missing = "images" if image is None else "annotations"
         raise ValueError(f"it has no {missing}: a COCO document lists both")
@@ -104,7 +104,7 @@ def open_coco(found: Found, base: str) -> CocoSource:
     )
 
 
-def _items(url: str, name: str) -> Iterator[Any]:
+def _items(document: Found | InputFile, name: str) -> Iterator[Any]:
     """Entries of a list of the document, in bounded memory.
 
     Raises:
@@ -112,19 +112,21 @@ def _items(url: str, name: str) -> Iterator[Any]:
     """
     import ijson
 
-    with open_file(url) as file:
+    with open_file(document.url) as file:
         try:
             yield from ijson.items(file, f"{name}.item", use_float=True)
         except ijson.JSONError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"it is no whole JSON document ({reason}); fetch it again"
+                f"{document.name} is no whole JSON document ({reason}); fetch it again"
             ) from error
 
 
-def _records(url: str, name: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _records(
+    document: InputFile, name: str, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     """Fields of a list's entries, and their places in it. Always one batch at least."""
-    items = _items(url, name)
+    items = _items(document, name)
     first = 0
     while True:
         entries = [

@@ -140,7 +140,7 @@ def _unquoted(cell: bytes) -> bytes:
 def _parsed_by_arrow(
     block: TextBlock, separator: str, n_fields: int, places: Sequence[int]
 ) -> tuple[list[pa.Array], np.ndarray] | None:
-    """As `_fields`, or None where Arrow sees other rows than those of the block."""
+    """As `_fields`, or None where Arrow does not see the rows of the block."""
     numbers: list[int] = []
 
     def skip(row: Any) -> str:
@@ -150,24 +150,28 @@ def _parsed_by_arrow(
     quoted = separator == ","
     names = [str(place) for place in range(n_fields)]
     wanted = [str(place) for place in places]
-    table = pyarrow.csv.read_csv(
-        pa.py_buffer(block.data),
-        read_options=pyarrow.csv.ReadOptions(
-            column_names=names, block_size=len(block.data) + 1, use_threads=False
-        ),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=separator,
-            quote_char='"' if quoted else False,
-            newlines_in_values=quoted,
-            invalid_row_handler=skip,
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            check_utf8=False,
-            column_types=dict.fromkeys(wanted, pa.large_string()),
-            include_columns=wanted,
-            strings_can_be_null=False,
-        ),
-    )
+    try:
+        table = pyarrow.csv.read_csv(
+            pa.py_buffer(block.data),
+            read_options=pyarrow.csv.ReadOptions(
+                column_names=names, block_size=len(block.data) + 1, use_threads=False
+            ),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=separator,
+                quote_char='"' if quoted else False,
+                newlines_in_values=quoted,
+                invalid_row_handler=skip,
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(
+                check_utf8=False,
+                column_types=dict.fromkeys(wanted, pa.large_string()),
+                include_columns=wanted,
+                strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid:
+        # Such as a row to skip that is not UTF-8.
+        return None
     wrong = np.zeros(len(block.starts), bool)
     if table.num_rows + len(numbers) != len(wrong):
         return None

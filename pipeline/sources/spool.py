@@ -198,7 +198,7 @@ def spooled_source(
         marker = {"corpus": digest, "rows": rows}
         storage.write(f"{folder}/{_MARKER}", orjson.dumps(marker))
     if not rows:
-        raise ValueError("the corpus has no rows")
+        raise ValueError(f"the corpus in {given.base} has no rows")
     root = storage.url if storage.path is None else str(storage.path.absolute())
     return SpooledSource(
         kind=given.kind,
