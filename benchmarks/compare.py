@@ -1,10 +1,11 @@
 """How fast, and in how much memory, candidates are compared across a corpus.
 
-`python -m benchmarks.compare [N] [MB]` makes N signatures (default 5 million), compares
-them by all criteria with near distances 0, 3 and 6, on one core and a local disk, and
-prints a line per step: seconds, candidates per second, and the peak memory of its
-processes above that of an idle one. The hashes are those of made-up smooth pictures, a
-tenth of them on a white ground: as uneven as real ones, which even hashes are not.
+`python -m benchmarks.compare [N] [MB] [NEAR ...]` makes N signatures (default 5
+million), compares them by all criteria with each of the near distances (0, 3 and 6) in
+MB (64) of memory, on one core and a local disk, and prints a line per step: seconds,
+candidates per second, and the peak memory of its process above that of an idle one. The
+hashes are those of made-up smooth pictures, a tenth of them on a white ground: uneven,
+as those of real ones are.
 """
 
 from __future__ import annotations
@@ -120,12 +121,13 @@ def main() -> None:
     """Run the benchmark that the module describes."""
     inputs = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000_000
     memory = int(sys.argv[2]) if len(sys.argv) > 2 else 64
+    distances = [int(given) for given in sys.argv[3:]] or [0, 3, 6]
     ranges = -(-inputs // _PER_RANGE)
     _, idle = _measured(int)
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(folder)
         _store_all(storage, ranges, inputs)
-        for near in (0, 3, 6):
+        for near in distances:
             plan = Comparison(
                 splits=True,
                 exact=True,

@@ -113,14 +113,20 @@ def _scan(
 
     Step s compares each member with the s-th after it, in all groups at once: the work
     is that of the pairs, the memory that of the members, however large a group is.
+    Reaching into the next group as well costs less than avoiding it.
     """
+    group = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
+    # Large groups first: those that a step still reaches into lie at the front.
+    large_first = np.argsort(-np.repeat(sizes, sizes), kind="stable")
+    members, group = members[large_first], group[large_first]
     inside = keys[members]
-    ends = np.repeat(np.cumsum(sizes), sizes)
-    at = np.flatnonzero(ends - np.arange(len(members)) > 1)
-    step = 1
-    while len(at):
-        near = np.bitwise_count(inside[at] ^ inside[at + step]) <= distance
-        if near.any():
-            yield members[at[near]], members[at[near] + step]
-        step += 1
-        at = at[at + step < ends[at]]
+    sizes = np.sort(sizes)
+    reached = np.cumsum(sizes[::-1])
+    for step in range(1, int(sizes[-1]) if len(sizes) else 0):
+        larger = len(sizes) - int(np.searchsorted(sizes, step, side="right"))
+        end = int(reached[larger - 1])
+        near = np.bitwise_count(inside[step:end] ^ inside[: end - step]) <= distance
+        at = np.flatnonzero(near)
+        at = at[group[at] == group[at + step]]
+        if len(at):
+            yield members[at], members[at + step]
