@@ -183,10 +183,10 @@ def _row_dicts(block: Block) -> Iterator[dict[str, Any]]:
     for name, rows in block.bad.items():
         if name in names:
             cells = columns[names.index(name)]
-            for row in np.flatnonzero(rows):
-                cells[row] = BadText()
-    for cells in zip(*columns, strict=True):
-        yield dict(zip(names, cells, strict=True))
+            for place in np.flatnonzero(rows):
+                cells[place] = BadText()
+    for row in zip(*columns, strict=True):
+        yield dict(zip(names, row, strict=True))
 
 
 def _python_cells(column: pa.Array) -> list[Any]:

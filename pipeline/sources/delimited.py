@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from pipeline.sources.base import Block, text_block
+from pipeline.sources.base import Block, not_utf8, text_block
 from pipeline.sources.files import Found, in_threads, laid_end_to_end, sizes
 from pipeline.sources.rows import FIELD, TextBlock
 from pipeline.sources.text import BYTE_ORDER_MARK, TextSource, without_rows
@@ -160,7 +160,8 @@ def _parsed_by_arrow(
                 delimiter=separator,
                 quote_char='"' if quoted else False,
                 newlines_in_values=quoted,
-                invalid_row_handler=skip,
+                # Arrow hands rows over as text, and cannot where it is not UTF-8.
+                invalid_row_handler=skip if _is_utf8(block.data) else None,
             ),
             convert_options=pyarrow.csv.ConvertOptions(
                 check_utf8=False,
@@ -170,7 +171,6 @@ def _parsed_by_arrow(
             ),
         )
     except pa.ArrowInvalid:
-        # Such as a row to skip that is not UTF-8.
         return None
     wrong = np.zeros(len(block.starts), bool)
     if table.num_rows + len(numbers) != len(wrong):
@@ -184,3 +184,7 @@ def _parsed_by_arrow(
     elif numbers:
         columns = [pa.array([""] * len(wrong), pa.large_string()) for _ in wanted]
     return columns, wrong
+
+
+def _is_utf8(data: bytes) -> bool:
+    return data.isascii() or not_utf8(pa.array([data]).view(pa.string())) is None
