@@ -1,8 +1,9 @@
 """A storage on a disk, local or mounted by all nodes.
 
 Owns how files get there: temporary name, fsync, rename or link, fsync of the folder.
-Does not own the contract (`pipeline.storage`). After `kill -9` at any moment there are
-whole files, and below `.palimpsest/staging` perhaps some that are not.
+Does not own the contract (`pipeline.storage`) or what fsync is for
+(`pipeline.durable`). After `kill -9` at any moment there are whole files, and below
+`.palimpsest/staging` perhaps some that are not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from pipeline.durable import make_folder, sync, sync_directory, write_durably
 from pipeline.retries import RetryPolicy
 from pipeline.storage import STAGING, Result, Storage, checked_name
 
@@ -29,14 +31,24 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 def local_path(url: str) -> Path | None:
-    """The absolute path that a path or `file://` URL means; None for other URLs."""
+    """The absolute path that a path or `file://` URL means; None for other URLs.
+
+    Raises:
+        ValueError: a file URL of another host.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        # fsspec's chained URLs (`zip::s3://...`) have a separator of their own.
-        return Path(url).expanduser().absolute()
+        path = Path(url)
+        return (path.expanduser() if url.startswith("~/") else path).absolute()
     if scheme.lower() not in ("file", "local"):
         return None
-    return Path(unquote(rest.removeprefix("localhost"))).absolute()
+    rest = rest.removeprefix("localhost")
+    if not rest.startswith("/"):
+        raise ValueError(
+            f"{url} names the host {rest.partition('/')[0]!r}; a file URL has three "
+            "slashes (file:///data/corpus), and a relative path no scheme"
+        )
+    return Path(unquote(rest))
 
 
 class LocalStorage(Storage):
@@ -121,7 +133,7 @@ class LocalStorage(Storage):
                 if error.errno not in _NO_LINKS:
                     raise
                 shutil.copyfile(source, second)
-                _sync(second)
+                sync(second)
 
         try:
             self._retry(name, lambda: self._placed(second, call, needs=source))
@@ -130,7 +142,6 @@ class LocalStorage(Storage):
                 target, lambda: self._placed(destination, replace, needs=second)
             )
         finally:
-            # Renaming a link onto another link of one file leaves both.
             second.unlink(missing_ok=True)
             self._prune(self._staging)
 
@@ -138,12 +149,14 @@ class LocalStorage(Storage):
         source, destination = self._local(name), self._local(target)
 
         def call() -> None:
-            os.stat(source)
             os.replace(source, destination)
+            if name != target:
+                # Renaming a link onto another link of one file leaves both.
+                source.unlink(missing_ok=True)
 
         self._retry(name, lambda: self._placed(destination, call, needs=source))
         if source.parent != destination.parent:
-            _sync_directory(source.parent)
+            sync_directory(source.parent)
             self._prune(source.parent)
 
     @contextlib.contextmanager
@@ -194,7 +207,7 @@ class LocalStorage(Storage):
     def _publish(self, directory: Path, prefix: str) -> None:
         names = _names_below(directory, directory)
         for name in names:
-            _sync(directory / name)
+            sync(directory / name)
         folders = set()
         for name in names:
             source, target = directory / name, self._local(f"{prefix}/{name}")
@@ -202,7 +215,7 @@ class LocalStorage(Storage):
             self._placed(target, call, needs=source, durable=False)
             folders.add(target.parent)
         for folder in folders:
-            _sync_directory(folder)
+            sync_directory(folder)
 
     def _remove_folder(self, tree: Path) -> None:
         doomed = tree
@@ -221,7 +234,7 @@ class LocalStorage(Storage):
         """A durable file with a name that no other attempt has."""
         temporary = self._staging / uuid.uuid4().hex
         try:
-            self._placed(temporary, lambda: _write_durably(temporary, data))
+            self._placed(temporary, lambda: write_durably(temporary, data))
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -240,10 +253,10 @@ class LocalStorage(Storage):
         """
         for tries in range(_PLACING_TRIES):
             try:
-                _make_folder(target.parent)
+                make_folder(target.parent)
                 result = call()
                 if durable:
-                    _sync_directory(target.parent)
+                    sync_directory(target.parent)
                 return result
             except FileNotFoundError:
                 gone = needs is not None and not needs.exists()
@@ -288,39 +301,6 @@ def _names_below(start: Path, root: Path) -> list[str]:
         for name in names
     ]
     return sorted(str(PurePosixPath(path)) for path in found)
-
-
-def _make_folder(path: Path) -> None:
-    """Make a folder and those above it; a name lasts once its folder is on the disk."""
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    try:
-        path.mkdir(exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(path)) from None
-    _sync_directory(path.parent)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    # Its last file may have been moved on already, and the folder have gone with it.
-    with contextlib.suppress(FileNotFoundError):
-        _sync(path)
 
 
 def _unless_gone(

@@ -177,6 +177,24 @@ def test_moving_replaces(storage: Storage) -> None:
     assert storage.read("further/on/c") == b"new"
 
 
+def test_a_copy_outlives_its_original(storage: Storage) -> None:
+    storage.write("from/a", b"data")
+    storage.write("to/b", b"old")
+    for _ in range(2):
+        storage.copy("from/a", "to/b")
+        assert storage.names() == ["from/a", "to/b"]
+    storage.move("from/a", "to/b")
+    storage.move("to/b", "to/b")
+    storage.copy("to/b", "to/b")
+    assert storage.names() == ["to/b"]
+    storage.copy("to/b", "further/on/c")
+    storage.write("to/b", b"newer")
+    assert storage.read("further/on/c") == b"data"
+    with pytest.raises(FileNotFoundError, match="from/a"):
+        storage.copy("from/a", "to/b")
+    assert storage.read("to/b") == b"newer"
+
+
 def test_the_first_to_create_wins(storage: Storage) -> None:
     assert storage.create("d/f", b"first")
     assert not storage.create("d/f", b"second")
@@ -539,6 +557,8 @@ def test_a_store_without_credentials_or_driver_names_the_cure(
         monkeypatch.delenv(key)
     with pytest.raises(ValueError, match=r"no credentials.*AWS_PROFILE.*ANON"):
         open_storage(f"{bucket}/root").read("f")
+    with pytest.raises(ValueError, match="names the host 'data'; a file URL has three"):
+        open_storage("file://data/x")
     with pytest.raises(ValueError, match="unknown scheme 'foo'; use a path"):
         open_storage("foo://x/y")
     with pytest.raises(ValueError, match=r"a package is missing.*installed"):

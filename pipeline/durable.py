@@ -1,0 +1,51 @@
+"""Making files and folders outlast a crash of the machine.
+
+Owns what has to be synchronised, and in which order. Does not own names or what a file
+may be seen as meanwhile (`pipeline.storage_local`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file whose bytes last; its name does after `sync_directory`."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, names included.
+
+    Raises:
+        NotADirectoryError: one of them is a file.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(path)) from None
+    sync_directory(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file's bytes, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """As `sync`, of a folder that may have gone with its last file meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        sync(path)
