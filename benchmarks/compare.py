@@ -113,8 +113,7 @@ def _compare(storage: Storage, plan: Comparison, idle: float) -> None:
         len(gather(storage, "c", plan, number)) for number in range(plan.ranges)
     )
     print(f"  all {plan.inputs / total:,.0f}/s; {found:,} verdicts", flush=True)
-    for folder in ("scattered", "matched", "collected"):
-        storage.remove_tree(f"c/{folder}")
+    storage.remove_tree(f"c/{plan.folder}")
 
 
 def main() -> None:

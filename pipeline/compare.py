@@ -51,6 +51,7 @@ are taken for equal: 1e-5 for a billion and 5,000 buckets.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -155,6 +156,11 @@ class Comparison:
         """Tasks of `match`."""
         return len(self.criteria) * self.parts
 
+    @property
+    def folder(self) -> str:
+        """Where its files lie: another comparison must not take them for its own."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
     def group_ranges(self, group: int) -> range:
         """The ranges of a group."""
         return range(group * self.group, min((group + 1) * self.group, self.ranges))
@@ -172,7 +178,7 @@ def store(
 
     Args:
         storage: where to, and where all other steps find them.
-        prefix: folder of one comparison, and of nothing else.
+        prefix: folder of these signatures and all that is compared of them.
         number: of the range.
         committed: the range is one of an earlier, complete dataset.
         signatures: `SIGNATURE_DTYPE` (N,), in any order.
@@ -183,7 +189,7 @@ def store(
 
 def scatter(storage: Storage, prefix: str, comparison: Comparison, group: int) -> None:
     """Deal the signatures of a group of ranges out to the buckets."""
-    name = _scattered(prefix, group)
+    name = _scattered(prefix, comparison, group)
     if storage.size(name) is None:
         parts = _dealt(storage, prefix, comparison, group)
         write_sections(storage, name, parts, sections=comparison.buckets)
@@ -191,9 +197,11 @@ def scatter(storage: Storage, prefix: str, comparison: Comparison, group: int) -
 
 def match(storage: Storage, prefix: str, comparison: Comparison, bucket: int) -> None:
     """Compare the candidates of one bucket."""
-    name = _matched(prefix, bucket)
+    name = _matched(prefix, comparison, bucket)
     if storage.size(name) is None:
-        names = [_scattered(prefix, group) for group in range(comparison.groups)]
+        names = [
+            _scattered(prefix, comparison, group) for group in range(comparison.groups)
+        ]
         sections = comparison.buckets
         reader = SectionReader(
             storage, names, bucket, sections=sections, dtype=RECORD_DTYPE
@@ -205,9 +213,11 @@ def match(storage: Storage, prefix: str, comparison: Comparison, bucket: int) ->
 
 def collect(storage: Storage, prefix: str, comparison: Comparison, group: int) -> None:
     """Bring the verdicts of a group of ranges together, one per input at most."""
-    name = _collected(prefix, group)
+    name = _collected(prefix, comparison, group)
     if storage.size(name) is None:
-        names = [_matched(prefix, bucket) for bucket in range(comparison.buckets)]
+        names = [
+            _matched(prefix, comparison, bucket) for bucket in range(comparison.buckets)
+        ]
         reader = SectionReader(
             storage, names, group, sections=comparison.groups, dtype=_MATCH_DTYPE
         )
@@ -222,7 +232,7 @@ def gather(
     """The verdicts of a range: `VERDICT_DTYPE` (N,), by position."""
     group, section = divmod(number, comparison.group)
     sections = len(comparison.group_ranges(group))
-    name = _collected(prefix, group)
+    name = _collected(prefix, comparison, group)
     return read_section(storage, name, section, sections=sections, dtype=VERDICT_DTYPE)
 
 
@@ -344,13 +354,13 @@ def _stored(prefix: str, number: int) -> str:
     return f"{prefix}/stored/{number:06d}"
 
 
-def _scattered(prefix: str, group: int) -> str:
-    return f"{prefix}/scattered/{group:06d}"
+def _scattered(prefix: str, comparison: Comparison, group: int) -> str:
+    return f"{prefix}/{comparison.folder}/scattered/{group:06d}"
 
 
-def _matched(prefix: str, bucket: int) -> str:
-    return f"{prefix}/matched/{bucket:06d}"
+def _matched(prefix: str, comparison: Comparison, bucket: int) -> str:
+    return f"{prefix}/{comparison.folder}/matched/{bucket:06d}"
 
 
-def _collected(prefix: str, group: int) -> str:
-    return f"{prefix}/collected/{group:06d}"
+def _collected(prefix: str, comparison: Comparison, group: int) -> str:
+    return f"{prefix}/{comparison.folder}/collected/{group:06d}"

@@ -256,6 +256,16 @@ def test_a_step_before_its_turn_fails_and_leaves_nothing(tmp_path: Path) -> None
     assert storage.names() == before
 
 
+def test_files_of_another_comparison_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    corpus = random_corpus(4, [20] * 3, variety=30)
+    storage = open_storage(tmp_path)
+    for near, records in ((None, 30), (2, 30), (2, 45)):
+        comparison = Comparison(near=near, inputs=60, ranges=3, memory=RECORD * records)
+        run_steps(storage, corpus, comparison)
+        expected = everything_with_everything(corpus, comparison)
+        assert gathered(storage, comparison) == expected
+
+
 KILLED_CORPUS = (7, [50] * 6, 100)
 KILLED = Comparison(**EVERYTHING, near=2, inputs=300, ranges=6, memory=RECORD * 60)
 
