@@ -37,7 +37,8 @@ def histogram(
     forward: Callable[[float], float] = math.log if log else float
     x = _scale(forward(edges[0]), forward(edges[-1]), _LEFT, _WIDTH - _RIGHT)
     y = _scale(0, float(counts.max()), _HEIGHT - _BOTTOM, _TOP)
-    parts = [_rules(y, ticks(0, float(counts.max()), 4))]
+    heights = [t for t in ticks(0, float(counts.max()), 4) if t == round(t)]
+    parts = [_rules(y, heights)]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         start, end = x(forward(low)), x(forward(high))
         gap = min(1.5, (end - start) / 6)
@@ -49,6 +50,8 @@ def histogram(
             f"<title>{escape(said)}</title></rect>"
         )
     at = _log_ticks(edges[0], edges[-1]) if log else ticks(edges[0], edges[-1], 5)
+    if np.all(values == np.round(values)):
+        at = [t for t in at if t == round(t)]
     parts.append(_marks(x, forward, at, unit))
     middle = float(np.median(values))
     parts.append(

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import flat
 from pipeline.inspect_charts import histogram, number, ranks, size_map
 from pipeline.inspect_data import Alike, Pair, View, aspects, percentiles, word_counts
@@ -57,16 +59,21 @@ def _head(view: View) -> str:
             f"{counts.inputs - counts.written:,} inputs, each with a reason",
         ),
     ]
+    return (
+        f'<header><p class="kicker">Dataset</p><h1>{escape(view.name)}</h1>'
+        f'<p class="place">{escape(view.url)}</p>{_tiles(tiles)}'
+        f'<p class="note">{escape(scope(view))}.</p></header>'
+    )
+
+
+def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """Figures side by side: name, value, note."""
     drawn = "".join(
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
         f"<small>{escape(note)}</small></div>"
         for name, value, note in tiles
     )
-    return (
-        f'<header><p class="kicker">Dataset</p><h1>{escape(view.name)}</h1>'
-        f'<p class="place">{escape(view.url)}</p><div class="tiles">{drawn}</div>'
-        f'<p class="note">{escape(scope(view))}.</p></header>'
-    )
+    return f'<div class="tiles">{drawn}</div>'
 
 
 def _each(sums: Mapping[str, int], what: str, of: str) -> str:
@@ -159,57 +166,43 @@ def _caption(caption: str, tokens: Sequence[Token]) -> str:
 def _spread(view: View) -> str:
     numbers, vocabulary = view.numbers, view.vocabulary
     assert vocabulary is not None
+    letters = np.array([len(caption) for caption in view.captions], np.float64)
     width, height = numbers["original_width"], numbers["original_height"]
-    letters = _array([len(caption) for caption in view.captions])
-    charts = [
-        ("Sizes of the sources", size_map(width, height, label="source sizes"), None),
-        ("Width per height", _hist(aspects(view), "aspect", log=True), aspects(view)),
-        (
-            "Bytes of a written image",
-            _hist(numbers["jpg_bytes"], "image bytes", log=True),
-            numbers["jpg_bytes"],
-        ),
-        (
-            "Captions of an image",
-            _hist(numbers["n_captions"], "captions"),
-            numbers["n_captions"],
-        ),
-        ("Characters of a caption", _hist(letters, "characters"), letters),
-        (
-            "Tokens of a caption",
-            _hist(vocabulary.lengths, "tokens"),
-            vocabulary.lengths,
-        ),
-    ]
-    cards = [
-        card(chart, title=title, note="" if values is None else _said(values))
-        for title, chart, values in charts
-        if chart
-    ]
-    lead = "The dashed line is the median."
-    return section("Distributions", grid(*cards, classes="three"), lead=lead)
+    constants, cards = [], []
+    if len(width) and np.ptp(width) == 0 and np.ptp(height) == 0:
+        constants.append(("all sources", f"{number(width[0])} x {number(height[0])}"))
+    elif len(width):
+        cards.append(_sizes(width, height))
+    for title, values, log in (
+        ("Width per height of the sources", aspects(view), True),
+        ("Bytes of a written image", numbers["jpg_bytes"], True),
+        ("Captions of an image", numbers["n_captions"], False),
+        ("Characters of a caption", letters, False),
+        ("Tokens of a caption", vocabulary.lengths, False),
+    ):
+        if len(values) and np.ptp(values) == 0:
+            constants.append((title.lower(), number(values[0])))
+        elif len(values):
+            cards.append(_distribution(title, values, log=log))
+    tiles = [(name, value, "every one of them") for name, value in constants]
+    body = (_tiles(tiles) if tiles else "") + grid(*cards, classes="three")
+    return section("Distributions", body, lead="Dashed lines are medians.")
 
 
-def _array(values: Sequence[float]) -> Any:
-    import numpy as np
-
-    return np.array(values, np.float64)
-
-
-def _hist(values: Any, label: str, *, log: bool = False) -> str:
-    return histogram(values, label=label, log=log)
+def _sizes(width: np.ndarray, height: np.ndarray) -> str:
+    title = "Sizes of the sources"
+    drawn = size_map(width, height, label=title)
+    note = f"Width and height in pixels, {len(width):,} images; squares on the line."
+    return card(drawn, title=title, note=note)
 
 
-def _said(values: Any) -> str:
+def _distribution(title: str, values: np.ndarray, *, log: bool) -> str:
     found = percentiles(values)
-    if not found:
-        return ""
-    if found[0] == found[-1]:
-        return f"All {number(found[0])}."
-    return (
+    note = (
         f"Median {number(found[3])}; 5 % lie below {number(found[1])}, 5 % above "
         f"{number(found[5])}; {number(found[0])} to {number(found[6])}."
     )
+    return card(histogram(values, label=title, log=log), title=title, note=note)
 
 
 def _language(view: View) -> str:
@@ -276,12 +269,13 @@ def _duplicates(view: View) -> str:
         parts.append(grid(*dropped, classes="three"))
     elif view.manifest.accounting.duplicates:
         rows = [
-            [row["key"], row["reason"] or "", (row["url"] or "")[:_VALUE]]
+            [row["key"], (row["url"] or "")[:_VALUE], row["reason"] or "identity"]
             for (status, _), found in sorted(view.examples.items())
             for row in found
             if status == "duplicate"
         ]
-        parts.append(card(table(["key", "kind", "input"], rows, texts=3)))
+        head = ["key", "input", "kind"]
+        parts.append(card(table(head, rows, texts=3), classes="facts"))
     if alike:
         parts.append("<h3>Kept, though they look alike</h3>")
         parts.append(grid(*alike, classes="three"))

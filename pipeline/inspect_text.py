@@ -6,6 +6,7 @@ pass through `printable`. Does not own what is counted (`pipeline.inspect_data`)
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.terminal import printable
 
 _BAR = 32
 _WORDS = 24
+_COLUMNS = 96
 _PERCENTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "most")
 
 
@@ -138,7 +140,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns that line up: text to the left, numbers to the right."""
-    texts = sum(not row.isdigit() for row in head[:1]) + (head[:1] == ["split"])
+    texts = 2 if head[1] == "source" else 1
     cells = [head, *rows]
     wide = [max(len(row[place]) for row in cells) for place in range(len(head))]
     return [
@@ -156,21 +158,26 @@ def _words(view: View) -> list[str]:
         return []
     words = word_counts(view.captions).most_common(_WORDS)
     info = view.manifest.tokenizer
-    lines = [
-        f"vocabulary   {vocabulary.used:,} of {info.vocab_size:,} entries are used",
-        f"unknown      {share(vocabulary.unknown_share)} of tokens"
-        + _counted(vocabulary.unknown_words[:8], before="; mostly "),
+    unknown = _counted(vocabulary.unknown_words[:8])
+    mostly = f"; mostly {unknown}" if unknown else ""
+    parts = [
+        ("vocabulary", f"{vocabulary.used:,} of {info.vocab_size:,} entries are used"),
+        ("unknown", f"{share(vocabulary.unknown_share)} of tokens{mostly}"),
+        ("words", _counted(words)),
+        ("tokens", _counted(vocabulary.common[:_WORDS])),
     ]
-    lines.append("top words    " + _counted(words[: _WORDS // 2]))
-    lines.append("             " + _counted(words[_WORDS // 2 :]))
-    lines.append("top tokens   " + _counted(vocabulary.common[: _WORDS // 2]))
-    return lines
+    return [line for title, text in parts for line in _wrapped(title, text)]
 
 
-def _counted(words: Sequence[tuple[str, int]], *, before: str = "") -> str:
-    if not words:
-        return ""
-    return before + ", ".join(f"{printable(word)} {count:,}" for word, count in words)
+def _wrapped(title: str, text: str) -> list[str]:
+    first, rest = f"{title:<11} ", " " * 12
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=first, subsequent_indent=rest
+    ) or [first]
+
+
+def _counted(words: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{printable(word)} {count:,}" for word, count in words)
 
 
 def _reasons(view: View) -> Iterator[str]:
