@@ -84,7 +84,7 @@ class ImageReader:
         self._max_bytes = max_bytes
         self._takes_first = image_list == "first"
         self._network = network or Network(allow_private=options.allow_private)
-        self._files = _FileReader(options.concurrency, max_bytes)
+        self._files = FileReader(options.concurrency, max_bytes)
         self._web: Downloader | None = None
 
     def read(self, cells: Iterable[Cell]) -> Iterator[bytes | ImageError]:
@@ -169,7 +169,7 @@ class ImageReader:
         return value
 
 
-class _FileReader:
+class FileReader:
     """Files, local and behind fsspec, read by a few threads."""
 
     def __init__(self, threads: int, max_bytes: int) -> None:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pipeline.addresses import Network
 from pipeline.download import Downloader
 from pipeline.images import ImageError
-from pipeline.lookahead import Room, Share
+from pipeline.lookahead import NoRoom, Room, Share
 from pipeline.options import FetchOptions
 from tests.pipeline.corpora import REPOSITORY
 from tests.pipeline.web import Reply, WebServer
@@ -341,7 +341,7 @@ def test_requests_at_once_are_bounded_by_host_and_in_all(server: WebServer) -> N
     for per_host, concurrency, most in ((2, 8, 2), (8, 3, 3)):
         server.hits.clear()
         server.most_at_once = 0
-        url = server.serve("/a", Reply(body=b"x", until_hits=most))
+        url = server.serve("/a", Reply(body=b"x", until_hits=most, pause_s=0.03))
         downloader = opened(per_host=per_host, concurrency=concurrency)
         futures = [downloader.start(url, Share(Room(), _LIMIT)) for _ in range(30)]
         assert [future.result(60) for future in futures] == [b"x"] * 30
@@ -355,6 +355,18 @@ def test_waiting_for_a_turn_takes_none_of_an_images_time(server: WebServer) -> N
     downloader = opened(per_host=1, total_timeout_s=2.3)
     futures = [downloader.start(url, Share(Room(), _LIMIT)) for _ in range(5)]
     assert [future.result(60) for future in futures] == [b"x"] * 5
+    downloader.close()
+
+
+def test_a_body_without_room_is_given_up_and_holds_nothing(server: WebServer) -> None:
+    room = Room()
+    url = server.serve("/a", Reply(body=bytes(5000)))
+    downloader = opened(retries=3)
+    failed = downloader.start(url, Share(room, 4999)).exception(60)
+    assert isinstance(failed, NoRoom)
+    assert room.held == 0
+    assert server.hits["/a"] == 1
+    assert downloader.start(url, Share(room, 5000)).result(60) == bytes(5000)
     downloader.close()
 
 

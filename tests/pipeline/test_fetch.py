@@ -19,9 +19,10 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.addresses import Network
-from pipeline.fetch import Cell, ImageReader
+from pipeline.addresses import Network, Place
+from pipeline.fetch import Cell, FileReader, ImageReader
 from pipeline.images import ImageError
+from pipeline.lookahead import NoRoom, Room, Share
 from pipeline.options import FetchOptions
 from tests.pipeline.corpora import REPOSITORY
 from tests.pipeline.web import Reply, WebServer
@@ -153,6 +154,18 @@ def test_large_images_are_refused_wherever_they_lie(
         url = server.serve("/a", Reply(body=data))
         expected = data if size == _LIMIT else "too_large"
         assert read(tmp_path, data, "a", url, {"bytes": data}) == [expected] * 4
+
+
+def test_a_file_without_room_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(5000))
+    room = Room()
+    files = FileReader(1, _LIMIT)
+    place = Place(path=str(tmp_path / "a"))
+    assert isinstance(files.start(place, "a", Share(room, 4999)).exception(), NoRoom)
+    assert room.held == 0
+    assert files.start(place, "a", Share(room, 5000)).result() == bytes(5000)
+    assert room.held == 5000
+    files.close()
 
 
 def test_a_storage_error_is_no_fault_of_the_input(tmp_path: Path) -> None:
