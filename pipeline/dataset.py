@@ -95,6 +95,8 @@ class DatasetWriter:
             ValueError: the folder holds something that is not ours.
         """
         path = self.storage.path
+        if path is not None and not path.exists():
+            self.refuse_unwritable()
         if path is not None and path.exists() and not path.is_dir():
             raise ValueError(f"--output {path} is a file; choose a directory")
         if path is not None and path.is_dir() and not _allowed(path, os.R_OK | os.X_OK):
@@ -374,8 +376,9 @@ class DatasetWriter:
         """
         for name in (MANIFEST, MANIFEST_SHA256):
             self.storage.remove(name)
-        for name in self.storage.names():
-            if not name.startswith((f"{STATE}/", f"{TOKENIZER}/")):
+        for name in self._top():
+            if name not in (STATE, TOKENIZER):
+                self.storage.remove_tree(name)
                 self.storage.remove(name)
         # Last to first: what is left is always a run that can go on.
         for name in reversed(self.storage.names(RECORDS)):
@@ -386,6 +389,12 @@ class DatasetWriter:
             self.storage.remove(name)
         self.storage.remove_tree(TOKENIZER)
         self.records = []
+
+    def _top(self) -> list[str]:
+        """What lies directly in the folder, empty folders included."""
+        if self.storage.path is not None:
+            return sorted(path.name for path in self.storage.path.iterdir())
+        return sorted({name.partition("/")[0] for name in self.storage.names()})
 
     def _replace(self, name: str, data: bytes) -> None:
         """Write a file that only this driver may change meanwhile."""

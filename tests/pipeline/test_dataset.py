@@ -1,49 +1,39 @@
-"""A dataset directory survives its writer at every step, and is never half right."""
+"""A dataset survives its writer at every step, and is never half right."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from pipeline.dataset import DatasetWriter
-from pipeline.ranges import StagedRange, write_range
+from pipeline.dataset import SEALS, DatasetWriter
+from pipeline.manifest import file_sha256, load_manifest
+from pipeline.options import ImageOptions, PreprocessConfig, SplitOptions
+from pipeline.staging import STATE
+from pipeline.storage import open_storage
 from tests.pipeline.corpora import encoded, picture
-from tests.pipeline.test_ranges import Row, planned, silent
+from tests.pipeline.runs import TOKENIZER, LocalRun, Row, write_rows
 
-DESCRIBED = {"source": "birds", "transform": {}, "transform_sha256": ""}
+GOOD: list[Row] = [(encoded(picture(seed)), "train", "a bird") for seed in range(2)]
 
 
-class Run:
-    """The steps of a run on a tiny corpus, without Ray."""
-
-    def __init__(self, folder: Path, rows: list[Row]) -> None:
-        folder.mkdir()
-        self.plan, self.work = planned(folder, rows)
-        self.root = folder / "out"
-
-    def open(self) -> DatasetWriter:
-        """Begin or continue, as the command does."""
-        writer = DatasetWriter(self.root)
-        if writer.stored_plan() is not None:
-            assert writer.stored_tokenizer() == self.work.tokenizer
-        writer.create()
-        writer.begin(DESCRIBED, self.work.tokenizer)
-        return writer
-
-    def staged(self, writer: DatasetWriter) -> StagedRange:
-        work = dataclasses.replace(self.work, staging=writer.staging)
-        return write_range(work, self.plan.range(0), silent)
-
-    def committed(self) -> DatasetWriter:
-        writer = self.open()
-        if not writer.records:
-            writer.commit(self.staged(writer), "birds")
-        return writer
+def run_of(folder: Path, rows: list[Row] = GOOD) -> LocalRun:
+    folder.mkdir(exist_ok=True)
+    path = write_rows(folder / "birds.parquet", rows)
+    config = PreprocessConfig(
+        input=str(path),
+        output=str(folder / "out"),
+        image=ImageOptions(size=32),
+        split=SplitOptions(column="split"),
+    )
+    return LocalRun(config)
 
 
 def killed_at(step: int, writer: DatasetWriter) -> bool:
@@ -63,7 +53,6 @@ def killed_at(step: int, writer: DatasetWriter) -> bool:
 
         sys.addaudithook(die)
         writer.abandon()
-        writer.remove_emptied()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
@@ -71,52 +60,52 @@ def killed_at(step: int, writer: DatasetWriter) -> bool:
 def test_a_run_killed_while_it_is_removed_is_removed_by_the_next(
     tmp_path: Path,
 ) -> None:
-    run = Run(tmp_path / "run", [(b"broken", "train", "a bird")] * 2)
+    run = run_of(tmp_path / "run", [(b"broken", "train", "a bird")] * 2)
+    root = tmp_path / "run" / "out"
     steps = 0
-    left_empty = 0
     while True:
-        shutil.rmtree(run.root, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
         writer = run.committed()
         # The worst there can be: an older driver declared it complete.
-        writer.write_manifest(DESCRIBED, run.work.tokenizer, complete=True)
+        writer.write_manifest(run.described, TOKENIZER, complete=True)
         if not killed_at(steps, writer):
             break
         again = run.committed()
         assert again.finished() is None
         assert again.accounting().written == 0
         again.abandon()
-        again.remove_emptied()
-        if run.root.exists():
-            assert list(run.root.iterdir()) == [], steps
-            left_empty += 1
+        assert list(root.iterdir()) == [], steps
         steps += 1
     assert steps > 10
-    # Only the last steps forget whose the empty directory was.
-    assert left_empty <= 2
-    assert not run.root.exists()
-
-
-def test_a_directory_that_was_there_before_stays(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", [(b"broken", "train", "a bird")])
-    run.root.mkdir()
-    writer = run.committed()
-    writer.abandon()
-    writer.remove_emptied()
-    assert list(run.root.iterdir()) == []
-
-
-GOOD = [(encoded(picture(seed)), "train", "a bird") for seed in range(2)]
 
 
 def test_counts_that_do_not_add_up_are_not_committed(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", GOOD)
+    run = run_of(tmp_path)
     writer = run.open()
-    staged = run.staged(writer)
+    (staged,) = run.settled()
     counts = dataclasses.replace(staged.accounting, written=1)
     with pytest.raises(ValueError, match="does not add up"):
-        writer.commit(dataclasses.replace(staged, accounting=counts), "birds")
-    assert not (run.root / "train").exists()
-    assert writer.damaged_ranges() == []
+        run.commit(dataclasses.replace(staged, accounting=counts))
+    assert writer.records == []
+    assert run.storage.names(f"{STATE}/ranges") == []
+
+
+def test_a_record_that_another_driver_wrote_stops_this_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.open()
+    (staged,) = run.settled()
+    run.storage.create(f"{STATE}/ranges/000000.json", b"{}")
+    with pytest.raises(ValueError, match="another driver committed"):
+        run.commit(staged)
+
+
+def test_a_manifest_that_another_driver_wrote_stops_this_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    writer = run.committed()
+    writer.write_manifest(run.described, TOKENIZER, complete=False)
+    run.storage.write("manifest.json", b"{}")
+    with pytest.raises(ValueError, match=r"another driver wrote manifest\.json"):
+        writer.write_manifest(run.described, TOKENIZER, complete=True)
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".index.npy", "_stats.json", ".tar.idx"])
@@ -124,46 +113,98 @@ def test_counts_that_do_not_add_up_are_not_committed(tmp_path: Path) -> None:
 def test_a_lost_file_is_found_and_made_again(
     tmp_path: Path, suffix: str, cut: bool
 ) -> None:
-    run = Run(tmp_path / "run", GOOD)
-    writer = run.committed()
-    made = writer.finish(DESCRIBED, run.work.tokenizer)
-    assert writer.missing_file(made) is None
-    lost = run.root / f"train/shard-000000{suffix}"
+    run = run_of(tmp_path)
+    made = run.committed().finish(run.described, TOKENIZER)
+    assert run.writer.missing_file(made) is None
+    lost = tmp_path / "out" / f"train/shard-000000{suffix}"
     whole = lost.read_bytes()
     if cut:
         lost.write_bytes(whole[:-512] if suffix == ".tar" else b"")
     else:
         lost.unlink()
-    assert DatasetWriter(run.root).missing_file(made) == f"train/{lost.name}"
+    assert DatasetWriter(run.storage).missing_file(made) == f"train/{lost.name}"
     writer = run.open()
     assert writer.damaged_ranges() == [0]
-    writer.restore(run.staged(writer))
+    (staged,) = run.settled()
+    placement = writer.restored(staged)
+    for split, name in placement.names.items():
+        stem = name.removesuffix(".tar")
+        source = f"{staged.directory}/{split}{suffix}"
+        run.storage.copy(source, f"{stem}{suffix}")
     assert lost.read_bytes() == whole
     assert writer.damaged_ranges() == []
 
 
-def test_lost_companions_and_tokenizer_files_are_found(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", GOOD)
-    made = run.committed().finish(DESCRIBED, run.work.tokenizer)
-    names = ("README.md", "tokenizer/tokenizer_config.json")
-    for name in names:
-        whole = (run.root / name).read_bytes()
-        (run.root / name).unlink()
-        assert DatasetWriter(run.root).missing_file(made) == name
-        again = DatasetWriter(run.root)
-        again.create()
-        again.begin(DESCRIBED, run.work.tokenizer)
-        again.finish(DESCRIBED, run.work.tokenizer)
-        assert (run.root / name).read_bytes() == whole
+def test_lost_companions_and_tokenizer_files_are_made_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    made = run.committed().finish(run.described, TOKENIZER)
+    for name in ("README.md", "tokenizer/tokenizer_config.json"):
+        whole = run.storage.read(name)
+        run.storage.remove(name)
+        assert DatasetWriter(run.storage).missing_file(made) == name
+        again = DatasetWriter(run.storage)
+        again.begin(run.described, run.plan, TOKENIZER)
+        again.finish(run.described, TOKENIZER)
+        assert run.storage.read(name) == whole
 
 
 def test_a_lost_file_of_a_corpus_that_changed_is_not_made_up(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", GOOD)
+    run = run_of(tmp_path / "run")
     run.committed()
-    shutil.rmtree(run.root / "train")
-    other = Run(tmp_path / "other", [GOOD[0], GOOD[0]])
-    other.root = run.root
-    writer = DatasetWriter(run.root)
-    writer.begin(DESCRIBED, run.work.tokenizer)
+    other = run_of(tmp_path / "other", [GOOD[0], (GOOD[0][0], "train", "a kite")])
+    other.open()
+    (staged,) = other.settled()
     with pytest.raises(ValueError, match="choose a new --output"):
-        writer.restore(other.staged(writer))
+        run.writer.restored(staged)
+
+
+def test_every_state_file_of_a_finished_dataset_is_sealed(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.committed().finish(run.described, TOKENIZER)
+    root = tmp_path / "out"
+    seals = json.loads((root / SEALS).read_text())
+    state = {
+        path.relative_to(root).as_posix(): file_sha256(path)
+        for path in (root / STATE).rglob("*")
+        if path.is_file() and path != root / SEALS
+    }
+    assert seals == state
+    assert len(state) > 2
+    assert load_manifest(root).accounting.written == 2
+
+
+def test_an_output_without_permission_is_refused_before_anything_else() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            writer = DatasetWriter(open_storage(folder / "new" / "out"))
+            with pytest.raises(ValueError, match=r"--output .* no permission to write"):
+                writer.refuse_unwritable()
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+
+def test_a_tokenizer_that_was_damaged_is_told(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.committed()
+    run.storage.write("tokenizer/tokenizer.json", b"torn")
+    with pytest.raises(ValueError, match="tokenizer of this dataset cannot be read"):
+        run.writer.stored_tokenizer()
+
+
+def test_signatures_are_no_pickles(tmp_path: Path) -> None:
+    """Stored arrays are read without `allow_pickle`."""
+    run = run_of(tmp_path)
+    run.committed()
+    file = io.BytesIO()
+    import numpy as np
+
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    run.storage.write(f"{STATE}/plan.npy", file.getvalue())
+    assert run.writer.read_plan(run.described) is None

@@ -10,78 +10,160 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.columns import resolve_columns
+from pipeline.captions import CaptionCleaner
+from pipeline.describe import open_corpora
+from pipeline.grouping import Input
 from pipeline.manifest import sample_uid
 from pipeline.options import (
     ColumnOptions,
+    InputOptions,
     PreprocessConfig,
     ShardOptions,
     SplitOptions,
+    TextOptions,
 )
-from pipeline.plan import Plan, across_splits, make_plan
-from pipeline.sources import open_source
+from pipeline.plan import Corpus, Plan, make_plan, read_table, training_captions
 from tests.pipeline.corpora import write_table
 
+Planned = tuple[Plan, tuple[Corpus, ...]]
 
-def plan_of(path: Path, **options: object) -> Plan:
-    config = PreprocessConfig(input=str(path), output="out", **options)
-    source = open_source(str(path))
-    return make_plan(
-        config, source, resolve_columns(source.schema, config.columns, config.split)
+
+def planned(given: object, **options: object) -> Planned:
+    config = PreprocessConfig(
+        input=given if isinstance(given, list) else str(given), output="out", **options
     )
+    corpora = open_corpora(config)
+    plan = make_plan(corpora, samples=config.shard.samples, limit=config.limit)
+    return plan, corpora
 
 
-def table_of(path: Path, images: list[str], splits: list[str] | None = None) -> Path:
+def inputs_of(made: Planned) -> list[list[Input]]:
+    """Inputs of every range, as a task reads them."""
+    plan, corpora = made
+    found = []
+    for number in range(plan.n_ranges):
+        part = plan.range(number)
+        corpus = corpora[part.source]
+        names = (*corpus.columns.sample, *corpus.grouping.all_columns)
+        rows = corpus.source.rows(tuple(dict.fromkeys(names)), part.start, part.stop)
+        found.append(list(corpus.grouping.inputs(rows, part.first_row)))
+        assert len(found[-1]) == part.inputs
+    return found
+
+
+def all_of(made: Planned) -> list[Input]:
+    return [given for part in inputs_of(made) for given in part]
+
+
+def table_of(
+    path: Path,
+    images: list[str],
+    splits: list[str] | None = None,
+    name: str = "t.tsv",
+) -> Path:
     rows = [
         {"image": image, "caption": f"caption {n}"} for n, image in enumerate(images)
     ]
     for row, split in zip(rows, splits or [], strict=False):
         row["split"] = split
-    return write_table(path / "t.tsv", rows)
+    return write_table(path / name, rows)
 
 
+@pytest.mark.parametrize("name", ["t.tsv", "t.csv", "t.parquet"])
 def test_adjacent_rows_of_an_image_are_one_input_and_never_straddle_a_range(
-    tmp_path: Path,
+    tmp_path: Path, name: str
 ) -> None:
     images = [f"{n // 5}.jpg" for n in range(35)]
-    plan = plan_of(table_of(tmp_path, images), shard=ShardOptions(samples=3))
-    assert (plan.n_inputs, plan.n_ranges, plan.n_rows) == (7, 3, 35)
-    sizes = [plan.range(number).row_counts.tolist() for number in range(3)]
-    assert sizes == [[5] * 3, [5] * 3, [5]]
-    read = [
-        row["caption"]
-        for number in range(3)
-        for row in plan.range(number).rows.rows(["caption"])
-    ]
+    path = table_of(tmp_path, images, name="t.tsv" if name == "t.parquet" else name)
+    if name == "t.parquet":
+        table = {"image": images, "caption": [f"caption {n}" for n in range(35)]}
+        path = tmp_path / name
+        pq.write_table(pa.table(table), path, row_group_size=4)
+    made = planned(path, shard=ShardOptions(samples=3))
+    parts = inputs_of(made)
+    assert [len(part) for part in parts] == [3, 3, 1]
+    read = [row["caption"] for part in parts for one in part for row in one.rows]
     assert read == [f"caption {n}" for n in range(35)]
+    assert {len(one.rows) for one in all_of(made)} == {5}
+
+
+def test_a_plan_is_stored_and_read_back(tmp_path: Path) -> None:
+    plan, _ = planned(
+        table_of(tmp_path, [f"{n}.jpg" for n in range(9)]),
+        shard=ShardOptions(samples=4),
+    )
+    assert np.array_equal(read_table(plan.table_bytes()), plan.table)
+    with pytest.raises(ValueError, match="not ranges"):
+        read_table(plan.table_bytes().replace(b"first_row", b"first_rat"))
 
 
 def test_a_limit_counts_inputs_and_keeps_the_first(tmp_path: Path) -> None:
     images = [f"{n // 2}.jpg" for n in range(20)]
-    plan = plan_of(table_of(tmp_path, images), limit=3)
-    assert (plan.n_inputs, plan.n_rows) == (3, 6)
-    assert plan.range(0).locators == ["0.jpg", "1.jpg", "2.jpg"]
+    made = planned(table_of(tmp_path, images), limit=3)
+    found = all_of(made)
+    assert [one.locator for one in found] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert sum(len(one.rows) for one in found) == 6
 
 
-def test_a_later_row_of_a_known_image_is_a_duplicate(tmp_path: Path) -> None:
-    plan = plan_of(table_of(tmp_path, ["a", "b", "a", "c", "b", "b"]))
-    assert plan.duplicate.tolist() == [False, False, True, False, True]
+def test_a_limit_holds_over_several_sources(tmp_path: Path) -> None:
+    for name in ("a.tsv", "b.tsv", "c.tsv"):
+        table_of(tmp_path, [f"{name}{n}" for n in range(4)], name=name)
+    given = [InputOptions(path=str(tmp_path / f"{name}.tsv")) for name in "abc"]
+    found = all_of(planned(given, limit=6))
+    assert [one.locator for one in found] == [
+        *("a.tsv0", "a.tsv1", "a.tsv2", "a.tsv3", "b.tsv0", "b.tsv1")
+    ]
+
+
+def test_a_range_has_one_source_and_equal_locators_of_two_are_two_inputs(
+    tmp_path: Path,
+) -> None:
+    for name in ("a.tsv", "b.tsv"):
+        table_of(tmp_path, [f"{n}.jpg" for n in range(5)], name=name)
+    given = [
+        InputOptions(path=str(tmp_path / "a.tsv"), weight=2.0),
+        InputOptions(path=str(tmp_path / "b.tsv"), name="birds"),
+    ]
+    made = planned(given, shard=ShardOptions(samples=3))
+    assert [len(part) for part in inputs_of(made)] == [3, 2, 3, 2]
+    assert [int(row["source"]) for row in made[0].table] == [0, 0, 1, 1]
+    assert len({one.uid for one in all_of(made)}) == 10
+    with pytest.raises(ValueError, match="two inputs are named 'a'"):
+        planned([given[0], InputOptions(path=str(tmp_path / "x" / "a.csv"))])
 
 
 def test_rows_without_an_image_are_inputs_of_their_own(tmp_path: Path) -> None:
-    plan = plan_of(table_of(tmp_path, ["", "", "a", ""]))
-    assert plan.n_inputs == 4
-    assert not plan.duplicate.any()
+    found = all_of(planned(table_of(tmp_path, ["", "", "a", "", "b", "b"])))
+    assert [len(one.rows) for one in found] == [1, 1, 1, 1, 2]
+    assert [one.locator for one in found] == ["row:0", "row:1", "a", "row:3", "b"]
 
 
-def test_split_names_are_normalised_and_held_out_rows_win(tmp_path: Path) -> None:
-    names = ["train", "dev", "Validation", "test", "train", "val"]
-    images = ["a", "b", "c", "d", "e", "a"]
-    path = table_of(tmp_path, images, names)
-    plan = plan_of(path, split=SplitOptions(column="split"))
-    assert plan.range(0).splits == ["train", "val", "val", "test", "train", "val"]
-    assert plan.split_names == ("test", "val", "train")
-    assert plan.duplicate.tolist() == [True, False, False, False, False, False]
+def test_a_change_of_split_ends_an_input(tmp_path: Path) -> None:
+    path = table_of(tmp_path, ["a", "a", "a"], ["train", "train", "val"])
+    made = planned(path, split=SplitOptions(column="split"))
+    assert [(len(one.rows), one.split) for one in all_of(made)] == [
+        (2, "train"),
+        (1, "val"),
+    ]
+
+
+def test_split_names_are_normalised_and_held_out_come_first(tmp_path: Path) -> None:
+    names = ["train", "dev", "Validation", "test", "train", ""]
+    path = table_of(tmp_path, list("abcdef"), names)
+    made = planned(path, split=SplitOptions(column="split"))
+    found = all_of(made)
+    assert [one.split for one in found] == [
+        *("train", "val", "val", "test", "train", "train")
+    ]
+    assert [one.has_split for one in found] == [True] * 5 + [False]
+    assert made[0].split_names == ("test", "val", "train")
+
+
+@pytest.mark.parametrize("name", ["a/b", "tokenizer", "é"])
+def test_a_value_that_cannot_be_a_split_is_named(tmp_path: Path, name: str) -> None:
+    path = table_of(tmp_path, ["a", "b"], ["train", name])
+    with pytest.raises(ValueError, match=f"split.column split: '{name}'"):
+        planned(path, split=SplitOptions(column="split"))
 
 
 def test_a_group_never_straddles_splits(tmp_path: Path) -> None:
@@ -90,31 +172,48 @@ def test_a_group_never_straddles_splits(tmp_path: Path) -> None:
     table = pa.table({"image": [b"x"] * 400, "caption": captions, "group": groups})
     pq.write_table(table, tmp_path / "t.parquet")
     split = SplitOptions(group="group", val=0.3)
-    plan = plan_of(tmp_path / "t.parquet", split=split)
-    by_group: dict[str, set[int]] = {}
-    for group, place in zip(groups, plan.splits, strict=True):
-        by_group.setdefault(group, set()).add(int(place))
-    assert all(len(places) == 1 for places in by_group.values())
-    assert {place for places in by_group.values() for place in places} == {0, 1}
+    by_group: dict[str, set[str]] = {}
+    for one in all_of(planned(tmp_path / "t.parquet", split=split)):
+        by_group.setdefault(one.rows[0]["group"], set()).add(one.split)
+    assert all(len(splits) == 1 for splits in by_group.values())
+    assert set.union(*by_group.values()) == {"train", "val"}
+
+
+def splits_of(made: Planned) -> dict[str, str]:
+    return {one.locator: one.split for one in all_of(made)}
 
 
 def test_the_share_held_out_is_as_asked_and_ignores_other_rows(tmp_path: Path) -> None:
     images = [f"{n}.jpg" for n in range(4000)]
     split = SplitOptions(val=0.25)
-    whole = plan_of(table_of(tmp_path, images), split=split)
-    share = (whole.splits == whole.split_names.index("val")).mean()
+    whole = splits_of(planned(table_of(tmp_path, images), split=split))
+    share = list(whole.values()).count("val") / 4000
     assert abs(share - 0.25) < 0.03
-    some = plan_of(table_of(tmp_path, images[1000:]), split=split)
-    assert np.array_equal(whole.splits[1000:], some.splits)
-    none = plan_of(table_of(tmp_path, images), split=SplitOptions(val=0))
-    assert none.split_names == ("train",)
+    some = splits_of(planned(table_of(tmp_path, images[1000:]), split=split))
+    assert some.items() <= whole.items()
+    none = planned(table_of(tmp_path, images), split=SplitOptions(val=0))
+    assert none[0].split_names == ("train",)
+
+
+def test_a_sample_is_a_share_of_the_inputs_and_their_rows_stay_together(
+    tmp_path: Path,
+) -> None:
+    images = [f"{n // 2}.jpg" for n in range(4000)]
+    path = table_of(tmp_path, images)
+    whole = {one.locator: len(one.rows) for one in all_of(planned(path))}
+    made = planned(path, sample=0.1, shard=ShardOptions(samples=50))
+    found = {one.locator: len(one.rows) for one in all_of(made)}
+    assert 150 < len(found) < 250
+    assert found.items() <= whole.items()
+    assert made[0].n_inputs == len(found)
 
 
 def test_the_tokenizer_sees_no_held_out_caption(tmp_path: Path) -> None:
     names = ["train", "val"] * 5
     path = table_of(tmp_path, [f"{n}.jpg" for n in range(10)], names)
-    plan = plan_of(path, split=SplitOptions(column="split"))
-    assert list(plan.tokenizer_captions()) == [f"caption {n}" for n in range(0, 10, 2)]
+    plan, corpora = planned(path, split=SplitOptions(column="split"))
+    seen = training_captions(plan, corpora, CaptionCleaner(TextOptions()))
+    assert list(seen) == [f"caption {n}" for n in range(0, 10, 2)]
 
 
 def test_an_id_column_identifies_and_groups_embedded_images(tmp_path: Path) -> None:
@@ -122,9 +221,10 @@ def test_an_id_column_identifies_and_groups_embedded_images(tmp_path: Path) -> N
         {"image": [b"x", b"x", b"y"], "caption": list("abc"), "n": [7, 7, 9]}
     )
     pq.write_table(table, tmp_path / "t.parquet")
-    plan = plan_of(tmp_path / "t.parquet", columns=ColumnOptions(id="n"))
-    assert plan.range(0).locators == ["7", "9"]
-    assert plan_of(tmp_path / "t.parquet").range(0).locators == ["0", "1", "2"]
+    made = planned(tmp_path / "t.parquet", columns=ColumnOptions(id="n"))
+    assert [one.locator for one in all_of(made)] == ["7", "9"]
+    alone = all_of(planned(tmp_path / "t.parquet"))
+    assert [one.locator for one in alone] == ["0", "1", "2"]
 
 
 def test_uids_depend_on_source_and_locator() -> None:
@@ -134,28 +234,12 @@ def test_uids_depend_on_source_and_locator() -> None:
     assert f"{sample_uid('birds', 'a.jpg'):016x}" == "44284832e8e29c51"
 
 
-def test_of_equal_images_the_most_held_out_split_keeps_one() -> None:
-    digests = np.array([b"one", b"two", b"one", b"", b"", b"two"], dtype="S16")
-    splits = np.array([2, 1, 0, 2, 0, 1])
-    expected = [True, False, False, False, False, False]
-    assert across_splits(digests, splits).tolist() == expected
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_ranges_are_the_same_whoever_plans(tmp_path: Path, number: int) -> None:
-    path = table_of(tmp_path, [f"{n}.jpg" for n in range(9)])
-    one = plan_of(path, shard=ShardOptions(samples=4)).range(number)
-    two = plan_of(path, shard=ShardOptions(samples=4)).range(number)
-    assert one.locators == two.locators
-    assert one.splits == two.splits
-
-
 def test_a_corpus_in_hash_order_is_held_out_evenly(tmp_path: Path) -> None:
     names = [f"{number}.jpg" for number in range(2000)]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     rows = [{"image": name, "caption": "c", "g": name} for name in names]
     table = write_table(tmp_path / "t.csv", rows)
-    plan = plan_of(table, split=SplitOptions(val=0.2, group="g"))
-    held_out = plan.splits == plan.split_names.index("val")
+    made = planned(table, split=SplitOptions(val=0.2, group="g"))
+    held_out = np.array([one.split == "val" for one in all_of(made)])
     for part in np.split(held_out, 4):
         assert 0.12 < part.mean() < 0.28

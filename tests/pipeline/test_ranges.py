@@ -1,65 +1,56 @@
-"""An input is a sample or counts under its own reason, copies in splits included."""
+"""An input is a sample or counts under its own reason, whatever its neighbours are."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.columns import resolve_columns
 from pipeline.manifest import Accounting
-from pipeline.options import ImageOptions, PreprocessConfig, SplitOptions
-from pipeline.plan import Plan, across_splits, make_plan
-from pipeline.ranges import Work, range_digests, write_range
-from pipeline.sources import open_source
-from pipeline.tokenizer import train_tokenizer
+from pipeline.options import (
+    DedupOptions,
+    FilterOptions,
+    ImageOptions,
+    PreprocessConfig,
+    ShardOptions,
+    SplitOptions,
+    TextOptions,
+)
+from pipeline.ranges import write_range
 from tests.pipeline.corpora import encoded, picture
-
-Row = tuple[bytes, str, str]
-
-
-def planned(folder: Path, rows: list[Row]) -> tuple[Plan, Work]:
-    """Plan and work of a corpus of (image, split, caption) rows."""
-    images, splits, captions = zip(*rows, strict=True)
-    table = {"image": images, "split": splits, "caption": captions}
-    pq.write_table(pa.table(table), folder / "t.parquet")
-    split = SplitOptions(column="split")
-    config = PreprocessConfig(
-        input=str(folder / "t.parquet"), output="out", split=split
-    )
-    source = open_source(config.input)
-    columns = resolve_columns(source.schema, config.columns, config.split)
-    (folder / "staging").mkdir()
-    work = Work(
-        staging=folder / "staging",
-        folder=source.folder,
-        columns=columns,
-        source_name="birds",
-        image=ImageOptions(size=32),
-        tokenizer=train_tokenizer(["a bird", "a kite"], 64),
-    )
-    return make_plan(config, source, columns), work
-
-
-def silent(done: int, failed: int) -> None:
-    pass
-
-
-def outcome(folder: Path, rows: list[Row]) -> tuple[Accounting, dict[str, int]]:
-    """Accounting of a corpus, and its samples by split, the way a run makes them."""
-    plan, work = planned(folder, rows)
-    digests = range_digests(work, plan.range(0), silent)
-    plan = plan.without(across_splits(digests, plan.splits))
-    staged = write_range(work, plan.range(0), silent)
-    staged.accounting.check()
-    return staged.accounting, {shard.split: shard.samples for shard in staged.shards}
-
+from tests.pipeline.runs import LocalRun, Row, silent, write_rows
 
 GOOD = encoded(picture(1))
+
+
+def run_of(folder: Path, rows: list[Row], **options: object) -> LocalRun:
+    given: dict[str, object] = {
+        "image": ImageOptions(size=32),
+        "split": SplitOptions(column="split"),
+        **options,
+    }
+    path = write_rows(folder / "birds.parquet", rows)
+    return LocalRun(
+        PreprocessConfig(input=str(path), output=str(folder / "out"), **given)
+    )
+
+
+def outcome(
+    folder: Path, rows: list[Row], **options: object
+) -> tuple[Accounting, dict[str, int]]:
+    """Accounting of a corpus, and its samples by split."""
+    run = run_of(folder, rows, **options)
+    writer = run.committed()
+    counts = writer.accounting()
+    counts.check()
+    assert counts.inputs == len(rows)
+    totals: dict[str, int] = {}
+    for record in writer.records:
+        for shard in record.shards:
+            totals[shard.split] = totals.get(shard.split, 0) + shard.samples
+    return counts, totals
 
 
 @pytest.mark.parametrize("broken", [b"not an image", b"", GOOD[: len(GOOD) // 2]])
@@ -94,25 +85,82 @@ def test_a_copy_without_a_caption_is_filtered_and_no_duplicate(tmp_path: Path) -
     assert samples == {"val": 1}
 
 
-def test_a_repeated_identity_keeps_no_image_from_other_splits(tmp_path: Path) -> None:
-    plan, work = planned(tmp_path, [(GOOD, "val", "a bird"), (GOOD, "val", "a kite")])
-    plan = replace(plan, duplicate=np.array([False, True]))
-    digests = range_digests(work, plan.range(0), silent)
-    assert (digests != b"").tolist() == [True, False]
+def test_exact_copies_are_dropped_across_ranges_and_name_the_first(
+    tmp_path: Path,
+) -> None:
+    rows = [(encoded(picture(seed)), "train", f"bird {seed}") for seed in range(5)]
+    # The same pixels in other bytes, in another range.
+    again = encoded(picture(2)) + b"\0" * 9
+    rows.append((again, "train", "a late copy"))
+    options = {"dedup": DedupOptions(exact=True), "shard": ShardOptions(samples=2)}
+    counts, samples = outcome(tmp_path, rows, **options)
+    assert (counts.written, counts.duplicates) == (5, 1)
+    assert samples == {"train": 5}
+    table = pq.read_table(tmp_path / "out" / "train" / "shard-000002.parquet")
+    (row,) = [row for row in table.to_pylist() if row["status"] == "duplicate"]
+    assert (row["key"], row["reason"]) == ("000002000001", "exact")
+    assert row["duplicate_of"] == "000001000000"
+    assert row["captions"] == ["a late copy"]
 
 
-@pytest.mark.parametrize("task", [range_digests, write_range])
-def test_an_unforeseen_exception_names_its_input(tmp_path: Path, task: object) -> None:
-    plan, work = planned(tmp_path, [(GOOD, "train", "a bird"), (GOOD, "val", "a kite")])
-    work = replace(work, columns=replace(work.columns, captions=("no such column",)))
-    assert callable(task)
-    work_range = replace(plan.range(0), rows=_Rows())
-    with pytest.raises(RuntimeError, match=r"input 000000000000 \(0\): KeyError"):
-        task(work, work_range, silent)
+def test_boilerplate_captions_are_filtered_beyond_the_limit(tmp_path: Path) -> None:
+    rows = [(encoded(picture(seed)), "train", "buy now") for seed in range(5)]
+    options = {"dedup": DedupOptions(caption_repeats=3)}
+    counts, _ = outcome(tmp_path, rows, **options)
+    assert (counts.written, counts.filtered) == (3, {"caption_repetition": 2})
 
 
-class _Rows:
-    """Rows that lack a column which the work names."""
+def test_filters_count_by_their_reason(tmp_path: Path) -> None:
+    rows = [
+        (encoded(picture(1, (60, 40))), "train", "a good bird"),
+        (encoded(picture(2, (60, 20))), "train", "a flat bird"),
+        (encoded(picture(3, (20, 20))), "train", "a small bird"),
+        (encoded(picture(4)), "train", "bird"),
+        (encoded(picture(5)), "train", "untitled"),
+        (encoded(picture(6)), "", "a bird of no split"),
+    ]
+    counts, _ = outcome(
+        tmp_path,
+        rows,
+        filter=FilterOptions(min_size=19, max_aspect=2.0),
+        text=TextOptions(min_chars=5),
+        where="caption <> 'a good bird'",
+        dedup=DedupOptions(near=0),
+    )
+    assert counts.written == 1
+    assert counts.failed == {"missing_split": 1}
+    assert counts.filtered == {
+        "aspect": 1,
+        "placeholder_caption": 1,
+        "short_caption": 1,
+        "where": 1,
+    }
 
-    def rows(self, columns: object) -> object:
-        return iter([{"image": GOOD}] * 2)
+
+def test_an_attempt_that_was_staged_is_not_made_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [(GOOD, "train", "a bird")])
+    run.open()
+    first = write_range(run.work, run.plan.range(0), silent)
+    assert write_range(run.work, run.plan.range(0), silent) == first
+    lost = tmp_path / "out" / first.directory / "train.tar"
+    lost.unlink()
+    again = write_range(run.work, run.plan.range(0), silent)
+    assert again.directory != first.directory
+    assert again.shards == first.shards
+
+
+def test_a_task_that_comes_too_late_leaves_nothing(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [(GOOD, "train", "a bird")])
+    with pytest.raises(RuntimeError, match="the run that wanted this range is over"):
+        write_range(run.work, run.plan.range(0), silent)
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert left in (["000000.bin"], [])
+
+
+def test_an_unforeseen_exception_names_its_inputs(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [(GOOD, "train", "a bird"), (GOOD, "train", "a kite")])
+    run.open()
+    filters = FilterOptions(function="tests.pipeline.runs:LocalRun")
+    work = replace(run.work, filter=filters)
+    with pytest.raises(RuntimeError, match=r"inputs 000000000000 to 000000000001 \(0"):
+        write_range(work, run.plan.range(0), silent)

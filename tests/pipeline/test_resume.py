@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.lease import Lease
 from pipeline.manifest import load_manifest
+from pipeline.storage import open_storage
 from tests.pipeline.corpora import REPOSITORY, Run, encoded, picture, write_table
 from tests.pipeline.test_preprocess import files
 
@@ -62,8 +63,8 @@ def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> 
         time.sleep(0.002)
 
 
-def committed(output: Path) -> int:
-    return len(list((output / ".palimpsest" / "ranges").glob("*.json")))
+def staged(output: Path) -> int:
+    return len(list((output / ".palimpsest" / "candidates").glob("*.json")))
 
 
 def test_a_killed_driver_continues_to_the_same_bytes(
@@ -71,23 +72,19 @@ def test_a_killed_driver_continues_to_the_same_bytes(
 ) -> None:
     output = tmp_path / "plain"
     driver = start(plain, output)
-    wait_for(lambda: committed(output) >= 3, driver)
+    wait_for(lambda: staged(output) >= 3, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    done = committed(output)
-    assert 3 <= done < N_INPUTS // 2
+    assert 3 <= staged(output) < N_INPUTS // 2
     assert (output / ".palimpsest" / "lease.json").exists()
     with pytest.raises(ValueError, match=r"still being written|no manifest\.json"):
         load_manifest(output)
-    # What a death between the renames of a commit and its record leaves behind.
-    (output / "train" / "shard-000099.tar").write_bytes(b"torn")
-    os.replace(
-        output / "train" / "shard-000099.tar", output / "train" / "shard-000003.tar"
-    )
+    # What a death between the copies of a commit and its record leaves behind.
+    (output / "train").mkdir()
+    (output / "train" / "shard-000003.tar").write_bytes(b"of another attempt")
 
     result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS)
     assert result.returncode == 0, result.stderr
-    assert "continuing: " in result.stderr
     assert files(output) == files(undisturbed)
 
 
@@ -96,7 +93,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
 ) -> None:
     output = tmp_path / "plain"
     driver = start(plain, output)
-    wait_for(lambda: committed(output) >= 1, driver)
+    wait_for(lambda: staged(output) >= 1, driver)
     victims: list[psutil.Process] = []
 
     def found() -> bool:
@@ -120,7 +117,7 @@ def test_a_second_driver_is_refused(
     output = tmp_path / "plain"
     state = output / ".palimpsest"
     state.mkdir(parents=True)
-    with Lease(state / "lease.json"):
+    with Lease(open_storage(output)):
         result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS)
         assert result.returncode == 1
         assert f"being written by process {os.getpid()}" in result.stderr
@@ -137,8 +134,7 @@ def test_a_finished_dataset_is_tidied_and_its_lost_files_are_made_again(
     state = output / ".palimpsest"
     (state / "staging").mkdir()
     (state / "staging" / "torn").write_bytes(b"torn")
-    for name in ("lease.json", "lease-0123"):
-        (state / name).write_text("{}")
+    (state / "lease.json").write_text("{}")
     flags = (f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
     result = preprocess(*flags)
     assert result.returncode == 0, result.stderr
