@@ -1,9 +1,10 @@
 """Comparisons across a whole corpus: repeated inputs, images and captions.
 
-Owns what counts as a repetition of what, and the exchange through files on storage by
-which any number of tasks find all of them in bounded memory. Does not own the layout
-of those files (`pipeline.buckets`), hashes that are merely near (`pipeline.hamming`),
-where signatures come from (`pipeline.ranges`), or what a verdict does (`pipeline.run`).
+Owns the exchange through files on storage by which any number of tasks find all
+repetitions in bounded memory. Does not own what is a repetition (`pipeline.criteria`),
+the layout of those files (`pipeline.buckets`), hashes that are merely near
+(`pipeline.hamming`), where signatures come from (`pipeline.ranges`), or what a verdict
+does (`pipeline.run`).
 
 An input that made a candidate sample has a signature, and its place in one order over
 all: candidates of an earlier dataset first (committed), then by split (held out before
@@ -51,9 +52,7 @@ are taken for equal: 1e-5 for a billion and 5,000 buckets.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,13 +62,14 @@ from pipeline.criteria import (
     RECORD_DTYPE,
     SIGNATURE_DTYPE,
     STORED_DTYPE,
+    Comparison,
     Criterion,
     new,
     positions,
     ranges,
     stored,
 )
-from pipeline.hamming import blocks, nearest
+from pipeline.hamming import nearest
 from pipeline.storage import Storage
 
 __all__ = ["KINDS", "SIGNATURE_DTYPE", "VERDICT_DTYPE", "Comparison"]
@@ -82,88 +82,6 @@ VERDICT_DTYPE = np.dtype(
 
 _MATCH_DTYPE = np.dtype([("order", "<u8"), ("of", "<u8")])
 _FOUND_DTYPE = np.dtype([("order", "<u8"), ("of", "<u8"), ("kind", "u1")])
-# Signatures or records, sorting them, and the copies on the way.
-_BYTES_PER_RECORD = 160
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared, and how the work is cut. Equal ones give equal files; the
-    verdicts depend on neither `inputs` nor `memory`.
-    """
-
-    identity: bool = True
-    """No two candidates with one uid."""
-    splits: bool = False
-    """No two with the same source bytes in two splits: where there are several."""
-    exact: bool = False
-    """No two with the same pixels."""
-    near: int | None = None
-    """No two whose difference hashes differ in at most this many bits."""
-    caption_repeats: int | None = None
-    """No more than this many with the same first caption."""
-    inputs: int
-    """Inputs in all ranges, candidates or not."""
-    ranges: int
-    """Ranges, numbered from 0, committed ones included."""
-    memory: int
-    """Bytes that a task may take (see the module)."""
-
-    @property
-    def needed(self) -> bool:
-        """Whether anything is compared at all."""
-        return bool(self.criteria and self.ranges)
-
-    @property
-    def criteria(self) -> tuple[Criterion, ...]:
-        """What candidates are compared by."""
-        found = []
-        if self.identity:
-            found.append(Criterion(kind="identity"))
-        if self.splits:
-            found.append(Criterion(kind="split"))
-        if self.exact:
-            found.append(Criterion(kind="exact"))
-        if (near := self.near) is not None:
-            shared = range(len(blocks(near)))
-            found += [Criterion(kind="near", distance=near, block=n) for n in shared]
-        if (most := self.caption_repeats) is not None:
-            found.append(Criterion(kind="caption_repetition", repeats=most))
-        return tuple(found)
-
-    @property
-    def records(self) -> int:
-        """Records that a task holds at a time."""
-        return max(1, self.memory // _BYTES_PER_RECORD)
-
-    @property
-    def group(self) -> int:
-        """Ranges to a group; group g has those from g * group."""
-        return max(1, self.records * self.ranges // max(1, self.inputs))
-
-    @property
-    def groups(self) -> int:
-        """Tasks of `scatter` and of `collect`."""
-        return -(-self.ranges // self.group)
-
-    @property
-    def parts(self) -> int:
-        """Buckets of each criterion."""
-        return max(1, -(-2 * self.inputs // self.records))
-
-    @property
-    def buckets(self) -> int:
-        """Tasks of `match`."""
-        return len(self.criteria) * self.parts
-
-    @property
-    def folder(self) -> str:
-        """Where its files lie: another comparison must not take them for its own."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
-    def group_ranges(self, group: int) -> range:
-        """The ranges of a group."""
-        return range(group * self.group, min((group + 1) * self.group, self.ranges))
 
 
 def store(

@@ -1,12 +1,14 @@
 """What makes two candidates of a corpus the same, and which of them was first.
 
-Owns signatures, the one order over all candidates, and per criterion its key, what of
-a bucket decides, and the verdict. Does not own how candidates with one key meet
-(`pipeline.compare`) or the search for hashes that are merely near (`pipeline.hamming`).
+Owns signatures, the one order over all candidates, per criterion its key, what of a
+bucket decides, and the verdict; and into how many tasks a comparison is cut. Does not
+own how candidates with one key meet (`pipeline.compare`) or the search for hashes that
+are merely near (`pipeline.hamming`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +50,9 @@ RECORD_DTYPE = np.dtype([("key", "<u8"), ("order", "<u8")])
 _SPLIT_BIT, _RANGE_BIT = 55, 23
 _UNCOMMITTED = np.uint64(1 << 63)
 _MOST_SPLITS, _MOST_RANGES, _MOST_POSITIONS = 255, 1 << 32, 1 << _RANGE_BIT
+
+# What a task holds at its peak, measured: records, sorting them, copies on the way.
+_BYTES_PER_RECORD = 160
 
 
 def stored(number: int, committed: bool, signatures: np.ndarray) -> np.ndarray:
@@ -173,6 +178,86 @@ class Criterion:
             reduced["key"][there] == reduced["key"][at]
         )
         return np.where(fits, reduced["order"][there], NONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, and how the work is cut. Equal ones give equal files; the
+    verdicts depend on neither `inputs` nor `memory`.
+    """
+
+    identity: bool = True
+    """No two candidates with one uid."""
+    splits: bool = False
+    """No two with the same source bytes in two splits: where there are several."""
+    exact: bool = False
+    """No two with the same pixels."""
+    near: int | None = None
+    """No two whose difference hashes differ in at most this many bits."""
+    caption_repeats: int | None = None
+    """No more than this many with the same first caption."""
+    inputs: int
+    """Inputs in all ranges, candidates or not."""
+    ranges: int
+    """Ranges, numbered from 0, committed ones included."""
+    memory: int
+    """Bytes that a task may take, as `pipeline.compare` counts them."""
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything is compared at all."""
+        return bool(self.criteria and self.ranges)
+
+    @property
+    def criteria(self) -> tuple[Criterion, ...]:
+        """What candidates are compared by."""
+        found = []
+        if self.identity:
+            found.append(Criterion(kind="identity"))
+        if self.splits:
+            found.append(Criterion(kind="split"))
+        if self.exact:
+            found.append(Criterion(kind="exact"))
+        if (near := self.near) is not None:
+            shared = range(len(blocks(near)))
+            found += [Criterion(kind="near", distance=near, block=n) for n in shared]
+        if (most := self.caption_repeats) is not None:
+            found.append(Criterion(kind="caption_repetition", repeats=most))
+        return tuple(found)
+
+    @property
+    def records(self) -> int:
+        """Records that a task holds at a time."""
+        return max(1, self.memory // _BYTES_PER_RECORD)
+
+    @property
+    def group(self) -> int:
+        """Ranges to a group; group g has those from g * group."""
+        return max(1, self.records * self.ranges // max(1, self.inputs))
+
+    @property
+    def groups(self) -> int:
+        """Tasks of `scatter` and of `collect`."""
+        return -(-self.ranges // self.group)
+
+    @property
+    def parts(self) -> int:
+        """Buckets of each criterion."""
+        return max(1, -(-2 * self.inputs // self.records))
+
+    @property
+    def buckets(self) -> int:
+        """Tasks of `match`."""
+        return len(self.criteria) * self.parts
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie: another comparison must not take them for its own."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def group_ranges(self, group: int) -> range:
+        """The ranges of a group."""
+        return range(group * self.group, min((group + 1) * self.group, self.ranges))
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
