@@ -39,8 +39,8 @@ _ALLOCATION = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "OPENBLAS_NUM_THREADS": "1",
 }
-# Deaths that an image need not be guilty of: somebody's kill, or the kernel's for want of
-# memory. Tried this often alone before it is held to be.
+# Deaths that an image need not be guilty of: somebody's kill, or the kernel's for want
+# of memory. Tried this often alone before it is held to be.
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
 _TRIES = 3
 # What ends a child whose image has used up its time.

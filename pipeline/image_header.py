@@ -30,6 +30,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from pipeline.options import ImageOptions
@@ -37,6 +38,8 @@ from pipeline.options import ImageOptions
 # Formats with a maintained decoder and no external interpreter behind it (Pillow hands
 # EPS to Ghostscript, for one).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Bytes that decoding a WebP may need, per pixel of its canvas.
+_WEBP_BYTES = 20
 _EXIF_CHARS = 256
 _EXIF_TAGS = 100
 
@@ -79,7 +82,8 @@ def read_header(data: bytes, options: ImageOptions) -> Header:
     """Open an image and check its claims against the limits.
 
     Raises:
-        ImageError: not_an_image, unreadable, too_large, too_long or too_many_pixels.
+        ImageError: not_an_image, unreadable, truncated, too_large, too_long,
+            too_many_pixels or memory_limit.
     """
     if len(data) > options.max_bytes:
         raise ImageError("too_large", f"{len(data)} bytes")
@@ -87,9 +91,8 @@ def read_header(data: bytes, options: ImageOptions) -> Header:
     Image.MAX_IMAGE_PIXELS = None
     canvas = _webp_canvas(data)
     if canvas:
-        # Opening a WebP takes the memory of two canvases.
         _check_size(canvas, options)
-    image = _open(data)
+    image = _open(data, canvas)
     _check_size(image.size, options)
     exif = _exif(image)
     orientation = _exif_value(exif, ExifTags.Base.Orientation)
@@ -115,8 +118,12 @@ def unreadable(error: Exception) -> ImageError:
     return ImageError(reason, text)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, webp_canvas: tuple[int, int] | None) -> Image.Image:
     try:
+        if webp_canvas:
+            # Opening one takes the memory of two canvases, decoding it of more; and
+            # Pillow does not tell want of memory from damage, so it is asked for here.
+            np.empty(webp_canvas[0] * webp_canvas[1] * _WEBP_BYTES, np.uint8)
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
@@ -136,23 +143,24 @@ def _check_size(size: tuple[int, int], options: ImageOptions) -> None:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the canvas of an extended or lossless WebP.
-
-    The third kind, lossy alone, has 14 bits a side and is checked once it is open.
+    """Width and height of the canvas of a WebP, as its extended, lossless or lossy
+    header has it; None for other files.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
-    sides = int.from_bytes(data[21:25], "little")
-    if data[12:16] == b"VP8L":
-        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
-    if data[12:16] == b"VP8X":
-        width, height = data[24:27], data[27:30]
-        return int.from_bytes(width, "little") + 1, int.from_bytes(height, "little") + 1
-    width, height = data[26:28], data[28:30]
-    return (
-        int.from_bytes(width, "little") & 0x3FFF,
-        int.from_bytes(height, "little") & 0x3FFF,
-    )
+    kind = data[12:16]
+    if kind == b"VP8X":
+        sides = _integer(data[24:27]) + 1, _integer(data[27:30]) + 1
+    elif kind == b"VP8L":
+        packed = _integer(data[21:25])
+        sides = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    else:
+        sides = _integer(data[26:28]) & 0x3FFF, _integer(data[28:30]) & 0x3FFF
+    return sides
+
+
+def _integer(data: bytes) -> int:
+    return int.from_bytes(data, "little")
 
 
 def _exif(image: Image.Image) -> Image.Exif:

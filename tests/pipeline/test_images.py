@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import pickle
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms
 
+from pipeline.image_header import read_header
 from pipeline.images import FORMATS, EncodedImage, ImageError, encode_image
+from pipeline.jpeg import dct_fraction, decode_strictly
 from pipeline.options import ImageOptions
-from tests.pipeline.corpora import encoded, picture
+from tests.pipeline.corpora import REPOSITORY, encoded, picture
 
 OPTIONS = ImageOptions(size=32)
 
@@ -39,8 +47,9 @@ def test_every_format_gives_the_same_picture(kind: str) -> None:
     assert np.abs(pixels(result) - reference).mean() < (12 if kind == "GIF" else 3)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_shows_the_same_corner(orientation: int) -> None:
+def test_every_orientation_shows_the_same_corner(orientation: int, kind: str) -> None:
     upright = np.full((40, 64, 3), 128, np.uint8)
     upright[:20, :32] = (255, 0, 0)
     undo = {
@@ -56,7 +65,7 @@ def test_every_orientation_shows_the_same_corner(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
-    data = encoded(stored, exif=exif.tobytes(), quality=100)
+    data = encoded(stored, kind, exif=exif.tobytes(), quality=100)
     result = encode_image(data, OPTIONS)
     assert (result.original_width, result.original_height) == (64, 40)
     shown = pixels(result)
@@ -89,9 +98,35 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
 
 def test_cmyk_becomes_rgb() -> None:
     red = Image.new("CMYK", (40, 40), (0, 255, 255, 0))
-    shown = pixels(encode_image(encoded(red), OPTIONS)).mean((0, 1))
+    data = encoded(red)
+    # The colour transform of Adobe's marker says whether the inks are stored as YCCK.
+    assert data.count(b"Adobe") == 1
+    shown = pixels(encode_image(data, OPTIONS)).mean((0, 1))
     assert shown[0] > 240
     assert shown[1] < 15
+
+
+def test_ycck_is_what_it_is_to_pillow() -> None:
+    inks = picture(4, (64, 48)).convert("CMYK")
+    data = bytearray(encoded(inks, quality=100, subsampling=0))
+    data[data.index(b"Adobe") + 11] = 2
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    shown = pixels(encode_image(bytes(data), ImageOptions(resize="none", format="png")))
+    assert np.abs(shown - np.asarray(expected)).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"])
+def test_every_kind_of_pixels_is_shown_as_pillow_converts_it(mode: str) -> None:
+    image = picture(7, (40, 40)).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "PA") else "PNG"
+    options = ImageOptions(resize="none", format="png")
+    assert (pixels(encode_image(encoded(image, kind), options)) == expected).all()
+
+
+def test_colour_without_a_rule_has_a_reason() -> None:
+    assert reason(encoded(Image.new("LAB", (40, 40)), "TIFF")) == "unsupported_mode"
+    assert reason(encoded(Image.new("F", (40, 40)), "TIFF")) == "unsupported_mode"
 
 
 def profile_with_red_and_green_exchanged() -> bytes:
@@ -149,35 +184,255 @@ def test_equal_bytes_in_equal_bytes_out_and_near_images_have_near_hashes() -> No
     assert (hashes[0] ^ hashes[2]).bit_count() > 10
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes whose header claims side x side pixels."""
+def as_shape(mode: str, size: tuple[int, int], **options: object) -> tuple[int, int]:
+    image = encoded(picture(2, size), "PNG")
+    result = encode_image(image, ImageOptions(size=32, resize=mode, **options))
+    assert Image.open(io.BytesIO(result.data)).size == (result.width, result.height)
+    assert (result.original_width, result.original_height) == size
+    return result.width, result.height
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+@pytest.mark.parametrize(
+    ("mode", "large", "small", "small_left_alone"),
+    [
+        ("shorter", (48, 32), (40, 32), (20, 16)),
+        ("longer", (32, 21), (32, 26), (20, 16)),
+        ("center_crop", (32, 32), (32, 32), (20, 16)),
+        ("border", (32, 32), (32, 32), (20, 16)),
+        ("none", (96, 64), (20, 16), (20, 16)),
+    ],
+)
+def test_every_resize_mode_gives_the_size_that_it_promises(
+    mode: str,
+    large: tuple[int, int],
+    small: tuple[int, int],
+    small_left_alone: tuple[int, int],
+) -> None:
+    assert as_shape(mode, (96, 64)) == large
+    assert as_shape(mode, (64, 96)) == large[::-1]
+    assert as_shape(mode, (20, 16)) == small
+    assert as_shape(mode, (20, 16), only_if_bigger=True) == small_left_alone
+    assert as_shape(mode, (96, 64), only_if_bigger=True) == large
+
+
+def test_a_crop_takes_the_middle_and_bars_are_white() -> None:
+    stripes = np.zeros((20, 60, 3), np.uint8)
+    stripes[:, 20:40] = (0, 0, 255)
+    data = encoded(Image.fromarray(stripes), "PNG")
+    options = {"size": 40, "format": "png"}
+    middle = pixels(encode_image(data, ImageOptions(resize="center_crop", **options)))
+    assert (middle == (0, 0, 255)).all()
+    barred = pixels(encode_image(data, ImageOptions(resize="border", **options)))
+    assert (barred[:13] == 255).all()
+    assert (barred[27:] == 255).all()
+    assert not (barred[14:26] == 255).all(axis=2).any()
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_the_format_is_what_was_asked_for_and_carries_no_metadata(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "secret"
+    data = encoded(picture(1, (90, 60)), exif=exif.tobytes(), comment=b"secret")
+    result = encode_image(data, ImageOptions(size=32, format=kind))
+    written = Image.open(io.BytesIO(result.data))
+    assert written.format == {"jpg": "JPEG"}.get(kind, kind.upper())
+    assert b"secret" not in result.data
+    assert "secret" in result.exif
+
+
+def test_the_pixel_hash_is_of_the_written_pixels_and_their_shape() -> None:
+    options = ImageOptions(size=32, format="png")
+    result = encode_image(encoded(picture(1, (90, 60))), options)
+    shown = np.asarray(Image.open(io.BytesIO(result.data)))
+    start = b"%d %d " % (result.width, result.height)
+    digest = hashlib.sha256(start + shown.tobytes()).hexdigest()
+    assert result.pixels_sha256 == digest
+    flat = [encoded(Image.new("RGB", size), "PNG") for size in ((64, 32), (32, 64))]
+    hashes = {encode_image(data, OPTIONS).pixels_sha256 for data in flat}
+    assert len(hashes) == 2
+
+
+def test_a_jpeg_that_fits_keeps_its_coefficients_and_nothing_else() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "secret"
+    extras = {"exif": exif.tobytes(), "comment": b"secret", "subsampling": "4:2:0"}
+    data = encoded(picture(5, (48, 32)), quality=80, **extras) + b"trailing secret"
+    result = encode_image(data, OPTIONS)
+    assert b"secret" not in result.data
+    assert np.array_equal(
+        simplejpeg.decode_jpeg(result.data), simplejpeg.decode_jpeg(data)
+    )
+    scan = data.index(b"\xff\xda")
+    assert (
+        data[scan : -len(b"trailing secret")]
+        == result.data[-len(data) :][result.data.index(b"\xff\xda") :]
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"progressive": True},
+        {"subsampling": "4:4:4"},
+        {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0"},
+        {"subsampling": "4:4:4", "keep_rgb": True},
+    ],
+)
+def test_other_jpegs_are_encoded_anew(options: dict[str, object]) -> None:
+    data = encoded(picture(5, (48, 32)), **{"subsampling": "4:2:0", **options})
+    result = encode_image(data, ImageOptions(size=32, quality=90))
+    assert result == encode_image(
+        data, ImageOptions(size=32, quality=90, reencode=True)
+    )
+    written = Image.open(io.BytesIO(result.data))
+    assert "progressive" not in written.info
+    assert simplejpeg.decode_jpeg_header(result.data)[2:] == ("YCbCr", "420")
+
+
+def test_reencode_is_obeyed() -> None:
+    data = encoded(picture(5, (48, 32)), quality=60, subsampling="4:2:0")
+    kept = encode_image(data, OPTIONS)
+    anew = encode_image(data, ImageOptions(size=32, reencode=True))
+    assert len(anew.data) > len(kept.data)
+    assert anew.pixels_sha256 == kept.pixels_sha256
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction"),
+    [((63, 63), 1), ((64, 99), 2), ((127, 64), 2), ((128, 128), 4), ((999, 257), 8)],
+)
+def test_jpegs_at_least_twice_as_large_are_decoded_at_a_fraction(
+    size: tuple[int, int], fraction: int
+) -> None:
+    assert dct_fraction(size, (32, 32)) == fraction
+    data = encoded(picture(3, size))
+    decoded = decode_strictly(data, read_header(data, OPTIONS), (32, 32))
+    assert decoded is not None
+    assert decoded.shape[:2] == (-(-size[1] // fraction), -(-size[0] // fraction))
+
+
+_WITHOUT_SIMD = """
+import sys
+from cykooz_resizer import CpuExtensions
+from pipeline import resize
+from pipeline.images import encode_image
+from pipeline.options import ImageOptions
+resize._resizer().cpu_extensions = CpuExtensions.none
+with open(sys.argv[1], "rb") as file:
+    print(encode_image(file.read(), ImageOptions(size=100)))
+"""
+
+
+@pytest.mark.parametrize("size", [(160, 120), (640, 480)])
+def test_bytes_are_the_same_without_simd_instructions(
+    size: tuple[int, int], tmp_path: os.PathLike[str]
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 9, (size[1], size[0], 3))
+    image = np.asarray(picture(9, size)) + noise
+    data = encoded(Image.fromarray(image.clip(0, 255).astype(np.uint8)))
+    path = os.path.join(tmp_path, "image.jpg")
+    with open(path, "wb") as file:
+        file.write(data)
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_SIMD, path],
+        cwd=REPOSITORY,
+        env={**os.environ, "JSIMD_FORCENONE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(encode_image(data, ImageOptions(size=100)))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """One chunk of a PNG."""
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims width x height pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
+def webp_canvas(width: int, height: int) -> bytes:
+    """A WebP with the canvas that it claims and a picture of 8 x 8."""
+    still = encoded(picture(1, (8, 8)), "WEBP")[12:]
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    parts = b"WEBPVP8X" + struct.pack("<II", 10, 0) + sides + still
+    return b"RIFF" + struct.pack("<I", len(parts)) + parts
+
+
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
-    assert reason(bomb(60_000)) == "too_many_pixels"
-    assert (
-        reason(bomb(100), ImageOptions(size=32, max_pixels=9_999)) == "too_many_pixels"
-    )
-    assert reason(bomb(100)) != "too_many_pixels"
+    assert reason(bomb(60_000, 60_000)) == "too_many_pixels"
+    few = ImageOptions(size=32, max_pixels=9_999)
+    assert reason(bomb(100, 100), few) == "too_many_pixels"
+    assert reason(bomb(100, 100)) != "too_many_pixels"
+    assert reason(webp_canvas(16_000, 16_000)) == "too_many_pixels"
+    gif = bytearray(encoded(picture(1), "GIF"))
+    gif[6:10] = b"\xff" * 4
+    assert reason(bytes(gif)) == "too_many_pixels"
 
 
-def test_a_sliver_is_refused() -> None:
-    assert reason(encoded(Image.new("RGB", (1, 5000)), "PNG")) == "too_elongated"
+def test_limits_of_sides_and_bytes_hold_before_decoding() -> None:
+    assert reason(bomb(70_000, 10)) == "too_long"
+    assert reason(bomb(10, 101), ImageOptions(size=32, max_side=100)) == "too_long"
+    assert reason(bomb(10, 10), ImageOptions(size=32, max_bytes=50)) == "too_large"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_a_cut_file_is_refused(kind: str) -> None:
+def test_a_profile_that_inflates_beyond_reason_is_refused() -> None:
+    data = encoded(picture(1), "PNG")
+    profile = b"x\0\0" + zlib.compress(bytes(16 << 20))
+    assert reason(data[:33] + chunk(b"iCCP", profile) + data[33:]) == "unreadable"
+
+
+def test_a_sliver_is_refused_unless_it_is_cut() -> None:
+    sliver = encoded(Image.new("RGB", (1, 5000)), "PNG")
+    assert reason(sliver) == "too_elongated"
+    assert encode_image(sliver, ImageOptions(size=32, resize="center_crop")).width == 32
+
+
+def noisy(kind: str, **options: object) -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
-    data = encoded(Image.fromarray(noise), kind)
-    assert reason(data[: len(data) // 2]) in ("truncated", "unreadable", "not_an_image")
+    return encoded(Image.fromarray(noise), kind, **options)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_cut_file_is_refused(kind: str) -> None:
+    data = noisy(kind)
+    for share in (0.1, 0.5, 0.9):
+        found = reason(data[: int(len(data) * share)])
+        assert found in ("truncated", "unreadable", "not_an_image")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_whose_data_end_early_is_refused(options: dict[str, object]) -> None:
+    data = noisy("JPEG", **options)
+    scan = data.rindex(b"\xff\xda")
+    early = data[: (scan + len(data)) // 2].rstrip(b"\xff") + b"\xff\xd9"
+    assert reason(early) == "truncated"
+    assert reason(early[:-2]) == "truncated"
+    # Bytes between segments are what the strict decoder refuses and browsers ignore.
+    place = data.index(b"\xff\xda")
+    complaint = data[:place] + b"junk" + data[place:]
+    result = encode_image(complaint, OPTIONS)
+    assert np.abs(pixels(result) - pixels(encode_image(data, OPTIONS))).max() <= 2
+    assert reason(early[:place] + b"junk" + early[place:]) == "truncated"
+
+
+def test_a_jpeg_whose_data_contradict_themselves_is_refused() -> None:
+    data = bytearray(noisy("JPEG", quality=100, restart_marker_rows=1))
+    first = data.index(b"\xff\xd0")
+    data[first + 1] = 0xD5
+    assert reason(bytes(data)) == "corrupt"
+
+
+def test_failures_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ImageError("truncated", "a detail")))
+    assert (error.reason, error.detail) == ("truncated", "a detail")
+    assert str(error) == "truncated: a detail"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
