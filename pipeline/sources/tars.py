@@ -213,7 +213,9 @@ class _Tar:
         for sample in archive.samples():
             if sample.damage not in (None, "duplicate_member"):
                 raise ValueError(self._damaged(f"{sample.damage} at", sample.start))
-            yield sample
+            # `dir/._0001.jpg`, which is no sample: what macOS adds to files.
+            if not sample.key.endswith("/"):
+                yield sample
         if not archive.ended:
             end = len(self._bytes)
             raise ValueError(self._damaged("it ends without an end mark at", end))
