@@ -84,6 +84,20 @@ def test_long_captions_are_cut_at_a_word() -> None:
     assert cleaned(text, max_chars=16 + 3) == (["seven words make up"], None)
 
 
+@given(st.text("ab \u0301\u200d\U0001f468.\u4e00", max_size=90), st.data())
+def test_a_caption_that_is_kept_has_a_length_within_the_limits(
+    text: str, data: st.DataObject
+) -> None:
+    most = data.draw(st.integers(1, 30))
+    least = data.draw(st.integers(0, most))
+    options = TextOptions(min_chars=least, max_chars=most, placeholders=[])
+    captions, reason = CaptionCleaner(options).clean([text])
+    assert (reason is None) == (len(captions) == 1)
+    assert all(max(least, 1) <= len(caption) <= most for caption in captions)
+    if least <= 1:
+        assert bool(captions) == bool(clean_caption(text))
+
+
 def test_a_cut_inside_a_word_keeps_characters_whole_and_the_least_length() -> None:
     assert cleaned("x" * 50, max_chars=20) == (["x" * 20], None)
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
