@@ -54,7 +54,7 @@ def next_hop(url: URL, location: str) -> str:
     """
     try:
         return str(url.join(URL(location.strip())))
-    except ValueError as error:
+    except Exception as error:  # the parser raises anything on hostile text
         raise ImageError("bad_url", "a redirect that is no URL") from error
 
 
@@ -96,7 +96,7 @@ class Inflater:
     def __init__(self, encoding: str) -> None:
         name = encoding.strip().lower()
         if name not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise ImageError("content_encoding", f"{name[:40]}: not gzip or deflate")
+            raise ImageError("content_encoding", f"{name[:40]!a}: not gzip or deflate")
         plain = name in ("", "identity")
         self._stream = None if plain else zlib.decompressobj(_ANY_WINDOW)
 

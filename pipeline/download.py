@@ -50,6 +50,7 @@ _MEANINGS: tuple[tuple[Any, str, str, bool], ...] = (
     (aiohttp.ClientResponseError, "bad_answer", "it does not keep to HTTP", False),
     ((aiohttp.ClientError, OSError), "connection", "refused, reset or dropped", True),
     (ValueError, "bad_url", "no request can be made of it", False),
+    (Exception, "bad_answer", "it does not keep to HTTP", False),
 )
 
 
@@ -205,9 +206,9 @@ class Downloader:
                 try:
                     async with clock.running():
                         answer = await self._exchange(hop, share)
-                except (ImageError, NoRoom, _Again):
+                except (ImageError, NoRoom, _Again, MemoryError):
                     raise
-                except (aiohttp.ClientError, OSError, ValueError) as error:
+                except Exception as error:  # as many kinds as servers and libraries
                     raise _failure(error) from error
             if isinstance(answer, bytes):
                 return answer
@@ -288,7 +289,7 @@ def _checked_url(text: str) -> URL:
     try:
         url = URL(text.strip())
         host, port = url.host, url.port
-    except ValueError as error:
+    except Exception as error:  # the parser raises anything on hostile text
         raise ImageError("bad_url", "it cannot be read as a URL") from error
     if url.scheme not in WEB_SCHEMES or not host or not port:
         raise ImageError("bad_url", "not http:// or https:// and a host")

@@ -100,10 +100,10 @@ def test_a_bomb_gives_no_more_than_the_limit() -> None:
 
 
 def test_what_cannot_be_decoded_has_a_reason() -> None:
-    for encoding in ("br", "gzip, gzip", "zstd", "x" * 1000):
+    for encoding in ("br", "gzip, gzip", "zstd", "x" * 1000, "\udcff"):
         with pytest.raises(ImageError, match="content_encoding") as caught:
             Inflater(encoding)
-        assert len(caught.value.detail) < 100
+        assert len(caught.value.detail.encode()) < 100
     with pytest.raises(ImageError, match="content_encoding: damaged"):
         Inflater("gzip").add(b"\xff\xd8 a picture after all", 1000)
     cut = Inflater("gzip")

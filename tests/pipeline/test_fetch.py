@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import itertools
 import os
+import random
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +209,66 @@ def test_fetches_run_ahead_of_whoever_reads(server: WebServer) -> None:
     server.serve("/0", Reply(body=b"x", until_hits=8))
     with reader("/nowhere", concurrency=8, per_host=8) as images:
         assert list(images.read(Cell(value=url) for url in urls)) == [b"x"] * 8
+
+
+_PIECES = (
+    *(
+        "http://",
+        "https://",
+        "s3://",
+        "file://",
+        "//",
+        "..",
+        "%2e",
+        "%00",
+        "xn--",
+        "::",
+    ),
+    *("[", "]", "[::1]", "@", ":", "?", "#", "\\", " ", "\n", "\0", "a", "7", "é", "İ"),
+    *("\ud800", "\udc80", "①", "localhost", ".", "-", "%"),
+)
+
+
+def test_no_mixture_of_characters_ends_the_run() -> None:
+    def nowhere(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "no such host")
+
+    draw = random.Random(0)
+    starts = ("http://", "https://[", "HTTP:/", "", "s3://b/", "file:///")
+    texts = [
+        draw.choice(starts) + "".join(draw.choices(_PIECES, k=draw.randrange(12)))
+        for _ in range(1500)
+    ]
+    with reader("/nowhere", network=Network(resolve=nowhere)) as images:
+        found = list(images.read(Cell(value=text) for text in texts))
+    reasons = {failed.reason for failed in found if isinstance(failed, ImageError)}
+    assert len(found) == len(texts)
+    assert reasons >= {"bad_url", "dns", "address_refused", "path_outside_input"}
+    for failed in found:
+        assert isinstance(failed, ImageError)
+        # What Parquet can hold; a cell that is no text is no detail either.
+        failed.detail.encode()
+
+
+def test_damaged_answers_never_end_the_run(server: WebServer) -> None:
+    body = b"Content-Encoding: identity\r\nX-Robots-Tag: all\r\n\r\n" + b"a" * 20
+    whole = b"HTTP/1.1 200 OK\r\nRetry-After: 3\r\nContent-Length: 20\r\n" + body
+    draw = random.Random(0)
+    urls = [server.serve("/whole", Reply(raw=whole))]
+    for number in range(300):
+        raw = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            at = draw.randrange(len(raw))
+            raw[at : at + draw.randrange(4)] = draw.randbytes(draw.randrange(4))
+        urls.append(server.serve(f"/{number}", Reply(raw=bytes(raw))))
+    with reader("/nowhere", timeout_s=5.0, concurrency=8, per_host=8) as images:
+        found = list(images.read(Cell(value=url) for url in urls))
+    assert len(found) == len(urls)
+    assert found[0] == b"a" * 20
+    failures = [failed for failed in found if isinstance(failed, ImageError)]
+    assert {failed.reason for failed in failures} >= {"bad_answer", "truncated"}
+    for failed in failures:
+        failed.detail.encode()
 
 
 def test_what_is_tried_again_is_counted(server: WebServer) -> None:
