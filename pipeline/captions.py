@@ -193,7 +193,7 @@ def _cut(text: str, limit: int, least: int) -> str:
     if end < 0:
         end = limit
         # Marks and joined characters belong to the character before them.
-        while end > max(limit - _MAX_MARKS, least) and _continues(text, end):
+        while end > max(limit - _MAX_MARKS, least, 1) and _continues(text, end):
             end -= 1
     return text[:end].rstrip()
 
