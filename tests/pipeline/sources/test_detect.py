@@ -1,0 +1,149 @@
+"""Formats are told by content, and what cannot be read names its cure."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.options import InputOptions
+from pipeline.sources import open_source
+from tests.pipeline.corpora import encoded, picture
+from tests.pipeline.sources.reading import column, opened, rows, write_tar
+
+
+def write(path: Path, kind: str) -> Path:
+    """A corpus of one format whatever its name says."""
+    table = pa.table({"image": ["a.jpg"], "caption": ["x, y"]})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        with pa.OSFile(str(path), "wb") as file:
+            writer = pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+            writer.close()
+    elif kind == "webdataset":
+        write_tar(path, [("a.jpg", b"J"), ("a.txt", b"x")])
+    else:
+        texts = {
+            "tsv": "image\tcaption\na.jpg\tx, y\n",
+            "csv": 'image,caption\na.jpg,"x, y"\n',
+            "jsonl": '{"image": "a.jpg"}\n{"image": "b.jpg"}\n',
+            "coco": json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "a.jpg"}],
+                    "annotations": [{"image_id": 1, "caption": "x"}],
+                },
+                indent=1 if path.suffix == ".pretty" else None,
+            ),
+        }
+        path.write_text(texts[kind])
+    return path
+
+
+KINDS = ("parquet", "arrow", "webdataset", "tsv", "csv", "jsonl", "coco")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", [".data", ".txt", "", ".pretty"])
+def test_the_content_tells_the_format(tmp_path: Path, kind: str, suffix: str) -> None:
+    given = InputOptions(path=str(write(tmp_path / f"corpus{suffix}", kind)))
+    assert open_source(given).kind == kind
+
+
+def test_a_format_that_is_given_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "one_column"
+    path.write_text("caption\none, two\n")
+    assert column(opened(path, format="tsv"), "caption") == ["one, two"]
+    with pytest.raises(ValueError, match="is no whole Parquet file"):
+        opened(path, format="parquet")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (gzip.compress(b"image\tcaption\n"), "gunzip"),
+        (b"\x28\xb5\x2f\xfd\0\0", "unzstd"),
+        (b"PK\x03\x04\0\0", "unpack it and give the folder"),
+        ("image\tcaption\n".encode("utf-16"), "iconv -f UTF-16"),
+        (encoded(picture(1)), "give the folder that it lies in"),
+        (pickle.dumps([1]) + bytes(600), "none of the formats"),
+        (b"image\na.jpg\n", "give --format"),
+    ],
+)
+def test_what_cannot_be_read_names_its_cure(
+    tmp_path: Path, data: bytes, says: str
+) -> None:
+    (tmp_path / "corpus").write_bytes(data)
+    with pytest.raises(ValueError, match=r"--input .*corpus cannot be read: ") as error:
+        opened(tmp_path / "corpus")
+    assert says in str(error.value)
+
+
+def test_a_json_array_names_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[{"image": "a"}]')
+    with pytest.raises(ValueError, match="jq -c"):
+        opened(tmp_path / "t.json")
+
+
+def test_nothing_there_is_said_so(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.tsv", tmp_path / "*.tsv"):
+        with pytest.raises(ValueError, match="does not exist"):
+            opened(path)
+    with pytest.raises(ValueError, match="it is a folder without files"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "images", "expected"),
+    [
+        (("tsv",), True, "tsv"),
+        (("parquet", "csv"), True, "parquet"),
+        (("jsonl",), False, "jsonl"),
+        ((), True, "folder"),
+    ],
+)
+def test_the_corpus_in_a_folder_of_several_things(
+    tmp_path: Path, kinds: tuple[str, ...], images: bool, expected: str
+) -> None:
+    for kind in kinds:
+        write(tmp_path / f"corpus.{kind}", kind)
+    if images:
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "a.jpg").write_bytes(encoded(picture(1)))
+    assert open_source(InputOptions(path=str(tmp_path))).kind == expected
+
+
+def test_a_folder_that_could_be_several_corpora_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.tsv", "tsv")
+    write(tmp_path / "b.csv", "csv")
+    with pytest.raises(ValueError, match="--format tsv or csv"):
+        opened(tmp_path)
+    assert opened(tmp_path, format="csv").kind == "csv"
+    assert opened(tmp_path / "b*").kind == "csv"
+    write(tmp_path / "c.tar", "webdataset")
+    write(tmp_path / "d.parquet", "parquet")
+    with pytest.raises(ValueError, match="--format webdataset or parquet"):
+        opened(tmp_path)
+    with pytest.raises(ValueError, match=r"it is a folder without \*\.jsonl or"):
+        opened(tmp_path, format="jsonl")
+
+
+def test_paths_are_relative_to_the_folder_that_all_tables_share(tmp_path: Path) -> None:
+    for name in ("x/a", "x/b"):
+        (tmp_path / name).mkdir(parents=True)
+        write(tmp_path / name / "t.parquet", "parquet")
+    source = opened(tmp_path)
+    assert source.base == str(tmp_path / "x")
+    names = [entry["file"] for entry in source.fingerprint()]
+    assert names == ["a/t.parquet", "b/t.parquet"]
+    assert opened(tmp_path / "x/a/t.parquet").base == str(tmp_path / "x/a")
+    assert opened(tmp_path, images=str(tmp_path)).base == str(tmp_path)
+    assert opened(tmp_path, images="s3://bucket/images/").base == "s3://bucket/images"
+    url = f"file://{tmp_path}/x/a/t.parquet"
+    assert rows(opened(url)) == [{"image": "a.jpg", "caption": "x, y"}]
