@@ -31,7 +31,7 @@ all, and does nothing where the file is:
   collect  one per group   its section of every bucket; a section for every range
   gather   one per range   its section
 
-Memory: a task holds R = `memory` / 160 bytes records at a time, besides the idle
+Memory: a task holds R = `memory` / 240 bytes records at a time, besides the idle
 interpreter; a group is as many ranges as have R inputs (at least one), a bucket half as
 many records on average. Buckets of hashes are even, and how often one hash repeats
 costs no memory, because a bucket is read in windows and reduced to its first places.
@@ -42,7 +42,7 @@ Work of `near`: within a bucket as `pipeline.hamming` says; a distance above 8 i
 better than comparing everything with everything.
 
 Reads: of N inputs by C criteria, `match` and `collect` make 4 C (N / R)^2 small ones
-each: 100 million for a billion inputs by four criteria in 64 MB, 400,000 in 1 GB. Give
+each: 200 million for a billion inputs by four criteria in 64 MB, 900,000 in 1 GB. Give
 large corpora memory. Files take 64 + 16 C bytes an input, and verdicts.
 
 Hashes are compared by 64 bits; those of sources and pixels meet in one of B buckets by

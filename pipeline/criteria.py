@@ -52,7 +52,7 @@ _UNCOMMITTED = np.uint64(1 << 63)
 _MOST_SPLITS, _MOST_RANGES, _MOST_POSITIONS = 255, 1 << 32, 1 << _RANGE_BIT
 
 # What a task holds at its peak, measured: records, sorting them, copies on the way.
-_BYTES_PER_RECORD = 160
+_BYTES_PER_RECORD = 240
 
 
 def stored(number: int, committed: bool, signatures: np.ndarray) -> np.ndarray:

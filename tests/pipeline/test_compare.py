@@ -36,7 +36,7 @@ Corpus = Sequence[tuple[bool, np.ndarray]]
 # (range, position) to (kind, range, position) of what it repeats.
 Verdicts = dict[tuple[int, int], tuple[str, int, int]]
 # Memory that a comparison counts for one record.
-RECORD = 160
+RECORD = 240
 EVERYTHING: dict[str, Any] = {"splits": True, "exact": True, "caption_repeats": 2}
 
 
