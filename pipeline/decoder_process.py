@@ -147,9 +147,12 @@ def main() -> None:
     memory = int(sys.argv[1])
     pipe = SharedPipe(reads=os.dup(0), writes=os.dup(1), memory=memory)
     os.close(memory)
-    # What a filter function prints must not end up among the replies.
-    os.dup2(2, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # What a filter function prints must not end up among the replies, and what decoders
+    # print in C (libtiff, a line for every damaged one) not in the log.
+    sys.stdout = sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nothing, standard)
     try:
         _serve(pipe)
     except (EOFError, BrokenPipeError):
