@@ -21,7 +21,8 @@ from pipeline.retries import TRANSIENT_STATUS, RetryPolicy, Tries, transient_rea
 from pipeline.storage import checked_name
 from pipeline.storage_remote import RemoteStorage
 
-# Memory of an upload: this many parts of this size are held at once.
+# Memory of an upload: this many parts of this size are held at once, in all about
+# 130 MB with what is being sent.
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 4
 _MAX_PARTS = 10_000

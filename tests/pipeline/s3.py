@@ -6,7 +6,6 @@ Owns starting `moto` as a process of its own, and the faults. Tests that need it
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import socket
@@ -81,8 +80,9 @@ class S3Server:
         self._faults: Iterator[Fault | None] = iter(())
         self._matches: Callable[[str, str], bool] = _any
         self._lock = threading.Lock()
-        # S3 compares and writes in one step; moto does not.
-        self.writing = threading.Lock()
+        # S3 compares and writes in one step, and a reader of an object that is replaced
+        # gets the old one or the new: moto does neither.
+        self.one_at_a_time = threading.Lock()
         self.requests: list[tuple[str, str]] = []
         self._await_backend()
         self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -213,8 +213,7 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
                 for key, value in self.headers.items()
                 if key.lower() not in _HOP_BY_HOP
             }
-            reads = self.command in ("GET", "HEAD")
-            with contextlib.nullcontext() if reads else server.writing:
+            with server.one_at_a_time:
                 answer, data = server.forward(self.command, self.path, headers, body)
             if fault and fault.kind == "lose":
                 self.close_connection = True

@@ -364,25 +364,30 @@ for number in itertools.count():
 """
 
 
+def is_whole(data: bytes) -> bool:
+    return hashlib.sha256(data[32:]).digest() == data[:32]
+
+
 @pytest.mark.parametrize("where", ["disk", "s3"])
-def test_a_killed_writer_leaves_whole_files_only(
+def test_neither_readers_nor_kills_find_a_part_of_a_file(
     where: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = str(tmp_path) if where == "disk" else request.getfixturevalue("bucket")
     storage = open_storage(url)
-    for kill in range(6 if where == "disk" else 3):
+    kills, reads = (6, 100) if where == "disk" else (3, 5)
+    for kill in range(kills):
         process = start(WRITE, url)
         assert process.stdout is not None
-        for _ in range(1 + kill % 3):
-            assert process.stdout.readline()
+        assert process.stdout.readline()
+        for _ in range(reads):
+            assert is_whole(storage.read("d/one"))
+            assert is_whole(storage.read("staged/a"))
         time.sleep(0.003 * kill)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         names = [name for name in storage.names() if not name.startswith(STAGING)]
         assert {"d/one", "staged/a", "staged/b"} <= set(names)
-        for name in names:
-            data = storage.read(name)
-            assert hashlib.sha256(data[32:]).digest() == data[:32], name
+        assert [name for name in names if not is_whole(storage.read(name))] == []
     beside = {name.split("/")[0] for name in storage.names()}
     assert beside <= {"d", "staged", ".palimpsest"}
 
@@ -455,13 +460,15 @@ def test_damaged_answers_are_read_again(
 def test_an_answer_that_does_not_come_is_a_time_out(
     server: S3Server, remote: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"config_kwargs": {"read_timeout": 0.3}}
+    settings = {"config_kwargs": {"read_timeout": 1.0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", settings)
     before = dict(remote.retried)
-    server.inject([slow(2), slow(2)])
+    server.inject([slow(3), slow(3)])
     remote.write("f", b"in the end")
     assert remote.read("f") == b"in the end"
-    assert counts(remote, before) == {"time-out": 2}
+    again = counts(remote, before)
+    assert again.keys() == {"time-out"}
+    assert again["time-out"] >= 2
 
 
 def test_spent_retries_say_what_and_what_next(
