@@ -24,6 +24,7 @@ import yaml
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 ConfigT = TypeVar("ConfigT")
+_TRUTHS = ("true", "false", "yes", "no")
 
 
 class ConfigError(ValueError):
@@ -55,6 +56,7 @@ def parse(
     if positional and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}={argv[0]}", *argv[1:]]
     try:
+        argv = _bare_switches(config_class, argv)
         namespace = parser.parse_args(_config_first(argv, recipes))
         values = vars(parser.instantiate(namespace))
         values.pop("config")
@@ -73,6 +75,19 @@ def known_keys(config_class: type, prefix: str = "") -> list[str]:
         keys.append(prefix + field.name)
         if dataclasses.is_dataclass(types[field.name]):
             keys += known_keys(types[field.name], f"{prefix}{field.name}.")
+    return keys
+
+
+def switches(config_class: type, prefix: str = "") -> list[str]:
+    """Dotted names of every yes-or-no key of `config_class`, groups included."""
+    types = typing.get_type_hints(config_class)
+    keys = []
+    for field in dataclasses.fields(config_class):
+        kind = types[field.name]
+        if kind is bool:
+            keys.append(prefix + field.name)
+        elif dataclasses.is_dataclass(kind):
+            keys += switches(kind, f"{prefix}{field.name}.")
     return keys
 
 
@@ -128,6 +143,16 @@ def run(main: Callable[[Sequence[str]], int | None], prog: str) -> NoReturn:
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise argparse.ArgumentError(None, message)
+
+
+def _bare_switches(config_class: type, argv: Sequence[str]) -> list[str]:
+    """`argv` with `=true` behind every flag of a yes-or-no key that has no value."""
+    flags = {f"--{key}" for key in switches(config_class)}
+    following = [*argv[1:], ""]
+    return [
+        f"{word}=true" if word in flags and after.lower() not in _TRUTHS else word
+        for word, after in zip(argv, following, strict=False)
+    ]
 
 
 def _config_first(argv: Sequence[str], recipes: Path | None) -> list[str]:

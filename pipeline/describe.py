@@ -8,16 +8,21 @@ bytes, which a dataset carries and a resuming driver compares. Does not own the 
 from __future__ import annotations
 
 import hashlib
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import tokenizers
 
+from pipeline.addresses import Places
 from pipeline.columns import Columns, holds_paths, resolve_columns
-from pipeline.filters import UidLists, load_uids
+from pipeline.filters import UidLists, load_function, load_uids
 from pipeline.grouping import Grouping
 from pipeline.images import codec_versions
 from pipeline.manifest import SCHEMA_VERSION, canonical_json
@@ -74,7 +79,7 @@ def transform_of(
         },
         "group": config.group,
         "text": asdict(config.text),
-        "filter": asdict(config.filter),
+        "filter": asdict(config.filter) | {"source": _function_digest(config)},
         "shard": asdict(config.shard),
         "split": {"val": config.split.val},
         "tokenizer": {
@@ -86,6 +91,8 @@ def transform_of(
             "numpy": np.__version__,
             "pyarrow": pa.__version__,
             "tokenizers": tokenizers.__version__,
+            "unicode": unicodedata.unidata_version,
+            **({"duckdb": duckdb.__version__} if config.where else {}),
         },
     }
     for group in ("image", "dedup"):
@@ -144,6 +151,8 @@ def _open(config: PreprocessConfig, given: InputOptions) -> Corpus:
     columns = resolve_columns(
         source.schema, columns_given, config.split, source.default_columns
     )
+    # A prefix that allows nothing is told now, not by the first task.
+    Places(base=source.base, allow=config.fetch.allowed)
     if config.where:
         # Named now, before anything is written.
         RowFilter(config.where, source.schema)
@@ -175,11 +184,25 @@ def _source(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def _function_digest(config: PreprocessConfig) -> str | None:
+    """sha256 of the module of the user's own filter: with another one, other inputs
+    would be kept.
+    """
+    if config.filter.function is None:
+        return None
+    name = config.filter.function.partition(":")[0]
+    load_function(config.filter.function)
+    origin = getattr(sys.modules[name], "__file__", None)
+    if origin is None:
+        return None
+    return hashlib.sha256(Path(origin).read_bytes()).hexdigest()
+
+
 def _digest(url: str | None) -> str | None:
     if url is None:
         return None
     with open_file(url) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:

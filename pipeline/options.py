@@ -171,7 +171,7 @@ class FilterOptions:
     """Most tokens of the shortest caption; 0 for no limit (long_caption)."""
     function: str | None = None
     """`module:function` of your own, called with a `pipeline.filters.Candidate`; it
-    returns None to keep the input, or a reason (letters, digits, '_') to drop it.
+    returns None to keep the input, or a reason (small letters, digits, '_') to drop it.
     The module must be importable where tasks run (`ray job submit --working-dir .`)."""
 
 
@@ -330,6 +330,7 @@ class PreprocessConfig:
         _between("image.max_bytes", self.image.max_bytes, 1, 1 << 32)
         _between("image.time_limit_s", self.image.time_limit_s, 0.1, 86_400)
         _between("image.memory_limit_mb", self.image.memory_limit_mb, 64, 1 << 20)
+        _between("text.max_chars", self.text.max_chars, 1, 1 << 20)
         _between("text.min_chars", self.text.min_chars, 0, self.text.max_chars)
         _between("text.max_captions", self.text.max_captions, 1, 1 << 16)
         _between("text.max_word_share", self.text.max_word_share, 0, 1)

@@ -139,3 +139,18 @@ def test_help_explains_every_key(module: str) -> None:
     assert len(flags) > 8
     # The parser prints a key without a docstring as nothing but its type.
     assert not re.findall(r"^  --([\w.]+) \S+\s+\((?:type|required)", done.stdout, re.M)
+
+
+def test_a_switch_needs_no_value_wherever_it_stands() -> None:
+    from pipeline.options import PreprocessConfig
+
+    def parsed(*words: str) -> PreprocessConfig:
+        given = ["--input=a.tsv", "--output=out", *words]
+        return parse(PreprocessConfig, given, prog="p", description="d")
+
+    assert parsed("--dry_run", "--dedup.exact", "--limit=3").dry_run
+    assert parsed("--dry_run", "--dedup.exact", "--limit=3").dedup.exact
+    assert parsed("--retry_failed").retry_failed
+    assert parsed("--group", "true").group
+    assert not parsed("--group", "false").group
+    assert not parsed("--limit=3").dry_run
