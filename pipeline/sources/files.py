@@ -72,7 +72,11 @@ def find(path: str) -> Iterator[str]:
     """
     local = local_path(path)
     if local is None or not local.is_dir():
-        yield from list_files(path)
+        below = path.rpartition("://")[2].rstrip("/") + "/"
+        for url in list_files(path):
+            _, inside, name = url.partition(below)
+            if not (inside and ("/" + name).count("/.")):
+                yield url
         return
     for folder, folders, names in os.walk(local):
         folders[:] = [name for name in folders if not name.startswith(".")]
