@@ -86,7 +86,7 @@ def switches(config_class: type, prefix: str = "") -> list[str]:
         kind = types[field.name]
         if kind is bool:
             keys.append(prefix + field.name)
-        elif dataclasses.is_dataclass(kind):
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
             keys += switches(kind, f"{prefix}{field.name}.")
     return keys
 

@@ -201,8 +201,11 @@ def _function_digest(config: PreprocessConfig) -> str | None:
 def _digest(url: str | None) -> str | None:
     if url is None:
         return None
+    digest = hashlib.sha256()
     with open_file(url) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ _MAX_SIDE = 16_384
 _MAX_SHARD_SAMPLES = 1_000_000
 _SMALLEST_VOCABULARY = 64
 # Perceptual hashes further apart than this belong to unrelated images.
-_MAX_HAMMING = 16
+_MAX_HAMMING = 8
 
 SOURCE_FORMATS = (
     *("parquet", "arrow", "tsv", "csv", "jsonl"),
@@ -182,12 +182,14 @@ class DedupOptions:
     exact: bool = False
     """Drop images whose written pixels equal those of an earlier input."""
     near: int | None = None
-    """Drop images whose 64-bit difference hash lies within this many bits of an earlier
-    input's, whether that one was kept or not."""
+    """Drop images whose 64-bit perceptual hash lies within this many bits of an earlier
+    input's, whether that one was kept or not: 2 to 4 for photos, 0 to 2 for catalogues
+    of look-alikes."""
     caption_repeats: int | None = None
     """Drop inputs whose first caption this many earlier inputs have (boilerplate)."""
     bucket_mb: int = 256
-    """Memory of one comparison task in MB; it decides how many there are."""
+    """Memory of one comparison task in MB; it decides how many there are. Hundreds of
+    millions of inputs want 1000."""
 
 
 @dataclass(frozen=True, kw_only=True)

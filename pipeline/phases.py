@@ -320,7 +320,7 @@ def work_of(
         caption_repeats=config.dedup.caption_repeats,
         inputs=plan.n_inputs,
         ranges=plan.n_ranges,
-        memory=config.dedup.bucket_mb << 20,
+        memory=config.dedup.bucket_mb * 1_000_000,
     )
     return Work(
         storage=writer.storage,
