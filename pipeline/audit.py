@@ -23,7 +23,7 @@ from pipeline.audit_files import check_files, check_state, check_strays, read_ma
 from pipeline.audit_shard import audit_shard, audit_table
 from pipeline.audit_tar import Checks
 from pipeline.damages import Damage, Findings
-from pipeline.manifest import Accounting, Manifest, Shard
+from pipeline.manifest import MANIFEST, Accounting, Manifest, Shard
 from pipeline.shards import WRITTEN
 from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer
@@ -50,6 +50,9 @@ def audit(
     manifest, damages = read_manifest(storage)
     yield from damages
     broken = {damage.path for damage in damages}
+    if MANIFEST in broken:
+        # Whatever it says may be wrong, and would be blamed on others.
+        return
     for damage in check_files(storage, manifest):
         broken.add(damage.path)
         yield damage

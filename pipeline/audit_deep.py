@@ -15,6 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from pipeline.images import FORMATS
 from pipeline.tarwalk import Span, load_ids, span_json
 from pipeline.tokenizer import CaptionEncoder, StoredTokenizer
 
@@ -52,6 +53,44 @@ class SampleCheck:
         problem = self._picture(span.payload(self._image), size)
         if problem:
             yield problem
+
+    def given_problems(
+        self,
+        image: bytes,
+        ids: np.ndarray,
+        record: np.void,
+        row: Mapping[str, Any] | None,
+    ) -> Iterator[str]:
+        """What is wrong with a sample of a tar that `pipeline.index` describes: its
+        captions are those of the table.
+
+        Args:
+            ids: tokens (n_tokens,) as stored.
+        """
+        size = int(record["width"]), int(record["height"])
+        problem = self._any_picture(image, size)
+        if problem:
+            yield problem
+        if row is not None:
+            if int(row["uid"], 16) != record["uid"]:
+                yield f"the table has uid {row['uid']} in its place"
+            kept, right = self._encoder.encode(row["captions"])
+            if len(kept) != record["n_captions"] or not np.array_equal(ids, right):
+                yield "the tokens are not those of the captions"
+
+    def _any_picture(self, data: bytes, size: tuple[int, int]) -> str | None:
+        """As `_picture`, of any format that is read, as a viewer turns it."""
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                # Turned by a quarter, a picture has its sides exchanged.
+                if sorted(image.size) != sorted(size):
+                    return f"the image is {image.size}, the index says {size}"
+                if size[0] * size[1] <= self._max_pixels:
+                    image.load()
+        except Exception as error:  # decoders raise what they like
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            return f"the image does not decode: {reason}"
+        return None
 
     def _captions(self, span: Span, fields: Mapping[str, Any]) -> Iterator[str]:
         captions = fields.get("captions")

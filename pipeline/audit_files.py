@@ -26,6 +26,7 @@ from pipeline.storage import Storage
 STATE = ".palimpsest"
 # Digests of everything else in there.
 SEALS = f"{STATE}/files.json"
+_PLAN = f"{STATE}/plan.json"
 # What stays there when a run is over; the rest is staging and leases.
 _LASTING = ("plan", "ranges/", "retries/", "verdicts/", "files.json")
 # A seal that differs in no more characters than this was damaged itself: another
@@ -86,7 +87,9 @@ def _check_seal(storage: Storage, text: bytes) -> Iterator[Damage]:
         message = f"not the sha256 of {MANIFEST}, but all but equal to it: damaged"
         yield Damage(path=MANIFEST_SHA256, offset=place, message=message)
         return
-    message = f"does not match {MANIFEST_SHA256}: one of them is damaged"
+    message = (
+        f"does not match {MANIFEST_SHA256}: it is damaged, nothing else is checked"
+    )
     yield Damage(path=MANIFEST, offset=None, message=message)
 
 
@@ -126,7 +129,8 @@ def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
     try:
         data = storage.read(SEALS)
     except FileNotFoundError:
-        yield Damage(path=SEALS, offset=None, message="the file is missing")
+        if _PLAN in names:
+            yield Damage(path=SEALS, offset=None, message="the file is missing")
         return
     try:
         digests = json.loads(data)
@@ -142,6 +146,24 @@ def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
         yield Damage(path=name, offset=None, message=f"not in {SEALS}")
     for name, digest in digests.items():
         yield from _check_sealed(storage, name, digest, data)
+
+
+def read_seals(storage: Storage) -> dict[str, str]:
+    """Digests of the files of the state; none where they cannot be read."""
+    try:
+        digests = json.loads(storage.read(SEALS))
+        return {name: str(digest) for name, digest in digests.items()}
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def sealed_digest(storage: Storage) -> str | None:
+    """The sha256 of the manifest that its seal names."""
+    try:
+        words = storage.read(MANIFEST_SHA256).decode("ascii").split()
+    except (FileNotFoundError, UnicodeError):
+        return None
+    return words[0] if words else None
 
 
 def _lasting(name: str) -> bool:

@@ -98,12 +98,29 @@ class TarAudit:
                 self._trace(number, record, data)
                 next(rows, None)
             elif self._checks.indexed:
-                self._check_parts(number, record, data)
+                self._check_given(number, record, data, next(rows, None))
             else:
                 last_key = self._check_span(number, record, data, last_key, rows)
             end = start + int(record["span_size"])
         if not self._checks.indexed and file.rest() != END_OF_TAR:
             self._damage("tar", "no two zero blocks at the end of the archive", end)
+
+    def _check_given(
+        self,
+        number: int,
+        record: np.void,
+        data: bytes,
+        row: Mapping[str, Any] | None,
+    ) -> None:
+        """A sample of a tar that keeps its own members and headers."""
+        self._check_parts(number, record, data)
+        if self._deep is None:
+            return
+        start = int(record["span_offset"])
+        image, ids = self._part(record, data, "jpg"), self._part(record, data, "ids")
+        tokens = token_ids(ids, int(record["n_tokens"]), self._checks.tokenizer.dtype)
+        for message in self._deep.given_problems(image, tokens, record, row):
+            self._damage("tar", f"sample {number}: {message}", start)
 
     def _check_span(
         self,

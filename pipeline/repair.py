@@ -1,9 +1,10 @@
 """Mending a damaged dataset: nothing is guessed, everything has a digest to meet.
 
 Owns rewriting files that follow from sound ones (offsets, index, counts, companions,
-seal), putting damaged files aside in `DATASET.quarantine`, and having the rest made
-again. Does not own finding damage (`pipeline.audit`) or making shards: that is the
-preprocess command, which completes a dataset that lacks files byte for byte.
+seal), turning back single flipped bits, putting damaged files aside in
+`DATASET.quarantine`, and having the rest made again. Does not own finding damage
+(`pipeline.audit`) or making shards: that is the preprocess command, which completes a
+dataset that lacks files byte for byte.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.audit_files import read_manifest
+from pipeline.audit_files import read_manifest, read_seals, sealed_digest
+from pipeline.bitrot import SMALL_BYTES, mend_tar, mended
 from pipeline.companions import companion_files
 from pipeline.damages import Damage
 from pipeline.manifest import (
     INDEX_DTYPE,
+    MANIFEST,
     MANIFEST_SHA256,
     Manifest,
     Shard,
@@ -56,10 +59,32 @@ def repair(
     return _Repair(storage, say).run(damages, config)
 
 
+def mend_manifest(storage: Storage, say: Say) -> list[str]:
+    """Turn back a flipped bit of the manifest, which all else rests on; what was done.
+
+    A larger manifest is written again by the preprocess command, from its records.
+    """
+    digest = sealed_digest(storage)
+    size = storage.size(MANIFEST)
+    if digest is None or size is None or size > SMALL_BYTES:
+        return []
+    text = storage.read(MANIFEST)
+    right = None
+    if hashlib.sha256(text).hexdigest() != digest:
+        right = mended(text, digest)
+    if right is None:
+        return []
+    storage.write(MANIFEST, right)
+    line = f"{MANIFEST}: flipped bit turned back"
+    say(line)
+    return [line]
+
+
 class _Repair:
     def __init__(self, storage: Storage, say: Say) -> None:
         self._storage, self._say = storage, say
         self._manifest, _ = read_manifest(storage)
+        self._seals = read_seals(storage)
         self._shards = {
             file: (name, shard)
             for shard in self._manifest.shards
@@ -89,7 +114,7 @@ class _Repair:
         if path in self._shards:
             name, shard = self._shards[path]
             return shard.sha256[name]
-        return self._manifest.files.get(path)
+        return self._manifest.files.get(path) or self._seals.get(path)
 
     def _is_sound(self, path: str) -> bool:
         digest = self._digest(path)
@@ -101,32 +126,64 @@ class _Repair:
             return False
 
     def _rewrite(self, path: str) -> bool:
-        """Write a file anew from others, where that gives what the manifest names."""
+        """Write a file anew from others, or with one bit flipped back, where that gives
+        what the manifest names.
+        """
         if path == MANIFEST_SHA256:
-            text = self._storage.read("manifest.json")
             # A seal that is gone or slipped: the manifest was found to be sound.
-            self._storage.write(path, manifest_seal(text).encode())
-            self._tell(f"{path}: rewritten from manifest.json")
+            text = manifest_seal(self._storage.read(MANIFEST)).encode()
+            self._storage.write(path, text)
+            self._tell(f"{path}: rewritten from {MANIFEST}")
             return True
         digest = self._digest(path)
+        if digest is None:
+            return False
         for origin, make in self._origins(path):
-            try:
+            with contextlib.suppress(ValueError, OSError, KeyError):
                 data = make()
-            except (ValueError, OSError, KeyError):
-                continue
-            if hashlib.sha256(data).hexdigest() == digest:
+                if hashlib.sha256(data).hexdigest() == digest:
+                    self._storage.write(path, data)
+                    self._tell(f"{path}: rewritten from {origin}")
+                    return True
+        if self._flip_back(path, digest):
+            self._tell(f"{path}: flipped bits turned back")
+            return True
+        return False
+
+    def _flip_back(self, path: str, digest: str) -> bool:
+        """Turn back flipped bits: one in each sample of a tar, one in a small file."""
+        if self._storage.size(path) is None:
+            return False
+        name, shard = self._shards.get(path, ("", None))
+        if name != "tar" or shard is None:
+            size = self._storage.size(path) or 0
+            whole = self._storage.read(path) if size <= SMALL_BYTES else b""
+            data = mended(whole, digest) if whole else None
+            if data is not None:
                 self._storage.write(path, data)
-                self._tell(f"{path}: rewritten from {origin}")
+            return data is not None
+        if self._manifest.indexed or self._storage.size(path) != shard.bytes:
+            return False
+        folder = str(PurePosixPath(path).parent)
+        with tempfile.TemporaryDirectory() as place, contextlib.suppress(ValueError):
+            copy = Path(place) / PurePosixPath(path).name
+            with self._storage.fetch(path) as local:
+                shutil.copyfile(local, copy)
+            if mend_tar(copy, _sound_index(self._storage, shard), digest):
+                with self._storage.stage(folder) as staged:
+                    shutil.move(copy, staged / copy.name)
                 return True
         return False
 
     def _origins(self, path: str) -> list[tuple[str, Callable[[], bytes]]]:
         """Where the bytes of a file could come from, and how."""
         manifest, storage = self._manifest, self._storage
+        if path in self._seals:
+            return []
         folder = manifest.tokenizer.path
         companions = companion_files(manifest)
         if path in companions:
-            return [("manifest.json", companions[path].encode)]
+            return [(MANIFEST, companions[path].encode)]
         if path.startswith(f"{folder}/") and not path.endswith(TOKENIZER_JSON):
             origin = f"{folder}/{TOKENIZER_JSON}"
             return [(origin, lambda: _tokenizer_file(storage, manifest, path))]

@@ -60,12 +60,15 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.storage import open_storage
 
     storage = open_storage(config.dataset)
-    damages = _checked(config)
     done: list[str] = []
-    if damages and config.repair:
-        from pipeline.repair import repair
+    if config.repair:
+        from pipeline.repair import mend_manifest, repair
 
-        done = repair(storage, damages, config=config.preprocess, say=_say)
+        # Behind a damaged manifest no other damage is seen.
+        done += mend_manifest(storage, _say)
+    damages = _checked(config)
+    if damages and config.repair:
+        done += repair(storage, damages, config=config.preprocess, say=_say)
         damages = _checked(config)
     if config.json:
         print(_as_json(config, damages, done))
@@ -107,7 +110,8 @@ def _checked(config: ValidateConfig) -> list[Damage]:
     if damages and not config.json:
         hidden = len(damages) - _SHOWN
         more = f", {hidden} of them not shown (--json shows all)" if hidden > 0 else ""
-        print(f"{config.dataset}: {len(damages)} damages{more}")
+        word = "damage" if len(damages) == 1 else "damages"
+        print(f"{config.dataset}: {len(damages)} {word}{more}")
     return damages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.audit import audit
+from pipeline.inspect_data import read_view
 from pipeline.manifest import load_index, load_manifest
+from pipeline.storage import open_storage
 from tests.pipeline.corpora import run_module
 from tests.pipeline.damage import (
     copied,
@@ -22,6 +26,7 @@ from tests.pipeline.damage import (
     reseal,
     rewrite_first,
 )
+from tests.pipeline.s3 import S3Server
 
 
 @pytest.fixture
@@ -172,6 +177,24 @@ def test_an_input_counts_once_by_its_last_attempt(copy: Path) -> None:
     assert damages(copy) == []
 
 
+def test_a_damaged_manifest_is_named_whatever_it_says(copy: Path) -> None:
+    """Nothing in it is believed, however it still parses."""
+    text = (copy / "manifest.json").read_bytes()
+    for old, new in ((b'"sep"', b'"se`"'), (b'"train"', b'"trayn"'), (b"34", b"35")):
+        (copy / "manifest.json").write_bytes(text.replace(old, new))
+        result = run_module("pipeline.validate", copy, "--deep", "--workers=1")
+        assert result.returncode == 1
+        said = result.stdout + result.stderr
+        assert "manifest.json" in said
+        assert "it is damaged" in said
+        assert "Traceback" not in said
+    seal = (copy / "manifest.json.sha256").read_bytes()
+    (copy / "manifest.json").write_bytes(text)
+    (copy / "manifest.json.sha256").write_bytes(seal[:9] + b"?" + seal[10:])
+    (found,) = damages(copy)
+    assert (found.path, found.offset) == ("manifest.json.sha256", 9)
+
+
 def test_a_uid_that_occurs_twice_is_named(copy: Path) -> None:
     first, second = load_manifest(copy).shards[:2]
     index = np.load(copy / second.index)
@@ -239,6 +262,27 @@ def test_repair_rewrites_what_follows_from_sound_files(copy: Path) -> None:
     assert not copy.with_name("copy.quarantine").exists()
 
 
+def test_repair_turns_back_flipped_bits_without_the_corpus(copy: Path) -> None:
+    shard = first_shard(copy)
+    record = load_index(copy, shard)[1]
+    places = [
+        (shard.name, int(record["jpg_offset"]) + 9),
+        (shard.sidecar(".parquet"), 900),
+        ("rejected/range-000004-test.parquet", 77),
+        (".palimpsest/plan.json", 50),
+        (".palimpsest/ranges/000001.json", 90),
+        ("tokenizer/tokenizer.json", 400),
+        ("manifest.json", 2000),
+    ]
+    sound = {path: (copy / path).read_bytes() for path, _ in places}
+    for path, place in places:
+        flip(copy / path, place, bit=5)
+    copy.with_name("copy.progress.json").unlink(missing_ok=True)
+    result = run_module("pipeline.validate", copy, "--repair", "--deep")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path: (copy / path).read_bytes() for path in sound} == sound
+
+
 def test_repair_puts_aside_what_it_cannot_mend_and_says_so(copy: Path) -> None:
     shard = first_shard(copy)
     # Two flipped bits: nothing but the corpus has these bytes.
@@ -269,3 +313,62 @@ def test_repair_has_lost_shards_made_again_from_the_corpus(
     assert value["sound"]
     assert value["repaired"]
     assert {file: (copy / file).read_bytes() for file in sound} == sound
+
+
+@pytest.fixture(scope="module")
+def indexed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset made by `pipeline.index` of tars with other headers and no tokens."""
+    root = tmp_path_factory.mktemp("indexed") / "given"
+    root.mkdir()
+    for number, path in enumerate(sorted(dataset.glob("train/*.tar"))):
+        with (
+            tarfile.open(path) as tar,
+            tarfile.open(root / f"{number}.tar", "w", format=tarfile.PAX_FORMAT) as to,
+        ):
+            for member in tar:
+                if not member.name.endswith(".npy"):
+                    member.mtime = 12.5
+                    to.addfile(member, tar.extractfile(member))
+    result = run_module("pipeline.index", root, "--tokenizer=train:64", "--workers=1")
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_tars_of_other_makers_are_checked(indexed: Path, tmp_path: Path) -> None:
+    root = copied(indexed, tmp_path / "copy")
+    assert damages(root, deep=True) == []
+    shard = first_shard(root)
+    record = load_index(root, shard)[1]
+    ids = shard.ids
+    assert ids is not None
+    for name, place in (
+        (shard.name, int(record["jpg_offset"]) + 3),
+        (shard.name, int(record["span_offset"]) + 3),
+        (ids, int(record["ids_offset"])),
+        (shard.index, 300),
+        (shard.sidecar(".tar.idx"), 9),
+    ):
+        flip(root / name, place)
+        assert name in {damage.path for damage in damages(root)}, (name, place)
+        flip(root / name, place)
+
+
+def test_a_dataset_on_an_object_store_is_checked(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Server() as server:
+        check_remote(copy, f"{server.bucket(monkeypatch)}/birds")
+
+
+def check_remote(copy: Path, url: str) -> None:
+    storage = open_storage(url)
+    shard = first_shard(copy)
+    place = int(load_index(copy, shard)[0]["jpg_offset"])
+    flip(copy / shard.name, place)
+    for path in copy.rglob("*"):
+        if path.is_file():
+            storage.write(path.relative_to(copy).as_posix(), path.read_bytes())
+    (found,) = audit(storage, deep=True)
+    assert (found.path, found.offset) == (shard.name, place)
+    view = read_view(storage, rows=1_000, samples=3)
+    assert len(view.pairs) == 3
