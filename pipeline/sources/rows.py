@@ -20,6 +20,8 @@ from pipeline.storage import open_file
 # A longer row is no row of a table but a missing line end or quote.
 MAX_ROW = 64 << 20
 _BLOCK = 4 << 20
+# Read at least, where a range ends sooner.
+_SMALL_BLOCK = 1 << 16
 _NEWLINE, _RETURN, _QUOTE, _COMMA = b"\n"[0], b"\r"[0], b'"'[0], b","[0]
 # A quote opens a quoted field only where the field begins; after the closing quote the
 # field goes on as it is.
@@ -56,30 +58,36 @@ def read_rows(
     with open_file(url) as file:
         reader = _Reader(file=file, url=url, offset=start, size=size)
         while reader.offset < stop:
-            yield from _next_rows(reader, stop, row_ends, quoted)
+            yield from _next_rows(reader, stop, row_ends)
 
 
 @dataclass(kw_only=True)
 class _Reader:
-    """A window over a file: `data` are the bytes from `offset` on, as far as read."""
+    """A window over a file, from `offset` on."""
 
     file: BinaryIO
     url: str
     offset: int
     size: int
-    data: bytes = b""
+    _data: bytes = b""
+    _at: int = 0
 
     @property
-    def complete(self) -> bool:
-        """Whether the window reaches the end of the file."""
-        return self.offset + len(self.data) >= self.size
+    def left(self) -> int:
+        """Bytes of the file from the window's place on."""
+        return self.size - self.offset
 
-    def grow(self, n_bytes: int) -> None:
-        """Read at least that many more bytes, where the file has them."""
-        at = self.offset + len(self.data)
-        n_bytes = min(n_bytes, self.size - at)
-        self.file.seek(at)
-        parts = [self.data]
+    def window(self, n_bytes: int) -> bytes:
+        """The next bytes of the file, as many as are asked for or left."""
+        n_bytes = min(n_bytes, self.left)
+        missing = n_bytes - (len(self._data) - self._at)
+        if missing > 0:
+            self._data, self._at = self._data[self._at :] + self._read(missing), 0
+        return self._data[self._at : self._at + n_bytes]
+
+    def _read(self, n_bytes: int) -> bytes:
+        self.file.seek(self.offset + len(self._data) - self._at)
+        parts = []
         while n_bytes > 0:
             part = self.file.read(n_bytes)
             if not part:
@@ -89,46 +97,44 @@ class _Reader:
                 )
             parts.append(part)
             n_bytes -= len(part)
-        self.data = b"".join(parts)
+        return b"".join(parts)
 
-    def drop(self, n_bytes: int) -> None:
+    def skip(self, n_bytes: int) -> None:
         """Move the window forward."""
-        self.data = self.data[n_bytes:]
+        self._at = min(self._at + n_bytes, len(self._data))
         self.offset += n_bytes
 
 
-def _next_rows(
-    reader: _Reader, stop: int, row_ends: RowEnds, quoted: bool
-) -> Iterator[TextBlock]:
+def _next_rows(reader: _Reader, stop: int, row_ends: RowEnds) -> Iterator[TextBlock]:
     """Complete rows at the reader's place, or the one that cannot be read there."""
-    wanted = min(_BLOCK, max(stop - reader.offset, 1 << 16))
-    if len(reader.data) < wanted:
-        reader.grow(wanted - len(reader.data))
+    wanted = min(_BLOCK, max(stop - reader.offset, _SMALL_BLOCK))
     while True:
-        ends = _ends(reader, row_ends)
-        if len(ends) and ends[0] <= MAX_ROW:
-            break
-        if reader.complete or len(reader.data) > MAX_ROW:
-            yield _skipped(reader, quoted)
+        data = reader.window(wanted)
+        last = len(data) == reader.left
+        ends = _ends(data, row_ends, last)
+        # A row is too long or not whatever else stands in the window.
+        sizes = np.diff(ends, prepend=0)
+        long = np.flatnonzero(sizes > MAX_ROW)
+        ends = ends[: long[0]] if len(long) else ends
+        if len(ends):
+            yield _block(data, reader.offset, ends)
+            reader.skip(int(ends[-1]))
             return
-        reader.grow(len(reader.data))
-    # A row is too long or not whatever else stands in the window.
-    long = np.flatnonzero(np.diff(ends) > MAX_ROW)
-    ends = ends[: long[0] + 1] if len(long) else ends
-    yield _block(reader, ends)
-    reader.drop(int(ends[-1]))
+        if last or wanted > MAX_ROW:
+            yield _skipped(reader)
+            return
+        wanted = min(2 * wanted, MAX_ROW + 1)
 
 
-def _ends(reader: _Reader, row_ends: RowEnds) -> np.ndarray:
-    if not reader.complete or reader.data.endswith(b"\n"):
-        return row_ends(reader.data)
+def _ends(data: bytes, row_ends: RowEnds, last: bool) -> np.ndarray:
+    if not last or data.endswith(b"\n"):
+        return row_ends(data)
     # The last row may lack its line end.
-    ends = row_ends(reader.data + b"\n")
-    return np.minimum(ends, len(reader.data))
+    return np.minimum(row_ends(data + b"\n"), len(data))
 
 
-def _block(reader: _Reader, ends: np.ndarray) -> TextBlock:
-    data = reader.data[: int(ends[-1])]
+def _block(data: bytes, offset: int, ends: np.ndarray) -> TextBlock:
+    data = data[: int(ends[-1])]
     starts = np.concatenate(([0], ends[:-1]))
     bytes_ = np.frombuffer(data, np.uint8)
     first, length = bytes_[starts], ends - starts
@@ -136,12 +142,10 @@ def _block(reader: _Reader, ends: np.ndarray) -> TextBlock:
     crlf = (first == _RETURN) & (bytes_[np.minimum(starts + 1, ends - 1)] == _NEWLINE)
     blank |= crlf & (length == 2)
     kept = ~blank
-    return TextBlock(
-        data=data, offset=reader.offset, starts=starts[kept], ends=ends[kept]
-    )
+    return TextBlock(data=data, offset=offset, starts=starts[kept], ends=ends[kept])
 
 
-def _skipped(reader: _Reader, quoted: bool) -> TextBlock:
+def _skipped(reader: _Reader) -> TextBlock:
     """The row that is too long or whose quote is never closed, skipped to its line's
     end: the rows after a stray quote are rows still.
     """
@@ -152,10 +156,9 @@ def _skipped(reader: _Reader, quoted: bool) -> TextBlock:
         ends=np.zeros(1, np.int64),
         bad=True,
     )
-    while (end := reader.data.find(b"\n")) < 0 and not reader.complete:
-        reader.drop(len(reader.data))
-        reader.grow(_BLOCK)
-    reader.drop(end + 1 if end >= 0 else len(reader.data))
+    while (end := (data := reader.window(_BLOCK)).find(b"\n")) < 0 and data:
+        reader.skip(len(data))
+    reader.skip(end + 1)
     return block
 
 

@@ -51,7 +51,8 @@ _MAX_IMAGE = 256 << 20
 _MAX_KEY = 1024
 # A block ends with the first of these.
 _BLOCK_ROWS = 1024
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 16 << 20
+_HEADER_BYTES = 2048
 # Types of json fields are found in so many samples of so many tars.
 _SAMPLED_TARS = 16
 _SAMPLED = 64
@@ -262,11 +263,21 @@ class _Bytes:
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self.file = file
         self._start, self._size = start, size
+        self._held, self._held_from = b"", 0
 
     def __len__(self) -> int:
         return self._size - self._start
 
     def __getitem__(self, place: slice) -> bytes:
         start, stop, _ = place.indices(len(self))
+        if stop - start > _HEADER_BYTES:
+            return self._read(start, stop)
+        # A header is looked at several times, and a small member stands after it.
+        if start < self._held_from or stop > self._held_from + len(self._held):
+            end = min(start + _HEADER_BYTES, len(self))
+            self._held, self._held_from = self._read(start, end), start
+        return self._held[start - self._held_from : max(stop, start) - self._held_from]
+
+    def _read(self, start: int, stop: int) -> bytes:
         self.file.seek(self._start + start)
         return self.file.read(max(stop - start, 0))
