@@ -170,7 +170,7 @@ class _Child:
     """The parent's end of a child process."""
 
     def __init__(self, options: ImageOptions, filters: FilterOptions) -> None:
-        self._has_function = filters.function is not None
+        self._has_function = bool(filters.function)
         memory = shared_memory()
         # No shell, no fork of our threads; no Ctrl-C from the terminal's group.
         self._process = subprocess.Popen(

@@ -8,6 +8,7 @@ process's death (`pipeline.decoder`). Linux only: the limits are the kernel's.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import mmap
 import os
@@ -39,6 +40,8 @@ def _serve(pipe: SharedPipe) -> None:
         pipe.send(_json([_fault(error)]))
         return
     work = _Work(options=options, filters=filters, function=function)
+    # What is there now stays: the garbage collector need not visit it again and again.
+    gc.freeze()
     _limit_memory(options.memory_limit_mb)
     pipe.send(_json([]))
     while True:

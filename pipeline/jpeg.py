@@ -32,6 +32,8 @@ _JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF0, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 _APP = range(0xE0, 0xF0)
+# Restarts, start, end, and a byte of 1 bits that fills.
+_NO_SEGMENT = (*range(0xD0, 0xDA), 0xFF)
 _KEPT = (_SOF0, _DHT, _SOS, _DQT, _DRI)
 # The first marker after compressed data that is neither stuffing nor a restart.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
@@ -136,6 +138,20 @@ def _load_fraction(data: bytes, fraction: int) -> Image.Image:
 
 def _end_of_image(data: bytes) -> int | None:
     """Where the end marker after the first scan stands."""
-    scan = data.find(bytes([0xFF, _SOS]))
-    end = data.find(_EOI, scan) if scan >= 0 else -1
+    scan = _first_scan(data)
+    end = data.find(_EOI, scan) if scan is not None else -1
     return end if end >= 0 else None
+
+
+def _first_scan(data: bytes) -> int | None:
+    """Where the first scan starts; one inside a segment is a thumbnail's."""
+    place = len(_SOI)
+    while (place := data.find(0xFF, place)) >= 0 and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker == _SOS:
+            return place
+        # Anything but a marker is skipped byte by byte, as libjpeg does.
+        is_segment = marker >= _SOF0 and marker not in _NO_SEGMENT
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        place += 2 + length if is_segment else 1
+    return None

@@ -419,6 +419,9 @@ def test_a_jpeg_whose_data_end_early_is_refused(options: dict[str, object]) -> N
     complaint = data[:place] + b"junk" + data[place:]
     result = encode_image(complaint, OPTIONS)
     assert np.abs(pixels(result) - pixels(encode_image(data, OPTIONS))).max() <= 2
+    # A thumbnail has scans and ends of its own.
+    thumbnail = struct.pack(">BBH", 0xFF, 0xE5, len(data) + 2) + data
+    assert encode_image(data[:2] + thumbnail + complaint[2:], OPTIONS) == result
     assert reason(early[:place] + b"junk" + early[place:]) == "truncated"
 
 
