@@ -30,6 +30,9 @@ class InspectConfig:
     """Where the page goes. Default: DATASET.inspect.html, beside the dataset."""
     samples: int = 24
     """Samples shown on the page."""
+    images: str | None = None
+    """Folder or URL prefix that paths of the corpus are relative to: images that were
+    dropped are read from there, and shown beside what they repeat."""
     rows: int = 500_000
     """Inputs that sizes and lengths are taken of; of larger datasets evenly spaced
     tables are read, the same ones every time."""
@@ -56,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.storage import open_storage
 
     storage = open_storage(config.dataset)
-    view = read_view(storage, rows=config.rows, samples=config.samples)
+    view = read_view(
+        storage, rows=config.rows, samples=config.samples, images=config.images
+    )
     print(summary(view), end="")
     if config.html or config.output:
         from pipeline.inspect_page import page

@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 
 from pipeline.audit import stored_tokenizer
 from pipeline.audit_files import read_manifest
+from pipeline.fetch import Cell, ImageReader
 from pipeline.inspect_tokens import Tokens, Vocabulary
 from pipeline.manifest import Manifest, Shard, token_ids
+from pipeline.options import FetchOptions
 from pipeline.shards import WRITTEN
 from pipeline.storage import Storage
 
@@ -31,10 +33,11 @@ NUMBERS = (
     *("jpg_bytes", "n_captions", "n_tokens"),
 )
 _TEXTS = ("key", "url", "source", "split", "status", "reason", "detail", "caption")
-_MORE = ("dhash", "duplicate_of", "retry_of", "captions")
+_MORE = ("dhash", "duplicate_of", "retry_of", "captions", "sha256")
 # Captions that words and tokens are counted in, and hashes that are compared.
 _MOST_CAPTIONS, _MOST_HASHES = 50_000, 20_000
 _EXAMPLES = 4
+_MOST_BYTES = 64 << 20
 _SHOWN_DUPLICATES = 12
 _BATCH_ROWS = 4096
 
@@ -59,8 +62,8 @@ class Pair:
 class Alike:
     """Two inputs of which one repeats the other, or may."""
 
-    first: Pair | None
-    second: Pair | None
+    images: tuple[bytes | None, bytes | None]
+    """None where an input was not kept, and its image is not to be had."""
     bits: int | None
     """Bits in which their perceptual hashes differ."""
     rows: tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -103,13 +106,19 @@ class View:
 
 
 def read_view(
-    storage: Storage, *, rows: int, samples: int, alike_bits: int = 2
+    storage: Storage,
+    *,
+    rows: int,
+    samples: int,
+    images: str | None = None,
+    alike_bits: int = 2,
 ) -> View:
     """Look at a dataset.
 
     Args:
         rows: inputs to read at most; of larger datasets evenly spaced tables.
         samples: sample pairs to read with their images.
+        images: folder or URL prefix of the corpus, to show images that were dropped.
         alike_bits: most bits in which look-alikes differ.
 
     Raises:
@@ -122,7 +131,7 @@ def read_view(
     view.tokens = Tokens(stored_tokenizer(storage, manifest))
     view.vocabulary = view.tokens.count(view.captions)
     view.pairs = [reader.pair(*place) for place in reader.places(samples)]
-    view.duplicates = reader.duplicates(view)
+    view.duplicates = reader.duplicates(images)
     view.alike = reader.alike(view, alike_bits)
     return view
 
@@ -228,7 +237,7 @@ class _Reader:
             info.dtype,
         )
         ends = np.flatnonzero(ids == info.special_ids["sep"]) + 1
-        known = {*_TEXTS, *_MORE, *NUMBERS, "uid", "sha256", "pixels_sha256", "exif"}
+        known = {*_TEXTS, *_MORE, *NUMBERS, "uid", "pixels_sha256", "exif"}
         return Pair(
             key=row["key"],
             split=shard.split,
@@ -254,17 +263,17 @@ class _Reader:
             self._cached = (name, written)
         return self._cached[1]
 
-    def duplicates(self, view: View) -> list[Alike]:
+    def duplicates(self, images: str | None) -> list[Alike]:
         """Dropped inputs and what they repeat, as far as that is a sample."""
-        found: list[Alike] = []
-        for row in self._repeats:
-            place = self._places.get(row["duplicate_of"])
-            if place is None or len(found) >= _SHOWN_DUPLICATES:
-                continue
-            kept = self.pair(*place)
-            other = self._rows(place[0])[place[1]]
+        rows = [r for r in self._repeats if r["duplicate_of"] in self._places]
+        rows = rows[:_SHOWN_DUPLICATES]
+        found = []
+        for row, dropped in zip(rows, _dropped(rows, images), strict=True):
+            shard, place = self._places[row["duplicate_of"]]
+            other = self._rows(shard)[place]
+            kept = self.pair(shard, place).image
             bits = _bits(row, other)
-            found.append(Alike(first=kept, second=None, bits=bits, rows=(other, row)))
+            found.append(Alike(images=(kept, dropped), bits=bits, rows=(other, row)))
         return found
 
     def alike(self, view: View, most_bits: int) -> list[Alike]:
@@ -275,7 +284,8 @@ class _Reader:
         for bits, a, b in pairs[:_SHOWN_DUPLICATES]:
             rows = (self._hashes[a][1], self._hashes[b][1])
             first, second = (self.pair(*self._places[row["key"]]) for row in rows)
-            found.append(Alike(first=first, second=second, bits=bits, rows=rows))
+            images = (first.image, second.image)
+            found.append(Alike(images=images, bits=bits, rows=rows))
         return found
 
 
@@ -309,6 +319,21 @@ def _spaced(count: int, wanted: int) -> list[int]:
 
 def _column(batch: pa.RecordBatch, name: str) -> np.ndarray:
     return batch[name].drop_null().to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _dropped(rows: Sequence[Mapping[str, Any]], base: str | None) -> list[bytes | None]:
+    """Images of inputs that were dropped, as they were; None where they are not there,
+    or are others now.
+    """
+    if base is None:
+        return [None] * len(rows)
+    cells = [Cell(value=row["url"], sha256=row.get("sha256")) for row in rows]
+    with ImageReader(
+        FetchOptions(), base=base, max_bytes=_MOST_BYTES, image_list="first"
+    ) as reader:
+        return [
+            data if isinstance(data, bytes) else None for data in reader.read(cells)
+        ]
 
 
 def _bits(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:

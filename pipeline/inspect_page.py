@@ -293,8 +293,7 @@ def _duplicates(view: View) -> str:
 
 def _side_by_side(alike: Alike) -> str:
     sides = "".join(
-        _side(pair, row)
-        for pair, row in zip((alike.first, alike.second), alike.rows, strict=True)
+        _side(image, row) for image, row in zip(alike.images, alike.rows, strict=True)
     )
     reason = alike.rows[1]["reason"] or ""
     apart = "" if alike.bits is None else f"{alike.bits} bits apart"
@@ -302,11 +301,11 @@ def _side_by_side(alike: Alike) -> str:
     return card(f'<div class="sides">{sides}</div>', note=note)
 
 
-def _side(pair: Pair | None, row: Mapping[str, Any]) -> str:
-    if pair is None:
+def _side(data: bytes | None, row: Mapping[str, Any]) -> str:
+    if data is None:
         image = '<p class="noimage">not kept</p>'
     else:
-        image = picture(pair.image, "sample " + pair.key)
+        image = picture(data, "input " + row["key"])
     caption = (row["caption"] or "")[:_VALUE]
     return (
         f'<figure>{image}<figcaption><p class="where">{escape(row["key"])}</p>'

@@ -184,6 +184,17 @@ def test_dropped_duplicates_stand_beside_what_they_repeat(view: View) -> None:
     assert keys == named
 
 
+def test_dropped_images_are_shown_from_the_corpus(dataset: Path, corpus: Path) -> None:
+    storage, folder = open_storage(dataset), corpus.parent
+    view = read_view(storage, rows=1_000, samples=1, images=str(folder))
+    assert len(view.duplicates) == 3
+    for one in view.duplicates:
+        assert one.images[1] == (folder / one.rows[1]["url"]).read_bytes()
+    # Without the corpus, and for paths that leave it, there is nothing to show.
+    away = read_view(storage, rows=1_000, samples=1, images=str(folder / "images"))
+    assert [one.images[1] for one in away.duplicates] == [None] * 3
+
+
 def test_the_command_writes_the_page_beside_the_dataset(
     dataset: Path, tmp_path: Path
 ) -> None:
