@@ -59,6 +59,8 @@ def choose(path: str, kind: str | None) -> tuple[str, list[str]]:
         local = local_path(path)
         if local is not None and local.is_dir():
             raise ValueError("it is a folder without files")
+        if local is not None and local.exists():
+            raise ValueError("it is no regular file; save it as one")
         raise FileNotFoundError(path)
     if _is_folder(path, first):
         return _of_folder(kind, itertools.chain([first], found))
@@ -81,12 +83,18 @@ def _is_folder(path: str, first: str) -> bool:
     return first.rpartition("://")[2] != path.rpartition("://")[2]
 
 
+def _is_regular(url: str) -> bool:
+    """Whether reading comes to an end: a pipe or a device may have none."""
+    local = local_path(url)
+    return local is None or local.is_file()
+
+
 def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
     images = False
     for url in urls:
         ending = suffix(url)
-        if ending in SUFFIXES:
+        if ending in SUFFIXES and _is_regular(url):
             by_kind.setdefault(SUFFIXES[ending], []).append(url)
         images |= ending in IMAGE_SUFFIXES
     if kind == "coco":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_nothing_there_is_said_so(tmp_path: Path) -> None:
             opened(path)
     with pytest.raises(ValueError, match="it is a folder without files"):
         opened(tmp_path)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tsv")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        opened(tmp_path / "a.tsv")
+    write(tmp_path / "b.tsv", "tsv")
+    assert opened(tmp_path).base == opened(tmp_path / "*.tsv").base == str(tmp_path)
 
 
 @pytest.mark.parametrize(

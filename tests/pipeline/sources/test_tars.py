@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from tests.pipeline.sources.reading import (
     BAD,
@@ -98,6 +99,20 @@ def test_json_that_is_torn_is_bad_in_every_field(tmp_path: Path) -> None:
     good, torn = sample("0", jpg=b"J", json=b'{"a": 1}'), sample("1", json=b"[1]")
     write_tar(tmp_path / "t.tar", [*good, *torn])
     assert column(opened(tmp_path), "a") == [1, BAD]
+
+
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
+        for number in range(5):
+            fields = {"n": number, "caption": f"bird {number}"}
+            writer.write(
+                {"__key__": f"s{number}", "jpg": b"J", "json": fields, "cls": number}
+            )
+    source = opened(tmp_path)
+    assert source.default_columns["caption"] == "source_caption"
+    assert rows(source, ["__key__", "n", "source_caption"]) == [
+        {"__key__": f"t/s{n}", "n": n, "source_caption": f"bird {n}"} for n in range(5)
+    ]
 
 
 class Bomb:
