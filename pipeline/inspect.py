@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import parse, run
-from pipeline.flags import bare_switches
 
 PROG = "python -m pipeline.inspect"
 _DESCRIPTION = """Show what is in a dataset: where every input went, splits and sources,
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     config = parse(
         InspectConfig,
-        bare_switches(InspectConfig, argv),
+        argv,
         prog=PROG,
         description=_DESCRIPTION,
         positional="dataset",

@@ -279,8 +279,10 @@ def _duplicates(view: View) -> str:
     if alike:
         parts.append("<h3>Kept, though they look alike</h3>")
         parts.append(grid(*alike, classes="three"))
+    dropped_count = view.manifest.accounting.duplicates
+    inputs = "input was" if dropped_count == 1 else "inputs were"
     lead = (
-        f"{view.manifest.accounting.duplicates:,} inputs were dropped as duplicates. "
+        f"{dropped_count:,} {inputs} dropped as duplicates. "
         f"Among {view.compared:,} samples that were kept, "
         + (
             "no two have perceptual hashes within 2 bits."

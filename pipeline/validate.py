@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 
 from pipeline.config import parse, run
 from pipeline.damages import Damage
-from pipeline.flags import bare_switches
 from pipeline.terminal import printable
 
 PROG = "python -m pipeline.validate"
@@ -51,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command: 0 where the dataset is sound, 1 where it is not."""
     config = parse(
         ValidateConfig,
-        bare_switches(ValidateConfig, argv),
+        argv,
         prog=PROG,
         description=_DESCRIPTION,
         positional="dataset",
