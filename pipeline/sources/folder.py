@@ -226,7 +226,8 @@ class _Listing:
             if len(self.samples) > 100 * _SAMPLED:
                 self.samples = sorted(self.samples)[:_SAMPLED]
         self.samples = sorted(self.samples)[:_SAMPLED]
-        self.digest = {"files": count, "sha256": f"{total % (1 << 256):064x}"}
+        digest = f"{total % (1 << 256):064x}"
+        self.digest = {"file": ".", "files": count, "sha256": digest}
 
 
 def _below(base: str) -> Iterator[str]:

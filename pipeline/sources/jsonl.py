@@ -33,12 +33,16 @@ class JsonlSource(TextSource):
 
     def parsed(self, block: TextBlock, columns: Sequence[str], offset: int) -> Block:
         """As `TextSource.parsed`."""
-        objects: list[dict[str, Any] | None] = []
-        if columns:
-            objects = [parse_object(line) for line in _lines(block)]
+        cells: list[list[Any]] = [[] for _ in columns]
+        wrong_rows = np.zeros(len(block.starts), bool)
+        # Only what is asked for is kept of a block's objects.
+        for place, line in enumerate(_lines(block) if columns else ()):
+            fields = parse_object(line)
+            wrong_rows[place] = fields is None
+            for values, name in zip(cells, columns, strict=True):
+                values.append(None if fields is None else fields.get(name))
         arrays, bad = [], {}
-        for name in columns:
-            values = [None if row is None else row.get(name) for row in objects]
+        for values, name in zip(cells, columns, strict=True):
             column, wrong = field_column(values, self.schema.field(name).type)
             arrays.append(column)
             if wrong is not None:
@@ -48,7 +52,7 @@ class JsonlSource(TextSource):
             cursors=offset + block.starts,
             bad=bad,
         )
-        return without_rows(parsed, np.array([row is None for row in objects], bool))
+        return without_rows(parsed, wrong_rows)
 
 
 def _lines(block: TextBlock) -> Iterator[bytes]:
