@@ -111,8 +111,14 @@ class GroupedSource(NeedsSpool):
             assert isinstance(given, BlockSource)
             blocks = given.blocks(given.schema.names, 0, given.end)
             rows = work / _FILE
-            write_rows(rows, _stored(blocks, self.schema))
-            yield from sort(work, _grouping(rows, self.by))
+            names = [*self.schema.names, _CURSOR, _BAD]
+            # DuckDB takes names that differ in case alone for one.
+            plain = [f"c{place}" for place in range(len(names))]
+            stored = _stored(blocks, self.schema)
+            write_rows(rows, (batch.rename_columns(plain) for batch in stored))
+            key = plain[names.index(self.by)]
+            for batch in sort(work, _grouping(rows, key, plain[-2])):
+                yield batch.rename_columns(names)
 
         spool = spooled_source(self, storage, f"{name}/grouped", fill, by=self.by)
         storage.remove_tree(f"{SPOOL}/{first}")
@@ -138,17 +144,16 @@ def grouped(given: Source | NeedsSpool, by: str) -> GroupedSource:
     )
 
 
-def _grouping(rows: Path, by: str) -> str:
+def _grouping(rows: Path, key: str, cursor: str) -> str:
     """SQL for the rows of a file in the order that `GroupedSource` promises."""
-    key = f"CAST({quoted(by)} AS VARCHAR)"
     table = f"read_parquet({literal(rows)})"
     # Not as a window: it would hold all columns of the rows.
     return f"""
         SELECT given.* FROM {table} AS given LEFT JOIN (
-            SELECT {key} AS key, min({_CURSOR}) AS first FROM {table}
-            WHERE {key} <> '' GROUP BY ALL
-        ) AS groups ON CAST(given.{quoted(by)} AS VARCHAR) = groups.key
-        ORDER BY coalesce(groups.first, given.{_CURSOR}), given.{_CURSOR}
+            SELECT CAST({key} AS VARCHAR) AS key, min({cursor}) AS first FROM {table}
+            WHERE CAST({key} AS VARCHAR) <> '' GROUP BY ALL
+        ) AS groups ON CAST(given.{key} AS VARCHAR) = groups.key
+        ORDER BY coalesce(groups.first, given.{cursor}), given.{cursor}
     """
 
 
@@ -278,11 +283,6 @@ def sort(work: Path, query: str) -> Iterator[pa.RecordBatch]:
             f"the rows could not be sorted ({str(error).splitlines()[0]}); make room "
             f"on the disk of {work}"
         ) from error
-
-
-def quoted(name: str) -> str:
-    """A column's name in SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def literal(path: Path) -> str:

@@ -186,6 +186,17 @@ def test_groups_are_those_of_a_dictionary_whatever_the_types(tmp_path: Path) -> 
     assert column(source, "image") == [images[number] for number in expected]
 
 
+def test_columns_whose_names_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
+    table = pa.table(
+        {"url": ["b", "a", "b"], "URL": [1, 2, 3], 'x "y"': ["p", "q", "r"]}
+    ).append_column("nothing", pa.nulls(3))
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = opened(tmp_path / "t.parquet", spool=tmp_path / "out", group_by="url")
+    assert [tuple(row.values()) for row in rows(source)] == [
+        *(("b", 1, "p", None), ("b", 3, "r", None), ("a", 2, "q", None))
+    ]
+
+
 def test_a_folder_can_be_grouped_by_what_its_json_says(tmp_path: Path) -> None:
     files = {f"{n}.jpg": b"J" for n in range(6)}
     files |= {f"{n}.json": b'{"product": "%d"}' % (n % 2) for n in range(6)}
