@@ -23,13 +23,13 @@ _MAX_PROFILE = 8 << 20
 _TRANSFORMS = 8
 
 
-def image_to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded image's pixels as sRGB on white, (height, width, 3).
+def image_to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image as sRGB on white, of mode RGB.
 
     Raises:
         ImageError: unsupported_mode.
     """
-    return np.asarray(_on_white(_to_srgb(image)))
+    return _on_white(_to_srgb(image))
 
 
 def jpeg_to_rgb(
@@ -42,11 +42,12 @@ def jpeg_to_rgb(
     channels = pixels.shape[2]
     if channels == _CMYK:
         pixels = 255 - pixels if inverted else pixels
-        return image_to_rgb(_with_profile(Image.fromarray(pixels, "CMYK"), profile))
+        image = _with_profile(Image.fromarray(pixels, "CMYK"), profile)
+        return np.asarray(image_to_rgb(image))
     mode = "L" if channels == _GREY else "RGB"
     if not is_srgb(profile, mode):
         image = Image.fromarray(pixels[..., 0] if channels == _GREY else pixels)
-        return image_to_rgb(_with_profile(image, profile))
+        return np.asarray(image_to_rgb(_with_profile(image, profile)))
     return np.repeat(pixels, 3, axis=2) if channels == _GREY else pixels
 
 

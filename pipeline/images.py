@@ -154,7 +154,8 @@ def _pixels(
             image = header.image
             image.load()
         # Colour first: alpha must be gone before neighbours are mixed.
-        return resize.resized(colour.image_to_rgb(image), geometry), False
+        image = resize.reduced(colour.image_to_rgb(image), geometry.target)
+        return resize.resized(np.asarray(image), geometry), False
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything on hostile data

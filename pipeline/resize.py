@@ -26,6 +26,7 @@ from cykooz_resizer import (
     ResizeOptions,
     Resizer,
 )
+from PIL import Image
 
 from pipeline.image_header import ImageError
 from pipeline.options import ImageOptions
@@ -77,6 +78,16 @@ def plan_geometry(size: tuple[int, int], options: ImageOptions) -> Geometry:
     if max(target) > _MAX_SIDE[options.format] or pixels > options.max_pixels:
         raise ImageError("too_elongated", f"{size[0]}x{size[1]}")
     return Geometry(crop=crop, target=target, pad=mode == "border")
+
+
+def reduced(image: Image.Image, least: tuple[int, int]) -> Image.Image:
+    """`image` averaged over squares of pixels, with sides of at least twice `least`.
+
+    What a JPEG has done while it is decoded: the filter then sees far fewer pixels, and
+    megapixels are not held three times over.
+    """
+    factor = min(image.width // (2 * least[0]), image.height // (2 * least[1]))
+    return image.reduce(factor) if factor > 1 else image
 
 
 def resized(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:

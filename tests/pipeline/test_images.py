@@ -167,6 +167,18 @@ def test_a_huge_jpeg_is_decoded_small_and_looks_the_same() -> None:
     assert np.abs(small - reference).mean() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_huge_image_of_another_kind_looks_as_if_resized_at_once(mode: str) -> None:
+    image = picture(3, (1603, 1201)).convert(mode)
+    options = ImageOptions(size=100, format="png")
+    result = encode_image(encoded(image, "PNG", compress_level=1), options)
+    size = (result.width, result.height)
+    reference = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    assert size == (133, 100)
+    # Averaged squares that reach over the edge shift pixels by less than one.
+    assert np.abs(pixels(result) - np.asarray(reference)).mean() < 1.5
+
+
 def test_smaller_images_are_enlarged_to_the_contract() -> None:
     result = encode_image(encoded(picture(1, (10, 20))), OPTIONS)
     assert (result.width, result.height) == (32, 64)
