@@ -36,7 +36,7 @@ _TEXTS = ("key", "url", "source", "split", "status", "reason", "detail", "captio
 _MORE = ("dhash", "duplicate_of", "retry_of", "captions", "sha256")
 # Captions that words and tokens are counted in, and hashes that are compared.
 _MOST_CAPTIONS, _MOST_HASHES = 50_000, 20_000
-_EXAMPLES = 4
+_EXAMPLES, _CANDIDATES = 4, 64
 _MOST_BYTES = 64 << 20
 _SHOWN_DUPLICATES = 12
 _BATCH_ROWS = 4096
@@ -144,6 +144,7 @@ class _Reader:
         self._places: dict[str, tuple[Shard, int]] = {}
         self._hashes: list[tuple[int, Mapping[str, Any]]] = []
         self._repeats: list[Mapping[str, Any]] = []
+        self._superseded: set[str] = set()
         self._cached: tuple[str, list[dict[str, Any]]] = ("", [])
 
     def read_tables(self, view: View, rows: int) -> None:
@@ -171,6 +172,16 @@ class _Reader:
                 )
         for column, values in numbers.items():
             view.numbers[column] = np.concatenate([*values, np.empty(0)])
+        self._drop_superseded(view)
+
+    def _drop_superseded(self, view: View) -> None:
+        """An input that was tried again counts by its last attempt."""
+        view.rows -= len(self._superseded)
+        for reason, rows in list(view.examples.items()):
+            last = [row for row in rows if row["key"] not in self._superseded]
+            view.examples[reason] = last[:_EXAMPLES]
+            if not last:
+                del view.examples[reason]
 
     def _batches(self, name: str) -> Iterator[pa.RecordBatch]:
         try:
@@ -194,6 +205,8 @@ class _Reader:
         """Captions, examples and hashes of a batch; returns the captions taken."""
         taken = 0
         for row in rows:
+            if row.get("retry_of"):
+                self._superseded.add(row["retry_of"])
             if row["status"] == WRITTEN:
                 if shard is not None:
                     place = self._places.setdefault(f"/{shard.name}", (shard, 0))[1]
@@ -208,7 +221,7 @@ class _Reader:
                 continue
             reason = row["reason"] or ""
             examples = view.examples.setdefault((row["status"], reason), [])
-            if len(examples) < _EXAMPLES:
+            if len(examples) < _CANDIDATES:
                 examples.append(row)
             if row.get("duplicate_of") and len(self._repeats) < 4 * _SHOWN_DUPLICATES:
                 self._repeats.append(row)

@@ -102,6 +102,25 @@ def test_every_reason_has_an_example_that_can_be_found(view: View) -> None:
                 assert example["url"] in place
 
 
+def test_an_input_that_was_tried_again_is_shown_once(
+    dataset: Path, tmp_path: Path
+) -> None:
+    root = copied(dataset, tmp_path / "copy")
+    shard = load_manifest(root).shards[-1]
+    path = root / shard.sidecar(".parquet")
+    table = pq.read_table(path)
+    storage = open_storage(root)
+    before = read_view(storage, rows=1_000, samples=1).examples["failed", "truncated"]
+    again = before[0] | {"key": "000099000000", "retry_of": before[0]["key"]}
+    rows = [*table.to_pylist(), {n: again.get(n) for n in table.schema.names}]
+    pq.write_table(type(table).from_pylist(rows, table.schema), path)
+    reseal(root)
+    view = read_view(storage, rows=1_000, samples=1)
+    (shown,) = view.examples["failed", "truncated"]
+    assert shown["key"] == "000099000000"
+    assert view.rows == 34
+
+
 def test_samples_show_their_stored_tokens(view: View) -> None:
     assert len(view.pairs) == 6
     assert view.tokens is not None
