@@ -27,6 +27,7 @@ from pipeline.lease import Lease
 from pipeline.manifest import Accounting, Manifest, Shard
 from pipeline.plan import Plan
 from pipeline.processes import cpus, map_processes
+from pipeline.retokenize_indexed import retokenize_indexed
 from pipeline.retokenize_range import RangeRetokenizer, RetokenizeWork
 from pipeline.settle import rejected_name, verdict_name
 from pipeline.shards import REJECTED, SUFFIXES
@@ -50,6 +51,8 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         ValueError: no complete dataset, one whose inputs were chosen by their tokens, a
             tokenizer or output that cannot be used.
     """
+    if _is_indexed(config.dataset):
+        return retokenize_indexed(config)
     old = _Dataset(config.dataset)
     writer = DatasetWriter(open_storage(config.output))
     stored = writer.stored_plan()
@@ -81,6 +84,11 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         return writer.finish(described, tokenizer)
 
 
+def _is_indexed(url: str) -> bool:
+    manifest = DatasetWriter(open_storage(url)).finished()
+    return manifest is not None and manifest.indexed
+
+
 class _Dataset:
     """The dataset that is there."""
 
@@ -98,9 +106,9 @@ class _Dataset:
             self.described = json.loads(self.storage.read(f"{STATE}/plan.json"))
         except FileNotFoundError:
             raise ValueError(
-                f"{url} lacks {STATE}/plan.json: its tars were indexed, or it was "
-                "copied without hidden files. `python -m pipeline.index` gives tars "
-                "new tokens where they lie (without a manifest of another command)"
+                f"{url} lacks {STATE}/plan.json: it was copied without hidden files. "
+                "`python -m pipeline.index` gives its tars new tokens where they lie, "
+                "once its manifest is removed"
             ) from None
         plan = writer.read_plan(self.described)
         if plan is None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.index import IndexConfig
+from pipeline.indexing import index
 from pipeline.manifest import MANIFEST, load_manifest, manifest_seal
 from pipeline.retokenize import main
 from pipeline.validate import main as validate
@@ -24,6 +26,7 @@ from tests.pipeline.corpora import (
     picture,
     write_table,
 )
+from tests.pipeline.foreign import img2dataset_shard
 from tests.pipeline.test_index import tree
 
 # Captions that have no token with the tokenizer below: those of a whole shard of `val`
@@ -178,3 +181,28 @@ def test_what_cannot_be_retokenized_is_one_clear_line(
     (chosen / MANIFEST).write_text(text)
     (chosen / f"{MANIFEST}.sha256").write_text(manifest_seal(text.encode()))
     refused(chosen, "tokens decided which images")
+
+
+def test_indexed_tars_are_linked_and_get_the_tokens_of_a_new_index(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    old, new, again = (tmp_path / name for name in ("old", "new", "again"))
+    for folder in (old, again):
+        img2dataset_shard(folder / "train", 0, range(4))
+        img2dataset_shard(folder / "validation", 0, range(4, 7))
+    keys = {"name": "birds", "check": "header", "workers": 1}
+    index(IndexConfig(dataset=str(old), tokenizer="train:200", **keys))
+    before = tree(old)
+    words = [str(old), f"--tokenizer={tokenizer}", f"--output={new}", "--workers=1"]
+    assert main(words) == 0
+    assert tree(old) == before
+    assert (new / "train/00000.tar").samefile(old / "train/00000.tar")
+    for name in ("parquet", "_stats.json"):
+        for path in again.glob(f"*/*{name}"):
+            path.unlink()
+    index(IndexConfig(dataset=str(again), tokenizer=str(tokenizer), **keys))
+    assert tree(new) == tree(again)
+    counts = load_manifest(new).accounting
+    assert (counts.written, counts.filtered) == (4, {"empty_caption": len(SILENT)})
+    assert main(words) == 0
+    assert tree(new) == tree(again)
