@@ -149,13 +149,14 @@ def _pixels(
             pixels = jpeg.decode_strictly(data, header, geometry.target)
             if pixels is not None:
                 return _jpeg_pixels(pixels, header, geometry), True
-            image = jpeg.decode_tolerantly(data, header, geometry.target)
+            image = jpeg.decode_tolerantly(data)
         else:
             image = header.image
             image.load()
         # Colour first: alpha must be gone before neighbours are mixed.
-        image = resize.reduced(colour.image_to_rgb(image), geometry.target)
-        return resize.resized(np.asarray(image), geometry), False
+        size = image.size
+        image, fraction = resize.reduced(colour.image_to_rgb(image), geometry.target)
+        return resize.resized(np.asarray(image), size, fraction, geometry), False
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything on hostile data
@@ -167,8 +168,9 @@ def _jpeg_pixels(
 ) -> np.ndarray:
     # Size first: colour is converted for as few pixels as possible.
     info = header.image.info
+    fraction = jpeg.dct_fraction(header.size, geometry.target)
     return colour.jpeg_to_rgb(
-        resize.resized(pixels, geometry),
+        resize.resized(pixels, header.size, fraction, geometry),
         info.get("icc_profile"),
         inverted="adobe" in info,
     )

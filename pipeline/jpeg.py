@@ -66,9 +66,7 @@ def decode_strictly(
     return None
 
 
-def decode_tolerantly(
-    data: bytes, header: Header, least: tuple[int, int]
-) -> Image.Image:
+def decode_tolerantly(data: bytes) -> Image.Image:
     """The loaded image, where the strict decoder refuses it.
 
     Pillow asks libjpeg for the same pixels and ignores its complaints, the one about
@@ -77,12 +75,11 @@ def decode_tolerantly(
     Raises:
         ImageError: truncated or unreadable.
     """
-    fraction = dct_fraction(header.size, least)
-    image = _load_fraction(data, fraction)
+    image = _load(data)
     end = _end_of_image(data)
     if end is not None:
         longer = data[:end] + _PROBE + data[end:]
-        if _load_fraction(longer, fraction).tobytes() != image.tobytes():
+        if _load(longer).tobytes() != image.tobytes():
             raise ImageError("truncated", "compressed data end early")
     return image
 
@@ -126,10 +123,9 @@ def is_plain(data: bytes) -> bool:
     return simplejpeg.decode_jpeg_header(data)[2:] == ("YCbCr", "420")
 
 
-def _load_fraction(data: bytes, fraction: int) -> Image.Image:
+def _load(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        image.draft(None, (image.width // fraction, image.height // fraction))
         image.load()
     except Exception as error:  # decoders raise anything on hostile data
         raise unreadable(error) from error

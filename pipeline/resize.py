@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from cykooz_resizer import (
+    CropBox,
     FilterType,
     ImageData,
     PixelType,
@@ -80,24 +81,38 @@ def plan_geometry(size: tuple[int, int], options: ImageOptions) -> Geometry:
     return Geometry(crop=crop, target=target, pad=mode == "border")
 
 
-def reduced(image: Image.Image, least: tuple[int, int]) -> Image.Image:
-    """`image` averaged over squares of pixels, with sides of at least twice `least`.
+def reduced(image: Image.Image, least: tuple[int, int]) -> tuple[Image.Image, int]:
+    """`image` averaged over squares of pixels, with sides of at least twice `least`,
+    and the side of the squares.
 
     What a JPEG has done while it is decoded: the filter then sees far fewer pixels, and
     megapixels are not held three times over.
     """
     factor = min(image.width // (2 * least[0]), image.height // (2 * least[1]))
-    return image.reduce(factor) if factor > 1 else image
+    return (image.reduce(factor), factor) if factor > 1 else (image, 1)
 
 
-def resized(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """`pixels` cut and resampled to `geometry.target`."""
-    if geometry.crop:
-        pixels = _central_square(pixels)
-    height, width = pixels.shape[:2]
-    if (width, height) == geometry.target:
+def resized(
+    pixels: np.ndarray, size: tuple[int, int], fraction: int, geometry: Geometry
+) -> np.ndarray:
+    """An image of `size` cut and resampled to `geometry.target`, given its pixels at
+    1/`fraction` of that.
+    """
+    if fraction == 1 and size == geometry.target:
         return np.ascontiguousarray(pixels)
-    return _resample(pixels, geometry.target, FilterType.lanczos3)
+    width, height = size
+    left = top = 0
+    if geometry.crop:
+        side = min(size)
+        left, top = (width - side) // 2, (height - side) // 2
+        width = height = side
+    # Sides that the fraction does not divide were rounded up: the last pixel stands for
+    # less, and without the box all would be shifted.
+    x, y, right, bottom = (
+        place / fraction for place in (left, top, left + width, top + height)
+    )
+    box = CropBox(x, y, right - x, bottom - y)
+    return _resample(pixels, geometry.target, FilterType.lanczos3, box)
 
 
 def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -141,21 +156,19 @@ def _scaled(size: tuple[int, int], side: int, of: int) -> tuple[int, int]:
     return max(1, width), max(1, height)
 
 
-def _central_square(pixels: np.ndarray) -> np.ndarray:
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
-
-
 def _resample(
-    pixels: np.ndarray, target: tuple[int, int], kind: FilterType
+    pixels: np.ndarray,
+    target: tuple[int, int],
+    kind: FilterType,
+    box: CropBox | None = None,
 ) -> np.ndarray:
     height, width, channels = pixels.shape
     pixel_type = _PIXEL_TYPES[channels]
     source = ImageData(width, height, pixel_type, pixels.tobytes())
     result = ImageData(*target, pixel_type)
-    _resizer().resize(source, result, _resize_options(kind))
+    # Four channels are CMYK here, never alpha.
+    options = ResizeOptions(_algorithm(kind), use_alpha=False, crop_box=box)
+    _resizer().resize(source, result, options)
     flat = np.frombuffer(result.get_buffer(), np.uint8)
     return flat.reshape(target[1], target[0], channels)
 
@@ -167,6 +180,5 @@ def _resizer() -> Resizer:
 
 
 @functools.cache
-def _resize_options(kind: FilterType) -> ResizeOptions:
-    # Four channels are CMYK here, never alpha.
-    return ResizeOptions(ResizeAlg.convolution(kind), use_alpha=False)
+def _algorithm(kind: FilterType) -> ResizeAlg:
+    return ResizeAlg.convolution(kind)

@@ -167,16 +167,18 @@ def test_a_huge_jpeg_is_decoded_small_and_looks_the_same() -> None:
     assert np.abs(small - reference).mean() < 3
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_a_huge_image_of_another_kind_looks_as_if_resized_at_once(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "PNG"), ("L", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG")]
+)
+def test_a_huge_image_looks_as_if_resized_at_once(mode: str, kind: str) -> None:
+    # No fraction divides these sides: rounding must not shift what is shown.
     image = picture(3, (1603, 1201)).convert(mode)
     options = ImageOptions(size=100, format="png")
-    result = encode_image(encoded(image, "PNG", compress_level=1), options)
+    result = encode_image(encoded(image, kind, quality=95), options)
     size = (result.width, result.height)
     reference = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     assert size == (133, 100)
-    # Averaged squares that reach over the edge shift pixels by less than one.
-    assert np.abs(pixels(result) - np.asarray(reference)).mean() < 1.5
+    assert np.abs(pixels(result) - np.asarray(reference)).mean() < 1
 
 
 def test_smaller_images_are_enlarged_to_the_contract() -> None:
@@ -233,7 +235,9 @@ def test_a_crop_takes_the_middle_and_bars_are_white() -> None:
     data = encoded(Image.fromarray(stripes), "PNG")
     options = {"size": 40, "format": "png"}
     middle = pixels(encode_image(data, ImageOptions(resize="center_crop", **options)))
-    assert (middle == (0, 0, 255)).all()
+    assert middle.shape == (40, 40, 3)
+    # The filter is cut after it was applied: it has seen a little of what is beside.
+    assert (middle[:, 6:-6] == (0, 0, 255)).all()
     barred = pixels(encode_image(data, ImageOptions(resize="border", **options)))
     assert (barred[:13] == 255).all()
     assert (barred[27:] == 255).all()
@@ -429,11 +433,12 @@ def test_a_jpeg_whose_data_end_early_is_refused(options: dict[str, object]) -> N
     # Bytes between segments are what the strict decoder refuses and browsers ignore.
     place = data.index(b"\xff\xda")
     complaint = data[:place] + b"junk" + data[place:]
-    result = encode_image(complaint, OPTIONS)
-    assert np.abs(pixels(result) - pixels(encode_image(data, OPTIONS))).max() <= 2
+    whole = ImageOptions(resize="none", format="png")
+    result = encode_image(complaint, whole)
+    assert result == encode_image(data, whole)
     # A thumbnail has scans and ends of its own.
     thumbnail = struct.pack(">BBH", 0xFF, 0xE5, len(data) + 2) + data
-    assert encode_image(data[:2] + thumbnail + complaint[2:], OPTIONS) == result
+    assert encode_image(data[:2] + thumbnail + complaint[2:], whole) == result
     assert reason(early[:place] + b"junk" + early[place:]) == "truncated"
 
 
