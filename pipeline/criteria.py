@@ -9,7 +9,9 @@ are merely near (`pipeline.hamming`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +55,27 @@ _MOST_SPLITS, _MOST_RANGES, _MOST_POSITIONS = 255, 1 << 32, 1 << _RANGE_BIT
 
 # What a task holds at its peak, measured: records, sorting them, copies on the way.
 _BYTES_PER_RECORD = 240
+
+
+def signature(position: int, split: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A record of `SIGNATURE_DTYPE` from the row of a sample."""
+    caption = hashlib.sha256(row["caption"].encode()).digest()
+    return (
+        position,
+        int(row["uid"], 16),
+        split,
+        _words(bytes.fromhex(row["sha256"])),
+        _words(bytes.fromhex(row["pixels_sha256"])),
+        int(row["dhash"], 16),
+        int.from_bytes(caption[:8], "little"),
+    )
+
+
+def _words(digest: bytes) -> tuple[int, int]:
+    return (
+        int.from_bytes(digest[:8], "little"),
+        int.from_bytes(digest[8:16], "little"),
+    )
 
 
 def stored(number: int, committed: bool, signatures: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 
 from pipeline import compare
 from pipeline.captions import BadText, CaptionCleaner
+from pipeline.criteria import signature
 from pipeline.decoder import Decoder, Request
 from pipeline.fetch import Cell, ImageReader
 from pipeline.filters import Filtered, UidLists, check_tokens
@@ -77,6 +78,14 @@ class Work:
     comparison: compare.Comparison
     watched: bool = True
     """Is there a driver whose end makes staging pointless?"""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Passthrough columns of all corpora: readers need every sample of a dataset to
+        have the same fields, whichever source it is from.
+        """
+        names = (name for corpus in self.corpora for name in corpus.columns.keep)
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass
@@ -173,7 +182,7 @@ class _RangeWriter:
     ) -> None:
         self._work, self._plan = work, plan
         self._local, self._directory = local, directory
-        self._corpus = work.corpora[plan.source]
+        self._corpus, self._kept = work.corpora[plan.source], work.kept
         columns = self._corpus.columns
         self._template = caption_template(columns)
         schema = self._corpus.source.schema
@@ -275,7 +284,8 @@ class _RangeWriter:
         """What is known of an input from its rows."""
         self._rows += len(given.rows)
         columns, first = self._corpus.columns, given.rows[0]
-        kept = {name: _text(first[name]) for name in columns.keep}
+        kept = dict.fromkeys(self._kept, "")
+        kept |= {name: _text(first[name]) for name in columns.keep}
         url = _text(first[columns.url]) if columns.url else ""
         row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
         row |= {
@@ -391,9 +401,8 @@ class _RangeWriter:
             rejected = Rejected("filtered", outcome.reason, outcome.detail)
         split = prepared.given.split
         if split not in self._writers:
-            keep = self._corpus.columns.keep
             form = self._work.image.format
-            self._writers[split] = ShardWriter(self._local, split, keep, form)
+            self._writers[split] = ShardWriter(self._local, split, self._kept, form)
         self._tally.done += 1
         if isinstance(outcome, EncodedImage):
             self._add(prepared, outcome, self._writers[split])
@@ -430,7 +439,7 @@ class _RangeWriter:
             "pixels_sha256": image.pixels_sha256,
             "exif": image.exif,
         }
-        names = (*JSON_KEYS, *self._corpus.columns.keep)
+        names = (*JSON_KEYS, *self._kept)
         self._tally.written_bytes += writer.add(
             Sample(
                 key=row["key"],
@@ -454,27 +463,6 @@ class _RangeWriter:
         file = io.BytesIO()
         np.save(file, array, allow_pickle=False)
         (self._local / SIGNATURES).write_bytes(file.getvalue())
-
-
-def signature(position: int, split: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A record of `compare.SIGNATURE_DTYPE` from the row of a sample."""
-    caption = hashlib.sha256(row["caption"].encode()).digest()
-    return (
-        position,
-        int(row["uid"], 16),
-        split,
-        _words(bytes.fromhex(row["sha256"])),
-        _words(bytes.fromhex(row["pixels_sha256"])),
-        int(row["dhash"], 16),
-        int.from_bytes(caption[:8], "little"),
-    )
-
-
-def _words(digest: bytes) -> tuple[int, int]:
-    return (
-        int.from_bytes(digest[:8], "little"),
-        int.from_bytes(digest[8:16], "little"),
-    )
 
 
 # img2dataset's names where it has them, in its order, then ours.

@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline import compare
+from pipeline.criteria import signature
 from pipeline.manifest import Accounting, Shard, file_sha256, sample_key
-from pipeline.ranges import Report, Work, signature
+from pipeline.ranges import Report, Work
 from pipeline.shards import (
     REJECTED,
     SUFFIXES,
