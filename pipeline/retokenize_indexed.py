@@ -23,6 +23,9 @@ from pipeline.storage import Storage, open_storage
 if TYPE_CHECKING:
     from pipeline.retokenize import RetokenizeConfig
 
+# Where a tar arrives before it gets its name: files are staged in folders only.
+_LINKED = f"{STATE}/linked"
+
 
 def retokenize_indexed(config: RetokenizeConfig) -> Manifest:
     """Index the tars of an indexed dataset in another folder with another tokenizer.
@@ -69,10 +72,11 @@ def _refuse_other_files(target: Storage, tars: set[str]) -> None:
 def _bring(source: Storage, target: Storage, name: str) -> None:
     if target.size(name) == source.size(name):
         return
-    folder, _, file = name.rpartition("/")
-    with source.fetch(name) as path, target.stage(folder) as staged:
+    file = name.rpartition("/")[2]
+    with source.fetch(name) as path, target.stage(_LINKED) as staged:
         try:
             os.link(path, staged / file)
         except OSError:
             # Another disk, or one without links.
             shutil.copyfile(path, staged / file)
+    target.move(f"{_LINKED}/{file}", name)
