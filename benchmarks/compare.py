@@ -52,14 +52,14 @@ def signatures(number: int, inputs: int) -> np.ndarray:
     made["split"] = np.where(chance.random(_PER_RANGE) < 0.05, 0, 2)
     for name in ("uid", "sha256", "pixels", "caption"):
         made[name] = chance.integers(0, 1 << 64, made[name].shape, dtype=np.uint64)
-    made["dhash"] = smooth_hashes(chance, _PER_RANGE)
+    made["phash"] = smooth_hashes(chance, _PER_RANGE)
     again = np.flatnonzero(chance.random(_PER_RANGE) < _REPEATED)
     popular = chance.integers(0, inputs // 100, len(again), dtype=np.uint64)
     for name in ("pixels", "caption"):
         made[name][again] = popular.reshape(-1, *[1] * (made[name].ndim - 1))
     flips = np.uint64(1) << chance.integers(0, 64, (len(again), 2), dtype=np.uint64)
     originals = smooth_hashes(np.random.default_rng(0), _PER_RANGE)[again]
-    made["dhash"][again] = originals ^ np.bitwise_or.reduce(flips, axis=1)
+    made["phash"][again] = originals ^ np.bitwise_or.reduce(flips, axis=1)
     return made
 
 

@@ -14,7 +14,7 @@ each depends on signatures alone, and no task waits for another's verdicts:
   identity            an earlier candidate has the same uid
   split               an earlier one of another split has the same source bytes
   exact               an earlier one has the same written pixels
-  near                an earlier one's difference hash is within `near` bits
+  near                an earlier one's perceptual hash is within `near` bits
   caption_repetition  `caption_repeats` earlier ones have the same first caption
 
 The first that holds counts, with the earliest candidate that it holds against.

@@ -27,7 +27,7 @@ SIGNATURE_DTYPE = np.dtype(
         ("split", "u1"),
         ("sha256", "<u8", (2,)),
         ("pixels", "<u8", (2,)),
-        ("dhash", "<u8"),
+        ("phash", "<u8"),
         ("caption", "<u8"),
     ]
 )
@@ -40,7 +40,7 @@ STORED_DTYPE = np.dtype(
         ("uid", "<u8"),
         ("sha256", "<u8", (2,)),
         ("pixels", "<u8", (2,)),
-        ("dhash", "<u8"),
+        ("phash", "<u8"),
         ("caption", "<u8"),
     ]
 )
@@ -66,7 +66,7 @@ def signature(position: int, split: int, row: Mapping[str, Any]) -> tuple[Any, .
         split,
         _words(bytes.fromhex(row["sha256"])),
         _words(bytes.fromhex(row["pixels_sha256"])),
-        int(row["dhash"], 16),
+        int(row["phash"], 16),
         int.from_bytes(caption[:8], "little"),
     )
 
@@ -148,7 +148,7 @@ class Criterion:
             words = given["sha256" if self.kind == "split" else "pixels"]
             return words[:, 1], words[:, 0]
         if self.kind == "near":
-            key = given["dhash"]
+            key = given["phash"]
             return key, key & np.uint64(blocks(self.distance)[self.block])
         key = given["uid" if self.kind == "identity" else "caption"]
         return key, key
@@ -216,7 +216,7 @@ class Comparison:
     exact: bool = False
     """No two with the same pixels."""
     near: int | None = None
-    """No two whose difference hashes differ in at most this many bits."""
+    """No two whose perceptual hashes differ in at most this many bits."""
     caption_repeats: int | None = None
     """No more than this many with the same first caption."""
     inputs: int

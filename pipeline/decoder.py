@@ -34,7 +34,7 @@ _CHUNK_BYTES = 2 << 20
 # Every image's pixels are allocated and freed: glibc would give the pages back each
 # time, and clearing new ones takes as long as decoding a small photo. numpy's threads
 # are of no use here, and take memory.
-_ALLOCATION = {
+ALLOCATION = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "OPENBLAS_NUM_THREADS": "1",
@@ -248,4 +248,4 @@ def _result(reply: dict[str, Any], data: bytes) -> Result:
 def _environment() -> dict[str, str]:
     # What the parent can import the child can: a job's working directory, too.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, **_ALLOCATION, "PYTHONPATH": path}
+    return {**os.environ, **ALLOCATION, "PYTHONPATH": path}

@@ -23,6 +23,7 @@ from PIL import Image, features
 from pipeline import colour, jpeg, resize
 from pipeline.image_header import FORMATS, Header, ImageError, read_header, unreadable
 from pipeline.options import ImageOptions
+from pipeline.phash import SIDE, perceptual_hash
 
 __all__ = [
     "FORMATS",
@@ -49,8 +50,8 @@ class EncodedImage:
     original_height: int
     exif: str
     """JSON text of the source's main EXIF tags; `{}` without any."""
-    dhash: str
-    """64-bit difference hash, 16 hex digits: near-equal images differ in few bits."""
+    phash: str
+    """64-bit perceptual hash, 16 hex digits: near-equal images differ in few bits."""
     pixels_sha256: str
     """Hex, of width, height and the written pixels before they were encoded."""
 
@@ -124,7 +125,7 @@ def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
         original_width=original_width,
         original_height=original_height,
         exif=picture.header.exif,
-        dhash=resize.difference_hash(pixels),
+        phash=perceptual_hash(resize.thumbnail(pixels, SIDE)),
         pixels_sha256=digest.hexdigest(),
     )
 

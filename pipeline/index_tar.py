@@ -280,7 +280,7 @@ def _accept(entry: _Entry, picture: Picture) -> None:
         "height": picture.height,
         "original_width": _side(fields.get("original_width"), picture.width),
         "original_height": _side(fields.get("original_height"), picture.height),
-        "dhash": picture.dhash,
+        "phash": picture.phash,
         "pixels_sha256": picture.pixels_sha256,
         "exif": text_field(fields, "exif") or picture.exif or "{}",
     }

@@ -33,7 +33,7 @@ NUMBERS = (
     *("jpg_bytes", "n_captions", "n_tokens"),
 )
 _TEXTS = ("key", "url", "source", "split", "status", "reason", "detail", "caption")
-_MORE = ("dhash", "duplicate_of", "retry_of", "captions", "sha256")
+_MORE = ("phash", "duplicate_of", "retry_of", "captions", "sha256")
 # Captions that words and tokens are counted in, and hashes that are compared.
 _MOST_CAPTIONS, _MOST_HASHES = 50_000, 20_000
 _EXAMPLES, _CANDIDATES = 4, 64
@@ -216,8 +216,8 @@ class _Reader:
                     captions = row.get("captions") or [row["caption"]]
                     view.captions += captions
                     taken += len(captions)
-                if row.get("dhash") and len(self._hashes) < _MOST_HASHES:
-                    self._hashes.append((int(row["dhash"], 16), row))
+                if row.get("phash") and len(self._hashes) < _MOST_HASHES:
+                    self._hashes.append((int(row["phash"], 16), row))
                 continue
             reason = row["reason"] or ""
             examples = view.examples.setdefault((row["status"], reason), [])
@@ -350,9 +350,9 @@ def _dropped(rows: Sequence[Mapping[str, Any]], base: str | None) -> list[bytes 
 
 
 def _bits(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:
-    if not (a.get("dhash") and b.get("dhash")):
+    if not (a.get("phash") and b.get("phash")):
         return None
-    return (int(a["dhash"], 16) ^ int(b["dhash"], 16)).bit_count()
+    return (int(a["phash"], 16) ^ int(b["phash"], 16)).bit_count()
 
 
 def _close(hashes: np.ndarray, most: int) -> list[tuple[int, int, int]]:

@@ -39,7 +39,13 @@ from pipeline.ray_session import (
     refuse_unshared,
     session,
 )
-from pipeline.retry import begin_retry, failed_rows, pending_ranges
+from pipeline.retry import (
+    announce_retry,
+    begin_retry,
+    failed_rows,
+    pending_ranges,
+    retry_announced,
+)
 from pipeline.settle import place_range, settle_range, store_committed
 from pipeline.sources import NeedsSpool
 from pipeline.staging import COMPARE, StagedRange
@@ -92,7 +98,7 @@ class Run:
             _refuse_unaccounted(self.accounting, plan)
             self._lease.check()
             manifest = self._writer.finish(described, tokenizer)
-            self._file.write(_complete(manifest), final=True)
+            self._file.write(completed(manifest), final=True)
             return manifest
 
     def _plan(self, config: PreprocessConfig) -> Plan:
@@ -253,8 +259,10 @@ class Run:
     def _begin_retry(self, config: PreprocessConfig, plan: Plan, work: Work) -> None:
         """Find what failed, unless a retry that was begun is still to be finished."""
         retries = pending_ranges(self._writer, plan)
-        if plan.n_ranges + len(retries) > len(self._writer.records):
+        unfinished = plan.n_ranges + len(retries) > len(self._writer.records)
+        if unfinished or retry_announced(self._writer):
             return
+        announce_retry(self._writer)
         records = self._writer.records
         with self._progress("find failed", len(records), unit="ranges") as bar:
             found = []
@@ -422,7 +430,7 @@ def as_stored(config: PreprocessConfig, stored: Mapping[str, Any]) -> Preprocess
     return dataclasses.replace(config, shard=shard)
 
 
-def _complete(manifest: Manifest) -> dict[str, Any]:
+def completed(manifest: Manifest) -> dict[str, Any]:
     """What progress.json says at the end."""
     return {
         "phase": "complete",

@@ -32,7 +32,7 @@ class Picture:
 
     width: int
     height: int
-    dhash: str | None = None
+    phash: str | None = None
     pixels_sha256: str | None = None
     exif: str | None = None
 
@@ -72,7 +72,7 @@ def _answer(answer: EncodedImage | ImageError | Filtered) -> Picture | ImageErro
         Picture(
             width=answer.width,
             height=answer.height,
-            dhash=answer.dhash,
+            phash=answer.phash,
             pixels_sha256=answer.pixels_sha256,
             exif=answer.exif,
         )

@@ -435,7 +435,7 @@ class _RangeWriter:
             "original_width": image.original_width,
             "original_height": image.original_height,
             "jpg_bytes": len(image.data),
-            "dhash": image.dhash,
+            "phash": image.phash,
             "pixels_sha256": image.pixels_sha256,
             "exif": image.exif,
         }

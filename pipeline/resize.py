@@ -1,8 +1,7 @@
 """Sizes and geometry: from decoded pixels to those that are written.
 
-Owns the resize modes, the resampling filter, orientation and the difference hash. Does
-not own decoding at a fraction of the size (`pipeline.jpeg`) or colour
-(`pipeline.colour`).
+Owns the resize modes, the resampling filter, orientation and thumbnails. Does not own
+decoding at a fraction of the size (`pipeline.jpeg`) or colour (`pipeline.colour`).
 
 Shapes: pixels are C-contiguous uint8 arrays (height, width, channels), with 1 channel
 (grey), 3 (RGB) or 4 (CMYK).
@@ -35,9 +34,8 @@ from pipeline.options import ImageOptions
 # Longest side that each format can hold.
 _MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 _PIXEL_TYPES = {1: PixelType.U8, 3: PixelType.U8x3, 4: PixelType.U8x4}
-_LUMA = np.array([299, 587, 114], np.int32)
 _WHITE = 255
-_HASHED_ROWS = 64
+_THUMBNAIL_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +136,11 @@ def padded(pixels: np.ndarray) -> np.ndarray:
     return square
 
 
-def difference_hash(pixels: np.ndarray) -> str:
-    """Signs of the horizontal gradients of a 9 x 8 thumbnail: 64 bits, 16 hex digits.
-
-    `pixels` are RGB; near-equal images differ in few bits.
-    """
-    # Eight rows of each cell say as much as all of them, and are there sooner.
-    rows = pixels[:: max(1, pixels.shape[0] // _HASHED_ROWS)]
-    small = _resample(rows, (9, 8), FilterType.box)
-    grey = small.astype(np.int32) @ _LUMA
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
+    """RGB pixels averaged to a square (side, side, 3), whatever their shape."""
+    # A few rows of each cell say as much as all of them, and are there sooner.
+    rows = pixels[:: max(1, pixels.shape[0] // (_THUMBNAIL_ROWS * side))]
+    return _resample(rows, (side, side), FilterType.box)
 
 
 def _scaled(size: tuple[int, int], side: int, of: int) -> tuple[int, int]:

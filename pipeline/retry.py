@@ -20,7 +20,11 @@ from pipeline.manifest import canonical_json, sample_key
 from pipeline.plan import Plan, RangePlan, RetriedInputs
 from pipeline.ranges import Report, Work
 from pipeline.shards import position
+from pipeline.staging import RUNNING
 
+# Lies there until the run that was told to retry is at its end; says which retry that
+# is. Whoever looks for what a killed driver left finds it with RUNNING.
+RETRYING = f"{RUNNING}.retry"
 _COLUMNS = ["key", "status", "reason", "retry_of"]
 
 
@@ -68,6 +72,28 @@ def pending_ranges(writer: DatasetWriter, plan: Plan) -> list[RangePlan]:
         _range_plan(plan, number, stored)
         for number, stored in enumerate(_stored(writer), plan.n_ranges)
     ]
+
+
+def announce_retry(writer: DatasetWriter) -> None:
+    """Write down which retry this run is to make, before it looks for failures."""
+    generation = len(writer.storage.names(RETRIES)) + 1
+    writer.storage.write(RETRYING, str(generation).encode())
+
+
+def retry_announced(writer: DatasetWriter) -> bool:
+    """Is there a retry on storage, begun or finished, that a killed run announced? The
+    same command then goes on with it, and tries nothing a second time.
+    """
+    try:
+        generation = int(writer.storage.read(RETRYING))
+    except FileNotFoundError:
+        return False
+    return len(writer.storage.names(RETRIES)) >= generation
+
+
+def end_retry(writer: DatasetWriter) -> None:
+    """Forget what was announced: the run is at its end."""
+    writer.storage.remove(RETRYING)
 
 
 def begin_retry(

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset import DatasetWriter
+from pipeline.dataset import SEALS, DatasetWriter
 from pipeline.describe import (
     load_uid_lists,
     open_corpora,
@@ -24,12 +24,13 @@ from pipeline.manifest import (
     Manifest,
 )
 from pipeline.options import PreprocessConfig
-from pipeline.phases import Run, as_stored
+from pipeline.phases import Run, as_stored, completed
 from pipeline.plan import Corpus
 from pipeline.progress import ProgressFile, reasons, say
 from pipeline.ray_session import (
     refuse_relative_in_job,
 )
+from pipeline.retry import end_retry, retry_announced
 from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer
 
@@ -54,9 +55,10 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     if stored is not None and tokenizer is not None:
         given = config if config.shard.bytes is None else as_stored(config, stored)
         writer.refuse_other(transform_of(given, corpora, tokenizer), stored)
-    if made is not None and not config.retry_failed and _is_whole(config, writer, made):
+    again = config.retry_failed and not retry_announced(writer)
+    if made is not None and not again and _is_whole(config, writer, made):
         return made
-    if made is None and config.retry_failed:
+    if made is None and again and writer.storage.size(SEALS) is None:
         raise ValueError(
             f"--retry_failed: {config.output} is no complete dataset yet; run the same "
             "command without it first"
@@ -86,6 +88,7 @@ def _run(
                 writer.abandon()
                 file.remove()
             raise
+        end_retry(writer)
     if manifest is None:
         file.remove()
         raise ValueError(
@@ -135,6 +138,9 @@ def _is_whole(
         # Another driver may be at its end, and a dataset may lie where nobody writes.
         with contextlib.suppress(ValueError, OSError), Lease(writer.storage):
             writer.tidy()
+            file = ProgressFile(writer.storage, asdict(config))
+            file.write(completed(manifest), final=True)
+            end_retry(writer)
     say(f"{config.output} is already complete")
     return True
 

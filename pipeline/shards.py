@@ -61,7 +61,7 @@ ROW_SCHEMA = pa.schema(
         ("n_captions", pa.int32()),
         ("n_tokens", pa.int32()),
         ("sha256", pa.string()),
-        ("dhash", pa.string()),
+        ("phash", pa.string()),
         ("pixels_sha256", pa.string()),
         ("duplicate_of", pa.string()),
         ("retry_of", pa.string()),
@@ -124,6 +124,11 @@ class ShardWriter:
         self._rows: list[Mapping[str, Any]] = []
         self._records: list[tuple[int, ...]] = []
         self._tar: _Tar | None = None
+
+    @property
+    def table_sha256(self) -> str:
+        """Digest of the table of rejected inputs, once it is written."""
+        return file_sha256(self._directory / f"{self.split}{REJECTED}")
 
     def add(self, sample: Sample, row: Mapping[str, Any]) -> int:
         """Append a sample to the tar, and its row to the parquet; returns its bytes."""

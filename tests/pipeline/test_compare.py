@@ -104,7 +104,7 @@ def same(mine: np.void, its: np.void, comparison: Comparison) -> Iterator[str]:
         yield "split"
     if comparison.exact and bytes(mine["pixels"]) == bytes(its["pixels"]):
         yield "exact"
-    bits = (int(mine["dhash"]) ^ int(its["dhash"])).bit_count()
+    bits = (int(mine["phash"]) ^ int(its["phash"])).bit_count()
     if comparison.near is not None and bits <= comparison.near:
         yield "near"
     if comparison.caption_repeats is not None and mine["caption"] == its["caption"]:
@@ -126,10 +126,10 @@ def random_corpus(seed: int, sizes: Sequence[int], variety: int) -> Corpus:
         for name in ("sha256", "pixels"):
             digest = chance.choice(words, size)
             made[name] = np.stack([digest, ~digest], axis=1)
-        made["dhash"] = chance.choice(centres, size)
+        made["phash"] = chance.choice(centres, size)
         for _ in range(5):
             flipped = np.uint64(1) << chance.integers(0, 64, size, dtype=np.uint64)
-            made["dhash"] ^= np.where(chance.random(size) < 0.5, flipped, 0)
+            made["phash"] ^= np.where(chance.random(size) < 0.5, flipped, 0)
         made["caption"] = chance.choice(words, size)
         corpus.append((bool(chance.random() < 0.2), made))
     return corpus
@@ -182,7 +182,7 @@ def test_near_hashes_that_crowd_into_one_bucket_are_all_found(distance: int) -> 
     for number in range(10):
         made = np.zeros(40, dtype=SIGNATURE_DTYPE)
         made["position"] = np.arange(40)
-        made["dhash"] = hashes[40 * number : 40 * (number + 1)]
+        made["phash"] = hashes[40 * number : 40 * (number + 1)]
         ranges.append((False, made))
     comparison = Comparison(
         identity=False, near=distance, inputs=400, ranges=10, memory=RECORD * 60

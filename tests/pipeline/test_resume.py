@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -135,12 +136,17 @@ def test_a_finished_dataset_is_tidied_and_its_lost_files_are_made_again(
     (state / "staging").mkdir()
     (state / "staging" / "torn").write_bytes(b"torn")
     (state / "lease.json").write_text("{}")
+    progress = output.with_name(f"{output.name}.progress.json")
+    progress.write_text('{"phase": "commit"}')
+    progress.with_name(f"{progress.name}.0.tmp").write_text("torn")
     flags = (f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
     result = preprocess(*flags)
     assert result.returncode == 0, result.stderr
     assert "already complete" in result.stderr
     assert files(output) == files(undisturbed)
     assert not (state / "staging").exists()
+    assert json.loads(progress.read_text())["phase"] == "complete"
+    assert set(tmp_path.iterdir()) == {output, progress}
 
     (output / "train" / "shard-000002.tar").unlink()
     short = output / "train" / "shard-000005.tar"

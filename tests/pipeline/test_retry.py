@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.manifest import Manifest, load_index, load_manifest
+from pipeline.retry import RETRYING
 from tests.pipeline.corpora import Run, caption, encoded, picture, write_table
 from tests.pipeline.test_preprocess import files
 
@@ -103,6 +104,31 @@ def test_a_committed_sample_wins_over_a_retried_copy(
     kept = {row["key"]: row["url"] for row in rows_of(output)}
     # It stands earlier in the corpus, and yields all the same.
     assert (row["url"], kept[row["duplicate_of"]]) == ("2.jpg", "10.jpg")
+
+
+def test_a_retry_killed_at_its_end_is_not_made_a_second_time(
+    corpus: Path, preprocess: Run
+) -> None:
+    run_on(corpus, preprocess)
+    (corpus.parent / "2.jpg").write_bytes(encoded(picture(2)))
+    output, made, _ = run_on(corpus, preprocess, "--retry_failed")
+    assert made.accounting.failed == {"missing_file": 3}
+    whole = files(output)
+
+    # Killed with the manifest complete, and before that.
+    (output / RETRYING).write_text("1")
+    output, _, said = run_on(corpus, preprocess, "--retry_failed")
+    assert "already complete" in said
+    assert files(output) == whole
+    (output / RETRYING).write_text("1")
+    (output / "manifest.json.sha256").unlink()
+    output, _, said = run_on(corpus, preprocess, "--retry_failed")
+    assert "to try again" not in said
+    assert files(output) == whole
+    # Killed before it found what failed.
+    (output / RETRYING).write_text("2")
+    _, _, said = run_on(corpus, preprocess, "--retry_failed")
+    assert "3 failed inputs to try again" in said
 
 
 def test_an_unfinished_dataset_cannot_retry(corpus: Path, preprocess: Run) -> None:
