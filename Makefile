@@ -1,18 +1,19 @@
 # Every target works from a fresh clone; `make` alone lists them.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help setup demo test soak lint types clean
+.PHONY: help setup demo test soak interop lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INTEROP := $(CURDIR)/.venv-interop
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do \
-			printf '  make %-8s %s\n' "$$name" "$$text"; done
+			printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## Make .venv with the pinned requirements (Python 3.11)
 
@@ -42,6 +43,17 @@ soak: setup ## The full counts of kills; log in benchmarks/results/soak.log
 	$(BIN)/python -m pytest -m soak -rA --color=no | tee benchmarks/results/soak.log; \
 		exit $${PIPESTATUS[0]}
 
+interop: setup ## Read the same shards with every peer; log in benchmarks/results/interop.log
+	"$(PYTHON)" -m venv $(INTEROP)
+	echo "$(CURDIR)/$(VENV)/lib/python3.11/site-packages" \
+		> $(INTEROP)/lib/python3.11/site-packages/main.pth
+	$(INTEROP)/bin/python -m pip install --no-deps -r tests/requirements-interop.txt
+	$(INTEROP)/bin/python -m pip install --no-deps --upgrade \
+		--target $(INTEROP)/open_clip -r tests/requirements-open-clip.txt
+	@mkdir -p benchmarks/results
+	INTEROP=$(INTEROP) $(BIN)/python -m pytest tests/pipeline/test_interop.py -rA \
+		--color=no | tee benchmarks/results/interop.log; exit $${PIPESTATUS[0]}
+
 lint: setup ## Ruff: rules and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -51,4 +63,4 @@ types: setup ## Mypy
 
 clean: ## Remove runs/demo and caches (.venv stays)
 	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

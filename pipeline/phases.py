@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +35,11 @@ from pipeline.progress import Progress, ProgressFile, duration, reasons, say
 from pipeline.ranges import Report, Work, write_range
 from pipeline.ray_metrics import Metrics
 from pipeline.ray_session import (
-    Poll,
     map_tasks,
     refuse_unshared,
     session,
 )
+from pipeline.retries import retried
 from pipeline.retry import (
     announce_retry,
     begin_retry,
@@ -68,6 +69,7 @@ class Run:
         self._config, self._writer, self._lease = config, writer, lease
         self._file, self._corpora = file, corpora
         self._metrics: Metrics | None = None
+        self._retried: Counter[str] = Counter()
         self.accounting = Accounting()
 
     def finish(
@@ -98,7 +100,10 @@ class Run:
             _refuse_unaccounted(self.accounting, plan)
             self._lease.check()
             manifest = self._writer.finish(described, tokenizer)
-            self._file.write(completed(manifest), final=True)
+            again = dict(sorted((self._retried + Counter(retried())).items()))
+            if again:
+                say(f"tried again in all: {reasons(again, len(again))}")
+            self._file.write(completed(manifest, again), final=True)
             return manifest
 
     def _plan(self, config: PreprocessConfig) -> Plan:
@@ -158,12 +163,10 @@ class Run:
         before = self._writer.accounting()
         total = before.inputs + sum(part.inputs for part in todo)
         with self._progress("preprocess", total, before=before) as bar:
-            results = self._map(
-                write_range, work, ((part.number, part) for part in todo), bar.running
-            )
-            for staged in results:
+            items = ((part.number, part) for part in todo)
+            for staged in self._map(write_range, work, items, bar, watched=True):
                 self._lease.check()
-                bar.commit(staged.accounting, _tally(staged), _line(staged))
+                bar.commit(staged.accounting, _line(staged))
 
     def _compare(self, work: Work, done: int, todo: Sequence[RangePlan]) -> None:
         """Find what is there twice. Steps that are done do nothing."""
@@ -177,7 +180,7 @@ class Run:
         with self._progress("compare", total, unit="steps") as bar:
             for function, count in steps:
                 items = ((number, number) for number in range(count))
-                for _ in self._map(function, work, items, None):
+                for _ in self._map(function, work, items, bar):
                     self._lease.check()
                     bar.step()
 
@@ -185,7 +188,7 @@ class Run:
         records = self._writer.records[:done]
         items = [(record.range, (record.range, record.shards)) for record in records]
         with self._progress("read committed", len(items), unit="ranges") as bar:
-            for _ in self._map(store_committed, work, items, None):
+            for _ in self._map(store_committed, work, items, bar):
                 bar.step()
 
     def _settle(self, work: Work, todo: Sequence[RangePlan]) -> list[StagedRange]:
@@ -193,7 +196,7 @@ class Run:
         items = ((part.number, part.number) for part in todo)
         settled = []
         with self._progress("settle", len(todo), unit="ranges") as bar:
-            for staged in self._map(settle_range, work, items, None):
+            for staged in self._map(settle_range, work, items, bar):
                 settled.append(staged)
                 bar.step()
         return settled
@@ -212,7 +215,7 @@ class Run:
         items = ((one.number, one) for one in placements)
         last_manifest = time.monotonic()
         with self._progress("commit", len(settled), unit="ranges") as bar:
-            placed = self._map(place_range, work, items, None)
+            placed = self._map(place_range, work, items, bar)
             for placement, _ in zip(placements, placed, strict=True):
                 self._lease.check()
                 number = placement.number
@@ -248,13 +251,16 @@ class Run:
         total = sum(part.inputs for part in parts)
         with self._progress("restore", total) as bar:
             items = ((part.number, part) for part in parts)
-            for staged in self._map(write_range, work, items, bar.running):
+            for staged in self._map(write_range, work, items, bar, watched=True):
                 bar.commit(staged.accounting)
-        for staged in self._settle(work, parts):
-            self._lease.check()
-            placement = self._writer.restored(staged)
-            for _ in self._map(place_range, work, [(staged.number, placement)], None):
-                self._writer.storage.remove_tree(staged.directory)
+        settled = self._settle(work, parts)
+        with self._progress("restore files", len(settled), unit="ranges") as bar:
+            for staged in settled:
+                self._lease.check()
+                items = [(staged.number, self._writer.restored(staged))]
+                for _ in self._map(place_range, work, items, bar):
+                    self._writer.storage.remove_tree(staged.directory)
+                    bar.step()
 
     def _begin_retry(self, config: PreprocessConfig, plan: Plan, work: Work) -> None:
         """Find what failed, unless a retry that was begun is still to be finished."""
@@ -267,7 +273,7 @@ class Run:
         with self._progress("find failed", len(records), unit="ranges") as bar:
             found = []
             items = ((record.range, record) for record in records)
-            for rows in self._map(failed_rows, work, items, None):
+            for rows in self._map(failed_rows, work, items, bar):
                 found.append(rows)
                 bar.step()
         count = begin_retry(self._writer, plan, found, config.shard.samples)
@@ -292,9 +298,23 @@ class Run:
         )
 
     def _map(
-        self, function: Any, work: Work, items: Any, poll: Poll | None
+        self,
+        function: Any,
+        work: Work,
+        items: Any,
+        bar: Progress,
+        *,
+        watched: bool = False,
     ) -> Iterator[Any]:
-        return map_tasks(function, work, items, workers=self._config.workers, poll=poll)
+        """Results of tasks in order; where they are `watched`, with a look at those
+        under way.
+        """
+        poll = bar.running if watched else None
+        workers = self._config.workers
+        for done in map_tasks(function, work, items, workers=workers, poll=poll):
+            bar.ended(done.number, done.tally)
+            self._retried.update(done.tally["retried"])
+            yield done.result
 
 
 def _scatter(work: Work, group: int, report: Report) -> None:
@@ -386,10 +406,6 @@ def _with_samples(
     return dataclasses.replace(config, shard=shard)
 
 
-def _tally(staged: StagedRange) -> dict[str, Any]:
-    return {"written_bytes": sum(shard.bytes for shard in staged.shards)}
-
-
 def _line(staged: StagedRange) -> str:
     counts = staged.accounting
     rest = "".join(
@@ -430,10 +446,15 @@ def as_stored(config: PreprocessConfig, stored: Mapping[str, Any]) -> Preprocess
     return dataclasses.replace(config, shard=shard)
 
 
-def completed(manifest: Manifest) -> dict[str, Any]:
-    """What progress.json says at the end."""
+def completed(
+    manifest: Manifest, retried: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """What progress.json says at the end; `retried` are requests of the whole run that
+    were made again, by reason.
+    """
     return {
         "phase": "complete",
+        "retried": dict(retried or {}),
         "accounting": asdict(manifest.accounting),
         "totals": manifest.totals(),
         "updated": time.time(),

@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.manifest import Accounting
+from pipeline.retries import retried
 from pipeline.storage import Storage, open_storage
 
 _BAR = (
@@ -113,7 +114,8 @@ class Progress:
         self._failed = Counter(before.failed)
         self._filtered = Counter(before.filtered)
         self._finished: Counter[str] = Counter()
-        self._running: list[Mapping[str, Any]] = []
+        self._running: dict[int, Mapping[str, Any]] = {}
+        self._before = Counter(retried())
         self._terminal = sys.stderr.isatty()
         self._last_line = self._start
         self._bar = tqdm(
@@ -136,21 +138,19 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._running = []
+        self._running = {}
         self._show(final=True)
         self._bar.close()
 
     def commit(
         self,
         counts: Accounting,
-        tally: Mapping[str, Any] | None = None,
         text: str | None = None,
     ) -> None:
         """Count a finished range; `text` says it in the log."""
         self._committed += counts.inputs
         self._failed.update(counts.failed)
         self._filtered.update(counts.filtered)
-        self._add(tally or {})
         if text and not self._terminal:
             say(text)
         self._update(self._committed)
@@ -167,16 +167,20 @@ class Progress:
 
     def running(self, tallies: Mapping[int, Mapping[str, Any]]) -> None:
         """Show ranges under way, by number."""
-        self._running = list(tallies.values())
-        self._update(
-            self._committed + sum(tally.get("done", 0) for tally in self._running)
-        )
+        self._running = dict(tallies)
+        self._update(self._committed + sum(one.get("done", 0) for one in self._tallies))
 
-    def _add(self, tally: Mapping[str, Any]) -> None:
+    def ended(self, number: int, tally: Mapping[str, Any]) -> None:
+        """Keep the last report of a task; `commit` or `step` tell what came of it."""
+        self._running.pop(number, None)
         for name in ("read_bytes", "written_bytes"):
             self._finished[name] += tally.get(name, 0)
         for reason, count in tally.get("retried", {}).items():
             self._finished[f"retried {reason}"] += count
+
+    @property
+    def _tallies(self) -> Iterable[Mapping[str, Any]]:
+        return self._running.values()
 
     def _update(self, done: int) -> None:
         # An attempt that died is counted again from its start: the bar waits.
@@ -206,7 +210,10 @@ class Progress:
         known = elapsed > _LOG_SECONDS / 2 and rate > 0
         sums = Counter(self._finished)
         failed, filtered = Counter(self._failed), Counter(self._filtered)
-        for tally in self._running:
+        # What this process itself asked storage for again.
+        for reason, count in (Counter(retried()) - self._before).items():
+            sums[f"retried {reason}"] += count
+        for tally in self._tallies:
             failed.update(tally.get("failed", {}))
             filtered.update(tally.get("filtered", {}))
             for name in ("read_bytes", "written_bytes"):

@@ -134,13 +134,15 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
         if work.watched and work.storage.size(RUNNING) is None:
             work.storage.remove_tree(directory)
             raise RuntimeError("the run that wanted this range is over")
-        staged = write_staged(work.storage, CANDIDATES, staged)
+        return write_staged(work.storage, CANDIDATES, staged)
+    counts = staged.accounting
     report(
         {
             "done": plan.inputs,
-            "failed": staged.accounting.failed,
-            "filtered": staged.accounting.filtered,
-            "written": staged.accounting.written,
+            "failed": counts.failed,
+            "filtered": counts.filtered,
+            "written": counts.written,
+            "written_bytes": sum(shard.bytes for shard in staged.shards),
         }
     )
     return staged

@@ -14,12 +14,14 @@ import secrets
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.ranges import Report, Work
+from pipeline.retries import retried
 from pipeline.staging import STATE
 from pipeline.storage import Storage
 
@@ -139,9 +141,9 @@ def map_tasks(
     *,
     workers: int | None,
     poll: Poll | None,
-) -> Iterator[ResultT]:
+) -> Iterator[Finished[ResultT]]:
     """Run `function(work, item, report)` on every `(number, item)` as a Ray task,
-    yielding results in the order of the items.
+    yielding what comes of it in the order of the items.
 
     At most a bounded number is under way, those that wait for an earlier one to be
     yielded included. Tasks whose worker dies are run again. `poll`, where there is one,
@@ -155,7 +157,7 @@ def map_tasks(
     shared = ray.put(work)
     remote: Any = ray.remote(_run_task).options(num_cpus=1, max_retries=_ATTEMPTS - 1)
     pending: dict[ray.ObjectRef, int] = {}
-    finished: dict[int, Any] = {}
+    finished: dict[int, Finished[ResultT]] = {}
     queue = iter(items)
     upcoming = next(queue, None)
     turns: deque[int] = deque()
@@ -171,10 +173,21 @@ def map_tasks(
         for reference in ready:
             finished[pending.pop(reference)] = _result(reference)
         if poll is not None:
-            waiting, tallies = set(turns), _tallies(board)
+            waiting, tallies = set(turns), dict(_tallies(board))
+            tallies |= {number: one.tally for number, one in finished.items()}
             poll({number: tallies[number] for number in tallies if number in waiting})
         while turns and turns[0] in finished:
             yield finished.pop(turns.popleft())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Generic[ResultT]):
+    """What came of a task."""
+
+    number: int
+    result: ResultT
+    tally: Mapping[str, Any]
+    """Its last report, with the storage calls that it tried again."""
 
 
 class _Board:
@@ -224,16 +237,24 @@ def _run_task(
     item: Any,
     number: int,
     board: Any,
-) -> ResultT:
-    last = 0.0
+) -> Finished[ResultT]:
+    last, told = 0.0, {}
+    before = Counter(retried())
 
     def report(tally: Mapping[str, Any]) -> None:
-        nonlocal last
+        nonlocal last, told
+        told = dict(tally)
         if board is not None and time.monotonic() - last > _REPORT_SECONDS:
             last = time.monotonic()
-            board.report.remote(number, tally)
+            board.report.remote(number, with_storage(told))
 
-    return function(work, item, report)
+    def with_storage(tally: Mapping[str, Any]) -> dict[str, Any]:
+        # A process runs one task at a time.
+        storage = Counter(retried()) - before
+        return {**tally, "retried": dict(Counter(tally.get("retried", {})) + storage)}
+
+    result = function(work, item, report)
+    return Finished(number=number, result=result, tally=with_storage(told))
 
 
 def _window(workers: int | None) -> int:

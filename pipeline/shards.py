@@ -52,7 +52,8 @@ ROW_SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("caption", pa.string()),
-        ("captions", pa.list_(pa.string())),
+        # Named as Parquet reads it back, or rewritten shards would differ from others.
+        ("captions", pa.list_(pa.field("element", pa.string()))),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("original_width", pa.int32()),

@@ -19,7 +19,9 @@ def test_the_file_tells_how_far_it_is_and_leaves_nothing_else(tmp_path: Path) ->
     (tmp_path / "out.progress.json.0123.tmp").write_text("torn by a kill")
     file = ProgressFile(open_storage(tmp_path / "out"), {"limit": 4})
     with Progress(phase="p", total=4, file=file) as bar:
-        bar.commit(THREE, {"written_bytes": 10, "retried": {"http_503": 2}})
+        bar.running({6: {"done": 2, "written_bytes": 9, "retried": {"http_503": 1}}})
+        bar.ended(6, {"done": 3, "written_bytes": 10, "retried": {"http_503": 2}})
+        bar.commit(THREE)
         under_way = {"done": 1, "failed": {"truncated": 1}, "written_bytes": 5}
         bar.running({7: under_way})
         file.write(bar._state(0.0), final=True)
