@@ -257,8 +257,8 @@ class Run:
         with self._progress("restore files", len(settled), unit="ranges") as bar:
             for staged in settled:
                 self._lease.check()
-                items = [(staged.number, self._writer.restored(staged))]
-                for _ in self._map(place_range, work, items, bar):
+                place = [(staged.number, self._writer.restored(staged))]
+                for _ in self._map(place_range, work, place, bar):
                     self._writer.storage.remove_tree(staged.directory)
                     bar.step()
 
