@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from pipeline.captions import BadText
-from pipeline.config import nearest
 from pipeline.options import FilterOptions
 
 if TYPE_CHECKING:
@@ -114,6 +113,8 @@ def load_function(name: str) -> Callable[[Candidate], None]:
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
+        from pipeline.config import nearest
+
         names = [key for key, value in vars(module).items() if callable(value)]
         raise ValueError(
             f"{flag}: module {module_name!r} has no function {attribute!r}."
@@ -230,6 +231,9 @@ class Template:
                     f"write {{{name}}}"
                 )
             if name is not None and name not in names:
+                # Here alone: the parser behind it costs every decoder its start.
+                from pipeline.config import nearest
+
                 raise ValueError(
                     f"{flag}: no column {name!r}.{nearest(name, names)} "
                     f"The columns are: {', '.join(names)}"
