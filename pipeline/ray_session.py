@@ -125,7 +125,8 @@ def session(workers: int | None) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
     try:
         ray.init(**options)
-    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+    except Exception as error:
+        # Ray raises plain Exceptions too: where its own processes die at their start.
         where = f"the cluster at RAY_ADDRESS={address}" if address else "Ray here"
         raise OSError(f"cannot use {where}: {_first_line(error)}") from error
     try:
@@ -223,6 +224,8 @@ def _set_environment(*, local: bool) -> None:
     """Settings that Ray reads from the environment alone, once, when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Otherwise Ray starts workers before it answers, and never does if one is killed.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     imported = "ray" in sys.modules
     if local and not imported and "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface, so it needs a token. Given none, it would

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -104,6 +105,27 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
                     victims.append(process)
             except psutil.Error:
                 continue
+        return bool(victims)
+
+    wait_for(found, driver)
+    victims[0].kill()
+    assert driver.wait(timeout=120) == 0
+    assert files(output) == files(undisturbed)
+
+
+def test_a_worker_killed_at_its_start_is_replaced(
+    plain: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "plain"
+    driver = start(plain, output)
+    victims: list[psutil.Process] = []
+
+    def found() -> bool:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if words[1:2] and words[1].endswith("/default_worker.py"):
+                    victims.append(process)
         return bool(victims)
 
     wait_for(found, driver)
