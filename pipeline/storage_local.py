@@ -1,9 +1,9 @@
 """A storage on a disk, local or mounted by all nodes.
 
-Owns how files get there: temporary name, fsync, rename or link, fsync of the folder.
-Does not own the contract (`pipeline.storage`) or what fsync is for
-(`pipeline.durable`). After `kill -9` at any moment there are whole files, and below
-`.palimpsest/staging` perhaps some that are not.
+Owns how files get there: temporary name, fsync, rename or link, fsync of the folder,
+and that no link in a dataset of anybody's leads out of it. Does not own the contract
+(`pipeline.storage`) or what fsync is for (`pipeline.durable`). After `kill -9` at any
+moment there are whole files, and below `.palimpsest/staging` perhaps some that are not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LocalStorage(Storage):
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def names(self, prefix: str = "") -> list[str]:
-        start = self._local(prefix) if prefix else self.path
+        start = self._folder(prefix)
         return self._retry(prefix, lambda: _names_below(start, self.path))
 
     def write(self, name: str, data: bytes) -> None:
@@ -117,14 +117,14 @@ class LocalStorage(Storage):
     def remove_tree(self, prefix: str) -> None:
         tree = self._local(prefix)
         if tree.is_symlink():
-            for name in self.names(prefix):
-                self.remove(name)
+            # What it points to belongs to somebody else.
+            self.remove(prefix)
         elif tree.is_dir():
             self._retry(prefix, lambda: self._remove_folder(tree))
 
     def copy(self, name: str, target: str) -> None:
         source, destination = self._local(name), self._local(target)
-        second = self._staging / uuid.uuid4().hex
+        second = self._unique()
 
         def call() -> None:
             try:
@@ -161,8 +161,8 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def stage(self, prefix: str) -> Iterator[Path]:
-        checked_name(prefix)
-        directory = self._staging / uuid.uuid4().hex
+        self._folder(checked_name(prefix))
+        directory = self._unique()
         self._placed(directory, directory.mkdir)
         try:
             yield directory
@@ -178,7 +178,36 @@ class LocalStorage(Storage):
         yield path
 
     def _local(self, name: str) -> Path:
-        return self.path / checked_name(name)
+        path = self.path / checked_name(name)
+        self._refuse_links_out(path.parent)
+        return path
+
+    def _folder(self, prefix: str) -> Path:
+        """The folder `prefix`, the root where that is empty."""
+        if not prefix:
+            return self.path
+        folder = self._local(prefix)
+        self._refuse_links_out(folder)
+        return folder
+
+    def _refuse_links_out(self, folder: Path) -> None:
+        """The root may be a link, a folder in it only to another in it: whoever made
+        the dataset decides what is in there, but not what is beside it.
+        """
+        at = folder
+        while at != self.path:
+            # Asking for the real path takes ten times as long.
+            if os.path.islink(at):
+                root = os.path.realpath(self.path)
+                if not Path(os.path.realpath(folder)).is_relative_to(root):
+                    raise ValueError(
+                        f"{at} leads out of {self.path} by a link: remove the link"
+                    )
+            at = at.parent
+
+    def _unique(self) -> Path:
+        """A name below the staging folder that no other attempt has."""
+        return self._local(f"{STAGING}/{uuid.uuid4().hex}")
 
     def _write(self, name: str, data: bytes) -> None:
         target = self._local(name)
@@ -221,7 +250,7 @@ class LocalStorage(Storage):
         doomed = tree
         if not self._staging.is_relative_to(tree):
             # Moved away first: all of it vanishes at once.
-            doomed = self._staging / uuid.uuid4().hex
+            doomed = self._unique()
             with contextlib.suppress(FileNotFoundError):
                 call = functools.partial(os.rename, tree, doomed)
                 self._placed(doomed, call, needs=tree)
@@ -231,8 +260,8 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _temporary(self, data: bytes) -> Iterator[Path]:
-        """A durable file with a name that no other attempt has."""
-        temporary = self._staging / uuid.uuid4().hex
+        """A durable file."""
+        temporary = self._unique()
         try:
             self._placed(temporary, lambda: write_durably(temporary, data))
             yield temporary

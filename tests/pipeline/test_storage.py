@@ -258,6 +258,89 @@ def test_names_cannot_leave_the_folder(storage: Storage, name: str) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda storage: storage.read("led/astray/precious"),
+        lambda storage: storage.size("led/astray/precious"),
+        lambda storage: storage.names("led/astray"),
+        lambda storage: storage.write("led/astray/precious", b"gone"),
+        lambda storage: storage.create("led/astray/new", b"more"),
+        lambda storage: storage.remove("led/astray/precious"),
+        lambda storage: storage.remove_tree("led/astray/deep"),
+        lambda storage: storage.move("led/astray/precious", "kept"),
+        lambda storage: storage.copy("own", "led/astray/copy"),
+        lambda storage: storage.stage("led/astray").__enter__(),
+        lambda storage: storage.fetch("led/astray/precious").__enter__(),
+    ],
+)
+def test_no_link_in_the_folder_leads_out_of_it(
+    call: Callable[[Storage], object], tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    (victim / "deep").mkdir(parents=True)
+    (victim / "precious").write_bytes(b"kept")
+    (victim / "deep" / "precious").write_bytes(b"kept")
+    before = sorted(victim.rglob("*"))
+    storage = open_storage(tmp_path / "root", policy=FAST)
+    storage.write("own", b"own")
+    (tmp_path / "root" / "led").mkdir()
+    (tmp_path / "root" / "led" / "astray").symlink_to("../../victim")
+    with pytest.raises(ValueError, match=r"leads out of .*root.*: remove the link"):
+        call(storage)
+    assert sorted(victim.rglob("*")) == before
+    assert (victim / "precious").read_bytes() == b"kept"
+    assert storage.names() == ["own"]
+
+
+@pytest.mark.parametrize("link", [STAGING, STAGING.partition("/")[0]])
+def test_what_is_not_whole_yet_follows_no_link(link: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    (victim / "staging").mkdir(parents=True)
+    storage = open_storage(tmp_path / "root", policy=FAST)
+    storage.write("tree/own", b"own")
+    at = tmp_path / "root" / link
+    at.parent.mkdir(exist_ok=True)
+    at.symlink_to(victim)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: storage.write("a", b"a"),
+        lambda: storage.create("a", b"a"),
+        lambda: storage.copy("tree/own", "a"),
+        lambda: storage.remove_tree("tree"),
+        lambda: storage.stage("a").__enter__(),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="remove the link"):
+            call()
+    assert [path.name for path in victim.rglob("*")] == ["staging"]
+    assert storage.read("tree/own") == b"own"
+
+
+def test_a_tree_that_is_a_link_goes_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_bytes(b"kept")
+    at = tmp_path / "root" / STAGING
+    at.parent.mkdir(parents=True)
+    at.symlink_to(tmp_path / "victim")
+    storage = open_storage(tmp_path / "root", policy=FAST)
+    storage.remove_tree(STAGING)
+    assert not at.is_symlink()
+    assert (tmp_path / "victim" / "precious").read_bytes() == b"kept"
+    storage.write("a", b"a")
+    assert storage.names() == ["a"]
+
+
+def test_links_to_the_folder_and_inside_it_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "root").symlink_to("disk")
+    storage = open_storage(tmp_path / "root", policy=FAST)
+    storage.write("train/a", b"a")
+    (tmp_path / "disk" / "val").symlink_to("train")
+    assert storage.read("val/a") == b"a"
+    storage.write("val/b", b"b")
+    assert storage.names("train") == ["train/a", "train/b"]
+
+
 def test_it_travels_to_other_processes_and_threads(
     storage: Storage, tmp_path: Path
 ) -> None:
