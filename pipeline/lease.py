@@ -16,9 +16,11 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.staging import TakenOver
 from pipeline.storage import Storage
 
 EXPIRY_SECONDS = 60.0
@@ -30,8 +32,9 @@ _TAKING_TRIES = 10
 class Lease:
     """Held between entering and leaving the context.
 
-    A dead holder on this machine is succeeded at once, any other when its lease has
-    expired: its process may be alive where this one cannot look.
+    A dead holder is succeeded at once where this process can see that it is dead: on
+    the same boot of the same Linux host, in the same PID namespace. Any other is when
+    its lease has expired: its process may be alive where this one cannot look.
     """
 
     def __init__(self, storage: Storage, name: str = ".palimpsest/lease.json") -> None:
@@ -74,7 +77,7 @@ class Lease:
     def check(self) -> None:
         """Raise ValueError where another driver has taken over."""
         if self._read()[0].get("token") != self._token:
-            raise ValueError(
+            raise TakenOver(
                 f"another driver took over {self._storage.url}, so this one stops; "
                 "nothing that it committed is lost"
             )
@@ -108,6 +111,8 @@ class Lease:
             "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "machine": _machine(),
+            "started": _started(os.getpid()),
             "expires": time.time() + EXPIRY_SECONDS,
         }
         return json.dumps(holder).encode()
@@ -127,24 +132,48 @@ class Lease:
 
     def _refuse_if_alive(self, holder: Mapping[str, Any]) -> None:
         left = holder.get("expires", 0) - time.time()
-        here = holder.get("host") == socket.gethostname()
-        if left <= 0 or (here and not _alive(holder["pid"])):
+        if left <= 0 or _gone(holder):
             return
         raise ValueError(
-            f"{self._storage.url} is being written by process {holder['pid']} on "
-            f"{holder['host']}; wait for it or stop it (if it is dead, its lease "
+            f"{self._storage.url} is being written by process {holder.get('pid')} on "
+            f"{holder.get('host')}; wait for it or stop it (if it is dead, its lease "
             f"expires in {left:.0f} s), or choose another --output"
         )
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        # The number of a holder that died in an earlier life of this container.
+def _machine() -> str | None:
+    """Where a process number means one process: a host, since it was started, and a
+    PID namespace on it; None where the system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in clock ticks since the host did; None where nobody
+    says. The number of a dead process is given to another in time.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field, in brackets, is a name with any characters.
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _gone(holder: Mapping[str, Any]) -> bool:
+    """Is the holder's process known to have ended?"""
+    pid, machine = holder.get("pid"), _machine()
+    if machine is None or holder.get("machine") != machine or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return True
     except PermissionError:
         pass
-    return True
+    now, then = _started(pid), holder.get("started")
+    return None not in (now, then) and now != then

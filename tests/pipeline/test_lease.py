@@ -58,8 +58,10 @@ def storage(
     return open_storage(f"{server.bucket(monkeypatch)}/root", policy=FAST)
 
 
-def holder(storage: Storage, *, pid: int, host: str, expires_in: float) -> None:
-    value = {"token": "other", "pid": pid, "host": host}
+def holder(
+    storage: Storage, *, pid: int, host: str, expires_in: float, **facts: object
+) -> None:
+    value = {"token": "other", "pid": pid, "host": host, **facts}
     content = {**value, "expires": time.time() + expires_in}
     storage.write(NAME, json.dumps(content).encode())
 
@@ -74,9 +76,9 @@ def dead_pid() -> int:
     return process.pid
 
 
-def driver(storage: Storage) -> subprocess.Popen[str]:
+def driver(storage: Storage, *before: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, storage.url],
+        [*before, sys.executable, "-c", HOLD, storage.url],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -96,14 +98,67 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def killed_holder(storage: Storage) -> dict[str, Any]:
+    """What a driver wrote that was killed while it held the lease."""
+    process = driver(storage)
+    tell(process)
+    assert line(process) == "held"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return held(storage)
+
+
 def test_a_dead_holder_on_this_machine_is_succeeded_at_once(storage: Storage) -> None:
-    holder(storage, pid=dead_pid(), host=socket.gethostname(), expires_in=1000)
+    left = killed_holder(storage)
+    storage.write(NAME, json.dumps({**left, "expires": time.time() + 1000}).encode())
     lease = Lease(storage)
     lease.refuse_if_held()
     with lease:
         assert held(storage)["pid"] == os.getpid()
         assert 30 < held(storage)["expires"] - time.time() <= 60
-    assert storage.names() == []
+    assert [name for name in storage.names() if not name.startswith(STAGING)] == []
+
+
+def test_a_holder_whose_number_another_process_has_is_succeeded(
+    storage: Storage,
+) -> None:
+    left = killed_holder(storage) | {"expires": time.time() + 1000}
+    for pid in (os.getppid(), os.getpid()):
+        storage.write(NAME, json.dumps({**left, "pid": pid}).encode())
+        Lease(storage).refuse_if_held()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, None])
+def test_a_holder_in_another_container_of_this_host_is_not_succeeded(
+    storage: Storage, place: int | None
+) -> None:
+    """Its number says nothing here: it may be no process, this one, or any other."""
+    with Lease(storage):
+        host, *facts = held(storage)["machine"].split()
+    machine = [host, *facts]
+    if place is not None:
+        machine[place] = "another"
+    other = None if place is None else " ".join(machine)
+    for pid in (dead_pid(), os.getpid(), 1):
+        known = {"machine": other, "started": "1"}
+        holder(storage, pid=pid, host=host, expires_in=1000, **known)
+        with pytest.raises(ValueError, match="being written by process"):
+            Lease(storage).refuse_if_held()
+
+
+def test_a_driver_in_a_pid_namespace_of_its_own_is_not_succeeded(
+    tmp_path: Path,
+) -> None:
+    storage = open_storage(tmp_path / "root")
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("this machine lets nobody make a PID namespace")
+    process = driver(storage, *apart)
+    tell(process)
+    assert line(process) == "held"
+    with pytest.raises(ValueError, match="being written by process"), Lease(storage):
+        pass
+    assert process.communicate()[0] == "", "the holder's check passes"
 
 
 def test_a_live_holder_is_not_succeeded(storage: Storage) -> None:
