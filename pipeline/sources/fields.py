@@ -1,10 +1,11 @@
 """Fields of JSON objects as columns: one type each, found in a sample of the objects.
 
-Owns the types that JSON values become, and fitting values to them. Does not own where
-the objects stand (`pipeline.sources.jsonl`, `pipeline.sources.tars`,
-`pipeline.sources.folder`). Objects and lists other than of text become JSON text, and
-so do values of a field whose types disagree. What does not fit a type that was found in
-the sample is bad, as text that is not UTF-8 is.
+Owns the types that JSON values become, fitting values to them, and which of an image's
+text and JSON are its captions. Does not own where the objects stand
+(`pipeline.sources.jsonl`, `pipeline.sources.tars`, `pipeline.sources.folder`). Objects
+and lists other than of text become JSON text, and so do values of a field whose types
+disagree. What does not fit a type that was found in the sample is bad, as text that is
+not UTF-8 is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ _TYPES = {
     frozenset({"text", "texts"}): TEXTS,
 }
 _INT64 = range(-(1 << 63), 1 << 63)
+# The column of `captions_of`, a name that no field's column gets.
+CAPTIONS = "captions"
+# Where captions stand in objects, best first.
+_CAPTION_FIELDS = ("captions", "caption", "text")
 # Stands among values for one that cannot be used.
 BAD = object()
 # Longer texts are none of an image.
@@ -68,17 +73,29 @@ def column_names(fields: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def default_captions(
-    types: Mapping[str, pa.DataType], names: Mapping[str, str], text: str | None
-) -> dict[str, str]:
-    """Where captions stand by default: all of them where the json has several, else the
-    column `text` where there is one, else the json's own; empty without any.
+def has_captions(types: Mapping[str, pa.DataType]) -> bool:
+    """Whether objects with fields of these types say anything that may be a caption."""
+    return any(types.get(field) in (TEXT, TEXTS) for field in _CAPTION_FIELDS)
+
+
+def captions_of(text: Any, fields: Any) -> Any:
+    """Captions of one image, chosen for each anew because corpora are mixtures: its
+    json's list of several, else its text, else what its json has. None without any.
+
+    Args:
+        text: texts beside the image, `BAD`, or None where there is none.
+        fields: the object beside the image, `BAD`, or None where there is none.
     """
-    if types.get("captions") == TEXTS:
-        return {"caption": names["captions"]}
-    if text is not None:
-        return {"caption": text}
-    return {"caption": names["caption"]} if "caption" in names else {}
+    known = fields if isinstance(fields, Mapping) else {}
+    several = known.get("captions")
+    if text is not None and not (isinstance(several, list) and several):
+        return text
+    for field in _CAPTION_FIELDS:
+        value = known.get(field)
+        cells = value if isinstance(value, list) else [value]
+        if found := [cell for cell in cells if isinstance(cell, str)]:
+            return found
+    return BAD if fields is BAD else text
 
 
 def field_types(objects: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:

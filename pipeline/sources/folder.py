@@ -2,8 +2,9 @@
 
 Owns listing a folder in order, whatever its size, and reading the files beside images:
 `a/b.txt` has the captions of `a/b.jpg`, one a line; the fields of `a/b.json` are
-columns. They are read when a range is, not when the folder is listed. Does not own the
-sort and the spool (`pipeline.sources.spool`).
+columns; `captions` has whichever of the two an image has. They are read when a range
+is, not when the folder is listed. Does not own the sort and the spool
+(`pipeline.sources.spool`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import hashlib
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,13 +25,15 @@ from pipeline.sources.base import Block, BlockSource, NeedsSpool, Source, as_typ
 from pipeline.sources.detect import IMAGE_SUFFIXES, suffix
 from pipeline.sources.fields import (
     BAD,
+    CAPTIONS,
     MAX_TEXT,
     TEXT,
     TEXTS,
+    captions_of,
     column_names,
-    default_captions,
     field_column,
     field_types,
+    has_captions,
     parse_object,
     parse_text,
 )
@@ -45,7 +48,7 @@ from pipeline.sources.spool import (
 from pipeline.storage import Storage, open_file
 from pipeline.storage_local import local_path
 
-IMAGE, CAPTION = "image", "txt"
+IMAGE, TXT = "image", "txt"
 _BESIDE = ("txt", "json")
 _KNOWN = (*IMAGE_SUFFIXES, *_BESIDE)
 # Columns of the spool: names of the files beside the image.
@@ -54,6 +57,8 @@ _LISTED = pa.schema([("image", TEXT), (_TXT, TEXT), (_JSON, TEXT)])
 _NAMES = pa.schema([("stem", TEXT), ("ending", TEXT), ("name", TEXT)])
 _BATCH = 16_384
 _SAMPLED = 64
+# Files beside images that are looked at to find those that are.
+_CANDIDATES = 100 * _SAMPLED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,20 +140,22 @@ class ListedFolder(BlockSource):
     def blocks(self, columns: Sequence[str], start: int, stop: int) -> Iterator[Block]:
         """As `BlockSource.blocks`."""
         wanted = [self.fields[name] for name in columns if name in self.fields]
+        texts = TXT in columns or CAPTIONS in columns
+        jsons = bool(wanted) or CAPTIONS in columns
         read = [IMAGE] if IMAGE in columns else []
-        read += [_TXT] if CAPTION in columns else []
-        read += [_JSON] if wanted else []
+        read += [_TXT] if texts else []
+        read += [_JSON] if jsons else []
         for listed in self.spool.blocks(read, start, stop):
             block = listed.cut(start, stop)
             cells: dict[str, list[Any]] = {}
-            if CAPTION in columns:
-                cells[CAPTION] = self._read(block, _TXT, _captions)
-            objects = self._read(block, _JSON, _object) if wanted else []
-            for field in wanted:
-                cells[field] = [
-                    each.get(field) if isinstance(each, dict) else each
-                    for each in objects
-                ]
+            lines = self._read(block, _TXT, _lines) if texts else []
+            objects = self._read(block, _JSON, _object) if jsons else []
+            for name in columns:
+                if name in self.fields:
+                    cells[name] = [_field(each, self.fields[name]) for each in objects]
+            cells[TXT] = lines
+            if CAPTIONS in columns:
+                cells[CAPTIONS] = list(map(captions_of, lines, objects))
             yield self._block(block, columns, cells)
 
     def _block(
@@ -159,8 +166,7 @@ class ListedFolder(BlockSource):
             if name == IMAGE:
                 arrays.append(block.batch.column(IMAGE))
                 continue
-            values = cells[self.fields.get(name, name)]
-            array, wrong = field_column(values, self.schema.field(name).type)
+            array, wrong = field_column(cells[name], self.schema.field(name).type)
             arrays.append(array)
             if wrong is not None:
                 bad[name] = wrong
@@ -188,30 +194,31 @@ def open_folder(path: str) -> FolderSource:
     local = local_path(path)
     base = path.rstrip("/") if local is None else str(local)
     listing = _Listing(base)
-    objects = [_object(_content(base, name)) for name in sorted(listing.samples)]
+    objects = [_object(_content(base, name)) for name in listing.samples]
     types = field_types(each for each in objects if isinstance(each, dict))
-    names = column_names(types, (IMAGE, CAPTION))
+    names = column_names(types, (IMAGE, TXT))
     columns: dict[str, pa.DataType] = {IMAGE: TEXT}
+    default_columns = {"image": IMAGE}
     if listing.has_text:
-        columns[CAPTION] = TEXTS
+        columns[TXT] = TEXTS
+    if listing.has_text or has_captions(types):
+        columns[CAPTIONS] = TEXTS
+        default_columns["caption"] = CAPTIONS
     columns |= {names[field]: kind for field, kind in types.items()}
-    captions = default_captions(types, names, CAPTION if listing.has_text else None)
     return FolderSource(
         base=base,
         schema=pa.schema(list(columns.items())),
         fields={column: field for field, column in names.items()},
-        default_columns={"image": IMAGE, **captions},
+        default_columns=default_columns,
         digest=listing.digest,
     )
 
 
 class _Listing:
-    """What one walk through a folder tells, in bounded memory."""
+    """What walking through a folder tells, in bounded memory."""
 
     def __init__(self, base: str) -> None:
-        self.has_text = False
-        self.samples: list[str] = []
-        """The first json files by name: the walk has no order."""
+        beside: dict[str, list[str]] = {ending: [] for ending in _BESIDE}
         count = total = 0
         for name in _below(base):
             ending = suffix(name)
@@ -220,14 +227,31 @@ class _Listing:
                 entry = f"{name}\0{_size(base, name)}".encode("utf-8", "replace")
                 # A sum, because it does not depend on the order.
                 total += int.from_bytes(hashlib.sha256(entry).digest(), "big")
-            self.has_text |= ending == "txt"
-            if ending == "json":
-                self.samples.append(name)
-            if len(self.samples) > 100 * _SAMPLED:
-                self.samples = sorted(self.samples)[:_SAMPLED]
-        self.samples = sorted(self.samples)[:_SAMPLED]
+            if ending in beside:
+                beside[ending].append(name)
+                if len(beside[ending]) > 2 * _CANDIDATES:
+                    beside[ending] = sorted(beside[ending])[:_CANDIDATES]
+        # The first by name: the walk has no order.
+        texts, jsons = (sorted(beside[ending])[:_CANDIDATES] for ending in _BESIDE)
+        stems = _stems_of_images(base, {_stem(name) for name in (*texts, *jsons)})
+        self.has_text = any(_stem(name) in stems for name in texts)
+        """Is there a text of an image? A licence is none."""
+        self.samples = [name for name in jsons if _stem(name) in stems][:_SAMPLED]
+        """The first json files of images."""
         digest = f"{total % (1 << 256):064x}"
         self.digest = {"file": ".", "files": count, "sha256": digest}
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _stems_of_images(base: str, wanted: Collection[str]) -> set[str]:
+    """Which of the wanted stems are those of images."""
+    if not wanted:
+        return set()
+    images = (name for name in _below(base) if suffix(name) in IMAGE_SUFFIXES)
+    return {stem for stem in map(_stem, images) if stem in wanted}
 
 
 def _below(base: str) -> Iterator[str]:
@@ -251,7 +275,7 @@ def _names(base: str) -> Iterator[pa.RecordBatch]:
         part = [
             name.encode("utf-8", "replace").decode() for name in islice(names, _BATCH)
         ]
-        stems = [posixpath.splitext(name)[0] for name in part]
+        stems = [_stem(name) for name in part]
         endings = [suffix(name) for name in part]
         arrays = [pa.array(cells, TEXT) for cells in (stems, endings, part)]
         yield pa.RecordBatch.from_arrays(arrays, schema=_NAMES)
@@ -279,7 +303,12 @@ def _content(base: str, name: str) -> Any:
     return BAD if len(data) > MAX_TEXT else data
 
 
-def _captions(data: bytes) -> Any:
+def _field(fields: Any, name: str) -> Any:
+    """A field of an object; None or `BAD` where that is what there is instead."""
+    return fields.get(name) if isinstance(fields, dict) else fields
+
+
+def _lines(data: bytes) -> Any:
     """The lines of a text that say something."""
     text = parse_text(data)
     if text is BAD:

@@ -1,7 +1,8 @@
 """WebDataset tars: adjacent members with one key are a row.
 
 Owns which members make which columns: the image, the text, and the fields of the json,
-so that img2dataset's metadata is kept. Does not own walking tars (`pipeline.archive`).
+so that img2dataset's metadata is kept; `captions` has whichever of text and json a
+sample has. Does not own walking tars (`pipeline.archive`).
 Other members (arrays, pickles) are never read. A tar that is damaged or cut short is
 refused when it is scanned: nobody can tell which samples it lost.
 
@@ -24,12 +25,15 @@ from pipeline.sources.base import Block, BlockSource
 from pipeline.sources.detect import IMAGE_SUFFIXES
 from pipeline.sources.fields import (
     BAD,
+    CAPTIONS,
     MAX_TEXT,
     TEXT,
+    TEXTS,
+    captions_of,
     column_names,
-    default_captions,
     field_column,
     field_types,
+    has_captions,
     parse_object,
     parse_text,
 )
@@ -44,7 +48,7 @@ from pipeline.sources.files import (
 )
 from pipeline.storage import open_file
 
-KEY, IMAGE, CAPTION = "__key__", "image", "txt"
+KEY, IMAGE, TXT = "__key__", "image", "txt"
 _TEXT_SUFFIXES = ("txt", "caption", "cap")
 # Larger members are no image (or no text) of a training corpus.
 _MAX_IMAGE = 256 << 20
@@ -110,14 +114,18 @@ class TarSource(BlockSource):
         if IMAGE in columns:
             usable = sample.damage is None and key is not BAD
             row[IMAGE] = tar.image(sample) if usable else None
-        if CAPTION in columns:
-            row[CAPTION] = tar.text(sample)
+        if TXT in columns:
+            row[TXT] = tar.text(sample)
         wanted = [name for name in columns if name in self.fields]
-        if wanted:
-            values = tar.json(sample)
-            for name in wanted:
-                known = isinstance(values, dict)
-                row[name] = values.get(self.fields[name]) if known else values
+        values: Any = tar.json(sample) if wanted or CAPTIONS in columns else None
+        for name in wanted:
+            known = isinstance(values, dict)
+            row[name] = values.get(self.fields[name]) if known else values
+        if CAPTIONS in columns:
+            text = tar.text(sample)
+            row[CAPTIONS] = captions_of(
+                [text] if isinstance(text, str) else text, values
+            )
         return row
 
     def _block(
@@ -159,27 +167,29 @@ def open_tars(found: Sequence[Found], base: str) -> TarSource:
                 if isinstance(values, dict):
                     objects.append(values)
     types = field_types(objects)
-    names = column_names(types, (KEY, IMAGE, CAPTION))
+    names = column_names(types, (KEY, IMAGE, TXT))
     columns = {KEY: TEXT, IMAGE: pa.large_binary()}
     if has_text:
-        columns[CAPTION] = TEXT
+        columns[TXT] = TEXT
+    if has_text or has_captions(types):
+        columns[CAPTIONS] = TEXTS
     columns |= {names[field]: kind for field, kind in types.items()}
     return TarSource(
         base=base,
         files=files,
         schema=pa.schema(list(columns.items())),
         fields={column: field for field, column in names.items()},
-        default_columns=_default_columns(types, names, has_text),
+        default_columns=_default_columns(types, names, CAPTIONS in columns),
     )
 
 
 def _default_columns(
-    types: Mapping[str, pa.DataType], names: Mapping[str, str], has_text: bool
+    types: Mapping[str, pa.DataType], names: Mapping[str, str], captioned: bool
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"image": IMAGE, "id": KEY, "keep": tuple(names.values())}
     if types.get("url") == TEXT:
         columns["url"] = names["url"]
-    return columns | default_captions(types, names, CAPTION if has_text else None)
+    return columns | ({"caption": CAPTIONS} if captioned else {})
 
 
 def _key(file: InputFile, sample: TarSample) -> Any:

@@ -111,19 +111,28 @@ def test_images_of_a_folder_go_with_the_files_of_their_name(tmp_path: Path) -> N
     assert rows(source) == [
         {
             **{"image": "a.PNG", "txt": None, "source_caption": "from json"},
-            **{"tags": ["x"], "source_width": 5},
+            **{"tags": ["x"], "source_width": 5, "captions": ["from json"]},
         },
         {
             **{"image": "b.jpg", "txt": ["one", "two"], "source_caption": None},
-            **{"tags": None, "source_width": None},
+            **{"tags": None, "source_width": None, "captions": ["one", "two"]},
         },
         {
             **{"image": "sub/a.webp", "txt": BAD, "source_caption": BAD},
-            **{"tags": BAD, "source_width": BAD},
+            **{"tags": BAD, "source_width": BAD, "captions": BAD},
         },
     ]
-    assert source.default_columns == {"image": "image", "caption": "txt"}
+    assert source.default_columns == {"image": "image", "caption": "captions"}
     check_every_range(source)
+
+
+def test_files_that_belong_to_no_image_say_nothing_about_images(tmp_path: Path) -> None:
+    files = {"a.jpg": b"A", "a.json": b'{"caption": "a dog"}'}
+    files |= {"LICENSE.txt": b"MIT", "dataset.json": b'{"caption": 5, "rows": 9}'}
+    source = opened(folder(tmp_path / "in", files), spool=tmp_path / "out")
+    assert source.schema.names == ["image", "captions", "source_caption"]
+    assert column(source, "captions") == [["a dog"]]
+    assert column(source, "source_caption") == ["a dog"]
 
 
 def test_a_folder_is_not_left_through_links(tmp_path: Path) -> None:

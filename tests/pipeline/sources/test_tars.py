@@ -53,7 +53,7 @@ def test_metadata_of_img2dataset_is_kept_under_names_that_are_free(
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     source = opened(tmp_path)
     defaults = source.default_columns
-    assert defaults["caption"] == "txt"
+    assert defaults["caption"] == "captions"
     assert defaults["url"] == "source_url"
     assert defaults["keep"] == (
         *("source_url", "source_caption", "source_width", "similarity"),
@@ -69,8 +69,45 @@ def test_several_captions_in_the_json_go_before_the_text(tmp_path: Path) -> None
     fields = b'{"captions": ["one", "two"], "caption": "one"}'
     write_tar(tmp_path / "t.tar", sample("0", jpg=b"J", txt=b"one", json=fields))
     source = opened(tmp_path)
-    assert source.default_columns["caption"] == "source_captions"
+    assert source.default_columns["caption"] == "captions"
+    assert column(source, "captions") == column(source, "source_captions")
     assert column(source, "source_captions") == [["one", "two"]]
+
+
+def test_every_sample_has_the_captions_of_its_own_text_or_json(tmp_path: Path) -> None:
+    """A mixture: no kind of sample may lose its captions because of another kind."""
+    several, empty = b'{"captions": ["a", "b"]}', b'{"captions": [], "caption": "no"}'
+    members = [
+        *sample("0", jpg=b"J", txt=b"text"),
+        *sample("1", jpg=b"J", json=b'{"caption": "field"}'),
+        *sample("2", jpg=b"J", json=several),
+        *sample("3", jpg=b"J", json=several, txt=b"text"),
+        *sample("4", jpg=b"J", json=empty, txt=b"text"),
+        *sample("5", jpg=b"J", json=b'{"text": "last", "captions": 5}'),
+        *sample("6", jpg=b"J", caption=b"cap", json=b'{"caption": "field"}'),
+        *sample("7", jpg=b"J", txt=b"\xff", json=b'{"caption": "field"}'),
+        *sample("8", jpg=b"J", json=b"{"),
+        *sample("9", jpg=b"J"),
+    ]
+    expected = [
+        *(["text"], ["field"], ["a", "b"], ["a", "b"], ["text"], ["last"], ["cap"]),
+        *(BAD, BAD, None),
+    ]
+    write_tar(tmp_path / "t.tar", members)
+    source = opened(tmp_path)
+    assert source.default_columns["caption"] == "captions"
+    assert column(source, "captions") == expected
+    check_every_range(source)
+
+
+def test_a_kind_of_captions_that_comes_late_is_found(tmp_path: Path) -> None:
+    """Samples at the start decide types of fields, but not where captions stand."""
+    fields = b'{"caption": "field"}'
+    early = [part for n in range(80) for part in sample(f"{n:02}", jpg=b"J", txt=b"T")]
+    late = [*early, *sample("99", jpg=b"J", json=fields)]
+    write_tar(tmp_path / "t.tar", late)
+    source = opened(tmp_path / "t.tar")
+    assert column(source, source.default_columns["caption"])[-1] == ["field"]
 
 
 def test_what_makes_no_image_is_a_row_without_one(tmp_path: Path) -> None:
@@ -109,9 +146,9 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
                 {"__key__": f"s{number}", "jpg": b"J", "json": fields, "cls": number}
             )
     source = opened(tmp_path)
-    assert source.default_columns["caption"] == "source_caption"
-    assert rows(source, ["__key__", "n", "source_caption"]) == [
-        {"__key__": f"t/s{n}", "n": n, "source_caption": f"bird {n}"} for n in range(5)
+    assert source.default_columns["caption"] == "captions"
+    assert rows(source, ["__key__", "n", "captions"]) == [
+        {"__key__": f"t/s{n}", "n": n, "captions": [f"bird {n}"]} for n in range(5)
     ]
 
 
@@ -140,7 +177,8 @@ def test_tars_of_all_makers_are_read(tmp_path: Path, kind: int) -> None:
     key = "d" * 90 + "/" + "é" * 40
     write_tar(tmp_path / "t.tar", sample(key, jpg=b"J", txt=b"T"), kind=kind)
     source = opened(tmp_path)
-    assert rows(source) == [{"__key__": f"t/{key}", "image": b"J", "txt": "T"}]
+    expected = {"__key__": f"t/{key}", "image": b"J", "txt": "T", "captions": ["T"]}
+    assert rows(source) == [expected]
 
 
 def test_a_flipped_bit_of_a_header_never_hides_a_sample(tmp_path: Path) -> None:
