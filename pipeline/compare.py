@@ -73,7 +73,7 @@ from pipeline.hamming import nearest
 from pipeline.storage import Storage
 
 __all__ = ["KINDS", "SIGNATURE_DTYPE", "VERDICT_DTYPE", "Comparison"]
-__all__ += ["collect", "gather", "match", "scatter", "store"]
+__all__ += ["collect", "gather", "is_stored", "match", "scatter", "store"]
 
 VERDICT_DTYPE = np.dtype(
     [("position", "<u4"), ("kind", "u1"), ("of_range", "<u4"), ("of_position", "<u4")]
@@ -103,6 +103,11 @@ def store(
     """
     data = stored(number, committed, signatures).tobytes()
     storage.write(_stored(prefix, number), data)
+
+
+def is_stored(storage: Storage, prefix: str, number: int) -> bool:
+    """Whether the signatures of a range are kept already."""
+    return storage.size(_stored(prefix, number)) is not None
 
 
 def scatter(storage: Storage, prefix: str, comparison: Comparison, group: int) -> None:

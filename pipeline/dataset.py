@@ -38,7 +38,14 @@ from pipeline.manifest import (
 from pipeline.plan import Plan, read_table
 from pipeline.settle import SETTLED, Placement, rejected_name, verdict_name
 from pipeline.shards import SUFFIXES, StagedShard
-from pipeline.staging import CANDIDATES, COMPARE, RUNNING, STATE, StagedRange
+from pipeline.staging import (
+    CANDIDATES,
+    COMPARE,
+    RUNNING,
+    STATE,
+    StagedRange,
+    TakenOver,
+)
 from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
@@ -108,6 +115,11 @@ class DatasetWriter:
             return json.loads(self.storage.read(PLAN))
         except FileNotFoundError:
             pass
+        except ValueError as error:
+            raise ValueError(
+                f"{PLAN} in --output {self.storage.url} is damaged ({error}); delete "
+                "the folder, or choose a new --output"
+            ) from error
         for name in self.storage.names():
             # An earlier run may have died between its first files and its plan.
             if not name.startswith((f"{STATE}/", f"{TOKENIZER}/")):
@@ -215,7 +227,7 @@ class DatasetWriter:
         """The plan of an earlier run, None where its table is missing or damaged."""
         try:
             table = read_table(self.storage.read(TABLE))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, EOFError):
             return None
         return Plan(table=table, split_names=tuple(described["splits"]))
 
@@ -223,17 +235,27 @@ class DatasetWriter:
         self, described: Mapping[str, Any], plan: Plan, tokenizer: StoredTokenizer
     ) -> None:
         """Write the plan, or go on from the records of an earlier run."""
-        self.storage.write(RUNNING, b"")
+        text = canonical_json(described).encode()
+        new = self.storage.size(PLAN) is None
+        if not new and self.storage.read(PLAN) != text:
+            raise TakenOver(
+                f"another configuration was started in {self.storage.url} meanwhile; "
+                "choose a new --output"
+            )
+        self.storage.write(RUNNING, described["transform_sha256"].encode())
         for name, data in tokenizer.files.items():
             self.storage.write(f"{TOKENIZER}/{name}", data)
-        if self.storage.size(PLAN) is None:
+        if new:
             for name in self.storage.names(TOKENIZER):
                 if name.removeprefix(f"{TOKENIZER}/") not in tokenizer.files:
                     self.storage.remove(name)
+        if new or self._stored_table() != plan.table_bytes():
             self.storage.write(TABLE, plan.table_bytes())
-            self.storage.create(PLAN, canonical_json(described).encode())
-        elif self.storage.size(TABLE) is None:
-            self.storage.write(TABLE, plan.table_bytes())
+        if new and not self.storage.create(PLAN, text):
+            raise TakenOver(
+                f"another driver started in {self.storage.url} meanwhile; run the same "
+                "command again once it is done"
+            )
         self._read_records()
 
     def commit(
@@ -257,14 +279,26 @@ class DatasetWriter:
             verdicts=verdicts,
         )
         staged.accounting.check()
+        samples = sum(shard.samples for shard in shards)
+        if samples != staged.accounting.written:
+            raise ValueError(
+                f"range {staged.number} has {samples} samples, but accounts for "
+                f"{staged.accounting.written}; run the same command again"
+            )
         name, text = self._record_name(record.range), _record_text(record)
         if not self.storage.create(name, text) and self.storage.read(name) != text:
-            raise ValueError(
+            raise TakenOver(
                 f"another driver committed {name} to {self.storage.url}, so this one "
                 "stops; nothing that it committed is lost"
             )
         self.records.append(record)
         return record
+
+    def _stored_table(self) -> bytes | None:
+        try:
+            return self.storage.read(TABLE)
+        except FileNotFoundError:
+            return None
 
     def names_for(self, staged: StagedRange, taken: dict[str, int]) -> Placement:
         """Names of a range's shards, numbers following those `taken` in each split."""
@@ -348,10 +382,9 @@ class DatasetWriter:
             transform_sha256=described["transform_sha256"],
             files=self._digests(tokenizer, companions or {}),
         )
-        self._replace(MANIFEST, manifest.to_json().encode())
-        self._replace(
-            MANIFEST_SHA256, manifest_seal(manifest.to_json().encode()).encode()
-        )
+        text = manifest.to_json().encode()
+        self._replace(MANIFEST, text)
+        self._replace(MANIFEST_SHA256, manifest_seal(text).encode())
         return manifest
 
     def finish(
@@ -407,7 +440,7 @@ class DatasetWriter:
         else:
             done = self.storage.replace(name, data, found[1])
         if not done:
-            raise ValueError(
+            raise TakenOver(
                 f"another driver wrote {name} in {self.storage.url}, so this one "
                 "stops; nothing that it committed is lost"
             )

@@ -33,11 +33,12 @@ from pipeline.storage import open_file
 from pipeline.tokenizer import StoredTokenizer
 from pipeline.where import RowFilter
 
-# What of the configuration decides no byte.
+# What of the configuration decides no byte, and may change while a run goes on. How
+# patiently URLs are fetched does not belong to a dataset; what may be fetched does.
 _FREE = {
-    "image": ("time_limit_s", "memory_limit_mb"),
+    "image": (),
     "dedup": ("bucket_mb",),
-    "shard": (),
+    "fetch": ("concurrency", "per_host", "timeout_s", "total_timeout_s", "retries"),
 }
 
 
@@ -70,18 +71,12 @@ def transform_of(
     transform: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "sources": {corpus.name: _source(corpus) for corpus in corpora},
-        "limit": config.limit,
-        "sample": config.sample,
-        "where": config.where,
         "uids": {
             "allow": _digest(config.allow_uids),
             "deny": _digest(config.deny_uids),
         },
-        "group": config.group,
-        "text": asdict(config.text),
         "filter": asdict(config.filter) | {"source": _function_digest(config)},
         "shard": asdict(config.shard),
-        "split": {"val": config.split.val},
         "tokenizer": {
             "made": config.tokenizer if trained else "loaded",
             "sha256": tokenizer.info.sha256,
@@ -95,12 +90,23 @@ def transform_of(
             **({"duckdb": duckdb.__version__} if config.where else {}),
         },
     }
-    for group in ("image", "dedup"):
+    return _plain(transform) | chosen_by(config)
+
+
+def chosen_by(config: PreprocessConfig) -> dict[str, Any]:
+    """The part of a transform that the configuration alone decides."""
+    chosen: dict[str, Any] = {
+        "limit": config.limit,
+        "sample": config.sample,
+        "where": config.where,
+        "group": config.group,
+        "text": asdict(config.text),
+        "split": {"val": config.split.val},
+    }
+    for group, free in _FREE.items():
         values = asdict(getattr(config, group))
-        transform[group] = {
-            key: value for key, value in values.items() if key not in _FREE[group]
-        }
-    return _plain(transform)
+        chosen[group] = {key: value for key, value in values.items() if key not in free}
+    return _plain(chosen)
 
 
 def description_of(

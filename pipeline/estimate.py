@@ -209,6 +209,7 @@ def _work(
         uids=load_uid_lists(config),
         tokenizer=_tokenizer(config, corpora),
         comparison=nothing,
+        run="",
         watched=False,
     )
 

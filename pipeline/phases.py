@@ -91,10 +91,12 @@ class Run:
             refuse_unshared(self._writer.storage)
             self._metrics = Metrics(Path(config.output).name)
             self._writer.begin(described, plan, tokenizer)
-            work = work_of(config, self._corpora, plan, self._writer, tokenizer)
+            run = described["transform_sha256"]
+            work = work_of(config, self._corpora, plan, self._writer, tokenizer, run)
             self._process(config, plan, work, described)
             self.accounting = self._writer.accounting()
             if not self.accounting.written:
+                self._lease.check()
                 self._writer.abandon()
                 return None
             _refuse_unaccounted(self.accounting, plan)
@@ -199,7 +201,7 @@ class Run:
             for staged in self._map(settle_range, work, items, bar):
                 settled.append(staged)
                 bar.step()
-        return settled
+        return sorted(settled, key=lambda staged: staged.number)
 
     def _place(
         self,
@@ -213,9 +215,9 @@ class Run:
         taken = self._writer.taken()
         placements = [self._writer.names_for(staged, taken) for staged in settled]
         items = ((one.number, one) for one in placements)
-        last_manifest = time.monotonic()
+        due = time.monotonic() + _MANIFEST_SECONDS
         with self._progress("commit", len(settled), unit="ranges") as bar:
-            placed = self._map(place_range, work, items, bar)
+            placed = self._map(place_range, work, items, bar, ordered=True)
             for placement, _ in zip(placements, placed, strict=True):
                 self._lease.check()
                 number = placement.number
@@ -228,12 +230,14 @@ class Run:
                 self._writer.commit(placement.staged, shards, placement.staged.verdicts)
                 bar.step()
                 # While inputs are tried again, the manifest of before is the truth.
-                due = time.monotonic() - last_manifest > _MANIFEST_SECONDS
-                if due and not retries:
+                begun = time.monotonic()
+                if begun > due and not retries:
                     self._writer.write_manifest(
                         described, work.tokenizer, complete=False
                     )
-                    last_manifest = time.monotonic()
+                    # It grows with the dataset, and must not take its time.
+                    took = time.monotonic() - begun
+                    due = time.monotonic() + max(_MANIFEST_SECONDS, 20 * took)
 
     def _restore(self, plan: Plan, work: Work) -> None:
         """Make ranges again whose files somebody removed: the same bytes, by law 4."""
@@ -305,13 +309,17 @@ class Run:
         bar: Progress,
         *,
         watched: bool = False,
+        ordered: bool = False,
     ) -> Iterator[Any]:
-        """Results of tasks in order; where they are `watched`, with a look at those
-        under way.
+        """Results of tasks as they end, or in order; where they are `watched`, with a
+        look at those under way.
         """
         poll = bar.running if watched else None
         workers = self._config.workers
-        for done in map_tasks(function, work, items, workers=workers, poll=poll):
+        results = map_tasks(
+            function, work, items, workers=workers, poll=poll, ordered=ordered
+        )
+        for done in results:
             bar.ended(done.number, done.tally)
             self._retried.update(done.tally["retried"])
             yield done.result
@@ -338,8 +346,9 @@ def work_of(
     plan: Plan,
     writer: DatasetWriter,
     tokenizer: StoredTokenizer,
+    run: str,
 ) -> Work:
-    """What the tasks of a run share."""
+    """What the tasks of a run share; `run` is the sha256 of its transform."""
     comparison = compare.Comparison(
         near=config.dedup.near,
         exact=config.dedup.exact,
@@ -362,6 +371,7 @@ def work_of(
         uids=load_uid_lists(config),
         tokenizer=tokenizer,
         comparison=comparison,
+        run=run,
     )
 
 

@@ -16,7 +16,7 @@ import io
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Work:
     uids: UidLists
     tokenizer: StoredTokenizer
     comparison: compare.Comparison
+    run: str
+    """sha256 of the transform: tells what this run stages from what others did."""
     watched: bool = True
     """Is there a driver whose end makes staging pointless?"""
 
@@ -117,24 +119,18 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
     `report` gets the plain tally after every chunk. The files depend on `work` and
     `plan` alone. A range that an earlier attempt staged is returned as it is.
     """
-    staged = read_staged(work.storage, CANDIDATES, plan.number)
+    staged = read_staged(work.storage, CANDIDATES, plan.number, work.run)
     if staged is None:
         directory = new_directory(CANDIDATES, plan.number)
         with work.storage.stage(directory) as local:
             staged = _RangeWriter(work, plan, local, directory).run(report)
-            signatures = np.load(local / SIGNATURES)
-        if work.comparison.needed:
-            compare.store(
-                work.storage,
-                COMPARE,
-                plan.number,
-                committed=False,
-                signatures=signatures,
-            )
-        if work.watched and work.storage.size(RUNNING) is None:
+        if work.watched and not _wanted(work):
             work.storage.remove_tree(directory)
             raise RuntimeError("the run that wanted this range is over")
-        return write_staged(work.storage, CANDIDATES, staged)
+        staged = write_staged(work.storage, CANDIDATES, staged)
+        _store_signatures(work, staged)
+    elif not compare.is_stored(work.storage, COMPARE, plan.number):
+        _store_signatures(work, staged)
     counts = staged.accounting
     report(
         {
@@ -146,6 +142,31 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
         }
     )
     return staged
+
+
+def _wanted(work: Work) -> bool:
+    """Is there still a driver that waits for what this task stages?"""
+    try:
+        return work.storage.read(RUNNING) == work.run.encode()
+    except FileNotFoundError:
+        return False
+
+
+def _store_signatures(work: Work, staged: StagedRange) -> None:
+    """Give the comparison the signatures of the attempt that counts: another may have
+    read other answers from the web.
+    """
+    if not work.comparison.needed:
+        return
+    data = work.storage.read(f"{staged.directory}/{SIGNATURES}")
+    signatures = np.load(io.BytesIO(data), allow_pickle=False)
+    compare.store(
+        work.storage,
+        COMPARE,
+        staged.number,
+        committed=False,
+        signatures=signatures,
+    )
 
 
 class Rejected(Exception):
@@ -168,6 +189,12 @@ class _Prepared:
     captions: list[str] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     rejected: Rejected | None = None
+
+    def forget(self) -> None:
+        """Let go of the image and the rows."""
+        self.given = replace(self.given, rows=[])
+        self.cell = Cell(value=None)
+        self.columns = {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -216,6 +243,7 @@ class _RangeWriter:
         self._save_signatures()
         return StagedRange(
             number=self._plan.number,
+            run=self._work.run,
             directory=self._directory,
             rows=self._rows,
             accounting=self._accounting,
@@ -241,6 +269,9 @@ class _RangeWriter:
                 waiting.append(prepared)
                 if prepared.rejected is None:
                     yield prepared.cell
+                else:
+                    # Many may wait for the next that is kept: not with their images.
+                    prepared.forget()
 
         for data in reader.read(cells()):
             while (prepared := waiting.popleft()).rejected is not None:

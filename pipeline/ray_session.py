@@ -72,19 +72,22 @@ def refuse_unshared(storage: Storage) -> None:
     name = f"{STAGING}/probe-{token}"
     storage.write(name, token.encode())
     try:
-        probe: Any = ray.remote(_probe).options(num_cpus=0)
-        answers = {
-            node["NodeManagerHostname"]: probe.options(
+        probe: Any = ray.remote(_probe)
+        answers = [
+            probe.options(
+                num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(
                     node["NodeID"], soft=False
-                )
+                ),
             ).remote(storage, name, token)
             for node in nodes
-        }
-        for host, answer in answers.items():
+        ]
+        # Hosts may have several nodes, and containers one name.
+        for node, answer in zip(nodes, answers, strict=True):
             if not _answer(answer):
                 raise ValueError(
-                    f"--output {storage.url} is not the same folder on node {host}: "
+                    f"--output {storage.url} is not the same folder on node "
+                    f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): "
                     "what one node writes the others must read; give a folder that all "
                     "nodes share, or a URL such as s3://bucket/folder"
                 )
@@ -142,13 +145,15 @@ def map_tasks(
     *,
     workers: int | None,
     poll: Poll | None,
+    ordered: bool = False,
 ) -> Iterator[Finished[ResultT]]:
     """Run `function(work, item, report)` on every `(number, item)` as a Ray task,
-    yielding what comes of it in the order of the items.
+    yielding what comes of it as tasks end or, `ordered`, in the order of the items.
 
-    At most a bounded number is under way, those that wait for an earlier one to be
-    yielded included. Tasks whose worker dies are run again. `poll`, where there is one,
-    gets the last report of every task under way, by number, a few times a second.
+    At most a bounded number is under way; in order, those that wait for an earlier one
+    to be yielded are included, so that one slow task holds up the others. Tasks whose
+    worker dies are run again. `poll`, where there is one, gets the last report of every
+    task under way, by number, a few times a second.
     """
     import ray
 
@@ -177,6 +182,10 @@ def map_tasks(
             waiting, tallies = set(turns), dict(_tallies(board))
             tallies |= {number: one.tally for number, one in finished.items()}
             poll({number: tallies[number] for number in tallies if number in waiting})
+        if not ordered:
+            turns = deque(pending.values())
+            while finished:
+                yield finished.popitem()[1]
         while turns and turns[0] in finished:
             yield finished.pop(turns.popleft())
 
@@ -224,6 +233,8 @@ def _set_environment(*, local: bool) -> None:
     """Settings that Ray reads from the environment alone, once, when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would try for ever, without a word, what does not fit into memory.
+    os.environ.setdefault("RAY_task_oom_retries", str(_ATTEMPTS - 1))
     # Otherwise Ray starts workers before it answers, and never does if one is killed.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     imported = "ray" in sys.modules

@@ -31,10 +31,9 @@ from pipeline.ray_session import (
     refuse_relative_in_job,
 )
 from pipeline.retry import end_retry, retry_announced
+from pipeline.staging import TakenOver
 from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer
-
-_MANIFEST_SECONDS = 10.0
 
 
 def preprocess(config: PreprocessConfig) -> Manifest:
@@ -80,11 +79,19 @@ def _run(
 ) -> Manifest:
     file = ProgressFile(writer.storage, asdict(config))
     with lease:
+        if writer.stored_plan() != stored:
+            raise ValueError(
+                f"another run was started in {config.output} while this one looked at "
+                "the corpus; run the same command again"
+            )
         run = Run(config, writer, lease, file, corpora)
         try:
             manifest = run.finish(stored, tokenizer)
+        except TakenOver:
+            raise
         except ValueError:
             if stored is None and not writer.records:
+                lease.check()
                 writer.abandon()
                 file.remove()
             raise

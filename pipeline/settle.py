@@ -73,10 +73,10 @@ def settle_range(work: Work, number: int, report: Report) -> StagedRange:
         OSError: the range is not staged (any more); the same command makes it again.
     """
     del report
-    settled = read_staged(work.storage, SETTLED, number)
+    settled = read_staged(work.storage, SETTLED, number, work.run)
     if settled is not None:
         return settled
-    staged = read_staged(work.storage, CANDIDATES, number)
+    staged = read_staged(work.storage, CANDIDATES, number, work.run)
     if staged is None:
         raise OSError(
             f"staged range {number:06d} has lost files; the same command makes it again"

@@ -26,11 +26,17 @@ SIGNATURES = "signatures.npy"
 RUNNING = f"{STATE}/running"
 
 
+class TakenOver(ValueError):
+    """Another driver owns the output now: nothing in it may be touched any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagedRange:
     """A range whose files lie in a directory of its own, not yet in the dataset."""
 
     number: int
+    run: str
+    """The transform's sha256: what an older configuration staged does not count."""
     directory: str
     rows: int
     accounting: Accounting
@@ -64,11 +70,17 @@ def record_name(stage: str, number: int) -> str:
     return f"{stage}/{number:06d}.json"
 
 
-def read_staged(storage: Storage, stage: str, number: int) -> StagedRange | None:
-    """The staged range, or None where it is not there or has lost a file."""
+def read_staged(
+    storage: Storage, stage: str, number: int, run: str
+) -> StagedRange | None:
+    """The range as this run staged it, or None where it is not there or has lost a
+    file.
+    """
     try:
         value = json.loads(storage.read(record_name(stage, number)))
     except FileNotFoundError:
+        return None
+    if value.get("run") != run:
         return None
     staged = _from_json(value)
     if all(storage.size(name) is not None for name in staged.files()):
@@ -82,24 +94,14 @@ def write_staged(storage: Storage, stage: str, staged: StagedRange) -> StagedRan
     text = canonical_json(dataclasses.asdict(staged)).encode()
     if storage.create(name, text):
         return staged
-    first = read_staged(storage, stage, staged.number)
+    first = read_staged(storage, stage, staged.number, staged.run)
     if first is None:
-        # The one that was there has lost files.
+        # The one that was there has lost files, or is of another run.
         storage.write(name, text)
         return staged
     if first.directory != staged.directory:
         storage.remove_tree(staged.directory)
     return first
-
-
-def numbers(storage: Storage, stage: str) -> set[int]:
-    """Numbers of the ranges that are staged."""
-    found = set()
-    for name in storage.names(stage):
-        stem = name.removeprefix(f"{stage}/").removesuffix(".json")
-        if stem.isdecimal():
-            found.add(int(stem))
-    return found
 
 
 def _from_json(value: Mapping[str, Any]) -> StagedRange:

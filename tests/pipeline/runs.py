@@ -50,8 +50,9 @@ class LocalRun:
         )
         transform = transform_of(config, self.corpora, TOKENIZER)
         self.described = description_of(self.plan, self.corpora, transform)
+        run = self.described["transform_sha256"]
         self.work: Work = work_of(
-            config, self.corpora, self.plan, self.writer, TOKENIZER
+            config, self.corpora, self.plan, self.writer, TOKENIZER, run
         )
 
     def open(self) -> DatasetWriter:

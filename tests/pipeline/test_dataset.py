@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset import SEALS, DatasetWriter
-from pipeline.manifest import file_sha256, load_manifest
+from pipeline.dataset import PLAN, SEALS, TABLE, DatasetWriter
+from pipeline.manifest import Accounting, file_sha256, load_manifest
 from pipeline.options import ImageOptions, PreprocessConfig, SplitOptions
-from pipeline.staging import STATE
+from pipeline.staging import STATE, TakenOver
 from pipeline.storage import open_storage
+from pipeline.tokenizer import train_tokenizer
 from tests.pipeline.corpora import encoded, picture
 from tests.pipeline.runs import TOKENIZER, LocalRun, Row, write_rows
 
@@ -88,6 +89,46 @@ def test_counts_that_do_not_add_up_are_not_committed(tmp_path: Path) -> None:
         run.commit(dataclasses.replace(staged, accounting=counts))
     assert writer.records == []
     assert run.storage.names(f"{STATE}/ranges") == []
+
+
+def test_samples_that_are_not_those_counted_are_not_committed(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.open()
+    (staged,) = run.settled()
+    counts = Accounting(inputs=2, written=1, duplicates=1)
+    with pytest.raises(ValueError, match="has 2 samples, but accounts for 1"):
+        run.commit(dataclasses.replace(staged, accounting=counts))
+
+
+def test_a_plan_of_another_configuration_is_not_adopted(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.open()
+    tokenizer = run.storage.read("tokenizer/tokenizer.json")
+    other = DatasetWriter(run.storage)
+    described = {**run.described, "transform_sha256": "0" * 64}
+    stored = train_tokenizer(["a third thing"], 70)
+    with pytest.raises(TakenOver, match="another configuration was started"):
+        other.begin(described, run.plan, stored)
+    assert run.storage.read("tokenizer/tokenizer.json") == tokenizer
+
+
+@pytest.mark.parametrize("junk", [b"", b"torn"])
+def test_a_damaged_table_of_ranges_is_written_anew(tmp_path: Path, junk: bytes) -> None:
+    run = run_of(tmp_path)
+    run.open()
+    whole = run.storage.read(TABLE)
+    run.storage.write(TABLE, junk)
+    assert run.writer.read_plan(run.described) is None
+    run.open()
+    assert run.storage.read(TABLE) == whole
+
+
+def test_a_torn_plan_is_told(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.open()
+    run.storage.write(PLAN, b'{"torn')
+    with pytest.raises(ValueError, match=r"plan\.json in --output .* is damaged"):
+        DatasetWriter(run.storage).stored_plan()
 
 
 def test_a_record_that_another_driver_wrote_stops_this_one(tmp_path: Path) -> None:

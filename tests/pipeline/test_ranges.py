@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,6 +22,7 @@ from pipeline.options import (
     TextOptions,
 )
 from pipeline.ranges import write_range
+from pipeline.staging import COMPARE
 from tests.pipeline.corpora import encoded, picture
 from tests.pipeline.runs import LocalRun, Row, silent, write_rows
 
@@ -164,3 +168,53 @@ def test_an_unforeseen_exception_names_its_inputs(tmp_path: Path) -> None:
     work = replace(run.work, filter=filters)
     with pytest.raises(RuntimeError, match=r"inputs 000000000000 to 000000000001 \(0"):
         write_range(work, run.plan.range(0), silent)
+
+
+def test_what_an_older_configuration_stages_does_not_count(tmp_path: Path) -> None:
+    rows = [(GOOD, "train", "a bird")]
+    old = run_of(tmp_path, rows)
+    old.open()
+    write_range(old.work, old.plan.range(0), silent)
+    # The user deletes the folder, as he is told to, and starts anew beside a task that
+    # is still at work.
+    staged = tmp_path / "out" / ".palimpsest" / "candidates"
+    (tmp_path / "kept").mkdir()
+    staged.rename(tmp_path / "kept" / "candidates")
+    shutil.rmtree(tmp_path / "out")
+    new = run_of(tmp_path, rows, image=ImageOptions(size=64))
+    new.open()
+    with pytest.raises(RuntimeError, match="the run that wanted this range is over"):
+        write_range(old.work, old.plan.range(0), silent)
+    (tmp_path / "kept" / "candidates").rename(staged)
+    made = write_range(new.work, new.plan.range(0), silent)
+    assert made.run == new.described["transform_sha256"]
+    table = pq.read_table(tmp_path / "out" / made.directory / "train.parquet")
+    assert table["width"].to_pylist() == [96]
+
+
+def test_the_comparison_sees_the_attempt_that_counts(tmp_path: Path) -> None:
+    """Of two attempts with other answers from the web, one is staged."""
+    rows = [(GOOD, "train", "a bird"), (GOOD, "train", "a kite")]
+    run = run_of(tmp_path, rows, dedup=DedupOptions(exact=True))
+    run.open()
+    first = write_range(run.work, run.plan.range(0), silent)
+    stored = f"{COMPARE}/stored"
+    (name,) = run.storage.names(stored)
+    right = run.storage.read(name)
+    run.storage.remove(name)
+    assert write_range(run.work, run.plan.range(0), silent) == first
+    assert run.storage.read(name) == right
+
+
+def test_rejected_inputs_do_not_pile_up_with_their_images(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 200_000, dtype=np.uint8)
+    rows = [(noise.tobytes(), "train", f"bird {n}") for n in range(500)]
+    run = run_of(tmp_path, rows, where="caption = 'none of them'")
+    run.open()
+    tracemalloc.start()
+    staged = write_range(run.work, run.plan.range(0), silent)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert staged.accounting.filtered == {"where": 500}
+    # All of them are 100 MB.
+    assert peak < 40_000_000

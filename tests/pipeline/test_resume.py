@@ -177,3 +177,21 @@ def test_a_finished_dataset_is_tidied_and_its_lost_files_are_made_again(
     assert result.returncode == 0, result.stderr
     assert "lacks train/shard-000002.tar" in result.stderr
     assert files(output) == files(undisturbed)
+
+
+def test_a_driver_that_lost_its_lease_touches_nothing(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    """A suspended machine wakes up after another driver finished the work."""
+    output = tmp_path / "plain"
+    driver = start(plain, output)
+    wait_for(lambda: staged(output) >= 1, driver)
+    driver.send_signal(signal.SIGSTOP)
+    lease = output / ".palimpsest" / "lease.json"
+    holder = json.loads(lease.read_text())
+    lease.write_text(json.dumps({**holder, "expires": 0}))
+    result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
+    assert result.returncode == 0, result.stderr
+    driver.send_signal(signal.SIGCONT)
+    assert driver.wait(timeout=120) == 1
+    assert files(output) == files(undisturbed)
