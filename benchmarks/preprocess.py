@@ -100,6 +100,8 @@ class Bench:
         return _summary(rates, limits, uses) | {
             "bytes_per_photo": self._photo_bytes(),
             "photos_per_shard": self._chosen.per_shard,
+            # Of the last minutes: more than the cores means that others were at work.
+            "load_average": os.getloadavg(),
             "peer_threads": {
                 contender.name: contender.threads
                 for contender in contenders
