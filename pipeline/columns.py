@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.config import nearest
 from pipeline.filters import Template
+from pipeline.grouping import is_comparable
 from pipeline.options import ColumnOptions, SplitOptions
 from pipeline.shards import ROW_SCHEMA
 
@@ -188,15 +189,16 @@ def _check_caption_type(field: pa.Field) -> None:
 
 
 def _check_key_type(flag: str, field: pa.Field) -> None:
-    """Identities, groups and splits are compared as text."""
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_nested(kind):
-        raise ValueError(
-            f"--{flag} {field.name}: it holds {field.type}, not text or numbers; write "
-            "what you need of it into a column of its own"
-        )
+    """Identities, groups and splits are compared, and written as text."""
+    if is_comparable(field.type):
+        return
+    cure = "write them as text"
+    if pa.types.is_nested(field.type):
+        cure = "write what you need of it"
+    raise ValueError(
+        f"--{flag} {field.name}: it holds {field.type}, not text, numbers or dates; "
+        f"{cure} into a column of its own"
+    )
 
 
 def _refuse_taken_names(keep: Sequence[str]) -> None:

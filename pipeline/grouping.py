@@ -26,6 +26,8 @@ TRAIN, VAL = "train", "val"
 # Folders beside the splits in every dataset.
 _FOLDERS = (TOKENIZER, "rejected")
 _VAL_NAMES = ("dev", "valid", "validation")
+# Days that Python counts as dates: the years 1 to 9999.
+_FIRST_DAY, _LAST_DAY = -719_162, 2_932_896
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class Grouping:
         """Values of the split column in a batch."""
         if self.split is None:
             return set()
-        values = batch.column(batch.schema.get_field_index(self.split)).unique()
+        values = self._column(batch, None, self.split).unique()
         return {text for cell in _cells(values) if (text := _text(cell))}
 
     def inputs(
@@ -112,9 +114,18 @@ class Grouping:
         if group:
             yield from self._input(group, start)
 
-    def uid(self, cell: Any, row: int) -> int:
-        """The uid of an input whose first row has this key cell."""
-        return sample_uid(self.source_name, self._locator(cell, row))
+    def uids(
+        self, batch: pa.RecordBatch, rows: np.ndarray, first_row: int
+    ) -> Iterator[int]:
+        """Uids of the inputs that start at `rows` of a batch, whose first row has the
+        number `first_row` in the source.
+        """
+        cells: list[Any] = [None] * len(rows)
+        if self.key is not None:
+            cells = _cells(self._column(batch, None, self.key).take(pa.array(rows)))
+        for row, cell in zip(rows, cells, strict=True):
+            locator = self._locator(cell, first_row + int(row))
+            yield sample_uid(self.source_name, locator)
 
     def taken(self, uid: int) -> bool:
         """Does `--sample` take this input?"""
@@ -165,12 +176,33 @@ class Grouping:
     def _column(
         self, batch: pa.RecordBatch, last: pa.RecordBatch | None, name: str
     ) -> pa.Array:
-        """A column, with the value before it in front where there is one."""
+        """A column as it compares, with the value before it in front where there is
+        one.
+        """
         column = batch.column(batch.schema.get_field_index(name))
-        if last is None:
-            return column
-        before = last.column(last.schema.get_field_index(name)).cast(column.type)
-        return pa.concat_arrays([before, column])
+        if last is not None:
+            before = last.column(last.schema.get_field_index(name)).cast(column.type)
+            column = pa.concat_arrays([before, column])
+        return _comparable(column)
+
+
+def is_comparable(kind: pa.DataType) -> bool:
+    """Whether cells of this type may identify, group or name a split: those that Arrow
+    and Python tell apart alike and write as the same text on every machine. Times are
+    not: what Python makes of them depends on packages and time zones.
+    """
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_kind(kind) for is_kind in _COMPARABLE)
+
+
+_COMPARABLE = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+    *(pa.types.is_fixed_size_binary, pa.types.is_integer, pa.types.is_floating),
+    *(pa.types.is_boolean, pa.types.is_decimal128, pa.types.is_decimal256),
+    *(pa.types.is_date32, pa.types.is_null),
+)
 
 
 def split_name(value: str, column: str) -> str:
@@ -206,13 +238,35 @@ def _share(use: str, text: str) -> float:
 
 
 def _value(cell: Any) -> Any:
-    """A cell as it compares: text that is not UTF-8 is like none."""
-    return None if isinstance(cell, BadText) else cell
+    """A cell of a row as it compares: text that is not UTF-8, dates beyond Python's and
+    what is not a number are like none. `_comparable` is the same for a column.
+    """
+    unknown = isinstance(cell, BadText) or (isinstance(cell, float) and cell != cell)
+    return None if unknown else cell
+
+
+def _comparable(column: pa.Array) -> pa.Array:
+    """A column as its cells compare: as `_value`, but for text."""
+    if pa.types.is_null(column.type):
+        return column.cast(pa.string())
+    if pa.types.is_float16(column.type):
+        # Exact; and Arrow compares no halves.
+        column = column.cast(pa.float32())
+    if pa.types.is_floating(column.type):
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    if pa.types.is_date32(column.type):
+        days = column.cast(pa.int32())
+        inside = pc.and_(
+            pc.greater_equal(days, _FIRST_DAY), pc.less_equal(days, _LAST_DAY)
+        )
+        return pc.if_else(inside, column, pa.scalar(None, column.type))
+    return column
 
 
 def _text(cell: Any) -> str:
     """A cell that identifies, as text; empty where it identifies nothing."""
-    if cell is None or isinstance(cell, BadText):
+    cell = _value(cell)
+    if cell is None:
         return ""
     if isinstance(cell, bytes):
         try:

@@ -256,13 +256,8 @@ class _Scan:
         if grouping.sample is None:
             return starts
         rows = np.flatnonzero(starts)
-        cells: list[object] = [None] * len(rows)
-        if grouping.key is not None:
-            keys = batch.column(batch.schema.get_field_index(grouping.key))
-            cells = [_cell(keys[int(row)]) for row in rows]
-        for row, cell in zip(rows, cells, strict=True):
-            uid = grouping.uid(cell, first_row + int(row))
-            starts[row] = grouping.taken(uid)
+        uids = grouping.uids(batch, rows, first_row)
+        starts[rows] = [grouping.taken(uid) for uid in uids]
         return starts
 
     def _count(self, starts: np.ndarray, cursors: np.ndarray, row: int) -> None:
@@ -274,13 +269,6 @@ class _Scan:
         for place in starts[first :: self._samples]:
             self._begins.append((int(cursors[place]), row + int(place)))
         self.inputs += len(starts)
-
-
-def _cell(value: pa.Scalar) -> object:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
 
 
 def _split_names(corpora: Sequence[Corpus], values: set[str]) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,7 +38,8 @@ from pipeline.manifest import (
     manifest_seal,
 )
 from pipeline.shards import StagedShard, members, shard_stats
-from pipeline.storage import Storage, open_file, open_storage
+from pipeline.storage import Storage, open_storage
+from pipeline.stored_config import given_config, stored_config
 from pipeline.tarwalk import index_record, read_spans
 from pipeline.tokenizer import TOKENIZER_JSON, read_tokenizer
 
@@ -234,11 +234,12 @@ def restore(storage: Storage, config: str | None) -> None:
     """Run the preprocess command of a dataset again, which makes lost files anew.
 
     Raises:
-        ValueError: its configuration is not known, or the corpus is not what it was.
+        ValueError: its configuration is not known or not run unasked, or the corpus is
+            not what it was.
     """
     from pipeline import preprocess
 
-    values = _stored_config(storage, config)
+    values = given_config(config) if config else stored_config(storage)
     values |= {"output": storage.url, "dry_run": False, "retry_failed": False}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "preprocess.yaml"
@@ -246,22 +247,6 @@ def restore(storage: Storage, config: str | None) -> None:
         # Its summary is no part of what this command prints.
         with contextlib.redirect_stdout(sys.stderr):
             preprocess.main([f"--config={path}"])
-
-
-def _stored_config(storage: Storage, config: str | None) -> dict[str, Any]:
-    place = config or f"{storage.url}.progress.json"
-    cure = "give the configuration of the preprocess run with --preprocess FILE.yaml"
-    try:
-        with open_file(place) as file:
-            value = yaml.safe_load(file.read())
-        found = value if config else value["config"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{place} does not hold the configuration of the run: {cure}"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{place} does not hold the configuration of the run: {cure}")
-    return found
 
 
 def _offsets(storage: Storage, shard: Shard) -> bytes:

@@ -39,7 +39,8 @@ class ValidateConfig:
     """Mend what is damaged; damaged files go to DATASET.quarantine."""
     preprocess: str | None = None
     """YAML file with the keys of the preprocess command, for --repair. Default: what
-    DATASET.progress.json says about the run that made the dataset."""
+    DATASET.progress.json says about the run that made the dataset, as long as that
+    reads no web server, runs no function and allows no other places."""
     workers: int | None = None
     """Shards checked at a time (default: the CPUs of this machine)."""
     json: bool = False

@@ -27,6 +27,8 @@ def _span(source: Source | NeedsSpool) -> tuple[int, int]:
         ({"id": "tags"}, {}, r"--columns.id tags: it holds list<.*>, not text"),
         ({}, {"group": "place"}, r"--split.group place: it holds struct<.*column of"),
         ({}, {"column": "place"}, "--split.column place: it holds struct<"),
+        ({"id": "t"}, {}, r"--columns.id t: it holds timestamp\[us\].*write them as te"),
+        ({}, {"column": "noon"}, r"--split.column noon: it holds time64\[ns\], not te"),
     ],
 )
 def test_a_column_of_no_use_is_named(
@@ -38,6 +40,8 @@ def test_a_column_of_no_use_is_named(
         twice,
         pa.field("tags", pa.list_(pa.string())),
         pa.field("place", pa.struct([("x", pa.int32())])),
+        pa.field("t", pa.timestamp("us")),
+        pa.field("noon", pa.time64("ns")),
     ]
     schema = pa.schema(fields if columns or split else [*fields, twice])
     with pytest.raises(ValueError, match=says):
