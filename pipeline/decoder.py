@@ -139,12 +139,24 @@ class Decoder:
     def _attempt(self, requests: Sequence[Request]) -> list[Result]:
         try:
             if self._child is None:
-                self._child = _Child(self._options, self._filters)
+                self._child = self._start()
             return self._child.encode(requests)
         except BaseException:
             # A reply may be outstanding: the next images must not get it.
             self._stop()
             raise
+
+    def _start(self) -> _Child:
+        for tries in range(_TRIES):
+            try:
+                return _Child(self._options, self._filters)
+            except _Died as death:
+                if death.returncode not in _FROM_OUTSIDE or tries == _TRIES - 1:
+                    raise RuntimeError(
+                        "the image decoder's process ended at its start "
+                        f"({death.returncode}): what it said stands above in the log"
+                    ) from None
+        raise AssertionError("the last try returns or raises")
 
     def _stop(self) -> None:
         if self._child is not None:
@@ -167,7 +179,7 @@ def _chunks(requests: Sequence[Request]) -> Iterator[list[Request]]:
 
 
 class _Child:
-    """The parent's end of a child process."""
+    """The parent's end of a child process; _Died where that ends at its start."""
 
     def __init__(self, options: ImageOptions, filters: FilterOptions) -> None:
         self._has_function = bool(filters.function)
@@ -192,12 +204,6 @@ class _Child:
         try:
             for reply in self._exchange(pickle.dumps((options, filters)))[0]:
                 _result(reply, b"")
-        except _Died as death:
-            self.close()
-            raise RuntimeError(
-                f"the image decoder's process ended at its start ({death.returncode}): "
-                "what it said stands above in the log"
-            ) from None
         except BaseException:
             self.close()
             raise

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_kill_from_outside_is_not_the_images_fault(
     results = judging.encode(told(words))
     assert results == [encode_image(data, OPTIONS) for data in SOUND[:3]]
     assert (tmp_path / "killed").exists()
+
+
+def test_a_child_killed_at_its_start_is_replaced() -> None:
+    with Decoder(OPTIONS, FilterOptions()) as decoder:
+        killer = threading.Thread(target=kill_the_next_child)
+        killer.start()
+        [result] = decoder.encode([Request(data=encoded(picture(1)))])
+        killer.join()
+    assert isinstance(result, EncodedImage)
+
+
+def kill_the_next_child() -> None:
+    """Before it can have answered: a Python has hardly begun to start."""
+    while not (children := psutil.Process().children()):
+        time.sleep(0.001)
+    for child in children:
+        child.kill()
 
 
 def test_a_child_killed_between_calls_is_replaced() -> None:
