@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,7 @@ def _value(cell: Any) -> Any:
     """A cell of a row as it compares: text that is not UTF-8, dates beyond Python's and
     what is not a number are like none. `_comparable` is the same for a column.
     """
-    unknown = isinstance(cell, BadText) or (isinstance(cell, float) and cell != cell)
+    unknown = isinstance(cell, BadText) or (isinstance(cell, float) and isnan(cell))
     return None if unknown else cell
 
 

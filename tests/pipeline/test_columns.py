@@ -27,7 +27,11 @@ def _span(source: Source | NeedsSpool) -> tuple[int, int]:
         ({"id": "tags"}, {}, r"--columns.id tags: it holds list<.*>, not text"),
         ({}, {"group": "place"}, r"--split.group place: it holds struct<.*column of"),
         ({}, {"column": "place"}, "--split.column place: it holds struct<"),
-        ({"id": "t"}, {}, r"--columns.id t: it holds timestamp\[us\].*write them as te"),
+        (
+            {"id": "t"},
+            {},
+            r"--columns.id t: it holds timestamp\[us\].*write them as te",
+        ),
         ({}, {"column": "noon"}, r"--split.column noon: it holds time64\[ns\], not te"),
     ],
 )
