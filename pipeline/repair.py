@@ -44,6 +44,8 @@ from pipeline.tarwalk import index_record, read_spans
 from pipeline.tokenizer import TOKENIZER_JSON, read_tokenizer
 
 Say = Callable[[str], None]
+# Where a file arrives in the quarantine before it gets its name.
+_ASIDE = ".palimpsest/aside"
 
 
 def repair(
@@ -204,9 +206,11 @@ class _Repair:
             # Names of damages need not be those of files.
             if path.startswith("*") or self._storage.size(path) is None:
                 continue
-            parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
-            with self._storage.fetch(path) as local, aside.stage(parent) as folder:
+            name = PurePosixPath(path).name
+            with self._storage.fetch(path) as local, aside.stage(_ASIDE) as folder:
                 shutil.copyfile(local, folder / name)
+            # Files are staged in folders only, and this one may lie in none.
+            aside.move(f"{_ASIDE}/{name}", path)
             self._storage.remove(path)
             self._tell(f"{path}: moved to {aside.url}")
 

@@ -299,6 +299,18 @@ def test_repair_puts_aside_what_it_cannot_mend_and_says_so(copy: Path) -> None:
     assert not (copy / shard.name).exists()
 
 
+def test_repair_puts_files_at_the_top_aside_too(copy: Path) -> None:
+    shutil.copy(copy / first_shard(copy).name, copy / "stray.tar")
+    readme = (copy / "README.md").read_bytes()
+    (copy / "README.md").write_bytes(b"damaged")
+    result = run_module("pipeline.validate", copy, "--repair")
+    assert result.returncode == 0, result.stdout + result.stderr
+    aside = copy.with_name("copy.quarantine")
+    assert [path.name for path in aside.iterdir()] == ["stray.tar"]
+    assert not (copy / "stray.tar").exists()
+    assert (copy / "README.md").read_bytes() == readme
+
+
 def test_repair_has_lost_shards_made_again_from_the_corpus(
     corpus: Path, copy: Path, tmp_path: Path
 ) -> None:
