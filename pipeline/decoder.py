@@ -9,7 +9,8 @@ shared memory; the child marks which one is under way, and that one a death is a
 Replies are JSON: whoever takes over a decoder must not get an unpickler.
 
 A verdict never depends on what came before (law 4): an image that dies or runs out of
-memory is tried once more, first and alone in a new child.
+memory is tried once more, first and alone in a new child. A death inside the user's
+filter function is no verdict on an image: it stops the run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.decoder_process import IN_FUNCTION
 from pipeline.filters import Filtered
 from pipeline.images import EncodedImage, ImageError
 from pipeline.options import FilterOptions, ImageOptions
@@ -59,14 +61,23 @@ class Request:
 Result = EncodedImage | ImageError | Filtered
 
 
+class FunctionError(RuntimeError):
+    """A fault of the user's filter function, and the request that it met."""
+
+    def __init__(self, message: str, request: Request) -> None:
+        super().__init__(message)
+        self.request = request
+
+
 class _Died(Exception):
     """The child died of an image."""
 
-    def __init__(self, returncode: int, image: int) -> None:
+    def __init__(self, returncode: int, image: int, *, in_function: bool) -> None:
         super().__init__(returncode, image)
         self.returncode = returncode
         self.image = image
         """Its number among those that were sent together."""
+        self.in_function = in_function
 
 
 class Decoder:
@@ -91,8 +102,9 @@ class Decoder:
         """What became of each image, in order.
 
         Raises:
-            ValueError: `filter.function` cannot be loaded, or returns nonsense.
-            RuntimeError: it raises, or the child process cannot start.
+            ValueError: `filter.function` cannot be loaded.
+            FunctionError: it raises, returns nonsense, or ends or stops the child.
+            RuntimeError: the child process cannot start.
         """
         results: list[Result] = []
         for chunk in _chunks(requests):
@@ -105,8 +117,9 @@ class Decoder:
         try:
             results = self._attempt(requests)
         except _Died as death:
+            request = requests[death.image]
             before, after = requests[: death.image], requests[death.image + 1 :]
-            verdict = self._timed_out(death) or self._alone(requests[death.image])
+            verdict = self._verdict(death, request) or self._alone(request)
             # What came before is done again: its results died, too.
             return [*self._encode(before), verdict, *self._encode(after)]
         return [
@@ -118,23 +131,38 @@ class Decoder:
 
     def _alone(self, request: Request) -> Result:
         """The result in a child that has done nothing else."""
-        for _ in range(_TRIES):
+        for left in reversed(range(_TRIES)):
             self._stop()
             try:
                 return self._attempt([request])[0]
             except _Died as death:
-                late = self._timed_out(death)
-                if late is not None:
-                    return late
+                verdict = self._verdict(death, request, last=not left)
+                if verdict is not None:
+                    return verdict
                 if death.returncode not in _FROM_OUTSIDE:
                     break
         return ImageError("killed_decoder", "its process died of it, also alone")
 
-    def _timed_out(self, death: _Died) -> ImageError | None:
-        if -death.returncode not in _TIMERS:
-            return None
-        limit = self._options.time_limit_s
-        return ImageError("time_limit", f"more than {limit:g} s")
+    def _verdict(
+        self, death: _Died, request: Request, *, last: bool = False
+    ) -> ImageError | None:
+        """What a death says at once; None where the image is to be tried alone.
+
+        Raises:
+            FunctionError: it was the filter function's doing, unless that may have come
+                from outside and this was not the `last` try.
+        """
+        late = -death.returncode in _TIMERS
+        limit = f"more than {self._options.time_limit_s:g} s"
+        if death.in_function and (last or death.returncode not in _FROM_OUTSIDE):
+            did = f"took {limit} (--image.time_limit_s)" if late else _ending(death)
+            caption = request.captions[0] if request.captions else ""
+            raise FunctionError(
+                f"--filter.function {self._filters.function} {did}, on an image with "
+                f"caption {caption!r}; mend it, and the same command continues",
+                request,
+            )
+        return ImageError("time_limit", limit) if late else None
 
     def _attempt(self, requests: Sequence[Request]) -> list[Result]:
         try:
@@ -215,9 +243,8 @@ class _Child:
             pickled = pickle.dumps([(each.captions, each.columns) for each in requests])
         images = [request.data for request in requests]
         replies, encoded = self._exchange(pickled, images)
-        return [
-            _result(reply, data) for reply, data in zip(replies, encoded, strict=True)
-        ]
+        answers = zip(requests, replies, encoded, strict=True)
+        return [_answered(*answer) for answer in answers]
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -235,9 +262,24 @@ class _Child:
             self._pipe.send(pickled, images)
             text, encoded = self._pipe.receive()
         except (BrokenPipeError, EOFError):
-            image = min(self._pipe.mark, max(len(images) - 1, 0))
-            raise _Died(self._process.wait(), image) from None
+            mark = self._pipe.mark
+            image = min(mark & ~IN_FUNCTION, max(len(images) - 1, 0))
+            inside = bool(mark & IN_FUNCTION)
+            raise _Died(self._process.wait(), image, in_function=inside) from None
         return json.loads(text), encoded
+
+
+def _answered(request: Request, reply: dict[str, Any], data: bytes) -> Result:
+    try:
+        return _result(reply, data)
+    except (ValueError, RuntimeError) as error:
+        raise FunctionError(str(error), request) from None
+
+
+def _ending(death: _Died) -> str:
+    if death.returncode >= 0:
+        return f"ended the decoder's process with exit status {death.returncode}"
+    return f"crashed the decoder's process ({signal.Signals(-death.returncode).name})"
 
 
 def _result(reply: dict[str, Any], data: bytes) -> Result:

@@ -28,6 +28,8 @@ from pipeline.shared_pipe import SharedPipe
 
 # An image that waits rather than computes (a user's filter may) gets this much longer.
 _WALL_PER_CPU = 10
+# Stands in the mark beside an image's number while the user's filter has the image.
+IN_FUNCTION = 1 << 63
 _FIELDS = [key.name for key in dataclasses.fields(EncodedImage) if key.name != "data"]
 
 
@@ -39,7 +41,7 @@ def _serve(pipe: SharedPipe) -> None:
     except ValueError as error:
         pipe.send(_json([_fault(error)]))
         return
-    work = _Work(options=options, filters=filters, function=function)
+    work = _Work(options=options, filters=filters, function=function, pipe=pipe)
     # What is there now stays: the garbage collector need not visit it again and again.
     gc.freeze()
     _limit_memory(options.memory_limit_mb)
@@ -63,6 +65,7 @@ class _Work:
     options: ImageOptions
     filters: FilterOptions
     function: Callable[[Candidate], None] | None
+    pipe: SharedPipe
 
     def answer(
         self, data: bytes, captions: list[str], columns: Mapping[str, Any]
@@ -91,16 +94,29 @@ class _Work:
         picture = decode_image(data, self.options, self._check_size)
         if self.function is not None:
             width, height = picture.header.shown_size
-            self.function(
-                Candidate(
-                    image=picture.image(),
-                    captions=captions,
-                    width=width,
-                    height=height,
-                    columns=columns,
-                )
+            candidate = Candidate(
+                image=picture.image(),
+                captions=captions,
+                width=width,
+                height=height,
+                columns=columns,
             )
+            with self._in_function():
+                self.function(candidate)
         return encode_picture(picture, self.options)
+
+    @contextmanager
+    def _in_function(self) -> Iterator[None]:
+        """What happens now is the function's doing. It has the limit's time for itself,
+        and so has what comes after it.
+        """
+        self.pipe.mark |= IN_FUNCTION
+        _start_timers(self.options.time_limit_s)
+        try:
+            yield
+        finally:
+            _start_timers(self.options.time_limit_s)
+            self.pipe.mark &= ~IN_FUNCTION
 
     def _check_size(self, width: int, height: int) -> None:
         check_source_size(width, height, self.filters)
@@ -119,12 +135,16 @@ def _limited_time(seconds: float) -> Iterator[None]:
     """Have the kernel end the process when it has computed this long, or waited for ten
     times as long, whatever code it is in.
     """
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, _WALL_PER_CPU * seconds)
+    _start_timers(seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _start_timers(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, _WALL_PER_CPU * seconds)
 
 
 def _fault(error: Exception) -> dict[str, Any]:

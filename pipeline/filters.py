@@ -107,7 +107,7 @@ def load_function(name: str) -> Callable[[Candidate], None]:
             f"{flag}: module {module_name!r} cannot be imported ({error}); run the "
             "command in the folder that has it, or submit the job with --working-dir"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{flag}: importing module {module_name!r} raised {error!r}; mend it"
         ) from error
@@ -133,7 +133,7 @@ class _Function:
             reason = self.function(candidate)
         except MemoryError:
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit() too, which would end the decoder
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RuntimeError(
                 f"--filter.function {self.name} raised {error!r} in line "

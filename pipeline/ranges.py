@@ -26,7 +26,7 @@ import numpy as np
 from pipeline import compare
 from pipeline.captions import BadText, CaptionCleaner
 from pipeline.criteria import signature
-from pipeline.decoder import Decoder, Request
+from pipeline.decoder import Decoder, FunctionError, Request
 from pipeline.fetch import Cell, ImageReader
 from pipeline.filters import Filtered, UidLists, check_tokens
 from pipeline.grouping import Input
@@ -410,8 +410,12 @@ class _RangeWriter:
             results = iter(
                 _decoder(self._work.image, self._work.filter).encode(requests)
             )
+        except FunctionError as error:
+            sent = [one for one, data in chunk if isinstance(data, bytes)]
+            place = next(n for n, one in enumerate(requests) if one is error.request)
+            raise _named(sent[place : place + 1], error) from error
         except Exception as error:
-            raise _named(chunk, error) from error
+            raise _named([one for one, _ in chunk], error) from error
         for prepared, data in chunk:
             outcome: EncodedImage | ImageError | Filtered | None = None
             if isinstance(data, bytes):
@@ -506,15 +510,18 @@ JSON_KEYS = (
 )
 
 
-def _named(chunk: Sequence[tuple[_Prepared, Any]], error: Exception) -> Exception:
+def _named(inputs: Sequence[_Prepared], error: Exception) -> Exception:
     """An exception that nobody foresaw, with the inputs that it may be about."""
-    first, last = chunk[0][0], chunk[-1][0]
-    cause = str(error) if isinstance(error, OSError) else repr(error)
+    first, last = inputs[0], inputs[-1]
+    which = f"input {first.row['key']} ({first.given.locator})"
+    if first is not last:
+        which = (
+            f"inputs {first.row['key']} to {last.row['key']} "
+            f"({first.given.locator} ...)"
+        )
+    told = isinstance(error, (OSError, ValueError, RuntimeError))
     kind = OSError if isinstance(error, OSError) else RuntimeError
-    return kind(
-        f"inputs {first.row['key']} to {last.row['key']} "
-        f"({first.given.locator} ...): {cause}"
-    )
+    return kind(f"{which}: {error if told else repr(error)}")
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

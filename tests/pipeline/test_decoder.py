@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline.decoder import Decoder, Request
+from pipeline.decoder import Decoder, FunctionError, Request
 from pipeline.filters import Filtered
 from pipeline.images import EncodedImage, ImageError, encode_image
 from pipeline.options import FilterOptions, ImageOptions
@@ -24,23 +24,22 @@ from tests.pipeline.corpora import REPOSITORY, encoded, picture
 
 OPTIONS = ImageOptions(size=32)
 SOUND = [encoded(picture(seed), "JPEG" if seed % 2 else "PNG") for seed in range(40)]
-# Captions tell the function what to do, so any image may kill at any place.
+# Captions tell what to do, so any image may kill at any place: in the function itself
+# (`here segfault`), or in what is done to the image after it (`segfault`).
 FUNCTION = """
-import os, pathlib, signal, time
+import os, pathlib, signal, sys, time
 
 def judge(candidate):
     word, _, rest = candidate.captions[0].partition(" ")
     print("said by the function", word)
-    if word == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if word == "once" and not pathlib.Path(rest).exists():
-        pathlib.Path(rest).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if word == "compute":
-        while True:
-            pass
-    if word == "wait":
-        time.sleep(3600)
+    if word == "here":
+        return act(*rest.partition(" ")[::2])
+    if word in ("segfault", "once", "compute", "wait"):
+        def called(frame, event, argument):
+            if frame.f_code.co_name == "encode_picture":
+                sys.setprofile(None)
+                act(word, rest)
+        sys.setprofile(called)
     if word == "hoard":
         bytearray(1 << 40)
     if word == "raise":
@@ -51,6 +50,24 @@ def judge(candidate):
         size = candidate.image.size + (candidate.width, candidate.height)
         return "_".join(map(str, (candidate.image.mode.lower(), *size, rest,
                                   candidate.columns["colour"])))
+
+def act(word, rest):
+    if word == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if word == "once" and not pathlib.Path(rest).exists():
+        pathlib.Path(rest).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "compute":
+        while True:
+            pass
+    if word == "wait":
+        time.sleep(3600)
+    if word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "exit":
+        sys.exit(3)
+    if word == "leave":
+        os._exit(4)
 """
 
 
@@ -139,10 +156,11 @@ def test_killers_are_found_and_their_neighbours_are_not_harmed(
     assert len({short(each) for each in results if isinstance(each, ImageError)}) == 1
 
 
-def test_a_kill_from_outside_is_not_the_images_fault(
-    judging: Decoder, tmp_path: Path
+@pytest.mark.parametrize("where", ["", "here "])
+def test_a_kill_from_outside_is_nobodys_fault(
+    judging: Decoder, tmp_path: Path, where: str
 ) -> None:
-    words = ["keep", f"once {tmp_path / 'killed'}", "keep"]
+    words = ["keep", f"{where}once {tmp_path / 'killed'}", "keep"]
     results = judging.encode(told(words))
     assert results == [encode_image(data, OPTIONS) for data in SOUND[:3]]
     assert (tmp_path / "killed").exists()
@@ -231,6 +249,28 @@ def test_a_fault_of_the_function_stops_the_run(judging: Decoder) -> None:
     with pytest.raises(RuntimeError, match=r"judges:judge raised KeyError"):
         judging.encode(told(["keep", "raise"]))
     # And no reply is left over for whoever goes on.
+    assert judging.encode(told(["keep"])) == [encode_image(SOUND[0], OPTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("word", "did"),
+    [
+        ("exit", r"raised SystemExit\(3\) in line \d+ of act"),
+        ("leave", "ended the decoder's process with exit status 4"),
+        ("segfault", r"crashed the decoder's process \(SIGSEGV\)"),
+        ("kill", r"crashed the decoder's process \(SIGKILL\)"),
+        ("compute", r"took more than 0.2 s \(--image.time_limit_s\)"),
+        ("wait", r"took more than 0.2 s \(--image.time_limit_s\)"),
+    ],
+)
+def test_what_ends_or_stops_in_the_function_stops_the_run_and_blames_no_image(
+    judging: Decoder, word: str, did: str
+) -> None:
+    requests = told(["keep", "drop", f"here {word}", "keep"])
+    says = rf"--filter.function judges:judge {did}, on .* with caption 'here {word}'"
+    with pytest.raises(FunctionError, match=says) as raised:
+        judging.encode(requests)
+    assert raised.value.request is requests[2]
     assert judging.encode(told(["keep"])) == [encode_image(SOUND[0], OPTIONS)]
 
 

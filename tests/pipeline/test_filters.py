@@ -29,6 +29,7 @@ from tests.pipeline.corpora import picture
 
 _FUNCTIONS = '''
 """Filters of a user."""
+import sys
 answer = 42
 
 def keep(candidate):
@@ -54,6 +55,12 @@ def broken(candidate):
 
 def hungry(candidate):
     raise MemoryError
+
+def leaves(candidate):
+    sys.exit(3)
+
+def interrupts(candidate):
+    raise KeyboardInterrupt
 '''
 
 
@@ -62,6 +69,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Name of an importable module of a user's functions."""
     (tmp_path / "users_filters.py").write_text(_FUNCTIONS)
     (tmp_path / "users_broken.py").write_text("1 / 0\n")
+    (tmp_path / "users_script.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "users_filters"
     sys.modules.pop("users_filters", None)
@@ -157,6 +165,12 @@ def test_a_function_that_raises_names_itself_its_line_and_the_input(
         load_function(f"{functions}:broken")(candidate())
 
 
+@pytest.mark.parametrize("name", ["leaves", "interrupts"])
+def test_a_function_that_exits_has_raised(functions: str, name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"{functions}:{name} raised \w+\(.*a dog"):
+        load_function(f"{functions}:{name}")(candidate())
+
+
 def test_running_out_of_memory_is_not_the_functions_fault(functions: str) -> None:
     with pytest.raises(MemoryError):
         load_function(f"{functions}:hungry")(candidate())
@@ -167,6 +181,7 @@ def test_running_out_of_memory_is_not_the_functions_fault(functions: str) -> Non
     [
         ("users_filter:keep", "cannot be imported .*working-dir"),
         ("users_broken:keep", r"importing .* raised ZeroDivisionError\(.*mend it"),
+        ("users_script:keep", r"importing .* raised SystemExit\(3\); mend it"),
         ("users_filters:kept", "no function 'kept'. Did you mean 'keep'"),
         ("users_filters:answer", "no function 'answer'"),
     ],

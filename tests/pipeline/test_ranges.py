@@ -161,12 +161,32 @@ def test_a_task_that_comes_too_late_leaves_nothing(tmp_path: Path) -> None:
     assert left in (["000000.bin"], [])
 
 
-def test_an_unforeseen_exception_names_its_inputs(tmp_path: Path) -> None:
+def test_a_fault_of_the_users_function_names_the_input_that_it_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def judge(one):\n    assert 'kite' not in one.captions[0], 'a kite!'\n"
+    (tmp_path / "no_kites.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [(GOOD, "train", caption) for caption in ("a bird", "a kite", "a dog")]
+    run = run_of(tmp_path, [(b"", "train", "no image"), *rows])
+    run.open()
+    work = replace(run.work, filter=FilterOptions(function="no_kites:judge"))
+    function = r"--filter.function no_kites:judge raised AssertionError\('a kite!'\)"
+    says = rf"^input 000000000002 \(2\): {function} in line 2"
+    with pytest.raises(RuntimeError, match=says):
+        write_range(work, run.plan.range(0), silent)
+
+
+def test_what_is_no_fault_of_an_input_names_those_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fits_and_starts.py").write_text("import os\nos._exit(5)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     run = run_of(tmp_path, [(GOOD, "train", "a bird"), (GOOD, "train", "a kite")])
     run.open()
-    filters = FilterOptions(function="tests.pipeline.runs:LocalRun")
-    work = replace(run.work, filter=filters)
-    with pytest.raises(RuntimeError, match=r"inputs 000000000000 to 000000000001 \(0"):
+    work = replace(run.work, filter=FilterOptions(function="fits_and_starts:judge"))
+    says = r"^inputs 000000000000 to 000000000001 \(0 ...\): the image decoder's proc"
+    with pytest.raises(RuntimeError, match=says):
         write_range(work, run.plan.range(0), silent)
 
 
