@@ -26,6 +26,7 @@ from pipeline.manifest import TOKENIZER, sample_uid
 TRAIN, VAL = "train", "val"
 # Folders beside the splits in every dataset.
 _FOLDERS = (TOKENIZER, "rejected")
+_LONGEST_NAME = 64
 _VAL_NAMES = ("dev", "valid", "validation")
 # Days that Python counts as dates: the years 1 to 9999.
 _FIRST_DAY, _LAST_DAY = -719_162, 2_932_896
@@ -90,12 +91,13 @@ class Grouping:
             change[1:] |= _differs(self._column(batch, last, self.split))
         return change[offset:]
 
-    def split_values(self, batch: pa.RecordBatch) -> set[str]:
-        """Values of the split column in a batch."""
+    def split_names(self, batch: pa.RecordBatch) -> set[str]:
+        """Splits that the split column names in a batch; ValueError as `split_name`."""
         if self.split is None:
             return set()
         values = self._column(batch, None, self.split).unique()
-        return {text for cell in _cells(values) if (text := _text(cell))}
+        texts = [text for cell in _cells(values) if (text := _text(cell))]
+        return {split_name(text, self.split) for text in texts}
 
     def inputs(
         self, rows: Iterable[Mapping[str, Any]], first_row: int
@@ -213,10 +215,10 @@ def split_name(value: str, column: str) -> str:
         ValueError: it cannot be the name of a folder of shards.
     """
     name = re.sub(r"[\s\-]+", "_", value.strip().lower())
-    if not re.fullmatch(r"[a-z0-9_]+", name):
+    if not re.fullmatch(r"[a-z0-9_]+", name) or len(name) > _LONGEST_NAME:
         raise ValueError(
-            f"--split.column {column}: {value!r} is no name for a split; use letters, "
-            "digits and '_', such as train, val, test"
+            f"--split.column {column}: {value[:_LONGEST_NAME]!r} is no name for a "
+            "split; use letters, digits and '_', such as train, val, test"
         )
     if name in _FOLDERS:
         raise ValueError(

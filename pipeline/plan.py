@@ -20,11 +20,13 @@ import pyarrow as pa
 from pipeline.captions import CaptionCleaner
 from pipeline.columns import Columns
 from pipeline.filters import Template
-from pipeline.grouping import TRAIN, VAL, Grouping, split_name, split_order
+from pipeline.grouping import TRAIN, VAL, Grouping, split_order
 from pipeline.sources import NeedsSpool, Source
 
 # Ranges have six digits in a sample's key.
 MAX_RANGES = 1_000_000
+# A split is one byte where inputs are compared.
+MAX_SPLITS = 255
 # Enough to fix a vocabulary; more only costs the driver time.
 _TOKENIZER_INPUTS = 2_000_000
 
@@ -145,26 +147,18 @@ def make_plan(
     Raises:
         ValueError: unusable names of splits, too many ranges, or nothing to do.
     """
-    tables, values, left = [], set(), limit
+    tables, names, left = [], {TRAIN}, limit
     for place, corpus in enumerate(corpora):
-        scan = _Scan(corpus, samples, left)
+        room = MAX_RANGES - sum(map(len, tables))
+        scan = _Scan(corpus, samples, left, room, names)
         for cursor in scan.run():
             on_scan(place, cursor)
         tables.append(scan.table(place))
-        values |= scan.split_values
         if left is not None:
             left -= scan.inputs
             if left <= 0:
                 break
-    table = np.concatenate(tables)
-    if len(table) > MAX_RANGES:
-        inputs = int(table["inputs"].sum())
-        raise ValueError(
-            f"--shard.samples {samples} cuts {inputs} inputs into more than "
-            f"{MAX_RANGES} ranges, which is all that keys can number; give at least "
-            f"{-(-inputs // MAX_RANGES)}"
-        )
-    return Plan(table=table, split_names=_split_names(corpora, values))
+    return Plan(table=np.concatenate(tables), split_names=split_order(names))
 
 
 def training_captions(
@@ -203,10 +197,18 @@ def caption_cells(
 class _Scan:
     """One pass over the columns of a corpus that tell inputs apart."""
 
-    def __init__(self, corpus: Corpus, samples: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        samples: int,
+        limit: int | None,
+        room: int,
+        split_names: set[str],
+    ) -> None:
+        """`room` is how many ranges there may be; splits found join `split_names`."""
         self._corpus, self._samples, self._limit = corpus, samples, limit
+        self._room, self._split_names = room, split_names
         self.inputs = 0
-        self.split_values: set[str] = set()
         self._begins: list[tuple[int, int]] = []
         self._end: int | None = None
 
@@ -214,10 +216,12 @@ class _Scan:
         """Scan to the end or the limit, yielding how far it is now and then."""
         source, grouping = self._corpus.source, self._corpus.grouping
         row, last = 0, None
+        if not grouping.split and grouping.val:
+            self._split_names.add(VAL)
         for batch, cursors in source.scan(grouping.columns):
             if not batch.num_rows and not len(cursors):
                 continue
-            self.split_values |= grouping.split_values(batch)
+            self._name_splits(batch)
             starts = np.flatnonzero(self._starts(batch, last, len(cursors), row))
             self._count(starts, cursors, row)
             row += len(cursors)
@@ -260,6 +264,16 @@ class _Scan:
         starts[rows] = [grouping.taken(uid) for uid in uids]
         return starts
 
+    def _name_splits(self, batch: pa.RecordBatch) -> None:
+        grouping = self._corpus.grouping
+        self._split_names |= grouping.split_names(batch)
+        if len(self._split_names) > MAX_SPLITS:
+            some = ", ".join(sorted(self._split_names)[:3])
+            raise ValueError(
+                f"--split.column {grouping.split}: it names more than {MAX_SPLITS} "
+                f"splits ({some}, ...); name the column that says train, val or test"
+            )
+
     def _count(self, starts: np.ndarray, cursors: np.ndarray, row: int) -> None:
         if self._limit is not None and self.inputs + len(starts) > self._limit:
             kept = self._limit - self.inputs
@@ -269,13 +283,8 @@ class _Scan:
         for place in starts[first :: self._samples]:
             self._begins.append((int(cursors[place]), row + int(place)))
         self.inputs += len(starts)
-
-
-def _split_names(corpora: Sequence[Corpus], values: set[str]) -> tuple[str, ...]:
-    names = {TRAIN}
-    for corpus in corpora:
-        if corpus.grouping.split:
-            names |= {split_name(value, corpus.grouping.split) for value in values}
-        elif corpus.grouping.val:
-            names |= {VAL}
-    return split_order(names)
+        if len(self._begins) > self._room:
+            raise ValueError(
+                f"--shard.samples {self._samples} cuts the corpus into more than "
+                f"{MAX_RANGES} ranges, which is all that keys can number; give more"
+            )

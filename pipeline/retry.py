@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset import RETRIES, DatasetWriter, RangeRecord
 from pipeline.manifest import canonical_json, sample_key
-from pipeline.plan import Plan, RangePlan, RetriedInputs
+from pipeline.plan import MAX_RANGES, Plan, RangePlan, RetriedInputs
 from pipeline.ranges import Report, Work
 from pipeline.shards import position
 from pipeline.staging import RUNNING
@@ -99,7 +99,11 @@ def end_retry(writer: DatasetWriter) -> None:
 def begin_retry(
     writer: DatasetWriter, plan: Plan, found: Iterable[FailedRows], samples: int
 ) -> int:
-    """Write down which inputs a new retry consists of; returns how many there are."""
+    """Write down which inputs a new retry consists of; returns how many there are.
+
+    Raises:
+        ValueError: its ranges are more than keys can number.
+    """
     failed: dict[str, str] = {}
     for rows in found:
         failed.update(rows.failed)
@@ -119,6 +123,12 @@ def begin_retry(
         together = list(group)
         for start in range(0, len(together), samples):
             ranges.append(_stored_range(source, together[start : start + samples]))
+    if plan.n_ranges + len(_stored(writer)) + len(ranges) > MAX_RANGES:
+        raise ValueError(
+            f"--retry_failed: {len(ranges)} ranges more than {writer.storage.url} has "
+            f"would be over {MAX_RANGES}, which is all that keys can number; make the "
+            "dataset anew with a larger --shard.samples"
+        )
     generation = len(writer.storage.names(RETRIES)) + 1
     name = f"{RETRIES}/{generation:06d}.json"
     writer.storage.create(name, canonical_json({"ranges": ranges}).encode())

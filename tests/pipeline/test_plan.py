@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.plan
 from pipeline.captions import CaptionCleaner
 from pipeline.describe import open_corpora
 from pipeline.grouping import Input
@@ -159,11 +160,55 @@ def test_split_names_are_normalised_and_held_out_come_first(tmp_path: Path) -> N
     assert made[0].split_names == ("test", "val", "train")
 
 
-@pytest.mark.parametrize("name", ["a/b", "tokenizer", "é"])
+@pytest.mark.parametrize("name", ["a/b", "tokenizer", "é", "x" * 65])
 def test_a_value_that_cannot_be_a_split_is_named(tmp_path: Path, name: str) -> None:
     path = table_of(tmp_path, ["a", "b"], ["train", name])
-    with pytest.raises(ValueError, match=f"split.column split: '{name}'"):
+    with pytest.raises(ValueError, match=f"split.column split: '{name[:64]}'"):
         planned(path, split=SplitOptions(column="split"))
+
+
+def test_the_scan_ends_where_a_column_cannot_name_splits(tmp_path: Path) -> None:
+    values = ["train", *(f"s{number}" for number in range(300)), *["val"] * 1000]
+    table = pa.table({"image": [b"x"] * 1301, "caption": ["c"] * 1301, "s": values})
+    with pa.ipc.new_file(tmp_path / "t.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    config = PreprocessConfig(
+        input=str(tmp_path / "t.arrow"), output="out", split=SplitOptions(column="s")
+    )
+    seen: list[int] = []
+    with pytest.raises(ValueError, match=r"split.column s: it names more than 255"):
+        make_plan(
+            open_corpora(config),
+            samples=10,
+            limit=None,
+            on_scan=lambda _, cursor: seen.append(cursor),
+        )
+    assert seen == [99, 199]
+    few = table.slice(48)
+    pq.write_table(few, tmp_path / "t.parquet")
+    made = planned(tmp_path / "t.parquet", split=SplitOptions(column="s"))
+    assert len(made[0].split_names) == 255
+
+
+def test_the_scan_ends_where_keys_cannot_number_the_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.plan, "MAX_RANGES", 6)
+    table = pa.table({"image": [b"x"] * 20, "caption": ["c"] * 20})
+    for name in ("a.arrow", "b.arrow"):
+        with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    given = [InputOptions(path=str(tmp_path / name)) for name in ("a.arrow", "b.arrow")]
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(ValueError, match=r"samples 5 .* more than 6 ranges.*give more"):
+        make_plan(
+            open_corpora(PreprocessConfig(input=given, output="out")),
+            samples=5,
+            limit=None,
+            on_scan=lambda *place: seen.append(place),
+        )
+    assert seen[-1] == (1, 7)
+    assert len(planned(given, shard=ShardOptions(samples=7))[0].table) == 6
 
 
 def test_a_group_never_straddles_splits(tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.retry
+from pipeline.dataset import RETRIES
 from pipeline.manifest import Manifest, load_index, load_manifest
-from pipeline.retry import RETRYING
+from pipeline.options import PreprocessConfig
+from pipeline.retry import RETRYING, begin_retry, failed_rows
 from tests.pipeline.corpora import Run, caption, encoded, picture, write_table
+from tests.pipeline.runs import LocalRun, silent, write_rows
 from tests.pipeline.test_preprocess import files
 
 N_INPUTS = 12
@@ -134,3 +138,23 @@ def test_an_unfinished_dataset_cannot_retry(corpus: Path, preprocess: Run) -> No
     assert result.returncode == 1
     assert "run the same command without it first" in result.stderr
     assert not output.exists()
+
+
+def test_a_retry_that_keys_cannot_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(b"not an image", "train", "a bird")] * 3
+    run = LocalRun(
+        PreprocessConfig(
+            input=str(write_rows(tmp_path / "t.parquet", rows)),
+            output=str(tmp_path / "out"),
+        )
+    )
+    writer = run.committed()
+    found = [failed_rows(run.work, record, silent) for record in writer.records]
+    monkeypatch.setattr(pipeline.retry, "MAX_RANGES", 3)
+    assert begin_retry(writer, run.plan, found, 2) == 3
+    # One range of the corpus and two of the retry are there.
+    with pytest.raises(ValueError, match="make the dataset anew with a larger"):
+        begin_retry(writer, run.plan, found, 3)
+    assert len(writer.storage.names(RETRIES)) == 1
