@@ -63,6 +63,14 @@ def load_uid_lists(config: PreprocessConfig) -> UidLists:
     )
 
 
+def check_function(config: PreprocessConfig) -> None:
+    """Raise ValueError where `--filter.function` cannot be loaded: decoders would only
+    say so once the corpus is sorted and a tokenizer trained.
+    """
+    if config.filter.function is not None:
+        load_function(config.filter.function)
+
+
 def transform_of(
     config: PreprocessConfig, corpora: Sequence[Corpus], tokenizer: StoredTokenizer
 ) -> dict[str, Any]:

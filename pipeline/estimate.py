@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline import compare
 from pipeline.captions import CaptionCleaner
-from pipeline.describe import load_uid_lists, open_corpora
+from pipeline.describe import check_function, load_uid_lists, open_corpora
 from pipeline.manifest import Accounting
 from pipeline.options import PreprocessConfig
 from pipeline.plan import (
@@ -99,6 +99,8 @@ def estimate(config: PreprocessConfig) -> Estimate:
     Raises:
         ValueError: as the run itself would before its first shard.
     """
+    check_function(config)
+    load_uid_lists(config)
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(Path(folder))
         corpora = _spooled(open_corpora(config), storage)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.dataset import SEALS, DatasetWriter
 from pipeline.describe import (
+    check_function,
     load_uid_lists,
     open_corpora,
     transform_of,
@@ -48,6 +49,7 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     writer = DatasetWriter(open_storage(config.output))
     stored = writer.stored_plan()
     made = writer.finished() if stored is not None else None
+    check_function(config)
     corpora = open_corpora(config)
     load_uid_lists(config)
     tokenizer = _known_tokenizer(config, writer, resuming=stored is not None)

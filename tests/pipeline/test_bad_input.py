@@ -132,6 +132,17 @@ def test_empty_split_cells_are_counted(tmp_path: Path, preprocess: Run) -> None:
     assert "1 missing_split" in refused(preprocess, tmp_path / "out", *flags)
 
 
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
+def test_a_filter_function_that_is_nowhere_is_told_before_anything_is_made(
+    tmp_path: Path, preprocess: Run, flag: str
+) -> None:
+    # Nothing to train on: a later check would say that instead.
+    path = write_table(tmp_path / "t.csv", [{"image": "a.jpg", "caption": ""}])
+    flags = (f"--input={path}", "--filter.function=no_such_module:keep", flag)
+    line = refused(preprocess, tmp_path / "out", *flags)
+    assert "module 'no_such_module' cannot be imported" in line
+
+
 def test_a_directory_that_is_no_tokenizer(
     table: Path, tmp_path: Path, preprocess: Run
 ) -> None:
