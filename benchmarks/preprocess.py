@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (given.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        results: dict[str, Any] = {"machine": machine(), "sets": {}}
+        results = _before(given.results) | {"machine": machine()}
         contenders: list[Contender] = [Ours(tokenizer=make_tokenizer(work / "words"))]
         if given.peers:
             executable = peers_environment(given.peers)
@@ -304,12 +304,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["peers"] = _frozen(executable)
         for name in given.sets:
             bench = Bench(given, work, SETS[name])
-            results["sets"][name] = bench.measure(contenders)
-            print_table(SETS[name].title, results["sets"][name])
+            results[name] = bench.measure(contenders)
+            _write(given.results, results)
+            print_table(SETS[name].title, results[name])
         if given.planning:
             results["planning"] = planning.measure_all(work, given.planning)
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(results, indent=1) + "\n")
+            _write(given.results, results)
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """Figures of an earlier run: those that are not measured anew stay."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _frozen(executable: Path) -> list[str]:

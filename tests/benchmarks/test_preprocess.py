@@ -23,7 +23,7 @@ def test_a_smoke_run_measures_every_stage(
         ["--smoke", "--sets", "small", f"--work={work}", f"--results={results}"]
     )
     found = json.loads(results.read_text())
-    small = found["sets"]["small"]
+    small = found["small"]
     assert set(small["contenders"]) >= {"palimpsest 1"}
     for figures in small["contenders"].values():
         assert figures["peak_memory_bytes"] > 0
