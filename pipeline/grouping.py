@@ -24,6 +24,8 @@ from pipeline.captions import BadText
 from pipeline.manifest import TOKENIZER, sample_uid
 
 TRAIN, VAL = "train", "val"
+# Rows of one input: it is held in memory, and so are all of its captions.
+MAX_ROWS = 65_536
 # Folders beside the splits in every dataset.
 _FOLDERS = (TOKENIZER, "rejected")
 _LONGEST_NAME = 64
@@ -39,6 +41,11 @@ class Input:
     row: int
     """Number of its first row in its source."""
     rows: list[Mapping[str, Any]]
+    """Its rows, at most `MAX_ROWS` of them, all with the first one's image."""
+    n_rows: int
+    """How many there are."""
+    images_differ: bool
+    """Had a later row another image than the first?"""
     locator: str
     """What identifies it in its source: its id, its path, or its row."""
     uid: int
@@ -100,22 +107,25 @@ class Grouping:
         return {split_name(text, self.split) for text in texts}
 
     def inputs(
-        self, rows: Iterable[Mapping[str, Any]], first_row: int
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        first_row: int,
+        image: str | None = None,
     ) -> Iterator[Input]:
         """Inputs of consecutive rows, which begin with an input's first; those that
-        `--sample` leaves out are left out.
+        `--sample` leaves out are left out. `image`: the column of images, if it is
+        among those of the rows.
         """
-        group: list[Mapping[str, Any]] = []
-        start, number = first_row, first_row
+        group: _Rows | None = None
         for number, row in enumerate(rows, first_row):
-            if group and self._new(group[-1], row):
-                yield from self._input(group, start)
-                group = []
-            if not group:
-                start = number
-            group.append(row)
-        if group:
-            yield from self._input(group, start)
+            if group is not None and not self._new(group.last, row):
+                group.add(row)
+                continue
+            if group is not None:
+                yield from self._input(group)
+            group = _Rows(number, row, image)
+        if group is not None:
+            yield from self._input(group)
 
     def uids(
         self, batch: pa.RecordBatch, rows: np.ndarray, first_row: int
@@ -146,15 +156,18 @@ class Grouping:
         held_out = _share("split", text or f"{uid:016x}") < self.val
         return VAL if held_out else TRAIN
 
-    def _input(self, rows: list[Mapping[str, Any]], row: int) -> Iterator[Input]:
-        locator = self._locator(rows[0][self.key] if self.key else None, row)
+    def _input(self, group: _Rows) -> Iterator[Input]:
+        first = group.rows[0]
+        locator = self._locator(first[self.key] if self.key else None, group.number)
         uid = sample_uid(self.source_name, locator)
         if not self.taken(uid):
             return
-        split = self.split_of(uid, rows[0])
+        split = self.split_of(uid, first)
         yield Input(
-            row=row,
-            rows=rows,
+            row=group.number,
+            rows=group.rows,
+            n_rows=group.n_rows,
+            images_differ=group.images_differ,
             locator=locator,
             uid=uid,
             split=split or TRAIN,
@@ -187,6 +200,30 @@ class Grouping:
             before = last.column(last.schema.get_field_index(name)).cast(column.type)
             column = pa.concat_arrays([before, column])
         return _comparable(column)
+
+
+class _Rows:
+    """The rows of an input as they come, of bounded size: of their images one stays."""
+
+    def __init__(self, number: int, first: Mapping[str, Any], image: str | None):
+        self.number, self.rows, self.last = number, [first], first
+        self.n_rows, self.images_differ = 1, False
+        self._image = image
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        self.n_rows += 1
+        if self.n_rows <= MAX_ROWS:
+            row = self._with_first_image(row)
+            self.rows.append(row)
+        self.last = row
+
+    def _with_first_image(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._image is None or isinstance(row[self._image], BadText):
+            return row
+        first = self.rows[0][self._image]
+        self.images_differ |= bool(row[self._image] != first)
+        return {**row, self._image: first}
 
 
 def is_comparable(kind: pa.DataType) -> bool:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.captions import CaptionCleaner
 from pipeline.columns import Columns
 from pipeline.filters import Template
-from pipeline.grouping import TRAIN, VAL, Grouping, split_order
+from pipeline.grouping import MAX_ROWS, TRAIN, VAL, Grouping, split_order
 from pipeline.sources import NeedsSpool, Source
 
 # Ranges have six digits in a sample's key.
@@ -147,9 +147,10 @@ def make_plan(
     Raises:
         ValueError: unusable names of splits, too many ranges, or nothing to do.
     """
-    tables, names, left = [], {TRAIN}, limit
+    names, left = {TRAIN}, limit
+    tables: list[np.ndarray] = []
     for place, corpus in enumerate(corpora):
-        room = MAX_RANGES - sum(map(len, tables))
+        room = MAX_RANGES - sum(len(table) for table in tables)
         scan = _Scan(corpus, samples, left, room, names)
         for cursor in scan.run():
             on_scan(place, cursor)
@@ -175,7 +176,7 @@ def training_captions(
         rows = corpus.source.rows(tuple(dict.fromkeys(names)), part.start, part.stop)
         template = caption_template(corpus.columns)
         for given in corpus.grouping.inputs(rows, part.first_row):
-            if given.split == TRAIN:
+            if given.split == TRAIN and given.n_rows <= MAX_ROWS:
                 cells = caption_cells(given.rows, corpus.columns, template)
                 yield from cleaner.clean(cells)[0]
 

@@ -29,7 +29,7 @@ from pipeline.criteria import signature
 from pipeline.decoder import Decoder, FunctionError, Request
 from pipeline.fetch import Cell, ImageReader
 from pipeline.filters import Filtered, UidLists, check_tokens
-from pipeline.grouping import Input
+from pipeline.grouping import MAX_ROWS, Input
 from pipeline.images import EncodedImage, ImageError
 from pipeline.manifest import Accounting, sample_key
 from pipeline.options import (
@@ -129,7 +129,8 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
             raise RuntimeError("the run that wanted this range is over")
         staged = write_staged(work.storage, CANDIDATES, staged)
         _store_signatures(work, staged)
-    elif not compare.is_stored(work.storage, COMPARE, plan.number):
+        return staged
+    if not compare.is_stored(work.storage, COMPARE, plan.number):
         _store_signatures(work, staged)
     counts = staged.accounting
     report(
@@ -311,11 +312,11 @@ class _RangeWriter:
         names = corpus.columns.sample + corpus.grouping.all_columns
         names += self._where.columns if self._where else ()
         rows = corpus.source.rows(tuple(dict.fromkeys(names)), plan.start, plan.stop)
-        return corpus.grouping.inputs(rows, plan.first_row)
+        return corpus.grouping.inputs(rows, plan.first_row, corpus.columns.image)
 
     def _prepare(self, position: int, given: Input, retry_of: str | None) -> _Prepared:
         """What is known of an input from its rows."""
-        self._rows += len(given.rows)
+        self._rows += given.n_rows
         columns, first = self._corpus.columns, given.rows[0]
         kept = dict.fromkeys(self._kept, "")
         kept |= {name: _text(first[name]) for name in columns.keep}
@@ -349,12 +350,14 @@ class _RangeWriter:
         return prepared
 
     def _check_rows(self, given: Input) -> None:
+        if given.n_rows > MAX_ROWS:
+            detail = f"{given.n_rows} rows of one id, at most {MAX_ROWS} are read"
+            raise Rejected("failed", "too_many_rows", detail)
         columns = self._corpus.columns
         for name in columns.sample:
             if any(isinstance(cells[name], BadText) for cells in given.rows):
                 raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
-        first = given.rows[0][columns.image]
-        if any(cells[columns.image] != first for cells in given.rows[1:]):
+        if given.images_differ:
             raise Rejected("failed", "images_differ", "rows of one id differ in image")
         if not given.has_split:
             raise Rejected("failed", "missing_split", "the split column is empty")

@@ -8,11 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.grouping
+import pipeline.plan
+import pipeline.ranges
+from pipeline.captions import CaptionCleaner
 from pipeline.manifest import Accounting
 from pipeline.options import (
+    ColumnOptions,
     DedupOptions,
     FilterOptions,
     ImageOptions,
@@ -21,6 +27,7 @@ from pipeline.options import (
     SplitOptions,
     TextOptions,
 )
+from pipeline.plan import training_captions
 from pipeline.ranges import write_range
 from pipeline.staging import COMPARE
 from tests.pipeline.corpora import encoded, picture
@@ -238,3 +245,56 @@ def test_rejected_inputs_do_not_pile_up_with_their_images(tmp_path: Path) -> Non
     assert staged.accounting.filtered == {"where": 500}
     # All of them are 100 MB.
     assert peak < 40_000_000
+
+
+def grouped(folder: Path, ids: list[int], images: list[bytes | None]) -> LocalRun:
+    captions = [f"bird {number}" for number in range(len(ids))]
+    table = {"image": images, "caption": captions, "id": ids}
+    pq.write_table(pa.table(table), folder / "t.parquet", row_group_size=50)
+    return LocalRun(
+        PreprocessConfig(
+            input=str(folder / "t.parquet"),
+            output=str(folder / "out"),
+            columns=ColumnOptions(id="id"),
+            image=ImageOptions(size=32),
+            split=SplitOptions(val=0),
+        )
+    )
+
+
+def test_an_input_of_too_many_rows_fails_alone_and_all_its_rows_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (pipeline.grouping, pipeline.ranges, pipeline.plan):
+        monkeypatch.setattr(module, "MAX_ROWS", 4)
+    run = grouped(tmp_path, [1] * 4 + [2] * 9 + [3], [GOOD] * 14)
+    seen = training_captions(run.plan, run.corpora, CaptionCleaner(TextOptions()))
+    assert list(seen) == [f"bird {number}" for number in (0, 1, 2, 3, 13)]
+    (record,) = run.committed().records
+    counts = record.accounting
+    assert (counts.inputs, counts.written, record.rows) == (3, 2, 14)
+    assert counts.failed == {"too_many_rows": 1}
+
+
+def test_rows_of_one_image_hold_it_once(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 200_000, dtype=np.uint8)
+    run = grouped(tmp_path, [7] * 400 + [8], [noise.tobytes()] * 401)
+    run.open()
+    tracemalloc.start()
+    staged = write_range(run.work, run.plan.range(0), silent)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (staged.rows, staged.accounting.inputs) == (401, 2)
+    # All of them are 80 MB.
+    assert peak < 40_000_000
+
+
+def test_rows_of_one_id_that_differ_in_image_fail(tmp_path: Path) -> None:
+    other = encoded(picture(2))
+    run = grouped(
+        tmp_path,
+        [1, 1, 1, 2, 2, 3, 3],
+        [GOOD, GOOD, other, None, GOOD, other, other],
+    )
+    counts = run.committed().accounting()
+    assert (counts.written, counts.failed) == (1, {"images_differ": 2})
