@@ -68,7 +68,7 @@ def decode_into(
         except ValueError:
             # Inks instead of colours, or damage that a strict decoder refuses.
             pass
-    image = _decoded(data)
+    image = _decoded(data, size)
     if image.size != size:
         raise ValueError(f"decodes to {image.size}, not {size}")
     _resize_into(out, image, box)
@@ -79,6 +79,9 @@ def _decode_jpeg_into(
 ) -> None:
     width, height = size
     side = out.shape[0]
+    claimed = simplejpeg.decode_jpeg_header(jpeg)[1::-1]
+    if claimed != size:
+        raise ValueError(f"claims {claimed}, not {size}")
     if box == (0, 0, width, height) == (0, 0, side, side):
         pixels = simplejpeg.decode_jpeg(jpeg, buffer=out)
         if pixels.shape != out.shape:
@@ -127,10 +130,13 @@ def _orientation(exif: bytes) -> int:
         return 1
 
 
-def _decoded(data: memoryview) -> Image.Image:
-    """RGB pixels as a viewer shows them."""
+def _decoded(data: memoryview, size: tuple[int, int]) -> Image.Image:
+    """RGB pixels as a viewer shows them, of an image that may be turned to `size`."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            # Now, not after it took a thousand times the memory: shards are anybody's.
+            if sorted(image.size) != sorted(size):
+                raise ValueError(f"claims {image.size}, not {size}")
             return _on_white(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise anything on hostile data
         raise ValueError(f"does not decode: {error}") from error

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import shutil
+import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -190,8 +194,6 @@ def test_boxes_lie_inside_and_cover_what_they_promise() -> None:
 
 @pytest.mark.parametrize("size", [(160, 96), (33, 47)])
 def test_decoding_scaled_in_the_dct_domain_stays_close(size: tuple[int, int]) -> None:
-    from io import BytesIO
-
     width, height = size
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([x * 200 / width, y * 200 / height, (x + y) * 0.5], axis=2)
@@ -203,6 +205,44 @@ def test_decoding_scaled_in_the_dct_domain_stays_close(size: tuple[int, int]) ->
     decode_into(out, memoryview(buffer.getvalue()), size, box)
     exact = image.crop(tuple(map(int, box))).resize((16, 16), Image.Resampling.BICUBIC)
     assert np.abs(out.astype(int) - np.asarray(exact).astype(int)).mean() < 3
+
+
+def jpeg_claiming(width: int, height: int) -> bytes:
+    """A small JPEG whose header says another size."""
+    buffer = BytesIO()
+    Image.new("RGB", (48, 32), "green").save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def png_of(width: int, height: int) -> bytes:
+    buffer = BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("make", [jpeg_claiming, png_of])
+def test_an_image_of_another_size_than_the_index_says_is_not_decoded(
+    make: Callable[[int, int], bytes],
+) -> None:
+    out = np.zeros((16, 16, 3), dtype=np.uint8)
+    box = Box(0, 0, 48, 32)
+    decode_into(out, memoryview(make(48, 32)), (48, 32), box)
+    # Only the header can have said so: the JPEG does not decode, and what decodes is
+    # complained about in other words.
+    with pytest.raises(ValueError, match=r"claims \(9000, 9000\), not \(48, 32\)"):
+        decode_into(out, memoryview(make(9000, 9000)), (48, 32), box)
+
+
+def test_a_tiny_jpeg_that_claims_to_be_huge_takes_no_memory() -> None:
+    out = np.zeros((16, 16, 3), dtype=np.uint8)
+    data = memoryview(jpeg_claiming(16_000, 16_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"claims|exceeds limit"):
+        decode_into(out, data, (48, 32), Box(0, 0, 48, 32))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def test_uids_of_batches_are_those_of_the_index(shards: Path) -> None:
