@@ -298,8 +298,11 @@ def _result(reference: ray.ObjectRef) -> Any:
     except ray.exceptions.RayTaskError as error:
         # What the task raised says more than the trace of how it got here.
         cause = error.cause
-        told = str(cause) if isinstance(cause, OSError) else repr(cause)
-        raise OSError(f"a task failed: {told}") from error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from error
+        told = isinstance(cause, (OSError, ValueError, RuntimeError))
+        line = " ".join(str(cause).split()) if told else f"a task raised {cause!r}"
+        raise OSError(line) from error
     except ray.exceptions.RayError as error:
         raise OSError(
             f"Ray lost a task for good ({_first_line(error)}); run the same command "

@@ -7,6 +7,8 @@ passed. Each thing itself is owned by the module it is imported from.
 from __future__ import annotations
 
 import contextlib
+import errno
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from pipeline.describe import (
     open_corpora,
     transform_of,
 )
+from pipeline.durable import make_folder
 from pipeline.lease import Lease
 from pipeline.manifest import (
     Accounting,
@@ -67,7 +70,7 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     writer.refuse_unwritable()
     lease = Lease(writer.storage)
     lease.refuse_if_held()
-    with _removed_where_empty(writer.storage):
+    with _space_told(writer.storage), _removed_where_empty(writer.storage):
         return _run(config, writer, lease, corpora, stored, tokenizer)
 
 
@@ -109,15 +112,41 @@ def _run(
 
 @contextlib.contextmanager
 def _removed_where_empty(storage: Storage) -> Iterator[None]:
-    """Take away a folder that this run made, where nothing came of it."""
+    """Make a folder of its own for this run; take it away where nothing came of it.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     path = storage.path
     new = path is not None and not path.exists()
+    if new and path is not None:
+        try:
+            make_folder(path)
+        except OSError as error:
+            raise ValueError(
+                f"--output {path} cannot be created ({error.strerror}): choose another "
+                "--output"
+            ) from error
     try:
         yield
     finally:
         if new and path is not None:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def _space_told(storage: Storage) -> Iterator[None]:
+    """Say which disk is full; what is for another place is staged on this machine's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        disk = storage.path or tempfile.gettempdir()
+        raise OSError(
+            f"the disk of {disk} is full: free space; the same command continues"
+        ) from error
 
 
 def _refuse_inside_input(config: PreprocessConfig) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from tests.pipeline.corpora import Run, encoded, picture, write_table
+from tests.pipeline.corpora import REPOSITORY, Run, encoded, picture, write_table
 
 
 @pytest.fixture
@@ -191,6 +195,69 @@ def test_an_output_that_cannot_be_made(
     line = refused(preprocess, tmp_path / "corpus" / "0.jpg" / "o", f"--input={table}")
     assert "--output" in line
     assert "0.jpg is a file" in line
+
+
+def test_an_output_that_the_system_makes_no_folder_for(
+    table: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    result = preprocess("--output=/proc/no/such", f"--input={table}")
+    assert result.returncode == 1
+    says = "--output /proc/no/such cannot be created (No such file or directory)"
+    assert f"error: {says}: choose another --output" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    mount = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no mounts of its own here (unshare --mount)")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), np.uint8)
+    images = [encoded(Image.fromarray(each), "PNG") for each in noise]
+    table = pa.table({"image": images, "caption": ["a bird"] * len(images)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "out").mkdir()
+    script = """
+        mount -t tmpfs -o size=400k none "$1" || exit 99
+        "$2" -m pipeline.preprocess "${@:3}"
+        echo "first: $?" >&2
+        mount -o remount,size=100m "$1" || exit 99
+        exec "$2" -m pipeline.preprocess "${@:3}"
+    """
+    out = tmp_path / "out"
+    flags = [f"--output={out / 'shards'}", f"--input={tmp_path / 't.parquet'}"]
+    flags += ["--image.format=png", "--image.size=64", "--tokenizer=train:300"]
+    flags += ["--workers=1"]
+    command = ["unshare", "--mount", "bash", "-c", script, "run", out, sys.executable]
+    done = subprocess.run(
+        [*map(str, command), *flags],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    says = f"error: the disk of {out / 'shards'} is full: free space; the same command"
+    first = done.stderr.partition("first: 1\n")[0]
+    assert f"{says} continues" in first.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, "60 inputs" in done.stdout) == (0, True)
+
+
+def test_a_fault_in_a_task_is_one_line_that_names_the_input(
+    table: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    source = "def judge(one):\n    return 1 / (one.width - 60)\n"
+    (tmp_path / "divides.py").write_text(source)
+    flags = [f"--input={table}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    flags += ["--filter.function=divides:judge", "--tokenizer=train:300"]
+    result = preprocess(*flags, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    fault = "--filter.function divides:judge raised ZeroDivisionError('division by zero"
+    error = "python -m pipeline.preprocess: error: "
+    assert line.startswith(f"{error}input 000000000000 (0.jpg): {fault}')")
+    assert line.count("Error") == 1
 
 
 def test_a_relative_output_inside_a_job(
