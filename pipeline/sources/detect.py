@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import orjson
 
-from pipeline.sources.files import find
+from pipeline.sources.files import find, refuse_links_out
 from pipeline.storage import open_file
 from pipeline.storage_local import local_path
 
@@ -51,7 +51,8 @@ def choose(path: str, kind: str | None) -> tuple[str, list[str]]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: nothing that can be read, or several kinds of files.
+        ValueError: nothing that can be read, several kinds of files, or a link out of
+            the folder.
     """
     found = find(path)
     first = next(found, None)
@@ -63,8 +64,11 @@ def choose(path: str, kind: str | None) -> tuple[str, list[str]]:
             raise ValueError("it is no regular file; save it as one")
         raise FileNotFoundError(path)
     if _is_folder(path, first):
-        return _of_folder(kind, itertools.chain([first], found))
+        kind, urls = _of_folder(kind, itertools.chain([first], found))
+        refuse_links_out(path, urls)
+        return kind, urls
     urls = [first, *found]
+    refuse_links_out(path, urls)
     return kind or content_kind(urls[0], suffix(urls[0])), urls
 
 

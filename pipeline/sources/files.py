@@ -1,12 +1,14 @@
 """The files of a corpus: found below a path, a glob or a URL, and laid end to end.
 
-Owns finding files and fingerprints of their content. Does not own which format they
+Owns finding files, none of them by a link out of the folder, and fingerprints of their
+content. Does not own which format they
 have (`pipeline.sources.detect`), what is in them (the modules of the formats) or how
 storage is reached (`pipeline.storage`).
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import posixpath
@@ -83,6 +85,25 @@ def find(path: str) -> Iterator[str]:
         yield from (
             os.path.join(folder, name) for name in names if not name.startswith(".")
         )
+
+
+def refuse_links_out(path: str, urls: Iterable[str]) -> None:
+    """Raise ValueError where a local file, found below the folder `path` or by the glob
+    `path`, is really elsewhere: whoever packed a corpus does not choose what is read of
+    the machine. A file that the user named himself may be a link.
+    """
+    local = local_path(path)
+    if local is None or (local.exists() and not local.is_dir()):
+        return
+    while glob.has_magic(str(local)) and not local.is_dir():
+        local = local.parent
+    root = os.path.realpath(local)
+    for url in urls:
+        if os.path.commonpath([root, os.path.realpath(url)]) != root:
+            raise ValueError(
+                f"{url} is a link that leads out of {local}; put a copy in its place, "
+                "or give the file itself as an input"
+            )
 
 
 def named(urls: Sequence[str]) -> tuple[str, list[Found]]:

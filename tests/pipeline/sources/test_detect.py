@@ -108,6 +108,30 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     assert opened(tmp_path).base == opened(tmp_path / "*.tsv").base == str(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "coco"])
+def test_what_a_link_in_a_folder_leads_to_is_no_part_of_it(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    ending = {"webdataset": "tar"}.get(kind, kind)
+    secret = write(tmp_path / "private" / f"x.{ending}", kind)
+    write(tmp_path / "in" / f"a.{ending}", kind)
+    link = tmp_path / "in" / "sub" / f"b.{ending}"
+    link.symlink_to(secret)
+    (tmp_path / "in" / "other").symlink_to(secret.parent)
+    for path in ("in", f"in/*/b.{ending}", f"in/o*/*.{ending}", "in/**"):
+        with pytest.raises(ValueError, match=r"is a link that leads out of .*a copy"):
+            opened(tmp_path / path)
+    # What the user names himself may be a link, and so may what stays inside.
+    assert opened(link).kind == kind
+    link.unlink()
+    link.symlink_to(tmp_path / "in" / f"a.{ending}")
+    assert len(opened(tmp_path / "in").fingerprint()) == 2
+    (tmp_path / "here").symlink_to(tmp_path / "in")
+    assert len(opened(tmp_path / "here").fingerprint()) == 2
+
+
 @pytest.mark.parametrize(
     ("kinds", "images", "expected"),
     [
