@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +180,10 @@ class DatasetWriter:
         """A file of the manifest that is gone or cut short, if any. Looks at names and
         sizes only: bytes are checked by `pipeline.audit`.
         """
-        present = set(self.storage.names())
-        names = [name for name in manifest.files if name not in present]
-        names += [
-            shard.sidecar(suffix)
-            for shard in manifest.shards
-            for suffix in SUFFIXES
-            if shard.sidecar(suffix) not in present
-        ]
-        if names:
-            return names[0]
-        found = (self._missing(shard) for shard in manifest.shards)
-        return next((name for name in found if name), None)
+        sizes = self.storage.sizes()
+        names = (name for name in manifest.files if name not in sizes)
+        cut = (name for shard in manifest.shards for name in _missing(shard, sizes))
+        return next(chain(names, cut), None)
 
     def retry_begun(self) -> bool:
         """Was a retry begun that is not part of the finished dataset yet?"""
@@ -319,15 +312,13 @@ class DatasetWriter:
 
     def damaged_ranges(self) -> list[int]:
         """Committed ranges of which a file is gone or cut short."""
-        present = set(self.storage.names())
+        sizes = self.storage.sizes()
 
         def whole(record: RangeRecord) -> bool:
-            names = [
-                shard.sidecar(suffix) for shard in record.shards for suffix in SUFFIXES
-            ]
-            if not present.issuperset([*names, *record.rejected]):
-                return False
-            return not any(self._missing(shard) for shard in record.shards)
+            missing = any(
+                True for shard in record.shards for _ in _missing(shard, sizes)
+            )
+            return not missing and sizes.keys() >= record.rejected.keys()
 
         return [record.range for record in self.records if not whole(record)]
 
@@ -485,18 +476,18 @@ class DatasetWriter:
     def _record_name(self, number: int) -> str:
         return f"{RECORDS}/{number:06d}.json"
 
-    def _missing(self, shard: Shard) -> str | None:
-        """A file of the shard that is cut short."""
-        for suffix in SUFFIXES:
-            size = self.storage.size(shard.sidecar(suffix))
-            if not size or (suffix == ".tar" and size != shard.bytes):
-                return shard.sidecar(suffix)
-        return None
-
 
 def shards_of(placement: Placement, source: str) -> tuple[Shard, ...]:
     """The manifest's entries of a placed range."""
     return tuple(_entry(placement, shard, source) for shard in placement.staged.shards)
+
+
+def _missing(shard: Shard, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Files of a shard that are gone or cut short."""
+    for suffix in SUFFIXES:
+        size = sizes.get(shard.sidecar(suffix))
+        if not size or (suffix == ".tar" and size != shard.bytes):
+            yield shard.sidecar(suffix)
 
 
 def _entry(placement: Placement, shard: StagedShard, source: str) -> Shard:

@@ -71,6 +71,12 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of all files at any depth below the folder `prefix`, by name, from one
+        listing: on S3 that is a request for a thousand files. Sorted by name.
+        """
+
+    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Write a file durably, whole or not at all; replaces."""
 

@@ -82,6 +82,10 @@ class LocalStorage(Storage):
         start = self._folder(prefix)
         return self._retry(prefix, lambda: _names_below(start, self.path))
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        start = self._folder(prefix)
+        return self._retry(prefix, lambda: _sizes_below(start, self.path))
+
     def write(self, name: str, data: bytes) -> None:
         self._retry(name, lambda: self._write(name, data))
 
@@ -330,6 +334,17 @@ def _names_below(start: Path, root: Path) -> list[str]:
         for name in names
     ]
     return sorted(str(PurePosixPath(path)) for path in found)
+
+
+def _sizes_below(start: Path, root: Path) -> dict[str, int]:
+    sizes = {}
+    for name in _names_below(start, root):
+        # Others may remove files meanwhile; a link to nothing is none.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = (root / name).stat()
+            if stat.S_ISREG(found.st_mode):
+                sizes[name] = found.st_size
+    return sizes
 
 
 def _unless_gone(

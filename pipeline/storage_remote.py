@@ -65,18 +65,24 @@ class RemoteStorage(Storage):
         return int(found["size"]) if found["type"] == "file" else None
 
     def names(self, prefix: str = "") -> list[str]:
+        return list(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         root = self._root
         start = self._remote(prefix) if prefix else root
         self.fs.invalidate_cache()
         try:
-            found = self._call(prefix, lambda: self.fs.find(start))
+            found = self._call(prefix, lambda: self.fs.find(start, detail=True))
         except FileNotFoundError:
-            return []
+            return {}
         below = f"{start.rstrip('/')}/"
         cut = len(root.rstrip("/")) + 1
         # A file that has the folder's own name is found too, and folders' markers.
-        named = (path for path in found if path.startswith(below))
-        return sorted(path[cut:] for path in named if not path.endswith("/"))
+        return {
+            path[cut:]: int(found[path]["size"])
+            for path in sorted(found)
+            if path.startswith(below) and not path.endswith("/")
+        }
 
     def write(self, name: str, data: bytes) -> None:
         path = self._remote(name)

@@ -15,12 +15,13 @@ import pytest
 
 from pipeline.dataset import PLAN, SEALS, TABLE, DatasetWriter
 from pipeline.manifest import Accounting, file_sha256, load_manifest
-from pipeline.options import ImageOptions, PreprocessConfig, SplitOptions
+from pipeline.options import ImageOptions, PreprocessConfig, ShardOptions, SplitOptions
 from pipeline.staging import STATE, TakenOver
 from pipeline.storage import open_storage
 from pipeline.tokenizer import train_tokenizer
 from tests.pipeline.corpora import encoded, picture
 from tests.pipeline.runs import TOKENIZER, LocalRun, Row, write_rows
+from tests.pipeline.s3 import S3Server
 
 GOOD: list[Row] = [(encoded(picture(seed)), "train", "a bird") for seed in range(2)]
 
@@ -249,3 +250,27 @@ def test_signatures_are_no_pickles(tmp_path: Path) -> None:
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     run.storage.write(f"{STATE}/plan.npy", file.getvalue())
     assert run.writer.read_plan(run.described) is None
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_looking_for_lost_files_takes_one_listing_whatever_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    with S3Server() as server:
+        config = PreprocessConfig(
+            input=str(write_rows(tmp_path / "birds.parquet", GOOD * shards)),
+            output=f"{server.bucket(monkeypatch)}/out",
+            image=ImageOptions(size=32),
+            split=SplitOptions(column="split"),
+            shard=ShardOptions(samples=2),
+        )
+        run = LocalRun(config)
+        writer = run.committed()
+        manifest = writer.write_manifest(run.described, TOKENIZER, complete=True)
+        assert len(manifest.shards) == shards
+        server.requests.clear()
+        assert writer.damaged_ranges() == []
+        assert writer.missing_file(manifest) is None
+        assert [method for method, _ in server.requests] == ["GET", "GET"]
+        writer.storage.remove(manifest.shards[-1].sidecar(".parquet"))
+        assert writer.damaged_ranges() == [shards - 1]

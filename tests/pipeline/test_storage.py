@@ -129,6 +129,10 @@ def test_what_is_written_is_read_back(storage: Storage) -> None:
         assert storage.size(name) == len(name.encode()) * 100
     storage.write("a", b"")
     assert (storage.read("a"), storage.size("a")) == (b"", 0)
+    sizes = {name: len(name.encode()) * 100 for name in sorted(names)} | {"a": 0}
+    assert list(storage.sizes().items()) == list(sizes.items())
+    assert storage.sizes("d") == {name: sizes[name] for name in storage.names("d")}
+    assert storage.sizes("nothing") == {}
     assert storage.size("d") is None
     assert storage.size("nothing") is None
 
