@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _Node = dict[str, Any]
 
 _BEFORE, _AFTER = "SELECT (\n", "\n) FROM rows"
+# How a condition is evaluated: null, and what cannot be evaluated, is not met.
+EVALUATED = "coalesce(try(\n{}\n), false)"
 
 # Kinds of nodes that a condition over one row is made of.
 _CLASSES = (
@@ -146,15 +148,31 @@ def _expression(connection: duckdb.DuckDBPyConnection, where: str) -> _Node:
     """The syntax tree of `where`, refused where it is more than an expression."""
     if not where.strip():
         raise ValueError("it is empty")
-    found, empty = (
-        _statements(connection, f"{_BEFORE}{text}{_AFTER}") for text in (where, "NULL")
-    )
-    if len(found) == 1:
-        node, plain = found[0]["node"], empty[0]["node"]
-        (*more, root), _ = node.pop("select_list"), plain.pop("select_list")
-        if not more and _shape(node) == _shape(plain):
-            return root
-    raise ValueError("it is more than one condition")
+    several = ValueError("it is more than one condition")
+    root, around = _selected(connection, f"{_BEFORE}{where}{_AFTER}")
+    if root is None:
+        raise several
+    _, alone = _selected(connection, f"{_BEFORE}NULL{_AFTER}")
+    run, _ = _selected(connection, f"SELECT {EVALUATED.format(where)} FROM rows")
+    same, _ = _selected(connection, f"SELECT {EVALUATED.format('NULL')} FROM rows")
+    assert same is not None
+    # In `a) OR (b` what is evaluated would not be what was looked at.
+    same["children"][0]["children"] = [root]
+    if _shape([run, around]) != _shape([same, alone]):
+        raise several
+    return root
+
+
+def _selected(
+    connection: duckdb.DuckDBPyConnection, sql: str
+) -> tuple[_Node | None, _Node]:
+    """The one expression that `sql` selects, None where there are more, and the rest of
+    its syntax tree.
+    """
+    statements = _statements(connection, sql)
+    node = statements[0]["node"]
+    root, *more = node.pop("select_list")
+    return (None if more or len(statements) > 1 else root), node
 
 
 def _statements(connection: duckdb.DuckDBPyConnection, sql: str) -> list[_Node]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.captions import BadText
-from pipeline.condition import Condition
+from pipeline.condition import EVALUATED, Condition
 
 if TYPE_CHECKING:
     import duckdb
@@ -57,8 +57,7 @@ class RowFilter:
             _column([row[field.name] for row in rows], field.type)
             for field in self._schema
         ]
-        expression = f"coalesce(try(\n{self._condition}\n), false)"
-        return self._evaluate(expression, columns, len(rows))
+        return self._evaluate(EVALUATED.format(self._condition), columns, len(rows))
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_connection": None}

@@ -95,6 +95,12 @@ def test_only_the_columns_of_the_condition_are_needed() -> None:
     assert matched("n > 1") == []
 
 
+def test_brackets_and_comments_of_a_condition_are_its_own() -> None:
+    for where in ("(n > 1) or (n < 0)", "n > 1 -- {not} less", "n > 1 /* ) or ( */"):
+        condition = RowFilter(where, SCHEMA)
+        assert condition.matches([row(n=2), row(n=1)]) == [True, False]
+
+
 def test_no_condition_is_met_by_every_row() -> None:
     assert RowFilter(None, SCHEMA).columns == ()
     assert matched(None, row(), row()) == [True, True]
@@ -127,6 +133,10 @@ def test_a_condition_travels_to_tasks() -> None:
         ("n > 1); SELECT (1", "more than one condition"),
         ("n > 1); DROP TABLE rows; SELECT (1", "Only SELECT"),
         ("n > 1, n > 2", "."),
+        ("n > 1) or (1 = 1", "more than one condition"),
+        ("n > 1), (n > 2", "."),
+        ("n > 1) = (n > 2", "more than one condition"),
+        ("n > 1), false), coalesce(try(true", "."),
     ],
 )
 def test_what_is_no_condition_over_a_row_is_refused(where: str, says: str) -> None:
