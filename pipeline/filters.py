@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.captions import BadText
 from pipeline.options import FilterOptions
+from pipeline.reasons import is_taken
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,6 +148,12 @@ class _Function:
             raise ValueError(
                 f"--filter.function {self.name} returned {reason!r}; return None to "
                 "keep an input, or a reason of small letters, digits and '_' to drop it"
+            )
+        if is_taken(reason):
+            raise ValueError(
+                f"--filter.function {self.name} returned {reason!r}, under which other "
+                "inputs are counted; return a reason of your own, such as "
+                f"'my_{reason}'"
             )
         raise Filtered(reason, f"by {self.name}")
 

@@ -26,21 +26,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.manifest import INDEX_DTYPE, SHARD_FILES, file_sha256, sample_key
+from pipeline.reasons import STATUSES, is_not_read
 
 # Status of an input that is a sample.
-WRITTEN = "success"
+WRITTEN = STATUSES[0]
 # How the table of a range and split ends that has rejected inputs and no sample.
 REJECTED = ".rejected.parquet"
 _RANGE_DIGITS = len(sample_key(0, 0)) // 2
 # Files of a shard, by the suffix that replaces `.tar`.
 SUFFIXES = tuple(SHARD_FILES.values())
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
-# img2dataset's stats split failures into two kinds; these are its "download" ones.
-_NOT_READ = (
-    *("missing_", "path_outside_input", "http_", "timeout", "connection", "dns", "tls"),
-    *("too_many_redirects", "opted_out", "address_refused", "bad_url", "too_large"),
-    "hash_mismatch",
-)
 
 ROW_SCHEMA = pa.schema(
     [
@@ -303,7 +298,8 @@ def shard_stats(shard: StagedShard, table: pa.Table) -> dict[str, Any]:
     status, reason = table["status"].to_pylist(), table["reason"].to_pylist()
     pairs = list(zip(status, reason, strict=True))
     failed = [reason for status, reason in pairs if status == "failed"]
-    not_read = sum(reason.startswith(_NOT_READ) for reason in failed)
+    # img2dataset splits failures into two kinds: "download" is whatever is not read.
+    not_read = sum(map(is_not_read, failed))
     return {
         "count": len(pairs),
         "successes": shard.samples,
