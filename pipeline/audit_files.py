@@ -21,6 +21,7 @@ from pipeline.manifest import (
     manifest_from_json,
     manifest_seal,
 )
+from pipeline.manifest_checks import read_json
 from pipeline.storage import Storage
 
 STATE = ".palimpsest"
@@ -50,8 +51,8 @@ def read_manifest(storage: Storage) -> tuple[Manifest, list[Damage]]:
         ) from None
     damages = list(_check_seal(storage, text))
     try:
-        manifest = manifest_from_json(json.loads(text))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        manifest = manifest_from_json(read_json(text, f"{storage.url}/{MANIFEST}"))
+    except ValueError as error:
         if not damages:
             raise
         raise ValueError(

@@ -1,8 +1,9 @@
 """The schema of a dataset directory: manifest, shard names, index records, accounting.
 
 Owns what every other part reads a dataset by. Needs only numpy, because `trainer` and
-`cluster` import it too. Does not own how shards are made (`pipeline.shards`) or the
-order they are read in (`trainer.order`).
+`cluster` import it too. Does not own of which kind its values are
+(`pipeline.manifest_checks`), how shards are made (`pipeline.shards`) or the order they
+are read in (`trainer.order`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipeline.manifest_checks import check_fields, is_inside, read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -254,7 +257,7 @@ def load_manifest(root: str | Path, *, allow_incomplete: bool = False) -> Manife
             f"{path} does not match {MANIFEST_SHA256}: one of them is damaged. "
             "Run the same `python -m pipeline.preprocess` again to rewrite both"
         )
-    manifest = manifest_from_json(json.loads(text))
+    manifest = manifest_from_json(read_json(text, str(path)))
     if not manifest.complete and not allow_incomplete:
         raise ValueError(
             f"{root} is still being written; wait for preprocess, or resume it with "
@@ -268,14 +271,15 @@ def manifest_seal(text: bytes) -> str:
     return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n"
 
 
-def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
+def manifest_from_json(value: Any) -> Manifest:
     """The checked `Manifest` of parsed JSON. Raises ValueError as `load_manifest`."""
-    version = value.get("schema_version")
+    version = value.get("schema_version") if isinstance(value, Mapping) else None
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"manifest has schema version {version!r}, this code reads "
             f"{SCHEMA_VERSION}: preprocess the corpus again with this version"
         )
+    check_fields(value)
     try:
         fields = {key: value[key] for key in value if key != "totals"}
         manifest = Manifest(
@@ -289,6 +293,7 @@ def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
     except (KeyError, TypeError) as error:
         raise ValueError(f"manifest does not follow the schema: {error}") from error
     _check_digests(manifest)
+    _check_tokenizer(manifest)
     if manifest.indexed:
         _check_given_names(manifest.shards)
     else:
@@ -362,6 +367,15 @@ def _check_digests(manifest: Manifest) -> None:
             )
 
 
+def _check_tokenizer(manifest: Manifest) -> None:
+    info = manifest.tokenizer
+    if manifest.files.get(f"{info.path}/tokenizer.json") != info.sha256:
+        raise ValueError(
+            f"manifest lists no {info.path}/tokenizer.json with the sha256 of the "
+            "tokenizer: preprocess the corpus, or index the folder, again"
+        )
+
+
 def _check_names(shards: Iterable[Shard]) -> None:
     seen: dict[str, int] = {}
     for shard in shards:
@@ -381,10 +395,9 @@ def _check_given_names(shards: Iterable[Shard]) -> None:
     """Names as they were, as long as they stay inside the directory."""
     seen: set[str] = set()
     for shard in shards:
-        name, parts = shard.name, set(shard.name.split("/"))
-        plain = name.isprintable() and "\\" not in name and name.endswith(".tar")
-        inside = plain and not parts & {"", ".", ".."}
-        if not (inside and _SPLIT_NAME.fullmatch(shard.split)):
+        name = shard.name
+        plain = is_inside(name) and name.endswith(".tar")
+        if not (plain and _SPLIT_NAME.fullmatch(shard.split)):
             raise ValueError(
                 f"{name!r} is not the name of a tar inside the dataset, of a split: "
                 "index the folder again"
