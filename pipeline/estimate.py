@@ -28,11 +28,12 @@ from pipeline.plan import (
     training_captions,
 )
 from pipeline.progress import duration, reasons
-from pipeline.ranges import Work, write_range
+from pipeline.ranges import write_range
 from pipeline.sources import NeedsSpool
 from pipeline.staging import StagedRange
 from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer, train_tokenizer
+from pipeline.work import Work
 
 # Inputs of the sample come from this many places, evenly spaced.
 _PLACES = 8

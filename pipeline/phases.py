@@ -32,7 +32,7 @@ from pipeline.manifest import (
 from pipeline.options import PreprocessConfig
 from pipeline.plan import Corpus, Plan, RangePlan, make_plan, training_captions
 from pipeline.progress import Progress, ProgressFile, duration, reasons, say
-from pipeline.ranges import Report, Work, write_range
+from pipeline.ranges import write_range
 from pipeline.ray_metrics import Metrics
 from pipeline.ray_session import (
     map_tasks,
@@ -51,6 +51,7 @@ from pipeline.settle import place_range, settle_range, store_committed
 from pipeline.sources import NeedsSpool
 from pipeline.staging import COMPARE, StagedRange
 from pipeline.tokenizer import StoredTokenizer, train_tokenizer
+from pipeline.work import Report, Work
 
 _MANIFEST_SECONDS = 10.0
 

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,17 +28,15 @@ from pipeline.captions import BadText, CaptionCleaner
 from pipeline.criteria import signature
 from pipeline.decoder import Decoder, FunctionError, Request
 from pipeline.fetch import Cell, ImageReader
-from pipeline.filters import Filtered, UidLists, check_tokens
+from pipeline.filters import Filtered, check_tokens
 from pipeline.grouping import MAX_ROWS, Input
 from pipeline.images import EncodedImage, ImageError
 from pipeline.manifest import Accounting, sample_key
 from pipeline.options import (
-    FetchOptions,
     FilterOptions,
     ImageOptions,
-    TextOptions,
 )
-from pipeline.plan import Corpus, RangePlan, caption_cells, caption_template
+from pipeline.plan import RangePlan, caption_cells, caption_template
 from pipeline.shards import ROW_SCHEMA, Sample, ShardWriter, StagedShard
 from pipeline.staging import (
     CANDIDATES,
@@ -50,67 +48,16 @@ from pipeline.staging import (
     read_staged,
     write_staged,
 )
-from pipeline.storage import Storage
-from pipeline.tokenizer import CaptionEncoder, StoredTokenizer
+from pipeline.tokenizer import CaptionEncoder
 from pipeline.where import RowFilter
+from pipeline.work import Report, Tally, Work
 
 # Inputs that go through together: enough to fill a batch of the tokenizer and a
 # message to the decoder, few enough to hold in memory.
 CHUNK = 16
 _DETAIL = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is the same for every range of a run."""
-
-    storage: Storage
-    corpora: tuple[Corpus, ...]
-    split_names: tuple[str, ...]
-    """Held-out splits first; the place of a split is its rank."""
-    image: ImageOptions
-    text: TextOptions
-    filter: FilterOptions
-    fetch: FetchOptions
-    where: str | None
-    uids: UidLists
-    tokenizer: StoredTokenizer
-    comparison: compare.Comparison
-    run: str
-    """sha256 of the transform: tells what this run stages from what others did."""
-    watched: bool = True
-    """Is there a driver whose end makes staging pointless?"""
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Passthrough columns of all corpora: readers need every sample of a dataset to
-        have the same fields, whichever source it is from.
-        """
-        names = (name for corpus in self.corpora for name in corpus.columns.keep)
-        return tuple(dict.fromkeys(names))
-
-
-@dataclass
-class Tally:
-    """What a task has done so far, for whoever watches."""
-
-    done: int = 0
-    written: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    filtered: Counter[str] = field(default_factory=Counter)
-    retried: Counter[str] = field(default_factory=Counter)
-
-    def plain(self) -> dict[str, Any]:
-        """The same as plain types, to be sent."""
-        return {
-            name: dict(value) if isinstance(value, Counter) else value
-            for name, value in vars(self).items()
-        }
-
-
-Report = Callable[[Mapping[str, Any]], None]
+_BAD_CELL = "not UTF-8, or not what it is elsewhere"
+_BAD_FILE = "of a file that is not UTF-8, no JSON object, or a link out of the folder"
 
 
 def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
@@ -356,7 +303,8 @@ class _RangeWriter:
         columns = self._corpus.columns
         for name in columns.sample:
             if any(isinstance(cells[name], BadText) for cells in given.rows):
-                raise Rejected("failed", "bad_text", f"column {name!r} is not UTF-8")
+                what = _BAD_FILE if self._corpus.source.kind == "folder" else _BAD_CELL
+                raise Rejected("failed", "bad_text", f"column {name!r} is {what}")
         if given.images_differ:
             raise Rejected("failed", "images_differ", "rows of one id differ in image")
         if not given.has_split:

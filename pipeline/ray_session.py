@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipeline.ranges import Report, Work
 from pipeline.retries import retried
 from pipeline.staging import STATE
 from pipeline.storage import Storage
+from pipeline.work import Report, Work
 
 if TYPE_CHECKING:
     import ray

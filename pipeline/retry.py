@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from pipeline.dataset import RETRIES, DatasetWriter, RangeRecord
 from pipeline.manifest import canonical_json, sample_key
 from pipeline.plan import MAX_RANGES, Plan, RangePlan, RetriedInputs
-from pipeline.ranges import Report, Work
 from pipeline.shards import position
 from pipeline.staging import RUNNING
+from pipeline.work import Report, Work
 
 # Lies there until the run that was told to retry is at its end; says which retry that
 # is. Whoever looks for what a killed driver left finds it with RUNNING.

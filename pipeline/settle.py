@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from pipeline import compare
 from pipeline.criteria import signature
 from pipeline.manifest import Accounting, Shard, file_sha256, sample_key
-from pipeline.ranges import Report, Work
 from pipeline.shards import (
     REJECTED,
     SUFFIXES,
@@ -45,6 +44,7 @@ from pipeline.staging import (
     write_staged,
 )
 from pipeline.storage import Storage
+from pipeline.work import Report, Work
 
 SETTLED = f"{STATE}/settled"
 VERDICTS = f"{STATE}/verdicts"

@@ -14,11 +14,12 @@ from pipeline.describe import description_of, open_corpora, transform_of
 from pipeline.options import PreprocessConfig
 from pipeline.phases import spooled, work_of
 from pipeline.plan import Plan, make_plan
-from pipeline.ranges import Work, write_range
+from pipeline.ranges import write_range
 from pipeline.settle import place_range, settle_range
 from pipeline.staging import COMPARE, StagedRange
 from pipeline.storage import open_storage
 from pipeline.tokenizer import train_tokenizer
+from pipeline.work import Work
 
 Row = tuple[bytes, str, str]
 TOKENIZER = train_tokenizer(["a bird", "a kite"], 64)
