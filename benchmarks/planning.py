@@ -94,7 +94,8 @@ def print_line(kind: str, one: dict[str, Any]) -> None:
     rate = one["inputs"] / one["plan_seconds"]
     print(
         f"planning {one['inputs']:,} inputs ({kind}, {one['bytes'] / 1e9:.2f} GB): "
-        f"{one['plan_seconds']:.1f} s ({rate / 1e6:.2f} M/s), fingerprint "
+        f"{one['plan_seconds']:.1f} s ({rate / 1e6:.2f} M/s; CPU "
+        f"{one['plan_cpu_seconds']:.1f} s), fingerprint "
         f"{one['fingerprint_seconds']:.1f} s, {one['ranges']:,} ranges, peak "
         f"{one['peak_bytes'] / 1e6:.0f} MB ({one['opened_bytes'] / 1e6:.0f} MB when "
         "opened)",
@@ -106,14 +107,15 @@ def plan(path: Path) -> dict[str, Any]:
     """Plan a corpus in this process."""
     config = PreprocessConfig(input=str(path), output=str(path.with_name("out")))
     corpora = open_corpora(config)
-    opened, start = _peak(), time.perf_counter()
+    opened, start, cpu = _peak(), time.perf_counter(), time.process_time()
     made = make_plan(corpora, samples=config.shard.samples, limit=None)
-    planned = time.perf_counter()
+    planned, cpu = time.perf_counter(), time.process_time() - cpu
     corpora[0].given.fingerprint()
     return {
         "inputs": made.n_inputs,
         "ranges": made.n_ranges,
         "plan_seconds": planned - start,
+        "plan_cpu_seconds": cpu,
         "fingerprint_seconds": time.perf_counter() - planned,
         "opened_bytes": opened,
         "peak_bytes": _peak(),
