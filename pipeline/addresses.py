@@ -19,6 +19,8 @@ from pathlib import Path
 from pipeline.images import ImageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+# A URL that is itself the image: `data:image/png;base64,...`.
+_INLINE = re.compile(r"data:([a-z]+/[\w.+-]+)?(;[\w.+-]+(=[^;,]*)?)*,", re.IGNORECASE)
 _LOCAL_SCHEMES = ("file", "local")
 WEB_SCHEMES = ("http", "https")
 # Dots, slashes and backslashes that are percent-encoded, however many times over.
@@ -152,11 +154,14 @@ class Places:
         or a URL.
 
         Raises:
-            ImageError: `missing_file` (no such name can be), `path_outside_input`.
+            ImageError: `missing_file` (no such name can be), `path_outside_input`,
+                `bad_url` (of the image itself).
         """
         scheme = _scheme(cell)
         if scheme in WEB_SCHEMES:
             return Place(web=cell)
+        if _INLINE.match(cell):
+            raise ImageError("bad_url", "the image stands in it; store it as bytes")
         _check_text(cell)
         if scheme and scheme not in _LOCAL_SCHEMES:
             return self._remote(cell, cell)

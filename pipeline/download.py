@@ -293,6 +293,8 @@ def _checked_url(text: str) -> URL:
         raise ImageError("bad_url", "it cannot be read as a URL") from error
     if url.scheme not in WEB_SCHEMES or not host or not port:
         raise ImageError("bad_url", "not http:// or https:// and a host")
+    if any(character.isspace() for character in host):
+        raise ImageError("bad_url", "its host has a space in it")
     if url.user is not None or url.password is not None:
         raise ImageError("bad_url", "it has a user name or password in it")
     return url

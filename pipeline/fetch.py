@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import threading
 import time
@@ -39,6 +40,8 @@ _FAULTS_OF_THE_PATH = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+# How folders list bytes of a name that are not UTF-8.
+_NO_UTF8 = re.compile(r"\\udc[89a-f][0-9a-f]")
 _PATH_ERRORS = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _READS = 4
 _RETRY_SECONDS = 0.5
@@ -194,10 +197,10 @@ class FileReader:
             # Tries again by itself.
             return self._content(open_file(name), share)
         except _PATH_ERRORS as error:
-            raise ImageError("missing_file", cell) from error
+            raise _missing(cell) from error
         except OSError as error:
             if error.errno in _FAULTS_OF_THE_PATH:
-                raise ImageError("missing_file", cell) from error
+                raise _missing(cell) from error
             tries = f", {_READS} times" if place.path else ""
             raise OSError(
                 f"{name} cannot be read ({error.strerror or error}{tries}): this is "
@@ -238,6 +241,11 @@ def _verified(data: bytes, expected: str) -> bytes | ImageError:
     if hashlib.sha256(data).hexdigest() == expected.strip().lower():
         return data
     return ImageError("hash_mismatch", "not the bytes that the corpus was made of")
+
+
+def _missing(cell: str) -> ImageError:
+    why = ": its name is not UTF-8; rename the file" if _NO_UTF8.search(cell) else ""
+    return ImageError("missing_file", f"{cell}{why}")
 
 
 def _too_large(limit: int) -> ImageError:

@@ -57,7 +57,10 @@ from pipeline.work import Report, Tally, Work
 CHUNK = 16
 _DETAIL = 200
 _BAD_CELL = "not UTF-8, or not what it is elsewhere"
-_BAD_FILE = "of a file that is not UTF-8, no JSON object, or a link out of the folder"
+_BAD_FILE = (
+    "of a file whose name or text is not UTF-8, that is no JSON object, or that is a "
+    "link out of the folder"
+)
 
 
 def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:

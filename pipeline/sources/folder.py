@@ -273,7 +273,9 @@ def _names(base: str) -> Iterator[pa.RecordBatch]:
     names = (name for name in _below(base) if suffix(name) in _KNOWN)
     while True:
         part = [
-            name.encode("utf-8", "replace").decode() for name in islice(names, _BATCH)
+            # Apart from each other, where they are not UTF-8 and cannot be read.
+            name.encode("utf-8", "backslashreplace").decode()
+            for name in islice(names, _BATCH)
         ]
         stems = [_stem(name) for name in part]
         endings = [suffix(name) for name in part]

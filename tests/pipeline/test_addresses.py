@@ -104,6 +104,20 @@ def test_paths_stay_in_a_local_folder(tmp_path: Path) -> None:
         assert places.locate(web) == Place(web=web)
 
 
+def test_an_image_inside_a_url_is_told_from_a_path(tmp_path: Path) -> None:
+    for base in (str(tmp_path), "s3://bucket/images", "http://example.com"):
+        places = Places(base=base)
+        for cell in (
+            "data:image/png;base64,iVBORw0KGgo=",
+            "DATA:image/svg+xml;charset=utf-8,%3Csvg/%3E",
+            "data:,x",
+        ):
+            assert reason(places, cell) == "bad_url"
+    (tmp_path / "data:1").mkdir()
+    at = os.path.realpath(tmp_path / "data:1" / "a,b.jpg")
+    assert Places(base=str(tmp_path)).locate("data:1/a,b.jpg") == Place(path=at)
+
+
 def test_an_allowed_folder_is_allowed_and_its_neighbours_are_not(
     tmp_path: Path,
 ) -> None:

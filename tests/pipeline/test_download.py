@@ -248,6 +248,8 @@ def test_urls_that_cannot_be_fetched(server: WebServer) -> None:
         "http://[::1",
         "http://a:0/",
         "http://a:99999/",
+        "http://a b/x",
+        "http://a\u2003b/x",
     ):
         assert fetched(bad) == "bad_url"
     for bad in ("http://\ud800/", "http://xn--/", "http://a\\@b/"):

@@ -142,9 +142,18 @@ def test_paths_that_cannot_be_are_missing_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe.jpg")
     cells = ("no.jpg", ".", "loop.jpg", "file/a.jpg", "a" * 300, "pipe.jpg", "a\0b")
-    assert read(tmp_path, *cells, "\ud800", "data:image/png;base64,AAAA") == [
-        "missing_file"
-    ] * (len(cells) + 2)
+    assert read(tmp_path, *cells, "\ud800") == ["missing_file"] * (len(cells) + 1)
+    assert read(tmp_path, "data:image/png;base64,AAAA") == ["bad_url"]
+
+
+def test_a_name_that_is_not_utf8_is_told_from_one_that_is_not_there(
+    tmp_path: Path,
+) -> None:
+    with reader(tmp_path) as images:
+        cells = [Cell(value="a\\udcff.jpg"), Cell(value="no.jpg")]
+        strange, missing = images.read(cells)
+    assert str(strange).endswith(": its name is not UTF-8; rename the file")
+    assert str(missing) == "missing_file: no.jpg"
 
 
 def test_large_images_are_refused_wherever_they_lie(
