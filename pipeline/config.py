@@ -21,6 +21,8 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 import yaml
 
+from pipeline.terminal import printable
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 ConfigT = TypeVar("ConfigT")
@@ -133,7 +135,8 @@ def run(main: Callable[[Sequence[str]], int | None], prog: str) -> NoReturn:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        # It may quote what somebody else wrote.
+        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command continues", file=sys.stderr)

@@ -51,6 +51,7 @@ from pipeline.pictures import CHECKS
 from pipeline.processes import cpus, map_processes
 from pipeline.storage import STAGING, Storage, open_storage
 from pipeline.tar_samples import SampleReader
+from pipeline.terminal import printable
 from pipeline.tokenizer import (
     TOKENIZER_JSON,
     StoredTokenizer,
@@ -105,7 +106,7 @@ def summary(manifest: Manifest, where: str) -> str:
             f"{row['tokens']} tokens in {row['shards']} tars, {row['bytes'] / 1e6:.1f} "
             "MB"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _refuse_other_datasets(storage: Storage) -> None:
@@ -306,4 +307,4 @@ def _record(storage: Storage, name: str, digest: str) -> TarRecord | None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

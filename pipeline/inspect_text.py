@@ -1,7 +1,7 @@
 """An inspection for the terminal.
 
-Owns its wording and layout. Captions, URLs and column values are anybody's text: they
-pass through `printable`. Does not own what is counted (`pipeline.inspect_data`).
+Owns its wording and layout. Much of it is anybody's text: every line passes through
+`printable`. Does not own what is counted (`pipeline.inspect_data`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PERCENTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "most")
 def summary(view: View) -> str:
     """The whole text, a final newline included."""
     manifest = view.manifest
-    lines = [f"{printable(view.name)}  {printable(view.url)}", ""]
+    lines = [f"{view.name}  {view.url}", ""]
     lines += _section("inputs", accounting_lines(manifest.accounting))
     lines += _section("splits", _table(*split_table(manifest)))
     lines += _section("sizes", _table(*figure_table(view)))
@@ -32,7 +32,7 @@ def summary(view: View) -> str:
     lines += _section("failed and filtered", list(_reasons(view)))
     lines += _section("duplicates", list(_duplicates(view)))
     lines.append(scope(view))
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def parts_of(accounting: Accounting) -> list[tuple[str, str, int]]:
@@ -177,7 +177,7 @@ def _wrapped(title: str, text: str) -> list[str]:
 
 
 def _counted(words: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{printable(word)} {count:,}" for word, count in words)
+    return ", ".join(f"{word} {count:,}" for word, count in words)
 
 
 def _reasons(view: View) -> Iterator[str]:
@@ -185,7 +185,7 @@ def _reasons(view: View) -> Iterator[str]:
         if status == "duplicate":
             continue
         counts = getattr(view.manifest.accounting, status, {})
-        yield f"{status}: {printable(reason)}  {counts.get(reason, len(rows)):,}"
+        yield f"{status}: {reason}  {counts.get(reason, len(rows)):,}"
         for row in rows:
             yield f"  {row['key']}  {_clipped(row)}"
 
@@ -193,14 +193,14 @@ def _reasons(view: View) -> Iterator[str]:
 def _clipped(row: Mapping[str, Any]) -> str:
     words = [row["url"] or "", row["detail"] or ""]
     text = "  ".join(word for word in words if word)
-    return printable(text if len(text) <= 120 else text[:119] + "…")
+    return text if len(text) <= 120 else text[:119] + "…"
 
 
 def _duplicates(view: View) -> Iterator[str]:
     if view.manifest.accounting.duplicates:
         for (status, reason), rows in sorted(view.examples.items()):
             if status == "duplicate":
-                title = f"{printable(reason)}: " if reason else ""
+                title = f"{reason}: " if reason else ""
                 keys = (
                     f"{row['key']} of {row['duplicate_of']}"
                     if row.get("duplicate_of")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pipeline.config import parse, run
 from pipeline.manifest import Manifest
 from pipeline.options import PreprocessConfig
+from pipeline.terminal import printable
 
 PROG = "python -m pipeline.preprocess"
 _DESCRIPTION = """Turn a corpus of images and captions into WebDataset shards with
@@ -47,7 +48,7 @@ def _summary(manifest: Manifest, output: str) -> str:
             f"{row['tokens']} tokens in {row['shards']} shards, "
             f"{row['bytes'] / 1e6:.1f} MB"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

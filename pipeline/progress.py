@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pipeline.manifest import Accounting
 from pipeline.retries import retried
 from pipeline.storage import Storage, open_storage
+from pipeline.terminal import printable
 
 _BAR = (
     "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -254,7 +255,7 @@ class Progress:
 
 def say(text: str) -> None:
     """One line for the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
