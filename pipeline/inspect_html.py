@@ -11,6 +11,8 @@ from importlib.resources import files
 
 from PIL import Image
 
+from pipeline.terminal import printable
+
 # A page of hundreds of full-size images would be slow to open.
 _LARGE_BYTES, _THUMBNAIL = 60_000, (320, 320)
 _MAX_PIXELS = 1 << 27
@@ -23,6 +25,11 @@ _SIGNATURES = {
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def quoted(text: str) -> str:
+    """Text of keys, names and addresses: what steers rendering is seen, not obeyed."""
+    return escape(printable(text))
+
+
 def document(title: str, *body: str) -> str:
     """A page that needs nothing beside itself."""
     style = files("pipeline").joinpath("inspect.css").read_text(encoding="utf-8")
@@ -31,7 +38,7 @@ def document(title: str, *body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<title>{quoted(title)}</title><style>{style}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -39,17 +46,17 @@ def document(title: str, *body: str) -> str:
 def section(title: str, *body: str, lead: str = "") -> str:
     """A titled part of the page; `lead` is text, `body` HTML."""
     anchor = re.sub(r"\W+", "-", title.lower())
-    intro = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    intro = f'<p class="lead">{quoted(lead)}</p>' if lead else ""
     return (
-        f'<section id="{anchor}"><h2>{escape(title)}</h2>{intro}{"".join(body)}'
+        f'<section id="{anchor}"><h2>{quoted(title)}</h2>{intro}{"".join(body)}'
         "</section>"
     )
 
 
 def card(*body: str, title: str = "", note: str = "", classes: str = "") -> str:
     """A framed figure with an optional title and a note below it."""
-    head = f"<h3>{escape(title)}</h3>" if title else ""
-    foot = f'<p class="note">{escape(note)}</p>' if note else ""
+    head = f"<h3>{quoted(title)}</h3>" if title else ""
+    foot = f'<p class="note">{quoted(note)}</p>' if note else ""
     return f'<div class="card {classes}">{head}{"".join(body)}{foot}</div>'
 
 
@@ -63,7 +70,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1)
 
     def line(cells: Sequence[str], tag: str) -> str:
         drawn = (
-            f"<{tag}{'' if place < texts else ' class=n'}>{escape(cell)}</{tag}>"
+            f"<{tag}{'' if place < texts else ' class=n'}>{quoted(cell)}</{tag}>"
             for place, cell in enumerate(cells)
         )
         return f"<tr>{''.join(drawn)}</tr>"
@@ -86,7 +93,7 @@ def bars(rows: Sequence[tuple[str, int]], *, classes: str = "s0") -> str:
 
 def folded(title: str, *body: str) -> str:
     """Detail that opens on a click."""
-    return f"<details><summary>{escape(title)}</summary>{''.join(body)}</details>"
+    return f"<details><summary>{quoted(title)}</summary>{''.join(body)}</details>"
 
 
 def picture(data: bytes, text: str) -> str:
@@ -99,7 +106,7 @@ def picture(data: bytes, text: str) -> str:
         kind, data = "image/jpeg", made
     encoded = base64.b64encode(data).decode()
     return (
-        f'<img alt="{escape(text)}" loading="lazy" src="data:{kind};base64,{encoded}">'
+        f'<img alt="{quoted(text)}" loading="lazy" src="data:{kind};base64,{encoded}">'
     )
 
 

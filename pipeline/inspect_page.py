@@ -23,6 +23,7 @@ from pipeline.inspect_html import (
     folded,
     grid,
     picture,
+    quoted,
     section,
     table,
 )
@@ -60,17 +61,17 @@ def _head(view: View) -> str:
         ),
     ]
     return (
-        f'<header><p class="kicker">Dataset</p><h1>{escape(view.name)}</h1>'
-        f'<p class="place">{escape(view.url)}</p>{_tiles(tiles)}'
-        f'<p class="note">{escape(scope(view))}.</p></header>'
+        f'<header><p class="kicker">Dataset</p><h1>{quoted(view.name)}</h1>'
+        f'<p class="place">{quoted(view.url)}</p>{_tiles(tiles)}'
+        f'<p class="note">{quoted(scope(view))}.</p></header>'
     )
 
 
 def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
     """Figures side by side: name, value, note."""
     drawn = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<small>{escape(note)}</small></div>"
+        f'<div class="tile"><span>{quoted(name)}</span><b>{quoted(value)}</b>'
+        f"<small>{quoted(note)}</small></div>"
         for name, value, note in tiles
     )
     return f'<div class="tiles">{drawn}</div>'
@@ -86,11 +87,11 @@ def _inputs(view: View) -> str:
     parts = [part for part in parts_of(counts) if part[2]]
     drawn = "".join(
         f'<i class="{_COLOURS[kind]}" style="flex-grow:{count}" '
-        f'title="{escape(name)}: {count:,}"></i>'
+        f'title="{quoted(name)}: {count:,}"></i>'
         for kind, name, count in parts
     )
     rows = "".join(
-        f'<tr><td><i class="key {_COLOURS[kind]}"></i>{escape(name)}</td>'
+        f'<tr><td><i class="key {_COLOURS[kind]}"></i>{quoted(name)}</td>'
         f'<td class="n">{count:,}</td>'
         f'<td class="n">{share(count / max(counts.inputs, 1))}</td></tr>'
         for kind, name, count in parts
@@ -138,13 +139,13 @@ def _pair(pair: Pair, tokens: Tokens) -> str:
     shown = drawn[:1] + ([folded(f"{len(drawn) - 1} more", *drawn[1:_CAPTIONS])] * 1)
     body = "".join(shown if len(drawn) > 1 else drawn)
     columns = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value[:_VALUE])}</dd>"
+        f"<dt>{quoted(name)}</dt><dd>{quoted(value[:_VALUE])}</dd>"
         for name, value in pair.columns.items()
     )
     more = folded("columns", f"<dl>{columns}</dl>") if columns else ""
     return (
         f'<figure class="pair">{picture(pair.image, "sample " + pair.key)}<figcaption>'
-        f'<p class="where"><b>{escape(pair.split)}</b>{escape(pair.key)}</p>'
+        f'<p class="where"><b>{quoted(pair.split)}</b>{quoted(pair.key)}</p>'
         f"{body}{more}</figcaption></figure>"
     )
 
@@ -310,7 +311,7 @@ def _side(data: bytes | None, row: Mapping[str, Any]) -> str:
         image = picture(data, "input " + row["key"])
     caption = (row["caption"] or "")[:_VALUE]
     return (
-        f'<figure>{image}<figcaption><p class="where">{escape(row["key"])}</p>'
+        f'<figure>{image}<figcaption><p class="where">{quoted(row["key"])}</p>'
         f'<p class="caption" dir="auto">{escape(caption)}</p></figcaption></figure>'
     )
 

@@ -157,6 +157,13 @@ def test_hostile_text_is_harmless_in_page_and_terminal(
     assert "script" not in names
     assert not any(key.startswith("on") for _, attrs in parsed.tags for key in attrs)
     assert {"\x1b", "\u202e"}.isdisjoint(summary(view))
+    where = [
+        part.partition("</")[0]
+        for start in ("<td>", "<dd>", '<p class="where">')
+        for part in text.split(start)[1:]
+    ]
+    assert any(r"\x1b[31m red \u202e" in part for part in where)
+    assert not any({"\x1b", "\u202e"} & set(part) for part in where)
 
 
 def test_the_page_needs_nothing_beside_itself(view: View) -> None:
