@@ -16,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from pipeline.manifest import (
     shard_name,
 )
 from pipeline.plan import Plan, read_table
+from pipeline.records import RangeRecord, read_record, record_text
 from pipeline.settle import SETTLED, Placement, rejected_name, verdict_name
-from pipeline.shards import SUFFIXES, StagedShard
+from pipeline.shards import SUFFIXES
 from pipeline.staging import (
     CANDIDATES,
     COMPARE,
@@ -62,30 +62,6 @@ SEALS = f"{STATE}/files.json"
 _TRANSIENT = (CANDIDATES, COMPARE, SETTLED, STAGING, SPOOL)
 # Small reads under way at once: on an object store they cost mostly waiting.
 _READERS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class RangeRecord:
-    """A committed range. A shard exists when the record that names it does."""
-
-    range: int
-    rows: int
-    accounting: Accounting
-    shards: tuple[Shard, ...]
-    rejected: Mapping[str, str]
-    """Tables of rejected inputs that lie beside no shard, and their sha256."""
-    retried: Mapping[str, int]
-    """How the inputs of a retry had failed before: counts that no longer hold."""
-    verdicts: str
-    """sha256 of what the comparison said, empty where nothing was compared."""
-
-    def net(self) -> Accounting:
-        """What the range adds to the totals: an input counts by its last attempt."""
-        again = sum(self.retried.values())
-        earlier = {reason: -count for reason, count in self.retried.items()}
-        total = self.accounting + Accounting(inputs=-again, failed=earlier)
-        failed = {reason: n for reason, n in total.failed.items() if n}
-        return dataclasses.replace(total, failed=failed)
 
 
 class DatasetWriter:
@@ -278,7 +254,7 @@ class DatasetWriter:
                 f"range {staged.number} has {samples} samples, but accounts for "
                 f"{staged.accounting.written}; run the same command again"
             )
-        name, text = self._record_name(record.range), _record_text(record)
+        name, text = self._record_name(record.range), record_text(record)
         if not self.storage.create(name, text) and self.storage.read(name) != text:
             raise TakenOver(
                 f"another driver committed {name} to {self.storage.url}, so this one "
@@ -444,7 +420,7 @@ class DatasetWriter:
             texts = dict(zip(names, pool.map(self.storage.read, names), strict=True))
         self.records = []
         while (text := texts.get(self._record_name(len(self.records)))) is not None:
-            self.records.append(_read_record(text))
+            self.records.append(read_record(text))
 
     def _digests(
         self, tokenizer: StoredTokenizer, companions: Mapping[str, str]
@@ -461,7 +437,7 @@ class DatasetWriter:
 
     def _seals(self) -> bytes:
         digests = {
-            self._record_name(record.range): _sha256(_record_text(record))
+            self._record_name(record.range): _sha256(record_text(record))
             for record in self.records
         }
         digests |= {
@@ -477,26 +453,12 @@ class DatasetWriter:
         return f"{RECORDS}/{number:06d}.json"
 
 
-def shards_of(placement: Placement, source: str) -> tuple[Shard, ...]:
-    """The manifest's entries of a placed range."""
-    return tuple(_entry(placement, shard, source) for shard in placement.staged.shards)
-
-
 def _missing(shard: Shard, sizes: Mapping[str, int]) -> Iterator[str]:
     """Files of a shard that are gone or cut short."""
     for suffix in SUFFIXES:
         size = sizes.get(shard.sidecar(suffix))
         if not size or (suffix == ".tar" and size != shard.bytes):
             yield shard.sidecar(suffix)
-
-
-def _entry(placement: Placement, shard: StagedShard, source: str) -> Shard:
-    return Shard(
-        name=placement.names[shard.split],
-        source=source,
-        range=placement.number,
-        **dataclasses.asdict(shard),
-    )
 
 
 def _allowed(path: Path, mode: int) -> bool:
@@ -506,18 +468,3 @@ def _allowed(path: Path, mode: int) -> bool:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _record_text(record: RangeRecord) -> bytes:
-    return canonical_json(dataclasses.asdict(record)).encode()
-
-
-def _read_record(text: bytes) -> RangeRecord:
-    value = json.loads(text)
-    return RangeRecord(
-        **{
-            **value,
-            "accounting": Accounting(**value["accounting"]),
-            "shards": tuple(Shard(**shard) for shard in value["shards"]),
-        }
-    )

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import compare
 from pipeline.captions import CaptionCleaner
-from pipeline.dataset import DatasetWriter, shards_of
+from pipeline.dataset import DatasetWriter
 from pipeline.describe import (
     description_of,
     load_uid_lists,
@@ -39,6 +39,7 @@ from pipeline.ray_session import (
     refuse_unshared,
     session,
 )
+from pipeline.records import shards_of
 from pipeline.retries import retried
 from pipeline.retry import (
     announce_retry,

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.archive import Archive, TarSample
-from pipeline.dataset import RangeRecord
 from pipeline.index_tar import mapped
 from pipeline.manifest import Accounting, Shard
+from pipeline.records import RangeRecord
 from pipeline.shards import ROW_SCHEMA, WRITTEN, Sample, ShardWriter
 from pipeline.staging import CANDIDATES, StagedRange, new_directory
 from pipeline.storage import Storage

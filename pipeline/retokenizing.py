@@ -12,7 +12,7 @@ its last caption now does not come back.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,21 @@ import pyarrow.parquet as pq
 import tokenizers
 from tqdm import tqdm
 
-from pipeline.dataset import DatasetWriter, RangeRecord, shards_of
+from pipeline.dataset import DatasetWriter
 from pipeline.grouping import TRAIN
 from pipeline.indexed import trained_vocabulary, transform_digest
 from pipeline.lease import Lease
-from pipeline.manifest import Accounting, Manifest, Shard
+from pipeline.manifest import MANIFEST, Accounting, Manifest, Shard
+from pipeline.manifest_checks import check_fields, read_json, understood
 from pipeline.plan import Plan
 from pipeline.processes import cpus, map_processes
+from pipeline.records import RangeRecord, shards_of
 from pipeline.retokenize_indexed import retokenize_indexed
 from pipeline.retokenize_range import RangeRetokenizer, RetokenizeWork
 from pipeline.settle import rejected_name, verdict_name
 from pipeline.shards import REJECTED, SUFFIXES
 from pipeline.staging import STATE, StagedRange
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
     """Write, continue or recognise the dataset with other tokens.
 
     Raises:
-        ValueError: no complete dataset, one whose inputs were chosen by their tokens, a
+        ValueError: no complete dataset, one whose state does not fit it, one whose inputs were chosen by their tokens, a
             tokenizer or output that cannot be used.
     """
     if _is_indexed(config.dataset):
@@ -103,7 +105,7 @@ class _Dataset:
             )
         self.manifest = manifest
         try:
-            self.described = json.loads(self.storage.read(f"{STATE}/plan.json"))
+            self.described = _described_in(self.storage)
         except FileNotFoundError:
             raise ValueError(
                 f"{url} lacks {STATE}/plan.json: it was copied without hidden files. "
@@ -117,9 +119,11 @@ class _Dataset:
             )
         self.plan: Plan = plan
         self.records = [
-            _record(self.storage.read(name)) for name in self.storage.names(_RANGES)
+            _record(self.storage, name) for name in self.storage.names(_RANGES)
         ]
-        self._refuse_chosen_by_tokens(url)
+        self._check_records(url)
+        with understood(f"{url}/{MANIFEST}"):
+            self._refuse_chosen_by_tokens(url)
 
     def kept_state(self) -> list[str]:
         """State files that other tokens do not change."""
@@ -144,6 +148,27 @@ class _Dataset:
             for row in table.to_pylist():
                 if row["split"] == TRAIN:
                     yield from row["captions"] or ()
+
+    def _check_records(self, url: str) -> None:
+        """Names in the records become those of files that are written: they are of
+        shards that the sealed manifest has, and of tables in their place.
+        """
+        shards = [shard for record in self.records for shard in record.shards]
+        known = {shard.name: shard for shard in self.manifest.shards}
+        sound = [record.range for record in self.records] == list(
+            range(self.plan.n_ranges)
+        )
+        sound &= len(shards) == len(known)
+        sound &= all(known.get(shard.name) == shard for shard in shards)
+        for record in self.records:
+            pattern = re.escape(rejected_name("*", record.range))
+            pattern = pattern.replace(r"\*", "[a-z0-9_]+")
+            sound &= all(re.fullmatch(pattern, name) for name in record.rejected)
+        if not sound:
+            raise ValueError(
+                f"the records in {url}/{_RANGES} are not those of its manifest: "
+                "`python -m pipeline.validate --deep` names every damage"
+            )
 
     def _refuse_chosen_by_tokens(self, url: str) -> None:
         chosen = self.manifest.transform["filter"]
@@ -236,8 +261,24 @@ def _commit(
     storage.remove_tree(staged.directory)
 
 
-def _record(text: bytes) -> RangeRecord:
-    value = json.loads(text)
-    shards = tuple(Shard(**shard) for shard in value["shards"])
-    accounting = Accounting(**value["accounting"])
-    return RangeRecord(**{**value, "shards": shards, "accounting": accounting})
+def _described_in(storage: Storage) -> dict[str, Any]:
+    """What the plan of a dataset says, as far as it is used here."""
+    name = f"{STATE}/plan.json"
+    described = read_json(storage.read(name), f"{storage.url}/{name}")
+    with understood(f"{storage.url}/{name}"):
+        check_fields({"transform": described["transform"]})
+        dict(described["transform"]["versions"])
+        if not all(re.fullmatch("[a-z0-9_]+", one) for one in described["splits"]):
+            raise KeyError("splits")
+    return described
+
+
+def _record(storage: Storage, name: str) -> RangeRecord:
+    value = read_json(storage.read(name), f"{storage.url}/{name}")
+    check_fields(value)
+    with understood(f"{storage.url}/{name}"):
+        shards = tuple(Shard(**shard) for shard in value["shards"])
+        accounting = Accounting(**value["accounting"])
+        for key in ("rejected", "retried"):
+            dict(value[key])
+        return RangeRecord(**{**value, "shards": shards, "accounting": accounting})

@@ -15,9 +15,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.dataset import RETRIES, DatasetWriter, RangeRecord
+from pipeline.dataset import RETRIES, DatasetWriter
 from pipeline.manifest import canonical_json, sample_key
 from pipeline.plan import MAX_RANGES, Plan, RangePlan, RetriedInputs
+from pipeline.records import RangeRecord
 from pipeline.shards import position
 from pipeline.staging import RUNNING
 from pipeline.work import Report, Work

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import compare
-from pipeline.dataset import DatasetWriter, RangeRecord, shards_of
+from pipeline.dataset import DatasetWriter
 from pipeline.describe import description_of, open_corpora, transform_of
 from pipeline.options import PreprocessConfig
 from pipeline.phases import spooled, work_of
 from pipeline.plan import Plan, make_plan
 from pipeline.ranges import write_range
+from pipeline.records import RangeRecord, shards_of
 from pipeline.settle import place_range, settle_range
 from pipeline.staging import COMPARE, StagedRange
 from pipeline.storage import open_storage
