@@ -11,6 +11,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -35,7 +36,12 @@ _BAR = (
 _LOG_SECONDS = 10.0
 _FILE_SECONDS = 2.0
 _REASONS_SHOWN = 3
+# Where URLs have passwords, signatures and tokens. A `?` elsewhere may be a glob's.
+_USER = re.compile(r"://[^/\s@]*@")
+_QUERY = re.compile(r"((?:\bhttps?://[^?\s]*)\?|://[^?\s]*\?(?=[\w.\-]+=))\S*", re.I)
 
+# Stands for what was left out of a URL.
+LEFT_OUT = "***"
 Watch = Callable[[Mapping[str, Any]], None]
 
 
@@ -43,7 +49,7 @@ class ProgressFile:
     """`OUTPUT.progress.json`: beside the dataset, under its name."""
 
     def __init__(self, storage: Storage, config: Mapping[str, Any]) -> None:
-        self._storage, self._config = storage, config
+        self._storage, self._config = storage, without_secrets(config)
         self._written, self._works = 0.0, True
         if storage.path is not None:
             _remove_torn(self._path(storage.path))
@@ -91,6 +97,19 @@ class ProgressFile:
     def _remote(self) -> tuple[Storage, str]:
         folder, _, name = self._storage.url.rpartition("/")
         return open_storage(folder), f"{name}.progress.json"
+
+
+def without_secrets(value: Any) -> Any:
+    """A configuration whose URLs have `***` for user names, passwords and queries: the
+    file may be read by more people than may read the corpus.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _QUERY.sub(rf"\1{LEFT_OUT}", _USER.sub(f"://{LEFT_OUT}@", value))
 
 
 class Progress:

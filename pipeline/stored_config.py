@@ -18,6 +18,7 @@ import yaml
 from pipeline.config import differences, parse
 from pipeline.dataset import PLAN
 from pipeline.options import PreprocessConfig
+from pipeline.progress import LEFT_OUT
 from pipeline.storage import Storage, open_file
 
 _CURE = "give the configuration of the preprocess run with --preprocess FILE.yaml"
@@ -110,6 +111,10 @@ def _daring(config: PreprocessConfig) -> Iterator[str]:
             quiet = scheme.lower() in _QUIET_SCHEMES and "::" not in (url or "")
             if remote and not quiet:
                 yield f"read {url} (--{key})"
+            elif remote and f"{LEFT_OUT}@" in (url or ""):
+                yield f"read {url}, whose password it does not have (--{key})"
+            elif remote and (url or "").endswith(f"?{LEFT_OUT}"):
+                yield f"read {url}, whose query it does not have (--{key})"
     if config.filter.function:
         yield f"run {config.filter.function} (--filter.function)"
     if config.fetch.allow_private:

@@ -35,6 +35,34 @@ def test_the_file_tells_how_far_it_is_and_leaves_nothing_else(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_secrets_in_urls_are_left_out_and_all_else_stays(tmp_path: Path) -> None:
+    secret = {
+        "input": [
+            {"path": "https://me:pass@host/a.parquet?X-Amz-Signature=ab,c#d"},
+            {"path": "s3://key:word@bucket/in?versionId=7"},
+        ],
+        "allow_uids": "simplecache::HTTPS://host/u.txt?sig",
+    }
+    open_ = {
+        "limit": 4,
+        "sample": None,
+        "input": ["s3://bucket/a@b/part=?/0000?.parquet", "/data/?.tsv", "a?b=c"],
+        "text": {"placeholders": ["/https?://\\S+/"], "min_chars": 1.5},
+        "tokenizer": "org/name",
+    }
+    file = ProgressFile(open_storage(tmp_path / "out"), {"a": secret, "b": open_})
+    file.write({}, final=True)
+    config = json.loads((tmp_path / "out.progress.json").read_text())["config"]
+    assert config["b"] == open_
+    assert config["a"] == {
+        "input": [
+            {"path": "https://***@host/a.parquet?***"},
+            {"path": "s3://***@bucket/in?***"},
+        ],
+        "allow_uids": "simplecache::HTTPS://host/u.txt?***",
+    }
+
+
 def test_a_file_that_cannot_be_written_is_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

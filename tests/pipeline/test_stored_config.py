@@ -55,6 +55,9 @@ def test_the_configuration_of_the_run_is_known(copy: Path, corpus: Path) -> None
             lambda c: c.update(input="simplecache::s3://x/birds.tsv"),
             "read simplecache::s3",
         ),
+        # As the progress file has them without their secrets.
+        (lambda c: c.update(input="s3://***@b/birds.tsv"), "whose password"),
+        (lambda c: c.update(input="s3://b/birds.tsv?***"), "whose query"),
         (lambda c: c["text"].update(placeholders=["/(a+)+$/"]), r"/\(a\+\)\+\$/"),
     ],
 )
