@@ -9,7 +9,6 @@ a tar is done when its record below `.palimpsest/indexed/` says so.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +46,7 @@ from pipeline.manifest import (
     Manifest,
     canonical_json,
 )
+from pipeline.manifest_checks import check_fields, read_json, understood
 from pipeline.pictures import CHECKS
 from pipeline.processes import cpus, map_processes
 from pipeline.storage import STAGING, Storage, open_storage
@@ -152,7 +152,12 @@ def _tars(storage: Storage, top: str) -> dict[str, str]:
 def _stored_plan(storage: Storage) -> Mapping[str, Any] | None:
     if storage.size(_PLAN) is None:
         return None
-    return json.loads(storage.read(_PLAN))
+    plan = read_json(storage.read(_PLAN), f"{storage.url}/{_PLAN}")
+    with understood(f"{storage.url}/{_PLAN}"):
+        check_fields({"transform": plan["transform"]})
+        if not isinstance(plan["tokenizer"], str | None):
+            raise TypeError("tokenizer")
+    return plan
 
 
 def _tokenizer(
@@ -300,10 +305,18 @@ def _path(name: str) -> str:
 
 
 def _record(storage: Storage, name: str, digest: str) -> TarRecord | None:
-    value = json.loads(storage.read(_path(name)))
-    if value.pop("transform_sha256") != digest:
+    """What an earlier run found; None where that is nothing to go on from."""
+    try:
+        value = read_json(storage.read(_path(name)), _path(name))
+        with understood(_path(name)):
+            if value.pop("transform_sha256") != digest:
+                return None
+            check_fields({"shards": [value], "accounting": value["accounting"]})
+            accounting = Accounting(**value["accounting"])
+            record = TarRecord(**{**value, "accounting": accounting})
+            return record if record.name == name and record.files else None
+    except ValueError:
         return None
-    return TarRecord(**{**value, "accounting": Accounting(**value["accounting"])})
 
 
 def _say(text: str) -> None:

@@ -1,16 +1,18 @@
 """Kinds and bounds of what a manifest says, checked before anything is done with it.
 
-Owns single values: a dataset may be anybody's, and its seal proves no more than that
-nobody changed it since. Does not own how values belong together (`pipeline.manifest`).
-Needs the standard library alone, as everything that `pipeline.manifest` imports.
+Owns single values, of a manifest and of the records that it is made of: a dataset may
+be anybody's, and its seal proves no more than that nobody changed it since. Does not
+own how values belong together (`pipeline.manifest`). Needs the standard library alone,
+as everything that `pipeline.manifest` imports.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Counts and bytes; numpy's sums of a million such still fit.
@@ -37,6 +39,18 @@ def read_json(text: bytes, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{name} is no JSON that this code wrote ({error}): bring back a sound copy"
+        ) from error
+
+
+@contextlib.contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Turn what a block raises over JSON of another shape into a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name} does not say what this code writes there ({error!r}): bring back "
+            "a sound copy"
         ) from error
 
 

@@ -6,10 +6,11 @@ Owns bringing the tars to the new dataset. Does not own what lies beside them
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from pipeline.index import IndexConfig
 from pipeline.indexed import STATE
 from pipeline.indexing import index
 from pipeline.manifest import Manifest
+from pipeline.manifest_checks import read_json, understood
 from pipeline.options import TextOptions
 from pipeline.storage import Storage, open_storage
 
@@ -25,22 +27,25 @@ if TYPE_CHECKING:
 
 # Where a tar arrives before it gets its name: files are staged in folders only.
 _LINKED = f"{STATE}/linked"
+_RULES = {"placeholders"}
 
 
 def retokenize_indexed(config: RetokenizeConfig) -> Manifest:
     """Index the tars of an indexed dataset in another folder with another tokenizer.
 
     Raises:
-        ValueError: the dataset has lost its state, or the output holds other files.
+        ValueError: the dataset has lost its state, that is not to be used, or the
+            output holds other files.
     """
     source, target = open_storage(config.dataset), open_storage(config.output)
     try:
-        transform = json.loads(source.read(f"{STATE}/index.json"))["transform"]
+        stored = source.read(f"{STATE}/index.json")
     except FileNotFoundError:
         raise ValueError(
             f"{config.dataset} lacks {STATE}/index.json: it was copied without hidden "
             "files. Run `python -m pipeline.index` on it first"
         ) from None
+    keys = _stored_keys(config.dataset, stored)
     tars = [name for name in source.names() if name.endswith(".tar")]
     _refuse_other_files(target, set(tars))
     for name in tqdm(tars, unit="tar", desc="link"):
@@ -49,13 +54,50 @@ def retokenize_indexed(config: RetokenizeConfig) -> Manifest:
         IndexConfig(
             dataset=config.output,
             tokenizer=config.tokenizer,
-            name=transform["source"]["name"],
-            split=transform["indexed"]["split"],
-            check=transform["indexed"]["check"],
-            text=TextOptions(**transform["text"]),
             workers=config.workers,
+            **keys,
         )
     )
+
+
+def _stored_keys(url: str, stored: bytes) -> dict[str, Any]:
+    """Keys of the index command that the dataset was made with.
+
+    Raises:
+        ValueError: they are others, or have an expression of somebody else's, which may
+            take for ever.
+    """
+    place = f"{url}/{STATE}/index.json"
+    transform = read_json(stored, place)
+    with understood(place):
+        transform = transform["transform"]
+        keys = {
+            "name": transform["source"]["name"],
+            "split": transform["indexed"]["split"],
+            "check": transform["indexed"]["check"],
+        }
+        text = transform["text"]
+        usual = asdict(TextOptions())
+        if text.keys() != usual.keys() or not _alike(text, usual):
+            raise KeyError("text")
+        if not all(isinstance(value, str) for value in keys.values()):
+            raise KeyError("source, indexed")
+        rules = [rule for rule in text["placeholders"] if rule.startswith("/")]
+    if rules:
+        raise ValueError(
+            f"{url} was indexed with --text.placeholders {rules[0]}, and expressions "
+            "are not taken from a dataset: link its tars into a new folder and give "
+            "them, with --tokenizer, to `python -m pipeline.index` there"
+        )
+    return keys | {"text": TextOptions(**text)}
+
+
+def _alike(text: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+    """Are all values of the kind of the default?"""
+    rules = text["placeholders"]
+    if not isinstance(rules, list) or not all(isinstance(r, str) for r in rules):
+        return False
+    return all(type(text[key]) is type(usual[key]) for key in usual.keys() - _RULES)
 
 
 def _refuse_other_files(target: Storage, tars: set[str]) -> None:

@@ -50,8 +50,9 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
     """Write, continue or recognise the dataset with other tokens.
 
     Raises:
-        ValueError: no complete dataset, one whose state does not fit it, one whose inputs were chosen by their tokens, a
-            tokenizer or output that cannot be used.
+        ValueError: no complete dataset, one whose state does not fit it, one whose
+            inputs were chosen by their tokens, a tokenizer or output that cannot be
+            used.
     """
     if _is_indexed(config.dataset):
         return retokenize_indexed(config)
@@ -155,9 +156,8 @@ class _Dataset:
         """
         shards = [shard for record in self.records for shard in record.shards]
         known = {shard.name: shard for shard in self.manifest.shards}
-        sound = [record.range for record in self.records] == list(
-            range(self.plan.n_ranges)
-        )
+        numbers = [record.range for record in self.records]
+        sound = numbers == list(range(len(numbers)))
         sound &= len(shards) == len(known)
         sound &= all(known.get(shard.name) == shard for shard in shards)
         for record in self.records:

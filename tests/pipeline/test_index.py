@@ -300,6 +300,39 @@ def _text(**keys: Any) -> Any:
     return TextOptions(**keys)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../b.tar"},
+        {"samples": None},
+        {"samples": -1},
+        {"sha256": {}},
+        {"sha256": []},
+        {"accounting": {"inputs": "x"}},
+        {"more": 1},
+    ],
+)
+def test_a_record_that_cannot_be_true_is_made_anew(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    img2dataset_shard(tmp_path, 0, range(3))
+    first = indexed(tmp_path)
+    record = tmp_path / ".palimpsest/indexed/00000.tar.json"
+    before = tree(tmp_path)
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | changes))
+    assert indexed(tmp_path) == first
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"transform": 3}', "[" * 99_999])
+def test_a_plan_of_another_shape_is_one_clear_line(text: str, tmp_path: Path) -> None:
+    img2dataset_shard(tmp_path, 0, range(3))
+    indexed(tmp_path)
+    (tmp_path / ".palimpsest/index.json").write_text(text)
+    with pytest.raises(ValueError, match="sound copy"):
+        indexed(tmp_path)
+
+
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path: Path) -> None:
     for folder in ("calm", "killed"):
         for number in range(12):

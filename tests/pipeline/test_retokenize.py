@@ -183,6 +183,74 @@ def test_what_cannot_be_retokenized_is_one_clear_line(
     refused(chosen, "tokens decided which images")
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "item"),
+    [
+        ("plan.json", ("transform",), []),
+        ("plan.json", ("transform", "versions"), 3),
+        ("plan.json", ("transform", "image"), None),
+        ("plan.json", ("splits",), ["train", "../../../x"]),
+        ("ranges/000000.json", ("shards", 0, "split"), "../../../x"),
+        ("ranges/000000.json", ("shards", 0, "samples"), None),
+        ("ranges/000000.json", ("shards",), {}),
+        ("ranges/000000.json", ("accounting",), [1]),
+        ("ranges/000000.json", ("retried",), 7),
+        ("ranges/000000.json", ("rejected",), {"rejected/range-000000-/x.parquet": ""}),
+        ("ranges/000000.json", ("range",), 10**18),
+    ],
+)
+def test_state_that_does_not_fit_the_manifest_is_one_clear_line(
+    name: str,
+    place: tuple[str | int, ...],
+    item: object,
+    kites: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(kites, hostile)
+    rewritten(hostile / ".palimpsest" / name, place, item)
+    before = tree(tmp_path)
+    words = [str(hostile), f"--tokenizer={tokenizer}", f"--output={tmp_path / 'new'}"]
+    with pytest.raises(ValueError, match=r"sound copy|not those of its|again"):
+        main([*words, "--workers=1"])
+    assert tree(tmp_path) == before
+
+
+def rewritten(path: Path, place: tuple[str | int, ...], item: object) -> None:
+    """Put something else at a place of a JSON file."""
+    value = json.loads(path.read_bytes())
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = item
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("place", "item", "message"),
+    [
+        (("transform", "text", "placeholders"), ["/(a+)+$/"], "not taken from a"),
+        (("transform", "text", "placeholders"), "/(a+)+$/", "sound copy"),
+        (("transform", "text", "max_chars"), "x", "sound copy"),
+        (("transform", "text", "more"), 1, "sound copy"),
+        (("transform", "source"), None, "sound copy"),
+        (("transform", "indexed", "check"), [], "sound copy"),
+        (("transform",), [], "sound copy"),
+    ],
+)
+def test_rules_of_an_indexed_dataset_are_not_taken_on_its_word(
+    place: tuple[str, ...], item: object, message: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    img2dataset_shard(old, 0, range(3))
+    index(IndexConfig(dataset=str(old), tokenizer="train:200", name="b", workers=1))
+    rewritten(old / ".palimpsest/index.json", place, item)
+    with pytest.raises(ValueError, match=message):
+        main([str(old), f"--tokenizer={tokenizer}", f"--output={new}", "--workers=1"])
+    assert not new.exists()
+
+
 def test_indexed_tars_are_linked_and_get_the_tokens_of_a_new_index(
     tokenizer: Path, tmp_path: Path
 ) -> None:
