@@ -70,6 +70,8 @@ class RangeRetokenizer:
                 staged[split] = writer.close(), writer
             return StagedRange(
                 number=record.range,
+                # Nothing goes on from what it stages.
+                run="",
                 directory=directory,
                 rows=record.rows,
                 accounting=counts,

@@ -184,9 +184,9 @@ def test_ids_are_the_captions_each_ended_by_the_separator(dataset: Path) -> None
     manifest = load_manifest(dataset)
     tokenizer = Tokenizer.from_file(str(dataset / "tokenizer" / "tokenizer.json"))
     sep = manifest.tokenizer.special_ids["sep"]
-    for members in samples(dataset).values():
-        about = json.loads(members["json"])
-        ids = np.load(io.BytesIO(members["input_ids.npy"]))
+    for parts in samples(dataset).values():
+        about = json.loads(parts["json"])
+        ids = np.load(io.BytesIO(parts["input_ids.npy"]))
         assert ids.dtype == manifest.tokenizer.dtype == np.uint16
         captions = captions_of(ids, sep)
         assert len(captions) == len(about["captions"])
@@ -194,7 +194,7 @@ def test_ids_are_the_captions_each_ended_by_the_separator(dataset: Path) -> None
             assert tokenizer.decode(of_text[:-1]).replace(
                 " ", ""
             ) == text.lower().replace(" ", "")
-        assert members["txt"].decode() == about["captions"][0] == about["caption"]
+        assert parts["txt"].decode() == about["captions"][0] == about["caption"]
 
 
 def test_five_captions_are_one_sample_and_special_tokens_in_them_are_text(
@@ -210,8 +210,8 @@ def test_five_captions_are_one_sample_and_special_tokens_in_them_are_text(
 
 
 def test_images_have_the_configured_shorter_side(dataset: Path) -> None:
-    for members in samples(dataset).values():
-        image = Image.open(io.BytesIO(members["jpg"]))
+    for parts in samples(dataset).values():
+        image = Image.open(io.BytesIO(parts["jpg"]))
         assert (image.format, image.mode, min(image.size)) == ("JPEG", "RGB", 32)
         assert image.layer == [(1, 2, 2, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # 4:2:0
         assert not image.info.get("progressive")
@@ -234,8 +234,8 @@ def test_the_held_out_copy_of_an_image_stays(dataset: Path) -> None:
 
 def test_every_json_has_the_same_keys_and_types(dataset: Path) -> None:
     shapes = set()
-    for members in samples(dataset).values():
-        about = json.loads(members["json"])
+    for parts in samples(dataset).values():
+        about = json.loads(parts["json"])
         assert all(value is not None and value != [] for value in about.values())
         shapes.add(tuple((key, type(value)) for key, value in about.items()))
     assert len(shapes) == 1
