@@ -7,7 +7,7 @@ made up) the contenders take turns over the same files, `file://` URLs in a Parq
 table: on one core, then on two, with a worker for each. A run over one shard and one
 over five, per worker, give the rate in steady state, which is what four more shards
 cost (tokenization, hashes, index, comparison and commit included), and the start-up,
-which is the rest. Medians of the repeats; ratios are medians of those within a repeat.
+which is the rest. All from the medians of the repeats.
 
 `--peers DIR` is where img2dataset is, or will be installed; without it only this
 pipeline and the limit are measured. `--planning N` also plans a corpus of N inputs
@@ -25,7 +25,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,12 @@ _THREADS = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What one contender did in one repeat."""
+class Walls:
+    """What one contender took in one repeat, in seconds."""
 
-    per_second: float
-    """Images a second in steady state."""
-    startup: float
-    """Seconds of a run that do not depend on the number of images."""
+    short: float
+    """A run over few shards: mostly start-up."""
+    long: float
 
 
 class Bench:
@@ -82,14 +81,14 @@ class Bench:
     def measure(self, contenders: Sequence[Contender]) -> dict[str, Any]:
         """Figures by kind, contender and number of cores."""
         contenders = [self._tuned(contender) for contender in contenders]
-        rates: dict[str, list[Rates]] = {}
+        walls: dict[str, list[Walls]] = {}
         limits: list[dict[str, float]] = []
         for repeat in range(self._repeats):
             limits.append(codec_limit(self._folder, self._count, self._cores[0]))
             for n_cores in range(1, len(self._cores) + 1):
                 for contender in contenders:
-                    found = self._rates(contender, n_cores)
-                    rates.setdefault(f"{contender.name} {n_cores}", []).append(found)
+                    found = self._walls(contender, n_cores)
+                    walls.setdefault(f"{contender.name} {n_cores}", []).append(found)
             limits.append(codec_limit(self._folder, self._count, self._cores[0]))
             print(f"  repeat {repeat + 1} of {self._repeats} done", flush=True)
         uses = {
@@ -97,7 +96,7 @@ class Bench:
             for n_cores in range(1, len(self._cores) + 1)
             for contender in contenders
         }
-        return _summary(rates, limits, uses) | {
+        return _summary(walls, limits, uses) | {
             "bytes_per_photo": self._photo_bytes(),
             "photos_per_shard": self._chosen.per_shard,
             # Of the last minutes: more than the cores means that others were at work.
@@ -133,7 +132,7 @@ class Bench:
         print(f"  {contender.name}: {best} threads, of {seconds}", flush=True)
         return replace(contender, threads=best)
 
-    def _rates(self, contender: Contender, n_cores: int) -> Rates:
+    def _walls(self, contender: Contender, n_cores: int) -> Walls:
         short, long = (
             timed(
                 contender,
@@ -142,9 +141,7 @@ class Bench:
             )
             for shards in (_SHORT, _LONG)
         )
-        per_second = self._more(n_cores) / max(long - short, 1e-9)
-        first = _SHORT * n_cores * self._count
-        return Rates(per_second=per_second, startup=short - first / per_second)
+        return Walls(short=short, long=long)
 
     def _use(self, contender: Contender, n_cores: int) -> dict[str, float]:
         short, long = (
@@ -176,7 +173,7 @@ class Bench:
 
 
 def _summary(
-    rates: Mapping[str, Sequence[Rates]],
+    walls: Mapping[str, Sequence[Walls]],
     limits: Sequence[Mapping[str, float]],
     uses: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
@@ -184,42 +181,42 @@ def _summary(
         name: statistics.median(limit[name] for limit in limits)
         for name in ("decode", "resize", "encode")
     }
-    per_image = [sum(limit.values()) for limit in limits]
-    codec = [limit["decode"] + limit["encode"] for limit in limits]
-    # Each repeat has a limit before and after it.
-    around = [
-        2 / (before + after)
-        for before, after in zip(per_image[::2], per_image[1::2], strict=True)
-    ]
+    limit = 1 / sum(stages.values())
+    contenders = {}
+    for name, found in walls.items():
+        figures = {**_figures(found, uses[name]["more"]), **uses[name]}
+        figures["share_of_limit"] = figures["images_per_second"] / limit
+        contenders[name] = figures
     return {
         "limit": {
-            "decode_resize_encode": 1 / statistics.median(per_image),
-            "decode_encode": 1 / statistics.median(codec),
+            "decode_resize_encode": limit,
+            "decode_encode": 1 / (stages["decode"] + stages["encode"]),
             "seconds": stages,
         },
-        "contenders": {
-            name: {**_figures(found, around), **uses[name]}
-            for name, found in rates.items()
-        },
-        "ratios": _ratios(rates, around),
-    }
-
-
-def _figures(found: Sequence[Rates], around: Sequence[float]) -> dict[str, Any]:
-    return {
-        "images_per_second": _middle(found, lambda one: one.per_second),
-        "of_each_repeat": [round(one.per_second, 1) for one in found],
-        "startup_seconds": _middle(found, lambda one: one.startup),
-        "share_of_limit": statistics.median(
-            one.per_second / limit for one, limit in zip(found, around, strict=True)
+        "contenders": contenders,
+        "ratios": _ratios(
+            {name: one["images_per_second"] for name, one in contenders.items()}
         ),
     }
 
 
-def _ratios(
-    rates: Mapping[str, Sequence[Rates]], around: Sequence[float]
-) -> dict[str, float]:
-    """Medians of the ratios within each repeat, for those pairs that were measured."""
+def _figures(found: Sequence[Walls], more: float) -> dict[str, Any]:
+    """Rate and start-up from the medians of both lengths: medians of differences would
+    take one slow short run for a fast long one.
+    """
+    short = statistics.median(one.short for one in found)
+    long = statistics.median(one.long for one in found)
+    seconds = max(long - short, 1e-9)
+    return {
+        "images_per_second": more / seconds,
+        # The longer run does as much again, that many times.
+        "startup_seconds": short - seconds * _SHORT / (_LONG - _SHORT),
+        "wall_seconds": [[round(one.short, 2), round(one.long, 2)] for one in found],
+    }
+
+
+def _ratios(rates: Mapping[str, float]) -> dict[str, float]:
+    """Ratios of rates, for those pairs that were measured."""
     ours, peer = Ours.name, Img2dataset.name
     pairs = (
         (f"{ours} 1", f"{peer} 1"),
@@ -228,17 +225,10 @@ def _ratios(
         (f"{peer} 2", f"{peer} 1"),
     )
     return {
-        f"{first} : {second}": statistics.median(
-            one.per_second / other.per_second
-            for one, other in zip(rates[first], rates[second], strict=True)
-        )
+        f"{first} : {second}": rates[first] / rates[second]
         for first, second in pairs
         if first in rates and second in rates
     }
-
-
-def _middle(found: Sequence[Rates], value: Callable[[Rates], float]) -> float:
-    return statistics.median(value(one) for one in found)
 
 
 def print_table(title: str, figures: Mapping[str, Any]) -> None:
