@@ -27,9 +27,13 @@ from pipeline.storage import Storage
 STATE = ".palimpsest"
 # Digests of everything else in there.
 SEALS = f"{STATE}/files.json"
-_PLAN = f"{STATE}/plan.json"
+# What every dataset of either command has.
+_PLANS = {f"{STATE}/plan.json", f"{STATE}/index.json"}
 # What stays there when a run is over; the rest is staging and leases.
-_LASTING = ("plan", "ranges/", "retries/", "verdicts/", "files.json")
+_LASTING = (
+    *("plan", "ranges/", "retries/", "verdicts/", "files.json"),
+    *("index.json", "indexed/"),
+)
 # A seal that differs in no more characters than this was damaged itself: another
 # manifest would have another digest altogether.
 _SEAL_SLIPS = 8
@@ -123,14 +127,14 @@ def check_strays(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
 
 
 def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
-    """Plan, commit records and verdicts by the digests that lie beside them."""
+    """Plan, records and verdicts by the digests that lie beside them."""
     names = {name for name in storage.names(STATE) if _lasting(name)}
     if not names:
         return
     try:
         data = storage.read(SEALS)
     except FileNotFoundError:
-        if _PLAN in names:
+        if _PLANS & names:
             yield Damage(path=SEALS, offset=None, message="the file is missing")
         return
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.audit_files import SEALS
 from pipeline.companions import EnergonFields, companion_files
 from pipeline.index_tar import SET_ASIDE, TarRecord, mapped
 from pipeline.manifest import (
@@ -34,6 +35,9 @@ from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
 STATE = ".palimpsest"
+INDEX_PLAN = f"{STATE}/index.json"
+# One for every tar.
+RECORDS = f"{STATE}/indexed"
 # Identities compared at a time, of 8 bytes each.
 _UIDS = 1 << 24
 
@@ -79,11 +83,20 @@ def finish(
     for name, text in companion_files(manifest, _energon(kept)).items():
         digests[name] = hashlib.sha256(text.encode()).hexdigest()
         place(storage, name, text.encode())
+    _write(storage, SEALS, _state_digests(storage))
     manifest = dataclasses.replace(manifest, files=dict(sorted(digests.items())))
     data = manifest.to_json().encode()
     _write(storage, MANIFEST, data)
     _write(storage, MANIFEST_SHA256, manifest_seal(data).encode())
     return manifest
+
+
+def _state_digests(storage: Storage) -> bytes:
+    """What `pipeline.validate --deep` finds damage of the state by."""
+    names = [INDEX_PLAN, *storage.names(RECORDS)]
+    return canonical_json(
+        {name: hashlib.sha256(storage.read(name)).hexdigest() for name in names}
+    ).encode()
 
 
 def place(storage: Storage, name: str, data: bytes) -> None:

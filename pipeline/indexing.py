@@ -29,6 +29,8 @@ from pipeline.filters import Filtered
 from pipeline.images import ImageError, codec_versions
 from pipeline.index_tar import IndexWork, TarIndexer, TarRecord, mapped
 from pipeline.indexed import (
+    INDEX_PLAN,
+    RECORDS,
     STATE,
     finish,
     place,
@@ -62,8 +64,6 @@ from pipeline.tokenizer import (
 if TYPE_CHECKING:
     from pipeline.index import IndexConfig
 
-_PLAN = f"{STATE}/index.json"
-_RECORDS = f"{STATE}/indexed"
 _SPLITS = {"valid": "val", "validation": "val", "dev": "val"}
 _DEFAULT_TOKENIZER = "train:8000"
 # Samples that a tokenizer is trained on at most; more change it little.
@@ -112,7 +112,7 @@ def summary(manifest: Manifest, where: str) -> str:
 def _refuse_other_datasets(storage: Storage) -> None:
     whose = "the same `python -m pipeline.preprocess` completes it"
     if storage.size(f"{STATE}/plan.json") is None:
-        if storage.size(MANIFEST) is None or storage.size(_PLAN) is not None:
+        if storage.size(MANIFEST) is None or storage.size(INDEX_PLAN) is not None:
             return
         whose = (
             f"remove {MANIFEST} and {MANIFEST_SHA256} to index its tars all the same"
@@ -150,10 +150,10 @@ def _tars(storage: Storage, top: str) -> dict[str, str]:
 
 
 def _stored_plan(storage: Storage) -> Mapping[str, Any] | None:
-    if storage.size(_PLAN) is None:
+    if storage.size(INDEX_PLAN) is None:
         return None
-    plan = read_json(storage.read(_PLAN), f"{storage.url}/{_PLAN}")
-    with understood(f"{storage.url}/{_PLAN}"):
+    plan = read_json(storage.read(INDEX_PLAN), f"{storage.url}/{INDEX_PLAN}")
+    with understood(f"{storage.url}/{INDEX_PLAN}"):
         check_fields({"transform": plan["transform"]})
         if not isinstance(plan["tokenizer"], str | None):
             raise TypeError("tokenizer")
@@ -237,14 +237,14 @@ def _begin(
         if changed:
             raise ValueError(
                 f"{storage.url} was indexed with another configuration "
-                f"({'; '.join(changed)}); go back to that, or remove {_PLAN} in it to "
+                f"({'; '.join(changed)}); go back to that, or remove {INDEX_PLAN} in it to "
                 "index everything anew"
             )
         return
     for name, data in tokenizer.files.items():
         place(storage, f"{TOKENIZER}/{name}", data)
     plan = {"transform": transform, "tokenizer": config.tokenizer}
-    storage.write(_PLAN, canonical_json(plan).encode())
+    storage.write(INDEX_PLAN, canonical_json(plan).encode())
 
 
 def _index_tars(
@@ -301,7 +301,7 @@ def _indexer(work: IndexWork) -> Callable[[tuple[str, str]], TarRecord]:
 
 
 def _path(name: str) -> str:
-    return f"{_RECORDS}/{name}.json"
+    return f"{RECORDS}/{name}.json"
 
 
 def _record(storage: Storage, name: str, digest: str) -> TarRecord | None:

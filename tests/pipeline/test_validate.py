@@ -17,6 +17,7 @@ from pipeline.audit import audit
 from pipeline.inspect_data import read_view
 from pipeline.manifest import load_index, load_manifest
 from pipeline.storage import open_storage
+from pipeline.validate import main as validate
 from tests.pipeline.corpora import run_module
 from tests.pipeline.damage import (
     copied,
@@ -363,6 +364,26 @@ def test_tars_of_other_makers_are_checked(indexed: Path, tmp_path: Path) -> None
         flip(root / name, place)
         assert name in {damage.path for damage in damages(root)}, (name, place)
         flip(root / name, place)
+
+
+@pytest.mark.parametrize(
+    "name", ["index.json", "indexed/train/shard-000000.tar.json", "files.json"]
+)
+def test_damage_of_the_state_of_an_index_is_found_and_mended(
+    name: str, indexed: Path, tmp_path: Path
+) -> None:
+    copy = copied(indexed, tmp_path / "copy")
+    assert damages(copy, deep=True) == []
+    path = copy / ".palimpsest" / name
+    sound = path.read_bytes()
+    flip(path, len(sound) // 2, bit=1)
+    (found,) = damages(copy, deep=True)
+    assert found.path == f".palimpsest/{name}" or name == "files.json"
+    if name != "files.json":
+        assert validate([str(copy), "--deep", "--repair", "--workers=1"]) == 0
+        assert path.read_bytes() == sound
+    path.unlink()
+    assert damages(copy, deep=True)
 
 
 def test_a_dataset_on_an_object_store_is_checked(
