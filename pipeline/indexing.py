@@ -237,8 +237,8 @@ def _begin(
         if changed:
             raise ValueError(
                 f"{storage.url} was indexed with another configuration "
-                f"({'; '.join(changed)}); go back to that, or remove {INDEX_PLAN} in it to "
-                "index everything anew"
+                f"({'; '.join(changed)}); go back to that, or remove {INDEX_PLAN} in "
+                "it to index everything anew"
             )
         return
     for name, data in tokenizer.files.items():

@@ -366,19 +366,17 @@ def test_tars_of_other_makers_are_checked(indexed: Path, tmp_path: Path) -> None
         flip(root / name, place)
 
 
-@pytest.mark.parametrize(
-    "name", ["index.json", "indexed/train/shard-000000.tar.json", "files.json"]
-)
+@pytest.mark.parametrize("name", ["index.json", "*.tar.json", "files.json"])
 def test_damage_of_the_state_of_an_index_is_found_and_mended(
     name: str, indexed: Path, tmp_path: Path
 ) -> None:
     copy = copied(indexed, tmp_path / "copy")
     assert damages(copy, deep=True) == []
-    path = copy / ".palimpsest" / name
+    path = sorted((copy / ".palimpsest").rglob(name))[0]
     sound = path.read_bytes()
     flip(path, len(sound) // 2, bit=1)
     (found,) = damages(copy, deep=True)
-    assert found.path == f".palimpsest/{name}" or name == "files.json"
+    assert name == "files.json" or copy / found.path == path
     if name != "files.json":
         assert validate([str(copy), "--deep", "--repair", "--workers=1"]) == 0
         assert path.read_bytes() == sound
