@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = Path(__file__).with_name("requirements-peers.txt")
 SIZE, QUALITY = 256, 95
 _SET_CHILD_SUBREAPER = 36
-_ORPHAN_SECONDS = 20.0
+_ORPHAN_SECONDS = 2.0
 _WATCH_SECONDS = 0.25
 _TOKENIZER_CAPTIONS = 2_000
 

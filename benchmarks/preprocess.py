@@ -71,7 +71,7 @@ class Bench:
         self._chosen = replace(chosen, per_shard=per_shard)
         self._folder = work / chosen.name
         self._output = work / "output"
-        self._cores = sorted(os.sched_getaffinity(0))[:2]
+        self._cores = sorted(os.sched_getaffinity(0))[: given.cores]
         self._repeats = given.repeats
         originals = sorted(given.photos.glob("*.jp*g")) if given.photos else []
         count = _LONG * per_shard * len(self._cores)
@@ -270,12 +270,13 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per_shard", type=int, help="photos of a shard")
+    parser.add_argument("--cores", type=int, default=2, help="most cores to use")
     parser.add_argument("--planning", type=int, help="inputs of a corpus to plan")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a few photos, once")
     given = parser.parse_args(argv)
     if given.smoke:
-        given.repeats, given.per_shard = 1, 4
+        given.repeats, given.per_shard, given.cores = 1, 4, 1
         given.planning = given.planning or 10_000
     return given
 
