@@ -168,24 +168,24 @@ def test_a_kill_from_outside_is_nobodys_fault(
 
 def test_a_child_killed_at_its_start_is_replaced() -> None:
     with Decoder(OPTIONS, FilterOptions()) as decoder:
-        killer = threading.Thread(target=kill_the_next_child)
+        killer = threading.Thread(target=kill_the_next_child, args=(children(),))
         killer.start()
         [result] = decoder.encode([Request(data=encoded(picture(1)))])
         killer.join()
     assert isinstance(result, EncodedImage)
 
 
-def kill_the_next_child() -> None:
-    """Before it can have answered: a Python has hardly begun to start."""
-    while not (children := psutil.Process().children()):
-        time.sleep(0.001)
-    for child in children:
-        child.kill()
-
-
 def children() -> set[psutil.Process]:
     """Processes that this one has started, those of other tests included."""
     return set(psutil.Process().children())
+
+
+def kill_the_next_child(others: set[psutil.Process]) -> None:
+    """Before it can have answered: a Python has hardly begun to start."""
+    while not (started := children() - others):
+        time.sleep(0.001)
+    for child in started:
+        child.kill()
 
 
 def test_a_child_killed_between_calls_is_replaced() -> None:
