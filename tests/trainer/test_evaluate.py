@@ -92,7 +92,8 @@ def test_data_of_another_tokenizer_is_refused_naming_both_hashes(
     shutil.copytree(shards, other)
     manifest = load_manifest(shards)
     info = dataclasses.replace(manifest.tokenizer, sha256="f" * 64)
-    changed = dataclasses.replace(manifest, tokenizer=info)
+    files = {**manifest.files, "tokenizer/tokenizer.json": info.sha256}
+    changed = dataclasses.replace(manifest, tokenizer=info, files=files)
     (other / "manifest.json").write_text(changed.to_json())
     seal = f"{changed.sha256}  manifest.json\n"
     (other / "manifest.json.sha256").write_text(seal)
