@@ -22,11 +22,9 @@ from pipeline.manifest import (
     manifest_seal,
 )
 from pipeline.manifest_checks import read_json
+from pipeline.staging import SEALS, STATE
 from pipeline.storage import Storage
 
-STATE = ".palimpsest"
-# Digests of everything else in there.
-SEALS = f"{STATE}/files.json"
 # What every dataset of either command has.
 _PLANS = {f"{STATE}/plan.json", f"{STATE}/index.json"}
 # What stays there when a run is over; the rest is staging and leases.

@@ -43,21 +43,19 @@ from pipeline.staging import (
     CANDIDATES,
     COMPARE,
     RUNNING,
+    SEALS,
     STATE,
     StagedRange,
     TakenOver,
 )
-from pipeline.storage import Storage
+from pipeline.storage import STAGING, Storage
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
 PLAN = f"{STATE}/plan.json"
 TABLE = f"{STATE}/plan.npy"
 RECORDS = f"{STATE}/ranges"
 RETRIES = f"{STATE}/retries"
-STAGING = f"{STATE}/staging"
 SPOOL = f"{STATE}/spool"
-# sha256 of every file in `.palimpsest/` of a finished dataset.
-SEALS = f"{STATE}/files.json"
 # Everything that only a run under way needs.
 _TRANSIENT = (CANDIDATES, COMPARE, SETTLED, STAGING, SPOOL)
 # Small reads under way at once: on an object store they cost mostly waiting.

@@ -22,6 +22,7 @@ import tokenizers
 
 from pipeline.addresses import Places
 from pipeline.columns import Columns, holds_paths, resolve_columns
+from pipeline.compare import Comparison
 from pipeline.filters import UidLists, load_function, load_uids
 from pipeline.grouping import Grouping
 from pipeline.images import codec_versions
@@ -29,9 +30,10 @@ from pipeline.manifest import SCHEMA_VERSION, canonical_json
 from pipeline.options import InputOptions, PreprocessConfig
 from pipeline.plan import Corpus, Plan
 from pipeline.sources import NeedsSpool, Source, open_source
-from pipeline.storage import open_file
+from pipeline.storage import Storage, open_file
 from pipeline.tokenizer import StoredTokenizer
 from pipeline.where import RowFilter
+from pipeline.work import Work
 
 # What of the configuration decides no byte, and may change while a run goes on. How
 # patiently URLs are fetched does not belong to a dataset; what may be fetched does.
@@ -229,3 +231,39 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def work_of(
+    config: PreprocessConfig,
+    corpora: tuple[Corpus, ...],
+    plan: Plan,
+    storage: Storage,
+    tokenizer: StoredTokenizer,
+    *,
+    run: str,
+) -> Work:
+    """What the tasks of a run share; `run` is the sha256 of its transform."""
+    comparison = Comparison(
+        near=config.dedup.near,
+        exact=config.dedup.exact,
+        splits=len(plan.split_names) > 1,
+        identity=any(corpus.grouping.key is not None for corpus in corpora),
+        caption_repeats=config.dedup.caption_repeats,
+        inputs=plan.n_inputs,
+        ranges=plan.n_ranges,
+        memory=config.dedup.bucket_mb * 1_000_000,
+    )
+    return Work(
+        storage=storage,
+        corpora=corpora,
+        split_names=plan.split_names,
+        image=config.image,
+        text=config.text,
+        filter=config.filter,
+        fetch=config.fetch,
+        where=config.where,
+        uids=load_uid_lists(config),
+        tokenizer=tokenizer,
+        comparison=comparison,
+        run=run,
+    )

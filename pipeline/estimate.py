@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline import compare
 from pipeline.captions import CaptionCleaner
-from pipeline.describe import check_function, load_uid_lists, open_corpora
+from pipeline.describe import check_function, load_uid_lists, open_corpora, work_of
 from pipeline.manifest import Accounting
 from pipeline.options import PreprocessConfig
 from pipeline.plan import (
@@ -200,21 +200,9 @@ def _work(
     nothing = compare.Comparison(
         identity=False, inputs=plan.n_inputs, ranges=plan.n_ranges, memory=1
     )
-    return Work(
-        storage=storage,
-        corpora=corpora,
-        split_names=plan.split_names,
-        image=config.image,
-        text=config.text,
-        filter=config.filter,
-        fetch=config.fetch,
-        where=config.where,
-        uids=load_uid_lists(config),
-        tokenizer=_tokenizer(config, corpora),
-        comparison=nothing,
-        run="",
-        watched=False,
-    )
+    tokenizer = _tokenizer(config, corpora)
+    work = work_of(config, corpora, plan, storage, tokenizer, run="")
+    return dataclasses.replace(work, comparison=nothing, watched=False)
 
 
 def _tokenizer(

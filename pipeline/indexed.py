@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.audit_files import SEALS
 from pipeline.companions import EnergonFields, companion_files
 from pipeline.index_tar import SET_ASIDE, TarRecord, mapped
 from pipeline.manifest import (
@@ -31,10 +30,10 @@ from pipeline.manifest import (
     canonical_json,
     manifest_seal,
 )
+from pipeline.staging import SEALS, STATE
 from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
-STATE = ".palimpsest"
 INDEX_PLAN = f"{STATE}/index.json"
 # One for every tar.
 RECORDS = f"{STATE}/indexed"

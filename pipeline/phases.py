@@ -20,8 +20,8 @@ from pipeline.captions import CaptionCleaner
 from pipeline.dataset import DatasetWriter
 from pipeline.describe import (
     description_of,
-    load_uid_lists,
     transform_of,
+    work_of,
 )
 from pipeline.lease import Lease
 from pipeline.manifest import (
@@ -94,7 +94,9 @@ class Run:
             self._metrics = Metrics(Path(config.output).name)
             self._writer.begin(described, plan, tokenizer)
             run = described["transform_sha256"]
-            work = work_of(config, self._corpora, plan, self._writer, tokenizer, run)
+            work = work_of(
+                config, self._corpora, plan, self._writer.storage, tokenizer, run=run
+            )
             self._process(config, plan, work, described)
             self.accounting = self._writer.accounting()
             if not self.accounting.written:
@@ -340,41 +342,6 @@ def _match(work: Work, bucket: int, report: Report) -> None:
 def _collect(work: Work, group: int, report: Report) -> None:
     del report
     compare.collect(work.storage, COMPARE, work.comparison, group)
-
-
-def work_of(
-    config: PreprocessConfig,
-    corpora: tuple[Corpus, ...],
-    plan: Plan,
-    writer: DatasetWriter,
-    tokenizer: StoredTokenizer,
-    run: str,
-) -> Work:
-    """What the tasks of a run share; `run` is the sha256 of its transform."""
-    comparison = compare.Comparison(
-        near=config.dedup.near,
-        exact=config.dedup.exact,
-        splits=len(plan.split_names) > 1,
-        identity=any(corpus.grouping.key is not None for corpus in corpora),
-        caption_repeats=config.dedup.caption_repeats,
-        inputs=plan.n_inputs,
-        ranges=plan.n_ranges,
-        memory=config.dedup.bucket_mb * 1_000_000,
-    )
-    return Work(
-        storage=writer.storage,
-        corpora=corpora,
-        split_names=plan.split_names,
-        image=config.image,
-        text=config.text,
-        filter=config.filter,
-        fetch=config.fetch,
-        where=config.where,
-        uids=load_uid_lists(config),
-        tokenizer=tokenizer,
-        comparison=comparison,
-        run=run,
-    )
 
 
 def _with_retries(work: Work, retries: Sequence[RangePlan]) -> Work:

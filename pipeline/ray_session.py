@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.retries import retried
-from pipeline.staging import STATE
-from pipeline.storage import Storage
+from pipeline.storage import STAGING, Storage
 from pipeline.work import Report, Work
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 60.0
 # More tasks than this are never under way on a cluster.
 _BOARD_SIZE = 4096
-STAGING = f"{STATE}/staging"
 
 
 def refuse_relative_in_job(output: str) -> None:

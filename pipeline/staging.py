@@ -16,12 +16,13 @@ from typing import Any
 
 from pipeline.manifest import Accounting, canonical_json
 from pipeline.shards import REJECTED, SUFFIXES, StagedShard
-from pipeline.storage import Storage
+from pipeline.storage import STATE, Storage
 
-STATE = ".palimpsest"
 CANDIDATES = f"{STATE}/candidates"
 COMPARE = f"{STATE}/compare"
 SIGNATURES = "signatures.npy"
+# sha256 of every file in `.palimpsest/` of a finished dataset.
+SEALS = f"{STATE}/files.json"
 # Lies there while a driver may still want what tasks stage.
 RUNNING = f"{STATE}/running"
 

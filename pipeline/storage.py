@@ -20,9 +20,11 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.retries import RetryPolicy, retried, retry
 
+# What belongs to whoever writes a dataset, and not to the dataset.
+STATE = ".palimpsest"
 # Where files lie while they are not whole, below the root of a storage: a process
 # killed there leaves nothing beside the data.
-STAGING = ".palimpsest/staging"
+STAGING = f"{STATE}/staging"
 # One request of a reader that goes through a remote file.
 _BLOCK_BYTES = 4 << 20
 

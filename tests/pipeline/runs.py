@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline import compare
 from pipeline.dataset import DatasetWriter
-from pipeline.describe import description_of, open_corpora, transform_of
+from pipeline.describe import description_of, open_corpora, transform_of, work_of
 from pipeline.options import PreprocessConfig
-from pipeline.phases import spooled, work_of
+from pipeline.phases import spooled
 from pipeline.plan import Plan, make_plan
 from pipeline.ranges import write_range
 from pipeline.records import RangeRecord, shards_of
@@ -54,7 +54,7 @@ class LocalRun:
         self.described = description_of(self.plan, self.corpora, transform)
         run = self.described["transform_sha256"]
         self.work: Work = work_of(
-            config, self.corpora, self.plan, self.writer, TOKENIZER, run
+            config, self.corpora, self.plan, self.storage, TOKENIZER, run=run
         )
 
     def open(self) -> DatasetWriter:
