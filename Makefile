@@ -40,7 +40,7 @@ test: lint types ## Lint, types and tests
 
 soak: setup ## The full counts of kills; log in benchmarks/results/soak.log
 	@mkdir -p benchmarks/results
-	$(BIN)/python -m pytest -m soak -rA --color=no | tee benchmarks/results/soak.log; \
+	$(BIN)/python -m pytest -m soak --timeout=4200 -rA --color=no | tee benchmarks/results/soak.log; \
 		exit $${PIPESTATUS[0]}
 
 interop: setup ## Read the same shards with every peer; log in benchmarks/results/interop.log

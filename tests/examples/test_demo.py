@@ -26,6 +26,16 @@ from examples.demo import (
 from pipeline.manifest import load_manifest
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """`main` takes signals for itself; the tests after these must not keep that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline.images import encode_image
 from pipeline.options import ImageOptions
-from pipeline.phash import SIDE, perceptual_hash
+from pipeline.phash import SIDE, perceptual_hashes
 from tests.pipeline.corpora import encoded
 
 OPTIONS = ImageOptions(size=64)
@@ -26,6 +26,10 @@ def photo(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
 
 def hash_of(image: Image.Image, **options: object) -> int:
     return int(encode_image(encoded(image, **options), OPTIONS).phash, 16)
+
+
+def of(thumbnail: np.ndarray) -> str:
+    return perceptual_hashes([thumbnail.tobytes()])[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -60,16 +64,23 @@ def test_pictures_of_one_layout_differ() -> None:
 
 def test_brightness_and_one_colour_say_nothing() -> None:
     flat = np.full((SIDE, SIDE, 3), 130, np.uint8)
-    assert perceptual_hash(flat) == "0" * 16
+    assert of(flat) == "0" * 16
     noise = np.random.default_rng(1).integers(0, 200, (SIDE, SIDE, 3), dtype=np.uint8)
-    assert perceptual_hash(noise) == perceptual_hash(noise + 50)
+    assert of(noise) == of(noise + 50)
 
 
 def test_the_hash_of_a_known_picture_never_changes() -> None:
     """Stored in every dataset, and compared across them."""
     y, x = np.mgrid[:SIDE, :SIDE]
     pixels = np.stack([x * 7 % 256, (x * y) % 251, y * y % 239], axis=-1)
-    assert perceptual_hash(pixels.astype(np.uint8)) == KNOWN
+    assert of(pixels.astype(np.uint8)) == KNOWN
+
+
+def test_a_hash_does_not_depend_on_its_company() -> None:
+    draw = np.random.default_rng(2)
+    pixels = draw.integers(0, 256, (7, SIDE, SIDE, 3), dtype=np.uint8)
+    assert perceptual_hashes([one.tobytes() for one in pixels]) == [*map(of, pixels)]
+    assert perceptual_hashes([]) == []
 
 
 KNOWN = "7cf1c6d992a42a50"
