@@ -20,8 +20,7 @@ from typing import Any
 
 import simplejpeg
 
-from pipeline import jpeg, resize
-from pipeline.decoder import ALLOCATION
+from pipeline import allocation, jpeg, resize
 from pipeline.options import ImageOptions
 
 # Photos that go through first, uncounted: memory is fetched from the kernel once.
@@ -30,7 +29,7 @@ _WARM_UP = 8
 
 def environment() -> dict[str, str]:
     """Variables under which the limit is that of a decoder's child."""
-    return {**os.environ, **ALLOCATION}
+    return {**os.environ, **allocation.ENVIRONMENT}
 
 
 def measure(data: bytes, options: ImageOptions) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ WEB_SCHEMES = ("http", "https")
 _ENCODED = re.compile(r"%(?:25)*(2e|2f|5c)", re.IGNORECASE)
 # The longest key of an S3 object; local paths are checked by the file system.
 _MAX_KEY_BYTES = 1024
+_KNOWN_FOLDERS = 10_000
 
 # Everything that IANA lists as not globally reachable, and what reaches into the
 # machine or its cloud by other ways. A table of our own: Python's changes with its
@@ -143,6 +144,8 @@ class Places:
         self._folder = _local_path(self._base)
         self._folders: list[str] = []
         self._roots: list[str] = []
+        # Real paths of folders below an allowed one: images of a corpus share theirs.
+        self._known: dict[str, str] = {}
         for place in (self._base, *map(_without_slash, allow)):
             if folder := _local_path(place):
                 self._folders.append(os.path.realpath(folder))
@@ -175,10 +178,29 @@ class Places:
             raise ImageError("path_outside_input", cell)
         _check_text(name)
         # An absolute path stands for itself; a URL as base has no folder to join.
-        path = os.path.realpath(os.path.join(self._folder or "/", name))
-        if any(os.path.commonpath([root, path]) == root for root in self._folders):
-            return Place(path=path)
-        raise ImageError("path_outside_input", cell)
+        path = os.path.join(self._folder or "/", name)
+        folder, file = os.path.split(path)
+        known = self._known.get(folder)
+        if known is not None and file not in ("", ".", ".."):
+            direct = f"{known}/{file}"
+            if not os.path.islink(direct):
+                return Place(path=direct)
+        path = os.path.realpath(path)
+        if not self._allows(path):
+            raise ImageError("path_outside_input", cell)
+        self._learn(folder)
+        return Place(path=path)
+
+    def _allows(self, path: str) -> bool:
+        return any(os.path.commonpath([root, path]) == root for root in self._folders)
+
+    def _learn(self, folder: str) -> None:
+        real = os.path.realpath(folder)
+        if not self._allows(real):
+            return
+        if len(self._known) == _KNOWN_FOLDERS:
+            self._known.clear()
+        self._known[folder] = real
 
     def _remote(self, url: str, cell: str) -> Place:
         if not self._contains(url):

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.decoder_process import IN_FUNCTION
+from pipeline import allocation
+from pipeline.decoder_process import BLOBS, IN_FUNCTION
 from pipeline.filters import Filtered
 from pipeline.images import EncodedImage, ImageError
 from pipeline.options import FilterOptions, ImageOptions
@@ -33,14 +34,6 @@ from pipeline.shared_pipe import SharedPipe, shared_memory
 
 _CHUNK_IMAGES = 16
 _CHUNK_BYTES = 2 << 20
-# Every image's pixels are allocated and freed: glibc would give the pages back each
-# time, and clearing new ones takes as long as decoding a small photo. numpy's threads
-# are of no use here, and take memory.
-ALLOCATION = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
-    "OPENBLAS_NUM_THREADS": "1",
-}
 # Deaths that an image need not be guilty of: somebody's kill, or the kernel's for want
 # of memory. Tried this often alone before it is held to be.
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
@@ -231,7 +224,7 @@ class _Child:
         os.close(memory)
         try:
             for reply in self._exchange(pickle.dumps((options, filters)))[0]:
-                _result(reply, b"")
+                _result(reply, iter(()))
         except BaseException:
             self.close()
             raise
@@ -243,8 +236,9 @@ class _Child:
             pickled = pickle.dumps([(each.captions, each.columns) for each in requests])
         images = [request.data for request in requests]
         replies, encoded = self._exchange(pickled, images)
-        answers = zip(requests, replies, encoded, strict=True)
-        return [_answered(*answer) for answer in answers]
+        blobs = iter(encoded)
+        answers = zip(requests, replies, strict=True)
+        return [_answered(request, reply, blobs) for request, reply in answers]
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -269,9 +263,11 @@ class _Child:
         return json.loads(text), encoded
 
 
-def _answered(request: Request, reply: dict[str, Any], data: bytes) -> Result:
+def _answered(
+    request: Request, reply: dict[str, Any], blobs: Iterator[bytes]
+) -> Result:
     try:
-        return _result(reply, data)
+        return _result(reply, blobs)
     except (ValueError, RuntimeError) as error:
         raise FunctionError(str(error), request) from None
 
@@ -282,10 +278,11 @@ def _ending(death: _Died) -> str:
     return f"crashed the decoder's process ({signal.Signals(-death.returncode).name})"
 
 
-def _result(reply: dict[str, Any], data: bytes) -> Result:
+def _result(reply: dict[str, Any], blobs: Iterator[bytes]) -> Result:
     kind = reply.pop("kind")
     if kind == "image":
-        return EncodedImage(data=data, **reply)
+        reply |= {name: next(blobs) for name in BLOBS}
+        return EncodedImage(**reply)
     if kind == "failed":
         return ImageError(**reply)
     if kind == "filtered":
@@ -296,4 +293,4 @@ def _result(reply: dict[str, Any], data: bytes) -> Result:
 def _environment() -> dict[str, str]:
     # What the parent can import the child can: a job's working directory, too.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, **ALLOCATION, "PYTHONPATH": path}
+    return {**os.environ, **allocation.ENVIRONMENT, "PYTHONPATH": path}

@@ -16,6 +16,7 @@ import pickle
 import resource
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,11 @@ from pipeline.shared_pipe import SharedPipe
 _WALL_PER_CPU = 10
 # Stands in the mark beside an image's number while the user's filter has the image.
 IN_FUNCTION = 1 << 63
-_FIELDS = [key.name for key in dataclasses.fields(EncodedImage) if key.name != "data"]
+# What of an image does not go through JSON.
+BLOBS = ("data", "thumbnail")
+_FIELDS = [
+    key.name for key in dataclasses.fields(EncodedImage) if key.name not in BLOBS
+]
 
 
 def _serve(pipe: SharedPipe) -> None:
@@ -52,9 +57,9 @@ def _serve(pipe: SharedPipe) -> None:
         replies, files = [], []
         for number, data in enumerate(images):
             pipe.mark = number
-            reply, file = work.answer(data, *shown[number])
+            reply, blobs = work.answer(data, *shown[number])
             replies.append(reply)
-            files.append(file)
+            files += blobs
         pipe.send(_json(replies), files)
 
 
@@ -69,24 +74,24 @@ class _Work:
 
     def answer(
         self, data: bytes, captions: list[str], columns: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], bytes]:
-        """What the parent is told, and the encoded file."""
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """What the parent is told, and the blobs of an image."""
         try:
             with _limited_time(self.options.time_limit_s):
                 image = self._encode(data, captions, columns)
         except Filtered as error:
-            return _rejected("filtered", error.reason, error.detail), b""
+            return _rejected("filtered", error.reason, error.detail), []
         except (ImageError, MemoryError) as error:
             reason = getattr(error, "reason", "memory_limit")
             detail = str(getattr(error, "detail", ""))
             if reason == "memory_limit":
                 # Where exactly it ran out is chance.
                 detail = f"more than {self.options.memory_limit_mb} MB"
-            return _rejected("failed", reason, detail), b""
+            return _rejected("failed", reason, detail), []
         except (RuntimeError, ValueError) as error:
-            return _fault(error), b""
+            return _fault(error), []
         fields = {name: getattr(image, name) for name in _FIELDS}
-        return {"kind": "image", **fields}, image.data
+        return {"kind": "image", **fields}, [getattr(image, name) for name in BLOBS]
 
     def _encode(
         self, data: bytes, captions: list[str], columns: Mapping[str, Any]
@@ -163,6 +168,8 @@ def _json(value: Sequence[Mapping[str, Any]]) -> bytes:
 def main() -> None:
     """Serve one parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Of what it decodes all the same.
+    warnings.filterwarnings("ignore", module="PIL")
     timers = (signal.SIGPROF, signal.SIGALRM)
     for timer in timers:
         signal.signal(timer, signal.SIG_DFL)

@@ -19,13 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.addresses import Network, Place, Places
 from pipeline.images import ImageError
-from pipeline.lookahead import Bounds, Share, in_order
+from pipeline.lookahead import Bounds, NoRoom, Share, in_order
 from pipeline.options import FetchOptions
 from pipeline.storage import open_file
 
@@ -45,6 +44,10 @@ _NO_UTF8 = re.compile(r"\\udc[89a-f][0-9a-f]")
 _PATH_ERRORS = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _READS = 4
 _RETRY_SECONDS = 0.5
+# A local read that takes longer has waited for something; this many files after it are
+# read by threads, several at a time.
+_QUICK_SECONDS = 0.002
+_SLOW_FILES = 256
 # One slow image must not empty the window: requests that are done wait behind it.
 _WINDOW_PER_REQUEST = 16
 
@@ -173,17 +176,36 @@ class ImageReader:
 
 
 class FileReader:
-    """Files, local and behind fsspec, read by a few threads."""
+    """Files, local and behind fsspec, read by a few threads.
+
+    A local file that is read in no time, as those of the page cache are, is read where
+    it is asked for: handing it to a thread takes longer. After one that was not, the
+    next ones go to the threads.
+    """
 
     def __init__(self, threads: int, max_bytes: int) -> None:
         self.retried: Counter[str] = Counter()
         self._max_bytes = max_bytes
         self._threads = ThreadPoolExecutor(threads, "palimpsest-files")
         self._lock = threading.Lock()
+        self._slow = 0
+        """Local files that are still to go to the threads."""
 
     def start(self, place: Place, cell: str, share: Share) -> Future[bytes]:
         """Begin to read the file that `cell` names."""
-        return self._threads.submit(self._read, place, cell, share)
+        local = place.path is not None
+        if not local or self._slow:
+            self._slow -= local
+            return self._threads.submit(self._read, place, cell, share)
+        done: Future[bytes] = Future()
+        begun = time.monotonic()
+        try:
+            done.set_result(self._read(place, cell, share))
+        except (ImageError, NoRoom, OSError) as error:
+            done.set_exception(error)
+        if time.monotonic() - begun > _QUICK_SECONDS:
+            self._slow = _SLOW_FILES
+        return done
 
     def close(self) -> None:
         """Wait for what is being read."""
@@ -215,7 +237,7 @@ class FileReader:
                 # Opening a pipe or a device could wait for ever.
                 if not stat.S_ISREG(os.stat(path).st_mode):
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                return self._content(Path(path).open("rb"), share)
+                return self._content(open(path, "rb", buffering=0), share)
             except OSError as error:
                 share.drop()
                 if not left or error.errno in _FAULTS_OF_THE_PATH:
@@ -234,7 +256,10 @@ class FileReader:
             share.take(size)
             file.seek(0)
             # No more than was checked, should the file be growing.
-            return file.read(size)
+            parts = [file.read(size)]
+            while parts[-1] and (missing := size - sum(map(len, parts))):
+                parts.append(file.read(missing))
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _verified(data: bytes, expected: str) -> bytes | ImageError:

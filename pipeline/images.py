@@ -23,7 +23,7 @@ from PIL import Image, features
 from pipeline import colour, jpeg, resize
 from pipeline.image_header import FORMATS, Header, ImageError, read_header, unreadable
 from pipeline.options import ImageOptions
-from pipeline.phash import SIDE, perceptual_hash
+from pipeline.phash import SIDE, perceptual_hashes
 
 __all__ = [
     "FORMATS",
@@ -50,10 +50,17 @@ class EncodedImage:
     original_height: int
     exif: str
     """JSON text of the source's main EXIF tags; `{}` without any."""
-    phash: str
-    """64-bit perceptual hash, 16 hex digits: near-equal images differ in few bits."""
+    thumbnail: bytes
+    """RGB averaged to 32 x 32 pixels: what the perceptual hash is made of."""
     pixels_sha256: str
     """Hex, of width, height and the written pixels before they were encoded."""
+
+    @property
+    def phash(self) -> str:
+        """64-bit perceptual hash, 16 hex digits: near-equal images differ in few bits.
+        Of many images at once: `pipeline.phash.perceptual_hashes`.
+        """
+        return perceptual_hashes([self.thumbnail])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,9 @@ def encode_image(data: bytes, options: ImageOptions) -> EncodedImage:
     Raises:
         ImageError: with the reason code of the failure.
     """
-    return encode_picture(decode_image(data, options), options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return encode_picture(decode_image(data, options), options)
 
 
 def decode_image(
@@ -91,12 +100,10 @@ def decode_image(
     Raises:
         ImageError: with the reason code of the failure.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        header = read_header(data, options)
-        check(*header.shown_size)
-        geometry = resize.plan_geometry(header.size, options)
-        pixels, strict = _pixels(data, header, geometry)
+    header = read_header(data, options)
+    check(*header.shown_size)
+    geometry = resize.plan_geometry(header.size, options)
+    pixels, strict = _pixels(data, header, geometry)
     pixels = resize.oriented(pixels, header.orientation)
     if geometry.pad:
         pixels = resize.padded(pixels)
@@ -125,7 +132,7 @@ def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
         original_width=original_width,
         original_height=original_height,
         exif=picture.header.exif,
-        phash=perceptual_hash(resize.thumbnail(pixels, SIDE)),
+        thumbnail=resize.thumbnail(pixels, SIDE).tobytes(),
         pixels_sha256=digest.hexdigest(),
     )
 
@@ -146,13 +153,13 @@ def _pixels(
 ) -> tuple[np.ndarray, bool]:
     """RGB pixels at their size, and whether a strict decoder vouches for them."""
     try:
-        if header.is_jpeg:
+        image = header.image
+        if image is None:
             pixels = jpeg.decode_strictly(data, header, geometry.target)
             if pixels is not None:
                 return _jpeg_pixels(pixels, header, geometry), True
             image = jpeg.decode_tolerantly(data)
         else:
-            image = header.image
             image.load()
         # Colour first: alpha must be gone before neighbours are mixed.
         size = image.size
@@ -168,21 +175,19 @@ def _jpeg_pixels(
     pixels: np.ndarray, header: Header, geometry: resize.Geometry
 ) -> np.ndarray:
     # Size first: colour is converted for as few pixels as possible.
-    info = header.image.info
     fraction = jpeg.dct_fraction(header.size, geometry.target)
     return colour.jpeg_to_rgb(
         resize.resized(pixels, header.size, fraction, geometry),
-        info.get("icc_profile"),
-        inverted="adobe" in info,
+        header.profile,
+        inverted=header.inverted,
     )
 
 
 def _kept(data: bytes, header: Header, options: ImageOptions) -> bytes | None:
     """The source without its metadata, where that is what would be written."""
-    profile = header.image.info.get("icc_profile")
     if options.format != "jpg" or options.reencode or header.orientation != 1:
         return None
-    if not jpeg.is_plain(data) or not colour.is_srgb(profile, "RGB"):
+    if not jpeg.is_plain(data) or not colour.is_srgb(header.profile, "RGB"):
         return None
     return jpeg.without_metadata(data)
 

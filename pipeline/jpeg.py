@@ -55,7 +55,7 @@ def decode_strictly(
     """
     fraction = dct_fraction(header.size, least)
     width, height = (-(-side // fraction) for side in header.size)
-    space = _COLOUR_SPACES.get(header.image.mode, "RGB")
+    space = _COLOUR_SPACES.get(header.mode, "RGB")
     try:
         return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height)
     except ValueError as error:

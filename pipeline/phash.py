@@ -8,6 +8,7 @@ were measured to give most photos of a product catalogue one hash.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,9 +16,10 @@ import numpy as np
 SIDE = 32
 _KEPT = 8
 _SCALE = 1 << 12
-_LUMA = np.array([299, 587, 114], np.int64)
-# Rows 1 to 8 of a 32-point DCT-II, in integers: equal on every machine. Row 0, the
-# mean, says how bright a picture is, not what is on it.
+_LUMA = np.array([299, 587, 114], np.float64)
+# Rows 1 to 8 of a 32-point DCT-II. Row 0, the mean, says how bright a picture is, not
+# what is on it. All numbers here and all sums of them are whole and below 2**53, which
+# floats add without rounding: equal on every machine, whatever the order.
 _BASIS = np.array(
     [
         [
@@ -26,18 +28,21 @@ _BASIS = np.array(
         ]
         for k in range(1, _KEPT + 1)
     ],
-    np.int64,
+    np.float64,
 )
 
 
-def perceptual_hash(thumbnail: np.ndarray) -> str:
-    """64 bits as 16 hex digits: which of 8 x 8 low frequencies are above their median.
+def perceptual_hashes(thumbnails: Sequence[bytes]) -> list[str]:
+    """Of each thumbnail 64 bits as 16 hex digits: which of 8 x 8 low frequencies are
+    above their median.
 
-    `thumbnail` is RGB uint8 (32, 32, 3). Near-equal images differ in few bits; images
-    of one colour have the hash 0.
+    A thumbnail is RGB, 32 x 32 pixels of 3 bytes. Near-equal images differ in few bits;
+    images of one colour have the hash 0.
     """
-    grey = thumbnail.astype(np.int64) @ _LUMA
-    frequencies = (_BASIS @ grey @ _BASIS.T).ravel()
+    pixels = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE, SIDE, 3)
+    grey = pixels.astype(np.float64) @ _LUMA
+    frequencies = (_BASIS @ grey @ _BASIS.T).reshape(len(grey), _KEPT * _KEPT)
     # The lower median: with many equal values, as in flat images, no bit is set.
-    median = np.sort(frequencies)[frequencies.size // 2]
-    return np.packbits(frequencies > median).tobytes().hex()
+    median = np.sort(frequencies)[:, frequencies.shape[1] // 2, None]
+    bits = np.packbits(frequencies > median, axis=1)
+    return [one.tobytes().hex() for one in bits]

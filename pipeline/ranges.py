@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from pipeline import compare
+from pipeline.allocation import keep_pages
 from pipeline.captions import BadText, CaptionCleaner
 from pipeline.criteria import signature
-from pipeline.decoder import Decoder, FunctionError, Request
+from pipeline.decoder import Decoder, FunctionError, Request, Result
 from pipeline.fetch import Cell, ImageReader
 from pipeline.filters import Filtered, check_tokens
 from pipeline.grouping import MAX_ROWS, Input
@@ -36,6 +37,7 @@ from pipeline.options import (
     FilterOptions,
     ImageOptions,
 )
+from pipeline.phash import perceptual_hashes
 from pipeline.plan import RangePlan, caption_cells, caption_template
 from pipeline.shards import ROW_SCHEMA, Sample, ShardWriter, StagedShard
 from pipeline.staging import (
@@ -56,6 +58,7 @@ from pipeline.work import Report, Tally, Work
 # message to the decoder, few enough to hold in memory.
 CHUNK = 16
 _DETAIL = 200
+_ROW_NAMES = tuple(ROW_SCHEMA.names)
 _BAD_CELL = "not UTF-8, or not what it is elsewhere"
 _BAD_FILE = (
     "of a file whose name or text is not UTF-8, that is no JSON object, or that is a "
@@ -165,19 +168,20 @@ class _RangeWriter:
         self._corpus, self._kept = work.corpora[plan.source], work.kept
         columns = self._corpus.columns
         self._template = caption_template(columns)
+        self._json_names = (*JSON_KEYS, *self._kept)
         schema = self._corpus.source.schema
         self._where = RowFilter(work.where, schema) if work.where else None
         self._cleaner = CaptionCleaner(work.text)
         self._encoder = CaptionEncoder(work.tokenizer)
         self._writers: dict[str, ShardWriter] = {}
         self._signatures: list[tuple[Any, ...]] = []
-        self._accounting = Accounting()
         self._tally = Tally()
         self._rows = 0
         self._before: Counter[str] = Counter()
 
     def run(self, report: Report) -> StagedRange:
         """Process every input, and close the files."""
+        keep_pages()
         with ImageReader(
             self._work.fetch,
             base=self._corpus.source.base,
@@ -197,7 +201,7 @@ class _RangeWriter:
             run=self._work.run,
             directory=self._directory,
             rows=self._rows,
-            accounting=self._accounting,
+            accounting=self._accounting(),
             shards=tuple(shard for shard in staged.values() if shard is not None),
             rejected={
                 split: self._writers[split].table_sha256
@@ -271,7 +275,7 @@ class _RangeWriter:
         kept = dict.fromkeys(self._kept, "")
         kept |= {name: _text(first[name]) for name in columns.keep}
         url = _text(first[columns.url]) if columns.url else ""
-        row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
+        row: dict[str, Any] = dict.fromkeys(_ROW_NAMES)
         row |= {
             "key": sample_key(self._plan.number, position),
             "uid": f"{given.uid:016x}",
@@ -343,9 +347,11 @@ class _RangeWriter:
             try:
                 if reason is not None:
                     raise Filtered(reason, "")
-                ends = np.flatnonzero(prepared.ids == sep)
-                lengths = np.diff(ends, prepend=-1) - 1
-                check_tokens(lengths.tolist(), self._work.filter)
+                lengths = [len(prepared.ids) - 1]
+                if len(prepared.captions) > 1:
+                    ends = np.flatnonzero(prepared.ids == sep)
+                    lengths = (np.diff(ends, prepend=-1) - 1).tolist()
+                check_tokens(lengths, self._work.filter)
             except Filtered as filtered:
                 prepared.rejected = Rejected(
                     "filtered", filtered.reason, filtered.detail
@@ -361,30 +367,29 @@ class _RangeWriter:
             if isinstance(data, bytes)
         ]
         try:
-            results = iter(
-                _decoder(self._work.image, self._work.filter).encode(requests)
-            )
+            results = _decoder(self._work.image, self._work.filter).encode(requests)
         except FunctionError as error:
             sent = [one for one, data in chunk if isinstance(data, bytes)]
             place = next(n for n, one in enumerate(requests) if one is error.request)
             raise _named(sent[place : place + 1], error) from error
         except Exception as error:
             raise _named([one for one, _ in chunk], error) from error
+        images = [one for one in results if isinstance(one, EncodedImage)]
+        hashes = iter(perceptual_hashes([image.thumbnail for image in images]))
+        outcomes = iter(results)
         for prepared, data in chunk:
-            outcome: EncodedImage | ImageError | Filtered | None = None
+            outcome: Result | None = None
             if isinstance(data, bytes):
                 prepared.row["sha256"] = hashlib.sha256(data).hexdigest()
                 self._tally.read_bytes += len(data)
-                outcome = next(results)
+                outcome = next(outcomes)
             elif isinstance(data, ImageError):
                 outcome = data
+            if isinstance(outcome, EncodedImage):
+                prepared.row["phash"] = next(hashes)
             self._count(prepared, outcome)
 
-    def _count(
-        self,
-        prepared: _Prepared,
-        outcome: EncodedImage | ImageError | Filtered | None,
-    ) -> None:
+    def _count(self, prepared: _Prepared, outcome: Result | None) -> None:
         rejected = prepared.rejected
         if isinstance(outcome, ImageError):
             rejected = Rejected("failed", outcome.reason, outcome.detail)
@@ -399,13 +404,10 @@ class _RangeWriter:
             self._add(prepared, outcome, self._writers[split])
             return
         assert rejected is not None
-        counts = {rejected.reason: 1}
         if rejected.status == "failed":
-            self._tally.failed.update(counts)
-            self._accounting += Accounting(inputs=1, failed=counts)
+            self._tally.failed[rejected.reason] += 1
         else:
-            self._tally.filtered.update(counts)
-            self._accounting += Accounting(inputs=1, filtered=counts)
+            self._tally.filtered[rejected.reason] += 1
         self._writers[split].reject(
             prepared.row
             | {
@@ -426,11 +428,9 @@ class _RangeWriter:
             "original_width": image.original_width,
             "original_height": image.original_height,
             "jpg_bytes": len(image.data),
-            "phash": image.phash,
             "pixels_sha256": image.pixels_sha256,
             "exif": image.exif,
         }
-        names = (*JSON_KEYS, *self._kept)
         self._tally.written_bytes += writer.add(
             Sample(
                 key=row["key"],
@@ -440,14 +440,22 @@ class _RangeWriter:
                 width=image.width,
                 height=image.height,
                 captions=prepared.captions,
-                json={name: row[name] for name in names},
+                json={name: row[name] for name in self._json_names},
             ),
             row,
         )
         self._tally.written += 1
-        self._accounting += Accounting(inputs=1, written=1)
         place = self._work.split_names.index(prepared.given.split)
         self._signatures.append(signature(prepared.position, place, row))
+
+    def _accounting(self) -> Accounting:
+        counts = self._tally
+        return Accounting(
+            inputs=counts.done,
+            written=counts.written,
+            filtered=dict(sorted(counts.filtered.items())),
+            failed=dict(sorted(counts.failed.items())),
+        )
 
     def _save_signatures(self) -> None:
         array = np.array(self._signatures, dtype=compare.SIGNATURE_DTYPE)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import crc32c
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -132,7 +133,7 @@ class ShardWriter:
         payloads = (
             _npy(sample.ids),
             sample.image,
-            json.dumps(sample.json, ensure_ascii=False).encode(),
+            orjson.dumps(sample.json),
             sample.captions[0].encode(),
         )
         if self._tar is None:
