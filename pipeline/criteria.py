@@ -65,7 +65,7 @@ def signature(position: int, split: int, row: Mapping[str, Any]) -> tuple[Any, .
         int(row["uid"], 16),
         split,
         _words(bytes.fromhex(row["sha256"])),
-        _words(bytes.fromhex(row["pixels_sha256"])),
+        _words(bytes.fromhex(row["pixels_sha256"] or "")),
         int(row["phash"], 16),
         int.from_bytes(caption[:8], "little"),
     )

@@ -80,9 +80,16 @@ class Decoder:
     and lasts until then or until an image kills it.
     """
 
-    def __init__(self, options: ImageOptions, filters: FilterOptions) -> None:
+    def __init__(
+        self,
+        options: ImageOptions,
+        filters: FilterOptions,
+        *,
+        hash_pixels: bool = True,
+    ) -> None:
         self._options = options
         self._filters = filters
+        self._hash_pixels = hash_pixels
         self._child: _Child | None = None
 
     def __enter__(self) -> Decoder:
@@ -170,7 +177,7 @@ class Decoder:
     def _start(self) -> _Child:
         for tries in range(_TRIES):
             try:
-                return _Child(self._options, self._filters)
+                return _Child(self._options, self._filters, self._hash_pixels)
             except _Died as death:
                 if death.returncode not in _FROM_OUTSIDE or tries == _TRIES - 1:
                     raise RuntimeError(
@@ -202,7 +209,9 @@ def _chunks(requests: Sequence[Request]) -> Iterator[list[Request]]:
 class _Child:
     """The parent's end of a child process; _Died where that ends at its start."""
 
-    def __init__(self, options: ImageOptions, filters: FilterOptions) -> None:
+    def __init__(
+        self, options: ImageOptions, filters: FilterOptions, hash_pixels: bool
+    ) -> None:
         self._has_function = bool(filters.function)
         memory = shared_memory()
         # No shell, no fork of our threads; no Ctrl-C from the terminal's group.
@@ -222,8 +231,9 @@ class _Child:
             reads=self._stdout.fileno(), writes=self._stdin.fileno(), memory=memory
         )
         os.close(memory)
+        settings = pickle.dumps((options, filters, hash_pixels))
         try:
-            for reply in self._exchange(pickle.dumps((options, filters)))[0]:
+            for reply in self._exchange(settings)[0]:
                 _result(reply, iter(()))
         except BaseException:
             self.close()

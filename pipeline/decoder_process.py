@@ -40,13 +40,19 @@ _FIELDS = [
 
 def _serve(pipe: SharedPipe) -> None:
     """Answer until the parent closes its end or is gone."""
-    options, filters = pickle.loads(pipe.receive()[0])
+    options, filters, hash_pixels = pickle.loads(pipe.receive()[0])
     try:
         function = load_function(filters.function) if filters.function else None
     except ValueError as error:
         pipe.send(_json([_fault(error)]))
         return
-    work = _Work(options=options, filters=filters, function=function, pipe=pipe)
+    work = _Work(
+        options=options,
+        filters=filters,
+        function=function,
+        hash_pixels=hash_pixels,
+        pipe=pipe,
+    )
     # What is there now stays: the garbage collector need not visit it again and again.
     gc.freeze()
     _limit_memory(options.memory_limit_mb)
@@ -70,6 +76,7 @@ class _Work:
     options: ImageOptions
     filters: FilterOptions
     function: Callable[[Candidate], None] | None
+    hash_pixels: bool
     pipe: SharedPipe
 
     def answer(
@@ -108,7 +115,7 @@ class _Work:
             )
             with self._in_function():
                 self.function(candidate)
-        return encode_picture(picture, self.options)
+        return encode_picture(picture, self.options, hash_pixels=self.hash_pixels)
 
     @contextmanager
     def _in_function(self) -> Iterator[None]:

@@ -52,8 +52,9 @@ class EncodedImage:
     """JSON text of the source's main EXIF tags; `{}` without any."""
     thumbnail: bytes
     """RGB averaged to 32 x 32 pixels: what the perceptual hash is made of."""
-    pixels_sha256: str
-    """Hex, of width, height and the written pixels before they were encoded."""
+    pixels_sha256: str | None
+    """Hex, of width, height and the written pixels before they were encoded; None where
+    nobody asked for it."""
 
     @property
     def phash(self) -> str:
@@ -113,7 +114,9 @@ def decode_image(
     return Picture(pixels=pixels, header=header, kept=kept)
 
 
-def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
+def encode_picture(
+    picture: Picture, options: ImageOptions, *, hash_pixels: bool = True
+) -> EncodedImage:
     """The file of a decoded image, and its hashes.
 
     Raises:
@@ -121,9 +124,6 @@ def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
     """
     pixels = picture.pixels
     height, width = pixels.shape[:2]
-    # Flat images of different shapes have the same pixels.
-    digest = hashlib.sha256(b"%d %d " % (width, height))
-    digest.update(pixels.data)
     original_width, original_height = picture.header.shown_size
     return EncodedImage(
         data=picture.kept or _encoded(pixels, options),
@@ -133,8 +133,16 @@ def encode_picture(picture: Picture, options: ImageOptions) -> EncodedImage:
         original_height=original_height,
         exif=picture.header.exif,
         thumbnail=resize.thumbnail(pixels, SIDE).tobytes(),
-        pixels_sha256=digest.hexdigest(),
+        pixels_sha256=_pixels_sha256(pixels) if hash_pixels else None,
     )
+
+
+def _pixels_sha256(pixels: np.ndarray) -> str:
+    height, width = pixels.shape[:2]
+    # Flat images of different shapes have the same pixels.
+    digest = hashlib.sha256(b"%d %d " % (width, height))
+    digest.update(pixels.data)
+    return digest.hexdigest()
 
 
 def codec_versions() -> dict[str, str]:

@@ -57,6 +57,7 @@ from pipeline.work import Report, Tally, Work
 # Inputs that go through together: enough to fill a batch of the tokenizer and a
 # message to the decoder, few enough to hold in memory.
 CHUNK = 16
+_CHUNK_BYTES = 2 << 20
 _DETAIL = 200
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
 _BAD_CELL = "not UTF-8, or not what it is elsewhere"
@@ -77,9 +78,14 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
         directory = new_directory(CANDIDATES, plan.number)
         with work.storage.stage(directory) as local:
             staged = _RangeWriter(work, plan, local, directory).run(report)
-        if work.watched and not _wanted(work):
+            # Before it is visible, because this process may die with its driver any
+            # moment, and after, because the run may end in between.
+            _refuse_unwanted(work)
+        try:
+            _refuse_unwanted(work)
+        except RuntimeError:
             work.storage.remove_tree(directory)
-            raise RuntimeError("the run that wanted this range is over")
+            raise
         staged = write_staged(work.storage, CANDIDATES, staged)
         _store_signatures(work, staged)
         return staged
@@ -98,12 +104,16 @@ def write_range(work: Work, plan: RangePlan, report: Report) -> StagedRange:
     return staged
 
 
-def _wanted(work: Work) -> bool:
-    """Is there still a driver that waits for what this task stages?"""
+def _refuse_unwanted(work: Work) -> None:
+    """Raise RuntimeError where no driver waits any more for what this task stages."""
+    if not work.watched:
+        return
     try:
-        return work.storage.read(RUNNING) == work.run.encode()
+        wanted = work.storage.read(RUNNING) == work.run.encode()
     except FileNotFoundError:
-        return False
+        wanted = False
+    if not wanted:
+        raise RuntimeError("the run that wanted this range is over")
 
 
 def _store_signatures(work: Work, staged: StagedRange) -> None:
@@ -152,9 +162,11 @@ class _Prepared:
 
 
 @functools.lru_cache(maxsize=1)
-def _decoder(image: ImageOptions, filters: FilterOptions) -> Decoder:
+def _decoder(
+    image: ImageOptions, filters: FilterOptions, *, hash_pixels: bool
+) -> Decoder:
     """The decoder of this process: starting its child once is enough."""
-    return Decoder(image, filters)
+    return Decoder(image, filters, hash_pixels=hash_pixels)
 
 
 class _RangeWriter:
@@ -168,6 +180,10 @@ class _RangeWriter:
         self._corpus, self._kept = work.corpora[plan.source], work.kept
         columns = self._corpus.columns
         self._template = caption_template(columns)
+        # Nothing else compares pixels, and hashing them takes half as long as encoding.
+        self._decoder = _decoder(
+            work.image, work.filter, hash_pixels=work.comparison.exact
+        )
         self._json_names = (*JSON_KEYS, *self._kept)
         schema = self._corpus.source.schema
         self._where = RowFilter(work.where, schema) if work.where else None
@@ -188,7 +204,7 @@ class _RangeWriter:
             max_bytes=self._work.image.max_bytes,
             image_list=self._corpus.columns.image_list,
         ) as reader:
-            for chunk in _batched(self._read(reader), CHUNK):
+            for chunk in self._chunks(reader):
                 self._write(chunk)
                 self._tally.retried = Counter(reader.retried)
                 report(self._tally.plain())
@@ -210,6 +226,25 @@ class _RangeWriter:
             },
             retried=dict(sorted(self._before.items())),
         )
+
+    def _chunks(
+        self, reader: ImageReader
+    ) -> Iterator[list[tuple[_Prepared, bytes | ImageError | None]]]:
+        """What is read, a few inputs at a time: what is done to the bytes of a chunk
+        finds them in the processor's cache.
+        """
+        chunk: list[tuple[_Prepared, bytes | ImageError | None]] = []
+        size = 0
+        for prepared, data in self._read(reader):
+            if isinstance(data, bytes):
+                prepared.row["sha256"] = hashlib.sha256(data).hexdigest()
+                size += len(data)
+            chunk.append((prepared, data))
+            if len(chunk) == CHUNK or size >= _CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
 
     def _read(
         self, reader: ImageReader
@@ -367,7 +402,7 @@ class _RangeWriter:
             if isinstance(data, bytes)
         ]
         try:
-            results = _decoder(self._work.image, self._work.filter).encode(requests)
+            results = self._decoder.encode(requests)
         except FunctionError as error:
             sent = [one for one, data in chunk if isinstance(data, bytes)]
             place = next(n for n, one in enumerate(requests) if one is error.request)
@@ -380,7 +415,6 @@ class _RangeWriter:
         for prepared, data in chunk:
             outcome: Result | None = None
             if isinstance(data, bytes):
-                prepared.row["sha256"] = hashlib.sha256(data).hexdigest()
                 self._tally.read_bytes += len(data)
                 outcome = next(outcomes)
             elif isinstance(data, ImageError):

@@ -35,8 +35,8 @@ _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # A cluster that scales looks at waiting tasks, so some must wait even on no CPUs.
 _WAITING_TASKS = 16
 _ATTEMPTS = 4
-_REPORT_SECONDS = 0.5
-_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 60.0
 # More tasks than this are never under way on a cluster.
@@ -235,6 +235,11 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_task_oom_retries", str(_ATTEMPTS - 1))
     # Otherwise Ray starts workers before it answers, and never does if one is killed.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    if local:
+        # Seconds between looks at log files that nobody is shown, and milliseconds
+        # between figures of a dashboard that is not there: by default 3 % of a core.
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
+        os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "30000")
     imported = "ray" in sys.modules
     if local and not imported and "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface, so it needs a token. Given none, it would

@@ -183,7 +183,12 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            body = self._body()
+            try:
+                body = self._body()
+            except EOFError:
+                # Whoever was killed while it sent has stored nothing.
+                self.close_connection = True
+                return
             fault = server.fault(self.command, self.path)
             if fault and fault.kind == "slow":
                 time.sleep(fault.seconds)
@@ -199,13 +204,25 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                return self._exactly(int(self.headers.get("Content-Length", 0)))
             parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
+            while size := self._chunk_size():
+                parts.append(self._exactly(size))
                 self.rfile.readline()
             self.rfile.readline()
             return b"".join(parts)
+
+        def _chunk_size(self) -> int:
+            line = self.rfile.readline()
+            if not line.endswith(b"\n"):
+                raise EOFError
+            return int(line.split(b";")[0], 16)
+
+        def _exactly(self, size: int) -> bytes:
+            data = self.rfile.read(size)
+            if len(data) < size:
+                raise EOFError
+            return data
 
         def _forward(self, body: bytes, fault: Fault | None) -> None:
             headers = {
