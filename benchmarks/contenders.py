@@ -56,6 +56,9 @@ class Use:
     """Most bytes at a time, shared pages counted once."""
     cpu: float
     """Seconds in user and kernel mode."""
+    workers_cpu: float
+    """Of them, those of the processes that handle photos, not of those that start them
+    and watch over them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,12 @@ class Ours:
             *(f"--image.size={SIZE}", f"--image.quality={QUALITY}"),
             f"--workers={len(job.cores)}",
         ]
+
+    def is_worker(self, command: str) -> bool:
+        """Whether a process with this command line handles photos: a Ray task or its
+        decoder.
+        """
+        return command.startswith("ray::_run_task") or "decoder_process" in command
 
     def written(self, output: Path) -> int:
         """Samples of a finished dataset."""
@@ -101,6 +110,10 @@ class Img2dataset:
             *(f"--thread_count={self.threads}", "--enable_wandb=False"),
             f"--number_sample_per_shard={job.per_shard}",
         ]
+
+    def is_worker(self, command: str) -> bool:
+        """Its processes share one command line, and little is done besides photos."""
+        return True
 
     def written(self, output: Path) -> int:
         """Samples of all shards."""
@@ -168,14 +181,18 @@ def watched(contender: Contender, job: Job, inputs: int) -> Use:
         RuntimeError: as `timed`.
     """
     process = _started(contender, job)
-    watch = _Watch(process.pid)
+    watch = _Watch(process.pid, contender)
     watch.start()
     code = process.wait()
     watch.done.set()
     watch.join()
     _check(contender, job, code, inputs)
     _reap()
-    return Use(memory=watch.memory, cpu=sum(watch.cpu.values()))
+    return Use(
+        memory=watch.memory,
+        cpu=sum(watch.cpu.values()),
+        workers_cpu=sum(watch.cpu[process] for process in watch.workers),
+    )
 
 
 class _Watch(threading.Thread):
@@ -183,12 +200,14 @@ class _Watch(threading.Thread):
     account of those that nobody waits for.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, contender: Contender) -> None:
         super().__init__(daemon=True)
+        self._contender = contender
         self.done = threading.Event()
         self.memory = 0
         self.cpu: dict[tuple[int, float], float] = {}
         """Last known seconds of each process."""
+        self.workers: set[tuple[int, float]] = set()
         self._root = psutil.Process(pid)
 
     def run(self) -> None:
@@ -205,9 +224,14 @@ class _Watch(threading.Thread):
             try:
                 total += process.memory_full_info().pss
                 used = process.cpu_times()
+                command = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            self.cpu[process.pid, process.create_time()] = used.user + used.system
+            key = process.pid, process.create_time()
+            self.cpu[key] = used.user + used.system
+            # Ray renames its processes once they have a task.
+            if self._contender.is_worker(command):
+                self.workers.add(key)
         return total
 
 

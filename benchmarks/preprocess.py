@@ -7,7 +7,10 @@ made up) the contenders take turns over the same files, `file://` URLs in a Parq
 table: on one core, then on two, with a worker for each. A run over one shard and one
 over five, per worker, give the rate in steady state, which is what four more shards
 cost (tokenization, hashes, index, comparison and commit included), and the start-up,
-which is the rest. All from the medians of the repeats.
+which is the rest. All from the medians of the repeats. Watched in runs of their own,
+the processes of each give memory and CPU time: all of it, and that of the workers
+alone. The rest is coordination (driver, Ray's daemons): as much on a node of 64 cores
+as here.
 
 `--peers DIR` is where img2dataset is, or will be installed; without it only this
 pipeline and the limit are measured. `--planning N` also plans a corpus of N inputs
@@ -153,9 +156,13 @@ class Bench:
             for shards in (_SHORT, _LONG)
         )
         more = self._more(n_cores)
+        used = max(long.cpu - short.cpu, 1e-9)
+        by_workers = max(long.workers_cpu - short.workers_cpu, 1e-9)
         return {
             "more": more,
-            "images_per_cpu_second": more / max(long.cpu - short.cpu, 1e-9),
+            "images_per_cpu_second": more / used,
+            "images_per_worker_cpu_second": more / by_workers,
+            "coordination_share": 1 - by_workers / used,
             "peak_memory_bytes": long.memory,
         }
 
@@ -187,6 +194,9 @@ def _summary(
     for name, found in walls.items():
         figures = {**_figures(found, uses[name]["more"]), **uses[name]}
         figures["share_of_limit"] = figures["images_per_second"] / limit
+        figures["workers_share_of_limit"] = (
+            figures["images_per_worker_cpu_second"] / limit
+        )
         contenders[name] = figures
     return {
         "limit": {
@@ -236,13 +246,18 @@ def print_table(title: str, figures: Mapping[str, Any]) -> None:
     """The figures of one set, for people."""
     limit = figures["limit"]
     print(f"\n{title}, {figures['bytes_per_photo'] / 1e3:.0f} kB a photo")
-    print(f"{'':16}{'images/s':>10}{'per CPU s':>11}{'limit':>8}{'start':>8}{'MB':>7}")
+    print(
+        f"{'':16}{'images/s':>10}{'limit':>8}{'per CPU s':>11}"
+        f"{'a worker':>10}{'limit':>8}{'others':>8}{'start':>8}{'MB':>7}"
+    )
     for name in ("decode_encode", "decode_resize_encode"):
         print(f"{name:20}{limit[name]:6.1f}")
     for name, one in figures["contenders"].items():
         print(
-            f"{name:16}{one['images_per_second']:10.1f}"
-            f"{one['images_per_cpu_second']:11.1f}{one['share_of_limit']:8.0%}"
+            f"{name:16}{one['images_per_second']:10.1f}{one['share_of_limit']:8.0%}"
+            f"{one['images_per_cpu_second']:11.1f}"
+            f"{one['images_per_worker_cpu_second']:10.1f}"
+            f"{one['workers_share_of_limit']:8.0%}{one['coordination_share']:8.0%}"
             f"{one['startup_seconds']:7.1f}s{one['peak_memory_bytes'] / 1e6:7.0f}"
         )
     for pair, ratio in figures["ratios"].items():

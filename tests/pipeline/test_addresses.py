@@ -74,6 +74,29 @@ def reason(places: Places, cell: str) -> str:
     return caught.value.reason
 
 
+def test_a_folder_that_was_seen_lets_no_link_lead_out(tmp_path: Path) -> None:
+    """What is remembered of a folder says nothing about the files in it."""
+    inside = tmp_path / "corpus"
+    (inside / "sub").mkdir(parents=True)
+    (inside / "out").symlink_to(tmp_path)
+    (tmp_path / "secret.jpg").touch()
+    for folder in (inside, inside / "sub"):
+        (folder / "a.jpg").touch()
+        (folder / "fine.jpg").symlink_to("a.jpg")
+        (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    places = Places(base=str(inside))
+    for _ in range(2):
+        for folder in ("", "sub/"):
+            for name in ("a.jpg", "fine.jpg"):
+                found = places.locate(folder + name)
+                assert found == Place(path=str(inside / folder / "a.jpg"))
+            with pytest.raises(ImageError, match="path_outside_input"):
+                places.locate(f"{folder}link.jpg")
+        for cell in ("out/secret.jpg", "sub/../out/secret.jpg", "sub/../..", ".."):
+            with pytest.raises(ImageError, match="path_outside_input"):
+                places.locate(cell)
+
+
 def test_paths_stay_in_a_local_folder(tmp_path: Path) -> None:
     inside = tmp_path / "corpus"
     (inside / "sub").mkdir(parents=True)

@@ -15,12 +15,14 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import boto3
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
+import pipeline.fetch
 from pipeline.addresses import Network, Place
 from pipeline.fetch import Cell, FileReader, ImageReader
 from pipeline.images import ImageError
@@ -196,6 +198,32 @@ def test_a_storage_error_is_no_fault_of_the_input(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert images.retried["storage"] >= 4
+
+
+@pytest.mark.parametrize("quick", [0.0, 1000.0])
+def test_files_are_the_same_whoever_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: float
+) -> None:
+    """The process itself, while that takes no time, or threads ahead of it."""
+    monkeypatch.setattr(pipeline.fetch, "_QUICK_SECONDS", quick)
+    readers = set()
+    content = FileReader._content
+
+    def noted(self: FileReader, file: BinaryIO, share: Share) -> bytes:
+        readers.add(threading.current_thread())
+        return content(self, file, share)
+
+    monkeypatch.setattr(FileReader, "_content", noted)
+    values: list[object] = []
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").write_bytes(str(number).encode())
+        values.append(f"{number}.jpg" if number % 7 else "absent.jpg")
+    expected = [
+        str(number).encode() if number % 7 else "missing_file" for number in range(40)
+    ]
+    assert read(tmp_path, *values) == expected
+    alone = readers == {threading.current_thread()}
+    assert alone == (quick > 0)
 
 
 def test_a_machine_without_sockets_is_no_fault_of_the_input(server: WebServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from pipeline.decoder import Decoder, Request
+from pipeline.image_header import _bare_jpeg, read_header
 from pipeline.images import FORMATS, EncodedImage, ImageError, encode_image
-from pipeline.options import ImageOptions
+from pipeline.options import FilterOptions, ImageOptions
 from tests.pipeline.corpora import REPOSITORY, encoded, picture
 
 OPTIONS = ImageOptions(size=32)
@@ -253,6 +256,37 @@ def test_the_format_is_what_was_asked_for_and_carries_no_metadata(kind: str) -> 
     assert "secret" in result.exif
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("more", [{}, {"comment": b"c"}, {"exif": b"Exif\0\0"}])
+def test_a_header_is_read_without_pillow_where_it_says_nothing_else(
+    mode: str, progressive: bool, more: dict[str, bytes]
+) -> None:
+    image = picture(1, (90, 60)).convert(mode)
+    data = encoded(image, progressive=progressive, **more)
+    known = Image.open(io.BytesIO(data))
+    bare = _bare_jpeg(data)
+    assert (bare is None) == (mode == "CMYK" or "exif" in more)
+    for header in (read_header(data, OPTIONS), *([bare] if bare else ())):
+        assert (header.size, header.mode) == (known.size, known.mode)
+        assert (header.is_jpeg, header.orientation, header.exif) == (True, 1, "{}")
+        assert (header.profile, header.inverted) == (None, mode == "CMYK")
+    # Where the file ends early, Pillow says why.
+    assert all(
+        _bare_jpeg(data[:end]) is None for end in range(0, data.index(b"\xff\xda"))
+    )
+
+
+def test_pixels_are_hashed_only_where_that_is_asked_for() -> None:
+    data = encoded(picture(1, (90, 60)))
+    whole = encode_image(data, OPTIONS)
+    for hash_pixels in (True, False):
+        with Decoder(OPTIONS, FilterOptions(), hash_pixels=hash_pixels) as decoder:
+            (found,) = decoder.encode([Request(data=data)])
+        expected = whole.pixels_sha256 if hash_pixels else None
+        assert found == dataclasses.replace(whole, pixels_sha256=expected)
+
+
 def test_the_pixel_hash_is_of_the_written_pixels_and_their_shape() -> None:
     options = ImageOptions(size=32, format="png")
     result = encode_image(encoded(picture(1, (90, 60))), options)
@@ -270,7 +304,7 @@ import sys
 from cykooz_resizer import CpuExtensions
 from pipeline import resize
 from pipeline.images import encode_image
-from pipeline.options import ImageOptions
+from pipeline.options import FilterOptions, ImageOptions
 resize._resizer().cpu_extensions = CpuExtensions.none
 with open(sys.argv[1], "rb") as file:
     print(encode_image(file.read(), ImageOptions(size=100)))
