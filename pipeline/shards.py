@@ -1,6 +1,7 @@
 """Writing one shard: tar, index, parquet, stats and Energon's offsets.
 
-Owns the bytes of a shard's files, exactly as the contract lays them down. Does not own
+Owns the bytes of a shard's files, exactly as the contract lays them down. They are
+written into a folder that is staged: `pipeline.storage` makes them last. Does not own
 the schema of index and manifest (`pipeline.manifest`), what is in a sample
 (`pipeline.ranges`) or where files finally lie (`pipeline.dataset`).
 """
@@ -12,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -237,7 +237,6 @@ class _Tar:
     def close(self) -> str:
         """End the archive, and return the sha256 of the file."""
         self.write(END_OF_TAR)
-        _sync(self._file)
         self._file.close()
         return self._hash.hexdigest()
 
@@ -273,8 +272,8 @@ def _finish(
     digest = tar.close()
     stem = directory / split
     offsets = np.append(index["span_offset"], np.uint64(end))
-    _write(_beside(stem, ".index.npy"), _npy(index))
-    _write(_beside(stem, ".tar.idx"), offsets.astype("<u8").tobytes())
+    _beside(stem, ".index.npy").write_bytes(_npy(index))
+    _beside(stem, ".tar.idx").write_bytes(offsets.astype("<u8").tobytes())
     _write_table(_beside(stem, ".parquet"), table)
     shard = StagedShard(
         split=split,
@@ -285,7 +284,7 @@ def _finish(
         sha256={"tar": digest},
     )
     stats = json.dumps(shard_stats(shard, table), indent=1) + "\n"
-    _write(_beside(stem, "_stats.json"), stats.encode())
+    _beside(stem, "_stats.json").write_bytes(stats.encode())
     beside = {
         name: file_sha256(_beside(stem, suffix))
         for name, suffix in SHARD_FILES.items()
@@ -322,7 +321,6 @@ def _beside(stem: Path, suffix: str) -> Path:
 def _write_table(path: Path, table: pa.Table) -> None:
     with path.open("wb") as file:
         pq.write_table(table, file)
-        _sync(file)
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -377,15 +375,3 @@ def _npy_header(dtype: np.dtype, length: int) -> bytes:
         file, np.lib.format.header_data_from_array_1_0(empty)
     )
     return file.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    # A rename may reach the disk before the data it names.
-    file.flush()
-    os.fsync(file.fileno())
