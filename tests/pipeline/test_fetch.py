@@ -206,6 +206,8 @@ def test_files_are_the_same_whoever_reads_them(
 ) -> None:
     """The process itself, while that takes no time, or threads ahead of it."""
     monkeypatch.setattr(pipeline.fetch, "_QUICK_SECONDS", quick)
+    # The page cache has these files: nothing waits for them.
+    monkeypatch.setattr(pipeline.fetch, "_waits", itertools.count().__next__)
     readers = set()
     content = FileReader._content
 
