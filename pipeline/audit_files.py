@@ -1,8 +1,8 @@
 """Are the files of a dataset that belong to no shard as they were written?
 
 Owns the manifest and its seal, the files it has digests of, files it does not know, and
-the state below `.palimpsest/` (plan, commit records, verdicts). Does not own shards
-(`pipeline.audit_shard`) or the sums over them (`pipeline.audit`).
+the state below `.palimpsest/` (plan, commit records, retries, verdicts). Does not own
+shards (`pipeline.audit_shard`) or the sums over them (`pipeline.audit`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 
+from pipeline.attempts import unrecorded
 from pipeline.companions import companion_files
 from pipeline.damages import Damage, first_difference
 from pipeline.manifest import (
@@ -125,8 +126,9 @@ def check_strays(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
 
 
 def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
-    """Plan, records and verdicts by the digests that lie beside them."""
+    """Plan, records, retries and verdicts by the digests that lie beside them."""
     names = {name for name in storage.names(STATE) if _lasting(name)}
+    names.difference_update(unrecorded(names))
     if not names:
         return
     try:

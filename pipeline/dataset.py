@@ -1,10 +1,10 @@
 """A dataset being written: what is committed, and what comes next.
 
-Owns `.palimpsest/` (plan, commit records, retries), the commit of settled ranges in
-order, resuming, and the files of the finished dataset. Does not own who may write
-(`pipeline.lease`), what is in a shard (`pipeline.shards`), or staging
-(`pipeline.staging`). After `kill -9` at any moment storage holds committed ranges and
-staged ones, and nothing that needs cleaning by hand.
+Owns `.palimpsest/` (plan, commit records), the commit of settled ranges in order,
+resuming, and the files of the finished dataset. Does not own who may write
+(`pipeline.lease`), what is in a shard (`pipeline.shards`), staging (`pipeline.staging`)
+or the files of retries (`pipeline.attempts`). After `kill -9` at any moment storage
+holds committed ranges and staged ones, and nothing that needs cleaning by hand.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pipeline.attempts import RETRIES, retried_ranges, retry_names, unrecorded
 from pipeline.companions import companion_files
 from pipeline.config import differences
 from pipeline.manifest import (
@@ -54,7 +55,6 @@ from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 PLAN = f"{STATE}/plan.json"
 TABLE = f"{STATE}/plan.npy"
 RECORDS = f"{STATE}/ranges"
-RETRIES = f"{STATE}/retries"
 SPOOL = f"{STATE}/spool"
 # Everything that only a run under way needs.
 _TRANSIENT = (CANDIDATES, COMPARE, SETTLED, STAGING, SPOOL)
@@ -161,12 +161,10 @@ class DatasetWriter:
 
     def retry_begun(self) -> bool:
         """Was a retry begun that is not part of the finished dataset yet?"""
-        names = self.storage.names(RETRIES)
-        if not names:
+        total = len(retried_ranges(self.storage))
+        if not total:
             return False
-        stored = [json.loads(self.storage.read(name)) for name in names]
         last = json.loads(self.storage.read(SEALS))
-        total = sum(len(one["ranges"]) for one in stored)
         plan = json.loads(self.storage.read(PLAN))
         return self._record_name(plan["ranges"] + total - 1) not in last
 
@@ -181,6 +179,8 @@ class DatasetWriter:
         self.storage.remove(RUNNING)
         for name in _TRANSIENT:
             self.storage.remove_tree(name)
+        for name in unrecorded(self.storage.names(RETRIES)):
+            self.storage.remove(name)
 
     def stored_tokenizer(self) -> StoredTokenizer:
         """The tokenizer that an earlier run wrote before its plan."""
@@ -443,7 +443,8 @@ class DatasetWriter:
             for record in self.records
             if record.verdicts
         }
-        for name in (PLAN, TABLE, *self.storage.names(RETRIES)):
+        digests |= {one.file: one.sha256 for one in retried_ranges(self.storage)}
+        for name in (PLAN, TABLE, *retry_names(self.storage)):
             digests[name] = _sha256(self.storage.read(name))
         return canonical_json(digests).encode()
 

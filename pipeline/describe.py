@@ -256,6 +256,7 @@ def work_of(
     return Work(
         storage=storage,
         corpora=corpora,
+        plan=plan,
         split_names=plan.split_names,
         image=config.image,
         text=config.text,

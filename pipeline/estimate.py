@@ -14,7 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import compare
+from pipeline.attempts import (
+    ATTEMPT_DTYPE,
+    PER_RANGE,
+    Attempts,
+    list_name,
+    write_attempts,
+)
 from pipeline.captions import CaptionCleaner
 from pipeline.describe import check_function, load_uid_lists, open_corpora, work_of
 from pipeline.manifest import Accounting
@@ -23,7 +32,6 @@ from pipeline.plan import (
     Corpus,
     Plan,
     RangePlan,
-    RetriedInputs,
     make_plan,
     training_captions,
 )
@@ -113,7 +121,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         if not plan.n_inputs:
             raise ValueError("no inputs: the corpus is empty, or --sample takes none")
         work = _work(config, corpora, plan, storage)
-        parts = list(_sample(plan))
+        parts = list(_sample(plan, storage))
         # Starts the decoder, and reads what is read once.
         _process(work, parts[0])
         start = time.monotonic()
@@ -157,11 +165,15 @@ def cores_of(config: PreprocessConfig) -> int:
     return config.workers or os.cpu_count() or 1
 
 
-def _sample(plan: Plan) -> Iterator[RangePlan]:
+def _sample(plan: Plan, storage: Storage) -> Iterator[RangePlan]:
     places = min(_PLACES, plan.n_ranges)
     for number in range(places):
         part = plan.range(number * plan.n_ranges // places)
         count = min(part.inputs, _INPUTS_PER_PLACE * _PLACES // places)
+        # A task takes a choice of inputs as a list of those to try again.
+        rows = np.zeros(count, ATTEMPT_DTYPE)
+        rows["place"] = part.number * PER_RANGE + np.arange(count)
+        name, chosen = list_name(0, number), Attempts(rows=rows, reasons=("",))
         yield RangePlan(
             number=number,
             source=part.source,
@@ -169,14 +181,7 @@ def _sample(plan: Plan) -> Iterator[RangePlan]:
             stop=0,
             first_row=0,
             inputs=count,
-            retried=(
-                RetriedInputs(
-                    range=part,
-                    positions=tuple(range(count)),
-                    keys=("",) * count,
-                    reasons=("",) * count,
-                ),
-            ),
+            retried=write_attempts(storage, name, part.source, chosen),
         )
 
 

@@ -42,6 +42,7 @@ from pipeline.ray_session import (
 from pipeline.records import shards_of
 from pipeline.retries import retried
 from pipeline.retry import (
+    FailedRows,
     announce_retry,
     begin_retry,
     failed_rows,
@@ -178,7 +179,7 @@ class Run:
         """Find what is there twice. Steps that are done do nothing."""
         if not work.comparison.needed or not todo:
             return
-        if todo[0].retried:
+        if todo[0].retried is not None:
             self._store_committed(work, done)
         groups, buckets = work.comparison.groups, work.comparison.buckets
         steps = ((_scatter, groups), (_match, buckets), (_collect, groups))
@@ -277,15 +278,19 @@ class Run:
         if unfinished or retry_announced(self._writer):
             return
         announce_retry(self._writer)
-        records = self._writer.records
-        with self._progress("find failed", len(records), unit="ranges") as bar:
-            found = []
-            items = ((record.range, record) for record in records)
-            for rows in self._map(failed_rows, work, items, bar):
-                found.append(rows)
-                bar.step()
-        count = begin_retry(self._writer, plan, found, config.shard.samples)
+        total = len(self._writer.records)
+        with self._progress("find failed", total, unit="ranges") as bar:
+            found = self._failed_rows(work, bar)
+            count = begin_retry(self._writer, plan, found, config.shard.samples)
         say(f"{count} failed inputs to try again" if count else "nothing failed")
+
+    def _failed_rows(self, work: Work, bar: Progress) -> Iterator[FailedRows]:
+        """What the tables of each committed range say, as it is found."""
+        items = ((record.range, record) for record in self._writer.records)
+        for rows in self._map(failed_rows, work, items, bar):
+            self._lease.check()
+            yield rows
+            bar.step()
 
     def _progress(
         self,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.attempts import RetriedRange
 from pipeline.captions import CaptionCleaner
 from pipeline.columns import Columns
 from pipeline.filters import Template
@@ -59,19 +60,6 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetriedInputs:
-    """Inputs of a range of the corpus that are tried again."""
-
-    range: RangePlan
-    positions: tuple[int, ...]
-    """Places in that range, rising."""
-    keys: tuple[str, ...]
-    """Keys of their last attempts, which failed."""
-    reasons: tuple[str, ...]
-    """Why each of them failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RangePlan:
     """One range, as sent to the task that processes it: where it lies, not its rows."""
 
@@ -84,8 +72,8 @@ class RangePlan:
     """Cursor past its last row."""
     first_row: int
     inputs: int
-    retried: tuple[RetriedInputs, ...] = ()
-    """Instead of rows: the inputs of which a retry consists, in order."""
+    retried: RetriedRange | None = None
+    """Instead of rows, for a range of a retry: where its inputs are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)

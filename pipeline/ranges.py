@@ -25,6 +25,7 @@ import numpy as np
 
 from pipeline import compare
 from pipeline.allocation import keep_pages
+from pipeline.attempts import read_attempts
 from pipeline.captions import BadText, CaptionCleaner
 from pipeline.criteria import signature
 from pipeline.decoder import Decoder, FunctionError, Request, Result
@@ -284,15 +285,15 @@ class _RangeWriter:
 
     def _inputs(self) -> Iterator[tuple[Input, str | None]]:
         """Every input, and the key of its failed attempt where it is tried again."""
-        if not self._plan.retried:
+        if self._plan.retried is None:
             for given in self._of(self._plan):
                 yield given, None
             return
-        for part in self._plan.retried:
-            keys = dict(zip(part.positions, part.keys, strict=True))
-            self._before.update(part.reasons)
-            last = part.positions[-1]
-            for position, given in enumerate(islice(self._of(part.range), last + 1)):
+        attempts = read_attempts(self._work.storage, self._plan.retried)
+        self._before.update(attempts.counts())
+        for number, keys in attempts.by_range():
+            part = self._of(self._work.plan.range(number))
+            for position, given in enumerate(islice(part, max(keys) + 1)):
                 if position in keys:
                     yield given, keys[position]
 

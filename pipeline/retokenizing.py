@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import tokenizers
 from tqdm import tqdm
 
+from pipeline.attempts import RETRIES
 from pipeline.dataset import DatasetWriter
 from pipeline.grouping import TRAIN
 from pipeline.indexed import trained_vocabulary, transform_digest
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from pipeline.retokenize import RetokenizeConfig
 
 _RANGES = f"{STATE}/ranges"
-_RETRIES = f"{STATE}/retries"
 # As preprocess: enough to fix a vocabulary.
 _TRAINING_INPUTS = 2_000_000
 
@@ -131,7 +131,7 @@ class _Dataset:
         verdicts = [
             verdict_name(record.range) for record in self.records if record.verdicts
         ]
-        return verdicts + self.storage.names(_RETRIES)
+        return verdicts + self.storage.names(RETRIES)
 
     def captions(self) -> Iterator[str]:
         """Captions that preprocess trains a tokenizer on."""

@@ -18,7 +18,7 @@ from pipeline.options import (
     ImageOptions,
     TextOptions,
 )
-from pipeline.plan import Corpus
+from pipeline.plan import Corpus, Plan
 from pipeline.storage import Storage
 from pipeline.tokenizer import StoredTokenizer
 
@@ -29,6 +29,7 @@ class Work:
 
     storage: Storage
     corpora: tuple[Corpus, ...]
+    plan: Plan
     split_names: tuple[str, ...]
     """Held-out splits first; the place of a split is its rank."""
     image: ImageOptions

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import pipeline.retry
-from pipeline.dataset import RETRIES
+from pipeline.attempts import (
+    PER_RANGE,
+    RETRIES,
+    read_attempts,
+    retried_ranges,
+    retry_names,
+)
+from pipeline.dataset import DatasetWriter
 from pipeline.manifest import Manifest, load_index, load_manifest
-from pipeline.options import PreprocessConfig
-from pipeline.retry import RETRYING, begin_retry, failed_rows
+from pipeline.options import ImageOptions, PreprocessConfig
+from pipeline.plan import RANGE_DTYPE, Plan
+from pipeline.retry import (
+    RETRYING,
+    FailedRows,
+    announce_retry,
+    begin_retry,
+    end_retry,
+    failed_rows,
+    pending_ranges,
+    retry_announced,
+)
+from pipeline.storage import open_storage
 from tests.pipeline.corpora import Run, caption, encoded, picture, write_table
-from tests.pipeline.runs import LocalRun, silent, write_rows
+from tests.pipeline.damage import damages, flip
+from tests.pipeline.runs import TOKENIZER, LocalRun, silent, write_rows
 from tests.pipeline.test_preprocess import files
 
 N_INPUTS = 12
@@ -157,4 +179,192 @@ def test_a_retry_that_keys_cannot_number_is_refused(
     # One range of the corpus and two of the retry are there.
     with pytest.raises(ValueError, match="make the dataset anew with a larger"):
         begin_retry(writer, run.plan, found, 3)
-    assert len(writer.storage.names(RETRIES)) == 1
+    assert retry_names(writer.storage) == [f"{RETRIES}/000001.json"]
+    assert len(writer.storage.names(RETRIES)) == 3
+
+
+def test_lost_files_of_a_retry_are_made_again_from_its_list(
+    corpus: Path, preprocess: Run
+) -> None:
+    run_on(corpus, preprocess)
+    for seed in LATE[:3]:
+        (corpus.parent / f"{seed}.jpg").write_bytes(encoded(picture(seed)))
+    output, made, _ = run_on(corpus, preprocess, "--retry_failed")
+    assert damages(output, deep=True) == []
+    whole = files(output)
+    shard = made.shards[-1]
+    assert (shard.range, shard.samples) == (3, 3)
+    (output / shard.name).unlink()
+    _, _, said = run_on(corpus, preprocess)
+    assert "1 committed ranges lack files" in said
+    assert files(output) == whole
+
+    # Every byte of the list is sealed, and nothing is made of a damaged one.
+    (listed,) = (output / RETRIES).glob("*.npy")
+    place = listed.stat().st_size // 2
+    flip(listed, place)
+    (found,) = damages(output, deep=True)
+    assert output / found.path == listed
+    (output / shard.name).unlink()
+    given = (f"--input={corpus}", f"--output={output}", *FLAGS)
+    result = preprocess(*given)
+    assert result.returncode == 1
+    assert f"{listed}, which lists what is tried again, is gone or" in result.stderr
+    flip(listed, place)
+    run_on(corpus, preprocess)
+    assert files(output) == whole
+
+
+def test_a_list_without_its_record_is_no_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(b"not an image", "train", "a bird")] * 3
+    rows.append((encoded(picture(1)), "train", "a kite"))
+    run = LocalRun(
+        PreprocessConfig(
+            input=str(write_rows(tmp_path / "t.parquet", rows)),
+            output=str(tmp_path / "out"),
+            image=ImageOptions(size=32),
+        )
+    )
+    writer = run.committed()
+    writer.finish(run.described, TOKENIZER)
+    storage, whole = writer.storage, files(tmp_path / "out")
+
+    def begin() -> int:
+        found = [failed_rows(run.work, record, silent) for record in writer.records]
+        return begin_retry(writer, run.plan, found, 2)
+
+    def killed() -> dict[str, bytes]:
+        """What is left by a driver killed just before the record."""
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.retry, "create_retry", _killed)
+            with pytest.raises(KeyboardInterrupt):
+                begin()
+        return {name: storage.read(name) for name in storage.names(RETRIES)}
+
+    announce_retry(writer)
+    left = killed()
+    assert len(left) == 2
+    assert not retry_announced(writer)
+    assert not writer.retry_begun()
+    assert pending_ranges(writer, run.plan) == []
+    assert damages(tmp_path / "out", deep=True) == []
+    # It never comes to that retry, or it does.
+    writer.finish(run.described, TOKENIZER)
+    end_retry(writer)
+    assert files(tmp_path / "out") == whole
+    announce_retry(writer)
+    assert killed() == left
+    assert begin() == 3
+    assert retry_announced(writer)
+    assert [one.file for one in retried_ranges(storage)] == list(left)
+    assert storage.names(RETRIES) == [*left, *retry_names(storage)]
+    assert {name: storage.read(name) for name in left} == left
+
+
+def _killed(*given: object) -> bool:
+    raise KeyboardInterrupt
+
+
+def planned(*sources: int) -> Plan:
+    table = np.zeros(len(sources), RANGE_DTYPE)
+    table["source"] = sources
+    return Plan(table=table, split_names=("train",))
+
+
+def failures(
+    number: int, failed: dict[int, str], superseded: Iterable[int] = ()
+) -> FailedRows:
+    """Failed inputs of a range by position, and keys of earlier attempts."""
+    reasons = tuple(dict.fromkeys(failed.values()))
+    codes = [reasons.index(reason) for reason in failed.values()]
+    return FailedRows(
+        keys=np.array([number * PER_RANGE + place for place in failed], np.int64),
+        codes=np.array(codes, np.uint16),
+        reasons=reasons,
+        superseded=np.array(list(superseded), np.int64),
+    )
+
+
+def test_an_input_is_tried_again_after_its_last_attempt_in_any_order(
+    tmp_path: Path,
+) -> None:
+    plan = planned(0, 0, 1)
+    first = [
+        failures(0, {1: "timeout", 5: "dns"}),
+        failures(1, {2: "timeout", 3: "timeout"}),
+        failures(2, {0: "dns"}),
+    ]
+    # Ranges 3 and 4 of two inputs each, and 5, as a source has ranges of its own.
+    second = [
+        *first,
+        failures(3, {1: "http_404"}, [1, 5]),
+        failures(4, {0: "timeout", 1: "dns"}, [PER_RANGE + 2, PER_RANGE + 3]),
+        failures(5, {}, [2 * PER_RANGE]),
+    ]
+    stored = []
+    for name, step in (("forth", 1), ("back", -1)):
+        writer = DatasetWriter(open_storage(tmp_path / name))
+        assert begin_retry(writer, plan, first[::step], 2) == 5
+        assert begin_retry(writer, plan, second[::step], 2) == 3
+        stored.append(files(tmp_path / name))
+    assert stored[0] == stored[1]
+    ranges = pending_ranges(writer, plan)
+    assert [(one.number, one.source, one.inputs) for one in ranges] == [
+        *((3, 0, 2), (4, 0, 2), (5, 1, 1)),
+        *((6, 0, 2), (7, 0, 1)),
+    ]
+    lists = [
+        read_attempts(writer.storage, one.retried) for one in ranges if one.retried
+    ]
+    assert [dict(one.by_range()) for one in lists] == [
+        {0: {1: "000000000001", 5: "000000000005"}},
+        {1: {2: "000001000002", 3: "000001000003"}},
+        {2: {0: "000002000000"}},
+        {0: {5: "000003000001"}, 1: {2: "000004000000"}},
+        {1: {3: "000004000001"}},
+    ]
+    assert [one.counts() for one in lists] == [
+        {"dns": 1, "timeout": 1},
+        {"timeout": 2},
+        {"dns": 1},
+        {"http_404": 1, "timeout": 1},
+        {"dns": 1},
+    ]
+
+
+def test_a_retry_takes_few_bytes_for_each_failed_attempt(tmp_path: Path) -> None:
+    n_ranges, n_failed, samples = 100, 3_000, 10_000
+    total = n_ranges * n_failed
+    plan = planned(*[0] * n_ranges)
+    writer = DatasetWriter(open_storage(tmp_path / "out"))
+
+    def rows(number: int, count: int, superseded: np.ndarray) -> FailedRows:
+        return FailedRows(
+            keys=number * PER_RANGE + np.arange(count),
+            codes=np.arange(count, dtype=np.uint16) % 2,
+            reasons=("http_404", "timeout"),
+            superseded=superseded,
+        )
+
+    def corpus() -> Iterator[FailedRows]:
+        for number in range(n_ranges):
+            yield rows(number, n_failed, np.empty(0, np.int64))
+
+    def retried() -> Iterator[FailedRows]:
+        yield from corpus()
+        for one in pending_ranges(writer, plan):
+            assert one.retried
+            keys = read_attempts(writer.storage, one.retried).rows["key"]
+            yield rows(one.number, one.inputs, keys)
+
+    for found, attempts in ((corpus(), total), (retried(), 2 * total)):
+        tracemalloc.start()
+        assert begin_retry(writer, plan, found, samples) == total
+        left, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        print(f"{peak / attempts:.1f} bytes for each of {attempts} failed attempts")
+        assert peak < 64 * attempts
+        assert left < attempts
+    assert len(pending_ranges(writer, plan)) == 2 * total // samples
