@@ -28,6 +28,7 @@ METRIC_NAMES = (
     "tokens_per_s",
     "data_wait_frac",
     "padding_frac",
+    "replaced",
     "sample_digest",
 )
 

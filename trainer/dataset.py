@@ -1,19 +1,24 @@
-"""Reading samples of a dataset directory: memory-mapped tars through the index.
+"""Reading samples of a dataset directory: spans of its tars through the index.
 
 Owns the bytes of a sample and the check of their CRC32C (law 5). Does not own which
-sample comes when (`trainer.order`) or batches (`trainer.loader`).
+sample comes when (`trainer.order`), batches, or what takes the place of a damaged
+sample (`trainer.loader`).
+
+Tars are read, not mapped: a mapped file that somebody truncates kills the process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import crc32c
 import numpy as np
@@ -30,6 +35,22 @@ from pipeline.manifest import (
 # Each open tar holds a file descriptor, of which a process has 1,024 by default.
 _TARS_KEPT_OPEN = 256
 _INDEXES_KEPT = 512
+# Storage may fail for a moment: an error is one after this many reads.
+_READS = 4
+_PAUSE_SECONDS = 0.5
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+Item = TypeVar("Item")
+
+
+class DamagedError(ValueError):
+    """A sample whose bytes are not those that the index was made of. `reason` is
+    missing, truncated, crc, captions or undecodable.
+    """
+
+    def __init__(self, message: str, *, uid: int, shard: str, reason: str) -> None:
+        super().__init__(message)
+        self.uid, self.shard, self.reason = uid, shard, reason
 
 
 class Dataset:
@@ -74,19 +95,38 @@ class Dataset:
         return np.array(rows, dtype=rows[0].dtype)
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
-        """Checked bytes of a sample's image: a JPEG, or as the tar had it."""
+        """Checked bytes of a sample's image: a JPEG, or as the tar had it.
+
+        Raises:
+            DamagedError: they are not what the index says, twice.
+            OSError: storage failed.
+        """
         return self._member(shard, record, "jpg")
 
+    def undecodable(
+        self, shard: int, record: np.void, error: Exception
+    ) -> DamagedError:
+        """The damage of an image whose bytes are right and do not decode."""
+        where = self._where(shard, record, "jpg")
+        return self._damage(shard, record, "undecodable", f"{where} {error}")
+
     def captions(self, shard: int, record: np.void) -> list[np.ndarray]:
-        """Token ids of each caption of a sample, separators kept, checked."""
+        """Token ids of each caption of a sample, separators kept, checked.
+
+        Raises:
+            DamagedError, OSError: as `jpeg`.
+        """
         info = self.manifest.tokenizer
         member = self._member(shard, record, "ids")
         ids = token_ids(member, int(record["n_tokens"]), info.dtype)
         captions = captions_of(ids, info.special_ids["sep"])
         if len(captions) != record["n_captions"]:
-            raise ValueError(
+            raise self._damage(
+                shard,
+                record,
+                "captions",
                 f"{self._where(shard, record, 'ids')} holds {len(captions)} captions, "
-                f"the index says {record['n_captions']}: {self._cure()}"
+                f"the index says {record['n_captions']}",
             )
         return list(captions)
 
@@ -106,7 +146,7 @@ class Dataset:
     def json(self, shard: int, record: np.void) -> dict[str, Any]:
         """A sample's `json` member. Parses the tar, so not for the training path."""
         span = self._bytes(shard, record, "span")
-        with tarfile.open(fileobj=BytesIO(span.tobytes()), mode="r:") as tar:
+        with tarfile.open(fileobj=BytesIO(span), mode="r:") as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 if member.name.endswith(".json") and file is not None:
@@ -120,37 +160,54 @@ class Dataset:
         return np.array(load_index(self.root, self.shards[shard]))
 
     def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
-        return self._bytes(shard, record, kind).data
+        return memoryview(self._bytes(shard, record, kind))
 
-    def _bytes(self, shard: int, record: np.void, kind: str) -> np.ndarray:
+    def _bytes(self, shard: int, record: np.void, kind: str) -> bytes:
+        """Bytes with the CRC of the index, read twice before they are called wrong."""
+        sidecar = kind == "ids" and bool(self.shards[shard].ids)
+        files = self._ids if sidecar else self._tars
         offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
-        sidecar = kind == "ids" and self.shards[shard].ids
-        file = self._ids(shard) if sidecar else self._tars(shard)
-        data = file[offset : offset + size]
-        if len(data) != size or crc32c.crc32c(data.data) != record[f"{kind}_crc32c"]:
-            raise ValueError(
-                f"{self._where(shard, record, kind)} is damaged: {self._cure()}"
-            )
-        return data
+        reason = ""
+        for _ in range(2):
+            try:
+                data = _span(lambda: files(shard), offset, size)
+            except _GONE:
+                reason = "missing"
+            else:
+                whole = len(data) == size
+                if whole and crc32c.crc32c(data) == record[f"{kind}_crc32c"]:
+                    return data
+                reason = "crc" if whole else "truncated"
+            files.forget(shard)
+        where = self._where(shard, record, kind)
+        if reason == "missing":
+            where = f"{self.root / self._file(shard, kind)} is missing: {where}"
+        raise self._damage(shard, record, reason, f"{where} is damaged")
 
-    def _open_tar(self, shard: int) -> np.ndarray:
-        return self._map(self.shards[shard].name)
+    def _damage(
+        self, shard: int, record: np.void, reason: str, what: str
+    ) -> DamagedError:
+        return DamagedError(
+            f"{what}: {self._cure()}",
+            uid=int(record["uid"]),
+            shard=self.shards[shard].name,
+            reason=reason,
+        )
 
-    def _open_ids(self, shard: int) -> np.ndarray:
-        return self._map(self.shards[shard].ids or self.shards[shard].name)
+    def _open_tar(self, shard: int) -> BinaryIO:
+        return (self.root / self._file(shard, "jpg")).open("rb", buffering=0)
 
-    def _map(self, name: str) -> np.ndarray:
-        path = self.root / name
-        # An empty file cannot be mapped.
-        if not path.is_file() or not path.stat().st_size:
-            raise ValueError(f"{path} is missing or empty: {self._cure()}")
-        return np.memmap(path, mode="r")
+    def _open_ids(self, shard: int) -> BinaryIO:
+        return (self.root / self._file(shard, "ids")).open("rb", buffering=0)
+
+    def _file(self, shard: int, kind: str) -> str:
+        """Name of the file that holds a kind of member."""
+        entry = self.shards[shard]
+        return (kind == "ids" and entry.ids) or entry.name
 
     def _where(self, shard: int, record: np.void, kind: str) -> str:
         name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
-        file = self.shards[shard].name
-        if kind == "ids":
-            file = self.shards[shard].ids or file
+        file = self._file(shard, kind)
         place = f"{file}, offset {int(record[f'{kind}_offset'])}"
         return f"{place}: {name} of uid {int(record['uid']):016x}"
 
@@ -170,15 +227,39 @@ class Dataset:
             )
 
 
-class _Kept:
+def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` of a file, fewer where it ends; tried again where
+    storage may have failed for a moment.
+    """
+    for left in reversed(range(_READS)):
+        try:
+            file = opened()
+            parts, have = [], 0
+            while have < size:
+                part = os.pread(file.fileno(), size - have, offset + have)
+                if not part:
+                    break
+                parts.append(part)
+                have += len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        except _GONE:
+            raise
+        except OSError:
+            if not left:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+    raise AssertionError("the last read returns or raises")
+
+
+class _Kept(Generic[Item]):
     """The most recently used results of `make`, for several threads at once."""
 
-    def __init__(self, make: Callable[[int], np.ndarray], most: int) -> None:
+    def __init__(self, make: Callable[[int], Item], most: int) -> None:
         self._make, self._most = make, most
-        self._items: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._items: OrderedDict[int, Item] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, key: int) -> np.ndarray:
+    def __call__(self, key: int) -> Item:
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
@@ -189,3 +270,8 @@ class _Kept:
             while len(self._items) > self._most:
                 self._items.popitem(last=False)
         return item
+
+    def forget(self, key: int) -> None:
+        """Make it anew the next time."""
+        with self._lock:
+            self._items.pop(key, None)

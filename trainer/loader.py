@@ -1,29 +1,31 @@
 """Batches: from the places of a step to tensors on the host, ahead of time.
 
 Owns which caption and crop a sample gets, micro-batches, the counts that normalise the
-losses, and the sample digest. Does not own sample order (`trainer.order`), bytes
-(`trainer.dataset`) or masks (`trainer.masking`).
+losses, the sample digest, and which sample takes the place of a damaged one. Does not
+own sample order (`trainer.order`), bytes (`trainer.dataset`), the list of damaged
+samples (`trainer.quarantine`) or masks (`trainer.masking`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.contract import micro_batch_size
-from trainer.dataset import Dataset
+from trainer.dataset import DamagedError, Dataset
 from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, mam
 from trainer.models.mlim import masked_words, recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
+from trainer.quarantine import Quarantine, Quarantined
 from trainer.stream import Stream, capacity, pack
 
 _STEPS_AHEAD = 2
@@ -66,6 +68,8 @@ class Counts:
     """Stream rows, padding included."""
     cut_captions: int
     """Captions longer than `text.max_tokens`."""
+    replaced: int
+    """Pairs that stand where a damaged sample would."""
     digest: int
     """Order-free digest, a sum of int64 that wraps."""
 
@@ -87,13 +91,23 @@ class Loader:
         dataset: the split to read.
         config: the run's keys.
         rank, world_size: which lanes are this rank's.
+        quarantined: damaged samples that an earlier part of the run found.
     """
 
     def __init__(
-        self, dataset: Dataset, config: PretrainConfig, *, rank: int, world_size: int
+        self,
+        dataset: Dataset,
+        config: PretrainConfig,
+        *,
+        rank: int,
+        world_size: int,
+        quarantined: Sequence[Quarantined] = (),
     ) -> None:
         self.dataset = dataset
         self.config = config
+        self.quarantine = Quarantine(
+            len(dataset), max_share=config.damage.max_share, entries=quarantined
+        )
         self.order = SampleOrder(
             dataset.counts,
             seed=config.seed,
@@ -130,11 +144,11 @@ class Loader:
 
     def load(self, step: int, decoders: ThreadPoolExecutor) -> StepBatch:
         """This rank's share of one step."""
-        places = self.order.samples_of(step, self.lanes)
+        wanted = self.order.samples_of(step, self.lanes)
         epoch, _ = self.order.epoch_of(step)
         parts = [
-            self.micro(places[first : first + self.micro_batch], epoch, decoders)
-            for first in range(0, len(places), self.micro_batch)
+            self._sound(step, wanted, slice(first, first + self.micro_batch), decoders)
+            for first in range(0, len(wanted), self.micro_batch)
         ]
         counts = [part_counts for _, part_counts in parts]
         return StepBatch(
@@ -142,6 +156,67 @@ class Loader:
             epoch=epoch,
             micro_batches=[batch for batch, _ in parts],
             counts=sum_counts(counts),
+        )
+
+    def _sound(
+        self, step: int, wanted: np.ndarray, rows: slice, decoders: ThreadPoolExecutor
+    ) -> tuple[MicroBatch, Counts]:
+        """The micro-batch of some rows of a step, none of it damaged."""
+        epoch, _ = self.order.epoch_of(step)
+        while True:
+            places, replaced = self._places(step, wanted, rows)
+            try:
+                batch, counts = self.micro(places, epoch, decoders)
+            except DamagedError as damage:
+                found = Quarantined(
+                    uid=f"{damage.uid:016x}",
+                    epoch=epoch,
+                    step=step,
+                    reason=damage.reason,
+                    shard=damage.shard,
+                )
+                try:
+                    self.quarantine.add([found])
+                except ValueError as error:
+                    raise ValueError(f"{error}; the last: {damage}") from damage
+                continue
+            return batch, replace(counts, replaced=replaced)
+
+    def _places(
+        self, step: int, wanted: np.ndarray, rows: slice
+    ) -> tuple[np.ndarray, int]:
+        """Places of some rows of a step, quarantined samples replaced, and how many."""
+        places, replaced = wanted[rows].copy(), 0
+        if not len(self.quarantine):
+            return places, 0
+        for row, uid in enumerate(self.dataset.records(places)["uid"].tolist()):
+            if self.quarantine.holds(uid, step):
+                places[row] = self._stand_in(step, rows.start + row)
+                replaced += 1
+        return places, replaced
+
+    def _stand_in(self, step: int, row: int) -> np.ndarray:
+        """Place of the next sample of a row's lane that is not quarantined, cyclically:
+        the same whichever rank reads the lane, and whenever the damage was found.
+
+        Raises:
+            ValueError: the lane has none.
+        """
+        epoch, within = self.order.epoch_of(step)
+        per_lane = self.order.per_lane
+        lane, position = self.lanes[row // per_lane], row % per_lane
+        length = self.order.lane_length(lane)
+        first = within * per_lane + position
+        for ahead in range(1, length):
+            at = (first + ahead) % length
+            place = self.order.lane_samples(epoch, lane, at, at + 1)
+            uid = int(self.dataset.records(place)["uid"][0])
+            if not self.quarantine.holds(uid, step):
+                return place[0]
+        raise ValueError(
+            f"all {length} samples of lane {lane} are damaged in epoch {epoch} "
+            f"({self.quarantine.where()}): `python -m pipeline.validate "
+            f"{self.dataset.root}` names every damage"
         )
 
     def micro(
@@ -181,6 +256,7 @@ class Loader:
             tokens=stream.text_used + masks.image.numel(),
             rows=len(stream.source),
             cut_captions=cut,
+            replaced=0,
             digest=digest,
         )
         return batch, counts
@@ -237,7 +313,11 @@ class Loader:
                 record, shard = records[row], int(places[row, 0])
                 size = int(record["width"]), int(record["height"])
                 box = box_of(self.config.image, *size, crops[row])
-                decode_into(pixels[row], self.dataset.jpeg(shard, record), size, box)
+                jpeg = self.dataset.jpeg(shard, record)
+                try:
+                    decode_into(pixels[row], jpeg, size, box)
+                except ValueError as error:
+                    raise self.dataset.undecodable(shard, record, error) from error
 
         starts = range(0, len(places), _DECODE_CHUNK)
         return pixels, [decoders.submit(fill, first) for first in starts]

@@ -42,6 +42,7 @@ from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.metrics import Metrics
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
+from trainer.quarantine import Quarantined, from_plain, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Checked:
     checkpoint: Path | None
     first_step: int
     """Steps already taken."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Damaged samples that were found in them."""
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -66,7 +69,13 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     first_step = checked.first_step
     world = start_world()
     _require_agreement(checked, world)
-    loader = Loader(dataset, config, rank=world.rank, world_size=world.size)
+    loader = Loader(
+        dataset,
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        quarantined=checked.quarantined,
+    )
     torch.manual_seed(config.seed % (1 << 63))
     model = build_model(config, dataset.manifest)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -75,14 +84,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     world.barrier()
     if checked.checkpoint:
         checkpoint.load(engine, checked.checkpoint)
-    metrics = None
-    if world.first:
-        metrics = Metrics(
-            run,
-            first_step=first_step,
-            last_step=config.last_step,
-            tensorboard=config.log.tensorboard,
-        )
+    metrics = _metrics(config, first_step) if world.first else None
+    if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
     stop, stopping = StopFlag(), False
     step = first_step
@@ -91,6 +94,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         batch, wait = next_batch(batches, world)
         started = time.perf_counter()
         totals = global_counts(batch.counts, world)
+        if totals.replaced:
+            tell_replaced(loader, totals, step, world, metrics)
         result = run_micro_batches(engine, loader, batch, totals, world)
         lr = learning_rate(step, config.optimizer, config.schedule)
         grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
@@ -108,7 +113,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         stopping = summed[-1] > 0
         every = config.checkpoint.every_steps
         if stopping or step == config.last_step or step % every == 0:
-            save(engine, dataset, config, step, batch.epoch, world)
+            save(engine, loader, step, batch.epoch, world)
         if stopping:
             break
     if metrics:
@@ -153,7 +158,12 @@ def check(config: PretrainConfig) -> Checked:
         )
     stage = config.deepspeed.zero_stage
     checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
-    return Checked(dataset=dataset, checkpoint=path, first_step=int(marker["step"]))
+    return Checked(
+        dataset=dataset,
+        checkpoint=path,
+        first_step=int(marker["step"]),
+        quarantined=tuple(from_plain(marker["quarantine"])),
+    )
 
 
 def build_model(config: PretrainConfig, manifest: Manifest) -> MlimForPreTraining:
@@ -306,26 +316,50 @@ def metrics_row(
         "data_wait_frac": summed[3] / world.size,
         "padding_frac": 1 - totals.tokens / totals.rows,
         "cut_captions_frac": totals.cut_captions / totals.pairs,
+        "replaced": totals.replaced,
         "step_s": elapsed,
         "sample_digest": f"{totals.digest % (1 << 64):016x}",
     }
 
 
-def save(
-    engine: Any,
-    dataset: Dataset,
-    config: PretrainConfig,
-    step: int,
-    epoch: int,
-    world: World,
+def tell_replaced(
+    loader: Loader, totals: Counts, step: int, world: World, metrics: Metrics | None
 ) -> None:
+    """Give every rank what any rank has quarantined up to a step, and say so.
+
+    Raises:
+        ValueError: that is more than the run bears.
+    """
+    quarantine = loader.quarantine
+    try:
+        for entries in world.gather(to_plain(quarantine.until(step + 1))):
+            quarantine.add(from_plain(entries))
+    except ValueError:
+        # All ranks count alike; one of them tells.
+        world.leave()
+        if world.first:
+            raise
+        sys.exit(1)
+    if metrics is None:
+        return
+    line = f"step {step + 1}: {totals.replaced} damaged samples replaced"
+    new = [entry for entry in quarantine.until(step + 1) if entry.step == step]
+    if new:
+        named = ", ".join(f"{one.uid} in {one.shard} ({one.reason})" for one in new)
+        line += f"; new: {named}; `python -m pipeline.validate {loader.dataset.root}`"
+    metrics.note(line)
+
+
+def save(engine: Any, loader: Loader, step: int, epoch: int, world: World) -> None:
     """Checkpoint after `step` steps, with the data state of law 1."""
+    dataset, config = loader.dataset, loader.config
     state = {
         "manifest_hash": dataset.manifest.sha256,
         "tokenizer_sha256": dataset.manifest.tokenizer.sha256,
         "seed": config.seed,
         "epoch": epoch,
         "step": step,
+        "quarantine": to_plain(loader.quarantine.until(step)),
     }
     keep = max(config.checkpoint.keep, 1)
     run = Path(config.output)
@@ -388,6 +422,15 @@ def _require_finite(row: dict[str, Any]) -> None:
                 "start anew; or, if the newest checkpoint is bad already, delete it "
                 "and continue from the one before"
             )
+
+
+def _metrics(config: PretrainConfig, first_step: int) -> Metrics:
+    return Metrics(
+        Path(config.output),
+        first_step=first_step,
+        last_step=config.last_step,
+        tensorboard=config.log.tensorboard,
+    )
 
 
 def _opening(loader: Loader, world: World, first_step: int, parameters: int) -> str:

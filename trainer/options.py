@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "digest",
     "tokenizer",
 )
-MAY_CHANGE_GROUPS = ("checkpoint.", "log.")
+MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
@@ -137,6 +137,20 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DamageConfig:
+    """What a run bears of a damaged dataset (`trainer.quarantine`)."""
+
+    max_share: float = 0.001
+    """Share of the samples that may be damaged. Another of the same lane takes the
+    place of each; past this share the run stops and names the shards. 0: at once."""
+
+    def __post_init__(self) -> None:
+        at_least("damage.", self, max_share=0)
+        if self.max_share >= 1:
+            raise ValueError(f"damage.max_share is {self.max_share}: below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Masked vision-language pretraining on a dataset of shards."""
 
@@ -173,6 +187,7 @@ class PretrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    damage: DamageConfig = field(default_factory=DamageConfig)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

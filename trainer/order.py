@@ -105,11 +105,16 @@ class SampleOrder:
                 break
         return np.concatenate(found)
 
+    def lane_length(self, lane: int) -> int:
+        """Samples of a lane in every epoch, those that no step takes included."""
+        first, last = lane * self.samples, (lane + 1) * self.samples
+        return last // self.lanes - first // self.lanes
+
     def lane_pieces(self, epoch: int, lane: int) -> list[Piece]:
         """The shard pieces of a lane's segment, in line order."""
         order, ends, rotation = self._line(epoch)
         begin = lane * self.samples // self.lanes + rotation
-        length = (lane + 1) * self.samples // self.lanes + rotation - begin
+        length = self.lane_length(lane)
         position = begin % self.samples
         pieces = []
         while length:
