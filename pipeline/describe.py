@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import orjson
 import pyarrow as pa
 import tokenizers
 
@@ -94,6 +95,7 @@ def transform_of(
         "versions": {
             **codec_versions(),
             "numpy": np.__version__,
+            "orjson": orjson.__version__,
             "pyarrow": pa.__version__,
             "tokenizers": tokenizers.__version__,
             "unicode": unicodedata.unidata_version,

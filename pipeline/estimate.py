@@ -202,8 +202,13 @@ def _work(
     plan: Plan,
     storage: Storage,
 ) -> Work:
+    # Nothing is compared, but pixels are hashed where that run will hash them.
     nothing = compare.Comparison(
-        identity=False, inputs=plan.n_inputs, ranges=plan.n_ranges, memory=1
+        identity=False,
+        exact=config.dedup.exact,
+        inputs=plan.n_inputs,
+        ranges=plan.n_ranges,
+        memory=1,
     )
     tokenizer = _tokenizer(config, corpora)
     work = work_of(config, corpora, plan, storage, tokenizer, run="")

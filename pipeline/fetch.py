@@ -47,7 +47,7 @@ _READS = 4
 _RETRY_SECONDS = 0.5
 # After a local read that waits for longer this many files are read by threads, several
 # at a time.
-_QUICK_SECONDS = 0.002
+_QUICK_SECONDS = 0.0005
 _SLOW_FILES = 256
 # One slow image must not empty the window: requests that are done wait behind it.
 _WINDOW_PER_REQUEST = 16

@@ -85,11 +85,6 @@ class Header:
     """Whether ink of a CMYK JPEG is stored as Adobe's programs do, full as 0."""
 
     @property
-    def is_jpeg(self) -> bool:
-        """Whether it is one JPEG, or the first of several in a file."""
-        return self.image is None
-
-    @property
     def shown_size(self) -> tuple[int, int]:
         """Width and height as a viewer shows them: orientation applied."""
         width, height = self.size
@@ -154,14 +149,19 @@ def _bare_jpeg(data: bytes) -> Header | None:
     while data[place : place + 1] == b"\xff":
         kind, length = data[place + 1 : place + 2], data[place + 2 : place + 4]
         if kind == _SOS:
-            break
+            return _of_frame(frame)
         if kind in _FRAMES and not frame:
             frame = data[place + 4 : place + 10]
         elif kind not in _SILENT:
             return None
         place += 2 + int.from_bytes(length, "big")
+    return None
+
+
+def _of_frame(frame: bytes) -> Header | None:
+    """Bits, height, width and number of components, as a frame has them."""
     mode = _MODES.get(frame[5:])
-    if mode is None or frame[0] != _BITS or data[place + 1 : place + 2] != _SOS:
+    if mode is None or frame[0] != _BITS:
         return None
     height, width = (int.from_bytes(frame[at : at + 2], "big") for at in (1, 3))
     return Header(image=None, mode=mode, size=(width, height), orientation=1)

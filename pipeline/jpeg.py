@@ -127,6 +127,9 @@ def _load(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         image.load()
+    except Image.UnidentifiedImageError:
+        # Its message names an object, not what is wrong.
+        raise ImageError("unreadable", "a JPEG with a broken header") from None
     except Exception as error:  # decoders raise anything on hostile data
         raise unreadable(error) from error
     return image

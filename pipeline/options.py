@@ -6,7 +6,7 @@ Owns every key's name, default and help text. Does not own how keys are parsed
 
 from __future__ import annotations
 
-import posixpath
+import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,9 +92,15 @@ class InputOptions:
 
     @property
     def source_name(self) -> str:
-        """Name of the source, given or from the path."""
-        stem = posixpath.basename(self.path.rstrip("/"))
-        return self.name or stem.partition(".")[0]
+        """Name of the source, given or from the path: that of the file, or for many
+        files (`photos/*.parquet`) of the folder that they lie in.
+        """
+        if self.name:
+            return self.name
+        parts = self.path.rstrip("/").split("/")
+        while len(parts) > 1 and glob.has_magic(parts[-1]):
+            parts.pop()
+        return parts[-1].partition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,10 @@ def main(argv: Sequence[str]) -> int:
     # After the command line: --help and a wrong key answer at once, without Ray.
     if config.dry_run:
         from pipeline.estimate import cores_of, estimate
+        from pipeline.run import check_output, tell_split_folders
 
+        check_output(config)
+        tell_split_folders(config)
         print(estimate(config).text(config, cores_of(config)))
         return 0
     from pipeline.run import preprocess

@@ -61,7 +61,9 @@ CHUNK = 16
 _CHUNK_BYTES = 2 << 20
 _DETAIL = 200
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
-_BAD_CELL = "not UTF-8, or not what it is elsewhere"
+_BAD_CELL = (
+    "not UTF-8, not what it is elsewhere, or the row has not the fields of the others"
+)
 _BAD_FILE = (
     "of a file whose name or text is not UTF-8, that is no JSON object, or that is a "
     "link out of the folder"
@@ -162,6 +164,10 @@ class _Prepared:
         self.columns = {}
 
 
+# What became of an input's image; None where the input was rejected before.
+_Read = tuple[_Prepared, bytes | ImageError | None]
+
+
 @functools.lru_cache(maxsize=1)
 def _decoder(
     image: ImageOptions, filters: FilterOptions, *, hash_pixels: bool
@@ -228,13 +234,11 @@ class _RangeWriter:
             retried=dict(sorted(self._before.items())),
         )
 
-    def _chunks(
-        self, reader: ImageReader
-    ) -> Iterator[list[tuple[_Prepared, bytes | ImageError | None]]]:
+    def _chunks(self, reader: ImageReader) -> Iterator[list[_Read]]:
         """What is read, a few inputs at a time: what is done to the bytes of a chunk
         finds them in the processor's cache.
         """
-        chunk: list[tuple[_Prepared, bytes | ImageError | None]] = []
+        chunk: list[_Read] = []
         size = 0
         for prepared, data in self._read(reader):
             if isinstance(data, bytes):
@@ -247,9 +251,7 @@ class _RangeWriter:
         if chunk:
             yield chunk
 
-    def _read(
-        self, reader: ImageReader
-    ) -> Iterator[tuple[_Prepared, bytes | ImageError | None]]:
+    def _read(self, reader: ImageReader) -> Iterator[_Read]:
         """Inputs in order, with the bytes of those that are not rejected already. The
         reader looks ahead, so inputs wait here for their bytes.
         """
@@ -393,9 +395,7 @@ class _RangeWriter:
                     "filtered", filtered.reason, filtered.detail
                 )
 
-    def _write(
-        self, chunk: Sequence[tuple[_Prepared, bytes | ImageError | None]]
-    ) -> None:
+    def _write(self, chunk: Sequence[_Read]) -> None:
         """Decode a chunk, and write its samples and rejections in order."""
         requests = [
             Request(data=data, captions=one.captions, columns=one.columns)

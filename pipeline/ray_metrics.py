@@ -30,7 +30,8 @@ class Metrics:
     def __init__(self, dataset: str) -> None:
         from ray.util.metrics import Gauge
 
-        self._dataset = dataset
+        # Ray takes nothing else for a tag.
+        self._dataset = dataset.encode("ascii", "backslashreplace").decode()
         keys = ("dataset", "phase")
         self._gauges = {
             key: Gauge(f"palimpsest_preprocess_{name}", text, keys)

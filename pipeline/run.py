@@ -39,6 +39,9 @@ from pipeline.staging import TakenOver
 from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import StoredTokenizer, load_tokenizer
 
+# Names that other tools give to folders of one split.
+_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "dev", "test"}
+
 
 def preprocess(config: PreprocessConfig) -> Manifest:
     """Make, continue or recognise the dataset of `config` and return its manifest.
@@ -47,8 +50,8 @@ def preprocess(config: PreprocessConfig) -> Manifest:
         ValueError: the corpus, tokenizer or output cannot be used; nothing was written,
             or nothing could be kept and all of it was removed.
     """
-    refuse_relative_in_job(config.output)
-    _refuse_inside_input(config)
+    check_output(config)
+    tell_split_folders(config)
     writer = DatasetWriter(open_storage(config.output))
     stored = writer.stored_plan()
     made = writer.finished() if stored is not None else None
@@ -72,6 +75,29 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     lease.refuse_if_held()
     with _space_told(writer.storage), _removed_where_empty(writer.storage):
         return _run(config, writer, lease, corpora, stored, tokenizer)
+
+
+def check_output(config: PreprocessConfig) -> None:
+    """Raise ValueError for an output that no run may have."""
+    refuse_relative_in_job(config.output)
+    _refuse_inside_input(config)
+
+
+def tell_split_folders(config: PreprocessConfig) -> None:
+    """Say so where an input has folders that look like splits and are not read so."""
+    if config.split.column is not None:
+        return
+    for given in config.inputs:
+        if "://" in given.path or not Path(given.path).is_dir():
+            continue
+        names = {path.name for path in Path(given.path).iterdir() if path.is_dir()}
+        found = sorted(names & _SPLIT_FOLDERS)
+        if len(found) > 1:
+            say(
+                f"{given.path}: its folders {', '.join(found)} are read as one corpus, "
+                f"of which --split.val {config.split.val:g} is held out by hash; to "
+                "keep them apart, name a --split.column or give each its own --output"
+            )
 
 
 def _run(

@@ -269,7 +269,7 @@ def test_a_header_is_read_without_pillow_where_it_says_nothing_else(
     assert (bare is None) == (mode == "CMYK" or "exif" in more)
     for header in (read_header(data, OPTIONS), *([bare] if bare else ())):
         assert (header.size, header.mode) == (known.size, known.mode)
-        assert (header.is_jpeg, header.orientation, header.exif) == (True, 1, "{}")
+        assert (header.image, header.orientation, header.exif) == (None, 1, "{}")
         assert (header.profile, header.inverted) == (None, mode == "CMYK")
     # Where the file ends early, Pillow says why.
     assert all(
@@ -304,7 +304,7 @@ import sys
 from cykooz_resizer import CpuExtensions
 from pipeline import resize
 from pipeline.images import encode_image
-from pipeline.options import FilterOptions, ImageOptions
+from pipeline.options import ImageOptions
 resize._resizer().cpu_extensions = CpuExtensions.none
 with open(sys.argv[1], "rb") as file:
     print(encode_image(file.read(), ImageOptions(size=100)))

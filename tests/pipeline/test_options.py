@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import load_manifest, sample_uid
+from pipeline.options import InputOptions
 from tests.pipeline.corpora import (
     Run,
     caption,
@@ -193,3 +194,66 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     assert "up to 7 ranges of 10 inputs" in said
     for word in ("size      about ", "time      about ", "missing_file"):
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("photos.tsv", "photos"),
+        ("/data/birds.v2.parquet", "birds"),
+        ("/data/shards/", "shards"),
+        ("s3://corpus/products/*.parquet", "products"),
+        ("s3://corpus/*.parquet", "corpus"),
+        ("/data/20[12]?/p*/x-*.tsv", "data"),
+    ],
+)
+def test_a_source_is_named_after_its_file_or_the_folder_of_many(
+    path: str, name: str
+) -> None:
+    assert InputOptions(path=path).source_name == name
+    assert InputOptions(path=path, name="mine").source_name == "mine"
+
+
+def test_names_of_any_script_are_fine_for_inputs_and_outputs(
+    scattered: Path, tmp_path: Path
+) -> None:
+    """Ray takes only ASCII for the tags of its metrics."""
+    table = Path(tmp_path / "Vögel 鳥.tsv")
+    table.write_bytes(scattered.read_bytes())
+    flags = (f"--images={scattered.parent}", "--name=birds", *COMMON)
+    output = tmp_path / "ü 鳥"
+    done = run_module(
+        "pipeline.preprocess", f"--input={table}", f"--output={output}", *flags
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_manifest(output).accounting.written == N_IMAGES
+
+
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
+def test_folders_that_look_like_splits_are_told_not_taken(
+    tmp_path: Path, flag: str
+) -> None:
+    corpus = tmp_path / "corpus"
+    for split in ("train", "test"):
+        (corpus / split).mkdir(parents=True)
+        (corpus / split / "a.jpg").write_bytes(encoded(picture(len(split))))
+        (corpus / split / "a.txt").write_text(f"a picture of {split}")
+    done = run_module(
+        "pipeline.preprocess",
+        *(f"--input={corpus}", f"--output={tmp_path / 'out'}", flag, *COMMON),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "its folders test, train are read as one corpus" in done.stderr
+
+
+def test_a_dry_run_refuses_the_output_that_the_run_would(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.jpg").write_bytes(encoded(picture(1)))
+    (corpus / "a.txt").write_text("a picture")
+    done = run_module(
+        "pipeline.preprocess",
+        *(f"--input={corpus}", f"--output={corpus / 'out'}", "--dry_run", *COMMON),
+    )
+    assert done.returncode == 1
+    assert "choose an --output outside of it" in done.stderr
