@@ -52,7 +52,9 @@ def parse(
         ConfigError: unknown key (with the nearest known one), wrong type or value,
             missing required key, unreadable file.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=prog, description=description, allow_abbrev=False, formatter_class=_Help
+    )
     parser.add_argument("--config", action="config", help="YAML file with these keys.")
     parser.add_class_arguments(config_class, None, sub_configs=False)
     if positional and argv and not argv[0].startswith("-"):
@@ -141,6 +143,10 @@ def run(main: Callable[[Sequence[str]], int | None], prog: str) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of a description: example commands are of no use run together."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
