@@ -21,7 +21,7 @@ from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, make_inputs, partners
 
-_GREY = 200
+GREY = 200
 _WRAP = 24
 _MAX_CAPTION = 90
 
@@ -55,11 +55,11 @@ class Artist:
         )
         for row in range(count):
             original = self.pairs.pixels[row]
-            hidden = _pixel_mask(masks, row, self.config)
+            hidden = pixel_mask(masks, row, self.config)
             share = f"{masks.image[row].float().mean():.0%} masked"
             shown = [
                 (original, "original", ""),
-                (np.where(hidden, np.uint8(_GREY), original), share, ""),
+                (np.where(hidden, np.uint8(GREY), original), share, ""),
                 (with_own[row], "with its caption", self._caption(row)),
                 (with_wrong[row], "with another", self._caption(int(wrong[row]))),
             ]
@@ -146,7 +146,7 @@ class Artist:
         return textwrap.fill(short, _WRAP).replace("$", r"\$")
 
 
-def _pixel_mask(masks: Masks, row: int, config: PretrainConfig) -> np.ndarray:
+def pixel_mask(masks: Masks, row: int, config: PretrainConfig) -> np.ndarray:
     """Mask (S, S, 1) of the pixels that row's masked tokens cover."""
     side = config.model.patch_size
     grid = config.image.size // side

@@ -73,6 +73,11 @@ class Counts:
     digest: int
     """Order-free digest, a sum of int64 that wraps."""
 
+    @property
+    def digest_text(self) -> str:
+        """`digest` as `metrics.jsonl` has it: 16 hex digits."""
+        return f"{self.digest % (1 << 64):016x}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
@@ -144,24 +149,30 @@ class Loader:
 
     def load(self, step: int, decoders: ThreadPoolExecutor) -> StepBatch:
         """This rank's share of one step."""
-        wanted = self.order.samples_of(step, self.lanes)
         epoch, _ = self.order.epoch_of(step)
-        parts = [
-            self._sound(step, wanted, slice(first, first + self.micro_batch), decoders)
-            for first in range(0, len(wanted), self.micro_batch)
-        ]
-        counts = [part_counts for _, part_counts in parts]
+        parts = list(self.micros(step, decoders))
         return StepBatch(
             step=step,
             epoch=epoch,
-            micro_batches=[batch for batch, _ in parts],
-            counts=sum_counts(counts),
+            micro_batches=[batch for _, batch, _ in parts],
+            counts=sum_counts([counts for _, _, counts in parts]),
         )
+
+    def micros(
+        self, step: int, decoders: ThreadPoolExecutor
+    ) -> Iterator[tuple[np.ndarray, MicroBatch, Counts]]:
+        """This rank's share of one step, a micro-batch at a time: the places (B, 2) of
+        its samples, stand-ins of damaged ones included, the batch and its counts.
+        """
+        wanted = self.order.samples_of(step, self.lanes)
+        for first in range(0, len(wanted), self.micro_batch):
+            rows = slice(first, first + self.micro_batch)
+            yield self._sound(step, wanted, rows, decoders)
 
     def _sound(
         self, step: int, wanted: np.ndarray, rows: slice, decoders: ThreadPoolExecutor
-    ) -> tuple[MicroBatch, Counts]:
-        """The micro-batch of some rows of a step, none of it damaged."""
+    ) -> tuple[np.ndarray, MicroBatch, Counts]:
+        """The micro-batch of some rows of a step, none of it damaged, and its places."""
         epoch, _ = self.order.epoch_of(step)
         while True:
             places, replaced = self._places(step, wanted, rows)
@@ -180,7 +191,7 @@ class Loader:
                 except ValueError as error:
                     raise ValueError(f"{error}; the last: {damage}") from damage
                 continue
-            return batch, replace(counts, replaced=replaced)
+            return places, batch, replace(counts, replaced=replaced)
 
     def _places(
         self, step: int, wanted: np.ndarray, rows: slice
@@ -226,7 +237,7 @@ class Loader:
         records = self.dataset.records(places)
         uids = signed_uids(records["uid"])
         caption = caption_choice(records, uids, seed=self.config.seed, epoch=epoch)
-        crops = self._crop_draws(uids, epoch)
+        crops = self.crop_draws(uids, epoch)
         pixels, decoding = self._decode(places, records, crops, decoders)
         texts, cut = self._texts(places, records, caption)
         stream, token_ids = pack(texts, self.n_image)
@@ -275,7 +286,7 @@ class Loader:
             n_image=self.n_image,
         )
 
-    def _crop_draws(self, uids: np.ndarray, epoch: int) -> np.ndarray:
+    def crop_draws(self, uids: np.ndarray, epoch: int) -> np.ndarray:
         """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
         if self.config.image.geometry != "random_resized_crop":
             return np.zeros((len(uids), 4), dtype=np.int64)

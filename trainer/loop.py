@@ -318,7 +318,7 @@ def metrics_row(
         "cut_captions_frac": totals.cut_captions / totals.pairs,
         "replaced": totals.replaced,
         "step_s": elapsed,
-        "sample_digest": f"{totals.digest % (1 << 64):016x}",
+        "sample_digest": totals.digest_text,
     }
 
 

@@ -1,4 +1,4 @@
-"""The few HTML elements that a report is made of. Text is escaped here, once."""
+"""The few HTML elements of reports and replays. Text is escaped here, once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,34 @@ from pathlib import Path
 from trainer.report_charts import SERIES_COLOURS
 
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+def document(title: str, *body: str, style: str = "") -> str:
+    """The whole page; `style` is CSS besides the report's."""
+    looks = Path(__file__).with_name("report.css").read_text() + style
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>Palimpsest: {escape(title)}</title><style>{looks}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def header(
+    title: str, tiles: Iterable[tuple[str, str, str]], *, kicker: str, lead: str = ""
+) -> str:
+    """The top of a page: its title, a sentence, and (name, value, note) tiles."""
+    sentence = f'<p class="headline">{escape(lead)}</p>' if lead else ""
+    drawn = "".join(
+        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
+        f"<small>{escape(note)}</small></div>"
+        for name, value, note in tiles
+    )
+    return (
+        f'<header><p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>'
+        f'{sentence}<div class="tiles">{drawn}</div></header>'
+    )
 
 
 def section(title: str, *body: str, lead: str = "") -> str:
@@ -74,12 +102,13 @@ def folded(title: str, *body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{''.join(body)}</details>"
 
 
-def image(source: Path | bytes, text: str) -> str:
-    """An image inside the page: a file, or JPEG bytes."""
+def image(source: Path | bytes, text: str, *, suffix: str = ".jpg") -> str:
+    """An image inside the page: a file, or bytes of the type that `suffix` says."""
     if isinstance(source, Path):
-        kind, data = _IMAGE_TYPES[source.suffix.lower()], source.read_bytes()
+        suffix, data = source.suffix.lower(), source.read_bytes()
     else:
-        kind, data = "image/jpeg", source
+        data = source
+    kind = _IMAGE_TYPES[suffix]
     encoded = base64.b64encode(data).decode()
     return f'<img alt="{escape(text)}" src="data:{kind};base64,{encoded}">'
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from trainer.report_charts import Series, curves, number
 from trainer.report_data import DatasetView, Run
 from trainer.report_dataset import dataset_sections
 from trainer.report_html import (
     card,
+    document,
     folded,
     grid,
+    header,
     legend,
     missing,
     section,
@@ -50,7 +51,6 @@ _OWN_KEYS = ("output",)
 
 def page(runs: Sequence[Run], datasets: Sequence[DatasetView]) -> str:
     """The whole HTML document. It refers to nothing outside itself."""
-    style = Path(__file__).with_name("report.css").read_text()
     names = (
         " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     )
@@ -64,13 +64,7 @@ def page(runs: Sequence[Run], datasets: Sequence[DatasetView]) -> str:
         _configurations(runs),
         _commands(runs),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>Palimpsest: {escape(names)}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return document(names, *parts)
 
 
 def _header(runs: Sequence[Run], datasets: Sequence[DatasetView]) -> str:
@@ -78,17 +72,8 @@ def _header(runs: Sequence[Run], datasets: Sequence[DatasetView]) -> str:
         name for view in datasets if view.manifest for name in view.manifest.sources
     ]
     subject = ", ".join(dict.fromkeys(sources)) or "pretraining"
-    sentence = headline(runs)
-    lead = f'<p class="headline">{escape(sentence)}</p>' if sentence else ""
-    tiles = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<small>{escape(note)}</small></div>"
-        for name, value, note in _tiles(runs, datasets)
-    )
-    return (
-        f'<header><p class="kicker">Palimpsest</p><h1>{escape(subject)}</h1>{lead}'
-        f'<div class="tiles">{tiles}</div></header>'
-    )
+    tiles = _tiles(runs, datasets)
+    return header(subject, tiles, kicker="Palimpsest", lead=headline(runs))
 
 
 def _tiles(

@@ -23,6 +23,21 @@ class Trained:
     step: int
 
 
+def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
+    """The configuration that `run` was last started with.
+
+    Args:
+        data: dataset directory instead of the one in it.
+
+    Raises:
+        ValueError: no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
+    words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
+    return parse(PretrainConfig, words, prog="", description="")
+
+
 def load_trained(run: Path, *, data: str | None = None) -> Trained:
     """Load the newest complete checkpoint of `run`, weights in fp32 on the CPU.
 
@@ -32,14 +47,11 @@ def load_trained(run: Path, *, data: str | None = None) -> Trained:
     Raises:
         ValueError: no run, no checkpoint yet, or a dataset of another tokenizer.
     """
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
+    config = load_config(run, data=data)
     found = checkpoint.newest(run)
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet")
     path, marker = found
-    words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
-    config = parse(PretrainConfig, words, prog="", description="")
     manifest = load_manifest(config.data)
     if manifest.sha256 != marker["manifest_hash"] and data is None:
         raise ValueError(
