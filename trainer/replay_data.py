@@ -1,0 +1,281 @@
+"""A step of a run, made again: its pairs as the model got or will get them.
+
+Owns collecting them from their owners and the comparison with the recorded digest. Does
+not own order, captions, crops or masks (`trainer.loader` and what it uses), nor how
+anything is shown (`trainer.replay_text`, `trainer.replay_page`).
+
+Steps count from 1 here, as in `metrics.jsonl`; the loader counts from 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from pipeline.manifest import TOKENIZER
+from trainer import checkpoint
+from trainer.contract import check_world_size, read_metrics
+from trainer.dataset import Dataset
+from trainer.loader import Counts, Loader, sum_counts
+from trainer.masking import Mode
+from trainer.options import PretrainConfig
+from trainer.replay_pairs import Made, Pair, mode_name, pair_as_json
+from trainer.trained import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digest:
+    """The step's `sample_digest`, made again and as it was recorded."""
+
+    computed: str
+    covers: Literal["samples", "full"]
+    """The key `digest` that `computed` was made with."""
+    recorded: str | None
+    cure: str
+    """What to try where they differ."""
+
+    @property
+    def matches(self) -> bool | None:
+        """None where nothing is recorded."""
+        return None if self.recorded is None else self.recorded == self.computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedStep:
+    """One step of a run, or a part of it."""
+
+    run: Path
+    config: PretrainConfig
+    step: int
+    epoch: int
+    """From 0, as in `metrics.jsonl`."""
+    step_in_epoch: int
+    """From 1."""
+    steps_per_epoch: int
+    counts: Counts
+    """Of the whole step, as the trainer adds them up."""
+    modes: Mapping[Mode, int]
+    """Pairs of the whole step in each mode."""
+    words: int
+    """Tokens of the whole step that could be masked."""
+    squares: int
+    """Image positions of the whole step."""
+    masked_squares: int
+    digest: Digest
+    lanes: range
+    """Lanes that `pairs` are from."""
+    pairs: Sequence[Pair]
+    metrics: Sequence[Mapping[str, Any]]
+    """Every line of `metrics.jsonl`."""
+
+    @property
+    def part_pairs(self) -> int:
+        """Pairs that `lanes` have, shown or not."""
+        return self.counts.pairs // self.config.lanes * len(self.lanes)
+
+    @property
+    def row(self) -> Mapping[str, Any] | None:
+        """What `metrics.jsonl` says about the step, if it has come that far."""
+        return _row_of(self.metrics, self.step)
+
+
+def replay(
+    run: Path,
+    *,
+    step: int,
+    data: str | None = None,
+    lane: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    limit: int | None = None,
+    pictures: bool = False,
+) -> ReplayedStep:
+    """Make step `step` (from 1) of `run` again.
+
+    Args:
+        data: dataset directory instead of the one in the run's configuration.
+        lane: show only its pairs.
+        rank, world_size: show only the pairs of this rank.
+        limit: show at most this many pairs.
+        pictures: keep the pixels of the pairs that are shown.
+
+    Raises:
+        ValueError: no run, no dataset or another than the run's, no such step, lane or
+            rank, a damaged sample. The message has the cure.
+    """
+    if step < 1:
+        raise ValueError(
+            f"{step} is no step: they are counted from 1, as in metrics.jsonl; name 1 "
+            "or more"
+        )
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} pairs show nothing: name 1 or more")
+    config = load_config(run, data=data)
+    dataset, known = _open_dataset(run, config)
+    loader = Loader(dataset, config, rank=0, world_size=1)
+    lanes = _chosen_lanes(loader, lane=lane, rank=rank, world_size=world_size)
+    epoch, within = loader.order.epoch_of(step - 1)
+    tokenizer = Tokenizer.from_file(str(dataset.root / TOKENIZER / "tokenizer.json"))
+    parts: list[Counts] = []
+    modes: Counter[Mode] = Counter()
+    words = masked_squares = place = 0
+    pairs: list[Pair] = []
+    with ThreadPoolExecutor(config.threads, "decode") as decoders:
+        for places, batch, counts in loader.micros(step - 1, decoders):
+            made = Made.of(loader, tokenizer, places, batch, epoch)
+            parts.append(counts)
+            modes.update(map(Mode, made.masks.mode.tolist()))
+            words += int(batch.stream.n_words.sum())
+            masked_squares += int(made.masks.image.sum())
+            for row in range(len(places)):
+                # A step is laid out lane by lane.
+                lane_of = (place + row) // loader.order.per_lane
+                if lane_of in lanes and (limit is None or len(pairs) < limit):
+                    pairs.append(made.pair(row, lane=lane_of, pictures=pictures))
+            place += len(places)
+    metrics = read_metrics(run)
+    total = sum_counts(parts)
+    row_of_step = _row_of(metrics, step) or {}
+    return ReplayedStep(
+        run=run,
+        config=config,
+        step=step,
+        epoch=epoch,
+        step_in_epoch=within + 1,
+        steps_per_epoch=loader.order.steps_per_epoch,
+        counts=total,
+        modes=modes,
+        words=words,
+        squares=total.pairs * loader.n_image,
+        masked_squares=masked_squares,
+        digest=_compare(
+            loader,
+            step,
+            computed=total.digest_text,
+            recorded=row_of_step.get("sample_digest"),
+            known=known,
+        ),
+        lanes=lanes,
+        pairs=pairs,
+        metrics=metrics,
+    )
+
+
+def as_json(found: ReplayedStep) -> dict[str, Any]:
+    """What JSON can hold of a step: all but the pixels."""
+    return {
+        "run": str(found.run),
+        "data": found.config.data,
+        "step": found.step,
+        "epoch": found.epoch,
+        "step_in_epoch": found.step_in_epoch,
+        "steps_per_epoch": found.steps_per_epoch,
+        "global_batch": found.config.global_batch,
+        "sample_digest": found.digest.computed,
+        "digest_covers": found.digest.covers,
+        "recorded_digest": found.digest.recorded,
+        "matches": found.digest.matches,
+        "words": found.words,
+        "masked_words": found.counts.masked_words,
+        "squares": found.squares,
+        "masked_squares": found.masked_squares,
+        "cut_captions": found.counts.cut_captions,
+        "modes": {mode_name(mode): found.modes.get(mode, 0) for mode in Mode},
+        "metrics": found.row,
+        "pairs": [pair_as_json(pair) for pair in found.pairs],
+    }
+
+
+def _chosen_lanes(
+    loader: Loader, *, lane: int | None, rank: int | None, world_size: int | None
+) -> range:
+    """The lanes to show, of all that `loader` reads."""
+    if (rank is None) != (world_size is None):
+        raise ValueError("--rank and --world_size belong together: give both")
+    if lane is not None and rank is not None:
+        raise ValueError("--lane and --rank name two parts: give one of them")
+    if lane is not None:
+        if lane not in loader.lanes:
+            last = loader.lanes[-1]
+            raise ValueError(f"no lane {lane}: this run has lanes 0 to {last}")
+        return range(lane, lane + 1)
+    if rank is None or world_size is None:
+        return loader.lanes
+    check_world_size(world_size, lanes=len(loader.lanes))
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"no rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}"
+        )
+    dataset, config = loader.dataset, loader.config
+    return Loader(dataset, config, rank=rank, world_size=world_size).lanes
+
+
+def _open_dataset(run: Path, config: PretrainConfig) -> tuple[Dataset, bool]:
+    """The run's dataset, and whether a checkpoint vouches for its being the same."""
+    if not Path(config.data).is_dir():
+        raise ValueError(
+            f"{config.data}, the dataset of {run}, is not there: name where it is now "
+            "with --data"
+        )
+    dataset = Dataset(config.data, config.split)
+    found = checkpoint.newest(run)
+    if found is None:
+        return dataset, False
+    expected, has = found[1]["manifest_hash"], dataset.manifest.sha256
+    if has != expected:
+        raise ValueError(
+            f"{run} was trained on a dataset with manifest hash {expected} and "
+            f"{config.data} has {has}: name the one it was trained on with --data, or "
+            "preprocess the same corpus again with the same keys and versions"
+        )
+    return dataset, True
+
+
+def _compare(
+    loader: Loader, step: int, *, computed: str, recorded: str | None, known: bool
+) -> Digest:
+    """The digest beside the recorded one. `digest` may change between the calls that
+    make up a run, so what it covers now need not be what it covered at that step.
+    """
+    covers = loader.config.digest
+    if recorded not in (None, computed):
+        other: Literal["samples", "full"] = "full" if covers == "samples" else "samples"
+        again = _digest_covering(loader, step, other)
+        if again == recorded:
+            computed, covers = again, other
+    if known:
+        cure = (
+            "The dataset is the run's, so another version of this code drew these "
+            "samples or masks, or config.yaml was edited: replay with the version and "
+            "the configuration that trained the run"
+        )
+    else:
+        cure = (
+            "The run has no checkpoint that says which dataset it was trained on, and "
+            "this is likely another: name the right one with --data"
+        )
+    return Digest(computed=computed, covers=covers, recorded=recorded, cure=cure)
+
+
+def _digest_covering(
+    loader: Loader, step: int, covers: Literal["samples", "full"]
+) -> str:
+    """The step's digest with another value of the key `digest`."""
+    config = dataclasses.replace(loader.config, digest=covers)
+    other = Loader(loader.dataset, config, rank=0, world_size=1)
+    with ThreadPoolExecutor(config.threads, "decode") as decoders:
+        counts = [part for _, _, part in other.micros(step - 1, decoders)]
+    return sum_counts(counts).digest_text
+
+
+def _row_of(
+    metrics: Sequence[Mapping[str, Any]], step: int
+) -> Mapping[str, Any] | None:
+    return next((row for row in reversed(metrics) if row.get("step") == step), None)

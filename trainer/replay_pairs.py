@@ -1,0 +1,163 @@
+"""Pairs of a replayed step: all that one asks for about a pair, out of a micro-batch.
+
+Owns collecting it. Does not own what it is: captions, crops and masks are the loader's
+own (`trainer.loader`), bytes the dataset's (`trainer.dataset`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trainer.dataset import Dataset
+from trainer.figures import pixel_mask
+from trainer.geometry import Box, box_of
+from trainer.loader import Loader, MicroBatch
+from trainer.masking import Masks, Mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A pair of the step, with its masks. Everything of it is text or numbers."""
+
+    lane: int
+    shard: str
+    sample: int
+    """Its number in the shard, from 0."""
+    key: str | None
+    """Key in the tar; unknown in tars that were only indexed."""
+    uid: str
+    """16 hex digits."""
+    captions: Sequence[str]
+    chosen: int
+    """Which of its captions the model is shown."""
+    tokens: Sequence[str]
+    """The text as the model gets it, but for the masks: [CLS] words [SEP]."""
+    masked: Sequence[bool]
+    """Which of `tokens` are masked."""
+    cut: int
+    """Tokens of the caption that `text.max_tokens` cut off."""
+    size: tuple[int, int]
+    """Width and height of the stored image."""
+    box: Box
+    """Part of it that the model is shown, in its pixels."""
+    mode: Mode
+    squares: Sequence[bool]
+    """Which image positions are masked, row by row."""
+    pixels: np.ndarray | None
+    """(S, S, 3) uint8 as the model gets them; None unless pictures were asked for."""
+    hidden: np.ndarray
+    """(S, S, 1) bool: pixels of masked squares."""
+
+    @property
+    def words(self) -> int:
+        """Tokens that may be masked: all but [CLS] and [SEP]."""
+        return len(self.tokens) - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A micro-batch and its masks, to take single pairs from."""
+
+    loader: Loader
+    tokenizer: Tokenizer
+    epoch: int
+    places: np.ndarray
+    batch: MicroBatch
+    masks: Masks
+
+    @classmethod
+    def of(
+        cls,
+        loader: Loader,
+        tokenizer: Tokenizer,
+        places: np.ndarray,
+        batch: MicroBatch,
+        epoch: int,
+    ) -> Self:
+        """The micro-batch with the masks that the model draws for it."""
+        return cls(
+            loader=loader,
+            tokenizer=tokenizer,
+            epoch=epoch,
+            places=places,
+            batch=batch,
+            masks=loader.masks(batch.uids, batch.stream, epoch, batch.text_capacity),
+        )
+
+    def pair(self, row: int, *, lane: int, pictures: bool) -> Pair:
+        """The pair at `row`, with copies of what it needs of the micro-batch."""
+        dataset, config = self.loader.dataset, self.loader.config
+        record = dataset.records(self.places[row : row + 1])[0]
+        shard, chosen = int(self.places[row, 0]), int(self.batch.captions[row])
+        size = int(record["width"]), int(record["height"])
+        uids = self.batch.uids[row : row + 1].numpy()
+        crop = self.loader.crop_draws(uids, self.epoch)[0]
+        stream = self.batch.stream
+        mine = stream.text_pair[: stream.text_used] == row
+        ids = self.batch.token_ids[: stream.text_used][mine].tolist()
+        n_words = len(ids) - 2
+        stored = dataset.captions(shard, record)
+        key, captions = _from_json(dataset, shard, record)
+        if len(captions) != len(stored):
+            captions = [self.tokenizer.decode(text[:-1].tolist()) for text in stored]
+        return Pair(
+            lane=lane,
+            shard=dataset.shards[shard].name,
+            sample=int(self.places[row, 1]),
+            key=key,
+            uid=f"{int(record['uid']):016x}",
+            captions=captions,
+            chosen=chosen,
+            tokens=[self.tokenizer.id_to_token(token) or "?" for token in ids],
+            masked=[False, *self.masks.text[row, :n_words].tolist(), False],
+            cut=len(stored[chosen]) - 1 - n_words,
+            size=size,
+            box=box_of(config.image, *size, crop),
+            mode=Mode(int(self.masks.mode[row])),
+            squares=self.masks.image[row].tolist(),
+            hidden=pixel_mask(self.masks, row, config),
+            pixels=self.batch.pixels[row].numpy().copy() if pictures else None,
+        )
+
+
+def mode_name(mode: Mode) -> str:
+    """`image-heavy`, as people write it."""
+    return mode.name.lower().replace("_", "-")
+
+
+def pair_as_json(pair: Pair) -> dict[str, Any]:
+    return {
+        "lane": pair.lane,
+        "shard": pair.shard,
+        "sample": pair.sample,
+        "key": pair.key,
+        "uid": pair.uid,
+        "captions": list(pair.captions),
+        "chosen": pair.chosen,
+        "tokens": list(pair.tokens),
+        "cut_tokens": pair.cut,
+        "size": list(pair.size),
+        "box": list(pair.box),
+        "mode": mode_name(pair.mode),
+        "words": pair.words,
+        "masked_tokens": np.flatnonzero(pair.masked).tolist(),
+        "squares": len(pair.squares),
+        "masked_squares": np.flatnonzero(pair.squares).tolist(),
+    }
+
+
+def _from_json(
+    dataset: Dataset, shard: int, record: np.void
+) -> tuple[str | None, list[str]]:
+    """A sample's key and captions as the pipeline wrote them; nothing from tars that it
+    only indexed, where json is anybody's.
+    """
+    if dataset.manifest.indexed:
+        return None, []
+    sample = dataset.json(shard, record)
+    return sample["key"], sample["captions"]

@@ -1,0 +1,138 @@
+"""A replayed step as lines for a terminal.
+
+Captions are other people's text: everything that a terminal could obey is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from statistics import median
+from typing import Any
+
+# Its owner is `pipeline.terminal`, which does not cross packages; what it is to
+# `pipeline.config`, which does, it is here.
+from pipeline.config import printable
+from trainer.masking import Mode
+from trainer.replay_data import Digest, ReplayedStep
+from trainer.replay_pairs import Pair, mode_name
+
+MASK = "[MASK]"
+_BEFORE = 50
+
+
+def text(found: ReplayedStep) -> str:
+    """The whole step."""
+    blocks = ["\n".join(_opening(found))]
+    blocks += ["\n".join(_pair(found, pair)) for pair in found.pairs]
+    hidden = found.part_pairs - len(found.pairs)
+    if hidden:
+        blocks.append(f"{hidden:,} more: --pairs {found.part_pairs} shows them")
+    return "\n\n".join(blocks)
+
+
+def where(found: ReplayedStep) -> str:
+    """Where the step stands in the run."""
+    steps = found.config.schedule.steps
+    beyond = f", beyond the schedule's {steps:,}" if found.step > steps else ""
+    return (
+        f"epoch {found.epoch}, step {found.step_in_epoch:,} of "
+        f"{found.steps_per_epoch:,} in it{beyond}"
+    )
+
+
+def verdict(digest: Digest) -> str:
+    """What the comparison with the recorded digest says."""
+    if digest.matches is None:
+        return "not recorded: metrics.jsonl has no such step"
+    if digest.matches:
+        return "matches metrics.jsonl"
+    return f"DIFFERS: metrics.jsonl has {digest.recorded}. {digest.cure}"
+
+
+def composition(found: ReplayedStep) -> str:
+    """Modes and masks of the whole step."""
+    modes = ", ".join(f"{found.modes.get(mode, 0)} {mode_name(mode)}" for mode in Mode)
+    return (
+        f"{found.counts.pairs:,} pairs: {modes}; masked "
+        f"{share(found.counts.masked_words, found.words)} words and "
+        f"{share(found.masked_squares, found.squares)} squares; "
+        f"{found.counts.cut_captions:,} captions cut"
+    )
+
+
+def share(part: int, whole: int) -> str:
+    """`3 of 4 (75 %)`."""
+    return f"{part:,} of {whole:,} ({part / whole if whole else 0:.0%})"
+
+
+def before(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
+    """The usual loss of the steps before, to hold one step's against."""
+    earlier = list(takewhile(lambda row: row.get("step", step) < step, metrics))
+    losses = [row["loss"] for row in earlier[-_BEFORE:] if "loss" in row]
+    if not losses:
+        return ""
+    return f"median of the {len(losses)} before {median(losses):.4f}"
+
+
+def part(found: ReplayedStep) -> str:
+    """Which part of the step is shown, if not all."""
+    if len(found.lanes) == found.config.lanes:
+        return ""
+    first, last = found.lanes[0], found.lanes[-1]
+    return f"lane {first}" if first == last else f"lanes {first} to {last}"
+
+
+def crop(found: ReplayedStep, pair: Pair) -> str:
+    """What of the stored image the model is shown."""
+    image, box = found.config.image, pair.box
+    width, height = pair.size
+    return (
+        f"{image.geometry} of {width}x{height}: {box.left:g},{box.top:g} to "
+        f"{box.right:g},{box.bottom:g} ({box.right - box.left:g}x"
+        f"{box.bottom - box.top:g}) -> {image.size}x{image.size}"
+    )
+
+
+def _opening(found: ReplayedStep) -> Iterator[str]:
+    yield f"{found.run} step {found.step:,}: {where(found)}"
+    if found.row:
+        names = ("loss", "mlm_loss", "recon_loss", "grad_norm", "lr")
+        values = [f"{n} {found.row[n]:.5g}" for n in names if n in found.row]
+        usual = before(found.metrics, found.step)
+        yield ", ".join(values) + (f"; loss: {usual}" if usual else "")
+    yield (
+        f"sample_digest {found.digest.computed} ({found.digest.covers}) "
+        f"{verdict(found.digest)}"
+    )
+    yield composition(found)
+    if part(found):
+        yield f"shown: {part(found)}"
+
+
+def _pair(found: ReplayedStep, pair: Pair) -> Iterator[str]:
+    key = f"  key {printable(pair.key)}" if pair.key else ""
+    yield (
+        f"lane {pair.lane}  {printable(pair.shard)} sample {pair.sample}  "
+        f"uid {pair.uid}{key}"
+    )
+    count = len(pair.captions)
+    for number, caption in enumerate(pair.captions):
+        mark = ">" if number == pair.chosen else " "
+        yield f"  {mark} caption {number + 1} of {count}  {printable(caption)}"
+    tokens = [
+        MASK if masked else token
+        for token, masked in zip(pair.tokens, pair.masked, strict=True)
+    ]
+    cut = f"  ({pair.cut} more cut by text.max_tokens)" if pair.cut else ""
+    yield f"    tokens  {printable(' '.join(tokens))}{cut}"
+    yield f"    image   {crop(found, pair)}"
+    yield f"    masks   {masks(pair)}"
+
+
+def masks(pair: Pair) -> str:
+    """Mode, and what it came to."""
+    return (
+        f"{mode_name(pair.mode)}: {share(sum(pair.masked), pair.words)} words, "
+        f"{share(sum(pair.squares), len(pair.squares))} squares"
+    )
