@@ -172,7 +172,7 @@ class Loader:
     def _sound(
         self, step: int, wanted: np.ndarray, rows: slice, decoders: ThreadPoolExecutor
     ) -> tuple[np.ndarray, MicroBatch, Counts]:
-        """The micro-batch of some rows of a step, none of it damaged, and its places."""
+        """Places and micro-batch of some rows of a step, none of them damaged."""
         epoch, _ = self.order.epoch_of(step)
         while True:
             places, replaced = self._places(step, wanted, rows)

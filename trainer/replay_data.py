@@ -26,6 +26,7 @@ from trainer.dataset import Dataset
 from trainer.loader import Counts, Loader, sum_counts
 from trainer.masking import Mode
 from trainer.options import PretrainConfig
+from trainer.quarantine import from_plain
 from trainer.replay_pairs import Made, Pair, mode_name, pair_as_json
 from trainer.trained import load_config
 
@@ -118,10 +119,12 @@ def replay(
     if limit is not None and limit < 1:
         raise ValueError(f"{limit} pairs show nothing: name 1 or more")
     config = load_config(run, data=data)
-    dataset, known = _open_dataset(run, config)
-    loader = Loader(dataset, config, rank=0, world_size=1)
+    dataset, marker = _open_dataset(run, config)
+    quarantined = from_plain(marker["quarantine"]) if marker else []
+    loader = Loader(dataset, config, rank=0, world_size=1, quarantined=quarantined)
     lanes = _chosen_lanes(loader, lane=lane, rank=rank, world_size=world_size)
     epoch, within = loader.order.epoch_of(step - 1)
+    wanted = loader.order.samples_of(step - 1, loader.lanes)
     tokenizer = Tokenizer.from_file(str(dataset.root / TOKENIZER / "tokenizer.json"))
     parts: list[Counts] = []
     modes: Counter[Mode] = Counter()
@@ -129,7 +132,8 @@ def replay(
     pairs: list[Pair] = []
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
         for places, batch, counts in loader.micros(step - 1, decoders):
-            made = Made.of(loader, tokenizer, places, batch, epoch)
+            ordered = wanted[place : place + len(places)]
+            made = Made.of(loader, tokenizer, ordered, places, batch, epoch)
             parts.append(counts)
             modes.update(map(Mode, made.masks.mode.tolist()))
             words += int(batch.stream.n_words.sum())
@@ -142,7 +146,6 @@ def replay(
             place += len(places)
     metrics = read_metrics(run)
     total = sum_counts(parts)
-    row_of_step = _row_of(metrics, step) or {}
     return ReplayedStep(
         run=run,
         config=config,
@@ -158,9 +161,9 @@ def replay(
         digest=_compare(
             loader,
             step,
-            computed=total.digest_text,
-            recorded=row_of_step.get("sample_digest"),
-            known=known,
+            total,
+            row=_row_of(metrics, step) or {},
+            known=marker is not None,
         ),
         lanes=lanes,
         pairs=pairs,
@@ -187,6 +190,7 @@ def as_json(found: ReplayedStep) -> dict[str, Any]:
         "squares": found.squares,
         "masked_squares": found.masked_squares,
         "cut_captions": found.counts.cut_captions,
+        "replaced": found.counts.replaced,
         "modes": {mode_name(mode): found.modes.get(mode, 0) for mode in Mode},
         "metrics": found.row,
         "pairs": [pair_as_json(pair) for pair in found.pairs],
@@ -217,8 +221,12 @@ def _chosen_lanes(
     return Loader(dataset, config, rank=rank, world_size=world_size).lanes
 
 
-def _open_dataset(run: Path, config: PretrainConfig) -> tuple[Dataset, bool]:
-    """The run's dataset, and whether a checkpoint vouches for its being the same."""
+def _open_dataset(
+    run: Path, config: PretrainConfig
+) -> tuple[Dataset, Mapping[str, Any] | None]:
+    """The run's dataset, and the marker of the checkpoint that vouches for its being
+    the same, if there is one yet.
+    """
     if not Path(config.data).is_dir():
         raise ValueError(
             f"{config.data}, the dataset of {run}, is not there: name where it is now "
@@ -227,30 +235,39 @@ def _open_dataset(run: Path, config: PretrainConfig) -> tuple[Dataset, bool]:
     dataset = Dataset(config.data, config.split)
     found = checkpoint.newest(run)
     if found is None:
-        return dataset, False
-    expected, has = found[1]["manifest_hash"], dataset.manifest.sha256
+        return dataset, None
+    marker = found[1]
+    expected, has = marker["manifest_hash"], dataset.manifest.sha256
     if has != expected:
         raise ValueError(
             f"{run} was trained on a dataset with manifest hash {expected} and "
             f"{config.data} has {has}: name the one it was trained on with --data, or "
             "preprocess the same corpus again with the same keys and versions"
         )
-    return dataset, True
+    return dataset, marker
 
 
 def _compare(
-    loader: Loader, step: int, *, computed: str, recorded: str | None, known: bool
+    loader: Loader, step: int, counts: Counts, *, row: Mapping[str, Any], known: bool
 ) -> Digest:
     """The digest beside the recorded one. `digest` may change between the calls that
     make up a run, so what it covers now need not be what it covered at that step.
     """
-    covers = loader.config.digest
+    covers, computed = loader.config.digest, counts.digest_text
+    recorded = row.get("sample_digest")
     if recorded not in (None, computed):
         other: Literal["samples", "full"] = "full" if covers == "samples" else "samples"
         again = _digest_covering(loader, step, other)
         if again == recorded:
             computed, covers = again, other
-    if known:
+    if counts.replaced != row.get("replaced", counts.replaced):
+        cure = (
+            f"{counts.replaced} damaged samples are replaced now, and "
+            f"{row['replaced']} were then: `python -m pipeline.validate "
+            f"{loader.dataset.root}` names what is damaged; replay with the dataset as "
+            "it was"
+        )
+    elif known:
         cure = (
             "The dataset is the run's, so another version of this code drew these "
             "samples or masks, or config.yaml was edited: replay with the version and "
@@ -269,7 +286,10 @@ def _digest_covering(
 ) -> str:
     """The step's digest with another value of the key `digest`."""
     config = dataclasses.replace(loader.config, digest=covers)
-    other = Loader(loader.dataset, config, rank=0, world_size=1)
+    quarantined = loader.quarantine.until(step)
+    other = Loader(
+        loader.dataset, config, rank=0, world_size=1, quarantined=quarantined
+    )
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
         counts = [part for _, _, part in other.micros(step - 1, decoders)]
     return sum_counts(counts).digest_text

@@ -122,6 +122,11 @@ def _loss(found: ReplayedStep) -> str:
 
 def _pair(found: ReplayedStep, pair: Pair) -> str:
     key = f"key {pair.key}, " if pair.key else ""
+    stood = (
+        f"; stands in for {pair.stands_in_for}, which is damaged"
+        if pair.stands_in_for
+        else ""
+    )
     return card(
         _pictures(pair),
         _captions(pair),
@@ -129,7 +134,7 @@ def _pair(found: ReplayedStep, pair: Pair) -> str:
         f'<p class="note">{escape(crop(found, pair))}</p>',
         title=mode_name(pair.mode),
         note=f"lane {pair.lane}, {pair.shard} sample {pair.sample}, {key}"
-        f"uid {pair.uid}",
+        f"uid {pair.uid}{stood}",
         classes="replayed",
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from trainer.dataset import Dataset
+from trainer.dataset import DamagedError, Dataset
 from trainer.figures import pixel_mask
 from trainer.geometry import Box, box_of
 from trainer.loader import Loader, MicroBatch
@@ -28,8 +28,10 @@ class Pair:
     shard: str
     sample: int
     """Its number in the shard, from 0."""
+    stands_in_for: str
+    """Shard and sample that are damaged and had this place, if so."""
     key: str | None
-    """Key in the tar; unknown in tars that were only indexed."""
+    """Key in the tar; unknown where json is damaged or anybody's."""
     uid: str
     """16 hex digits."""
     captions: Sequence[str]
@@ -66,7 +68,10 @@ class Made:
     loader: Loader
     tokenizer: Tokenizer
     epoch: int
+    ordered: np.ndarray
+    """(B, 2) places as the sample order has them."""
     places: np.ndarray
+    """(B, 2) places with what stands in for damaged samples."""
     batch: MicroBatch
     masks: Masks
 
@@ -75,6 +80,7 @@ class Made:
         cls,
         loader: Loader,
         tokenizer: Tokenizer,
+        ordered: np.ndarray,
         places: np.ndarray,
         batch: MicroBatch,
         epoch: int,
@@ -84,6 +90,7 @@ class Made:
             loader=loader,
             tokenizer=tokenizer,
             epoch=epoch,
+            ordered=ordered,
             places=places,
             batch=batch,
             masks=loader.masks(batch.uids, batch.stream, epoch, batch.text_capacity),
@@ -109,6 +116,7 @@ class Made:
             lane=lane,
             shard=dataset.shards[shard].name,
             sample=int(self.places[row, 1]),
+            stands_in_for=self._stood(row),
             key=key,
             uid=f"{int(record['uid']):016x}",
             captions=captions,
@@ -124,6 +132,12 @@ class Made:
             pixels=self.batch.pixels[row].numpy().copy() if pictures else None,
         )
 
+    def _stood(self, row: int) -> str:
+        shard, sample = self.ordered[row].tolist()
+        if (self.ordered[row] == self.places[row]).all():
+            return ""
+        return f"{self.loader.dataset.shards[shard].name} sample {sample}"
+
 
 def mode_name(mode: Mode) -> str:
     """`image-heavy`, as people write it."""
@@ -135,6 +149,7 @@ def pair_as_json(pair: Pair) -> dict[str, Any]:
         "lane": pair.lane,
         "shard": pair.shard,
         "sample": pair.sample,
+        "stands_in_for": pair.stands_in_for or None,
         "key": pair.key,
         "uid": pair.uid,
         "captions": list(pair.captions),
@@ -159,5 +174,9 @@ def _from_json(
     """
     if dataset.manifest.indexed:
         return None, []
-    sample = dataset.json(shard, record)
+    try:
+        sample = dataset.json(shard, record)
+    except DamagedError:
+        # The trainer does not read this member, so its damage stops no step.
+        return None, []
     return sample["key"], sample["captions"]

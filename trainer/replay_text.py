@@ -53,11 +53,13 @@ def verdict(digest: Digest) -> str:
 def composition(found: ReplayedStep) -> str:
     """Modes and masks of the whole step."""
     modes = ", ".join(f"{found.modes.get(mode, 0)} {mode_name(mode)}" for mode in Mode)
+    count = found.counts.replaced
+    replaced = f"; {count:,} in the place of damaged samples" if count else ""
     return (
         f"{found.counts.pairs:,} pairs: {modes}; masked "
         f"{share(found.counts.masked_words, found.words)} words and "
         f"{share(found.masked_squares, found.squares)} squares; "
-        f"{found.counts.cut_captions:,} captions cut"
+        f"{found.counts.cut_captions:,} captions cut{replaced}"
     )
 
 
@@ -116,6 +118,8 @@ def _pair(found: ReplayedStep, pair: Pair) -> Iterator[str]:
         f"lane {pair.lane}  {printable(pair.shard)} sample {pair.sample}  "
         f"uid {pair.uid}{key}"
     )
+    if pair.stands_in_for:
+        yield f"    stands in for {printable(pair.stands_in_for)}, which is damaged"
     count = len(pair.captions)
     for number, caption in enumerate(pair.captions):
         mark = ">" if number == pair.chosen else " "

@@ -21,6 +21,7 @@ from pipeline.config import to_yaml
 from pipeline.manifest import load_manifest
 from tests.conftest import launch_environment, python
 from tests.pipeline.corpora import encoded, picture
+from tests.trainer.test_quarantine import BEARS, flip, index_of
 from tests.trainer.test_report import HOSTILE, Page
 from tests.trainer.tiny import TINY, column, config
 from trainer.dataset import Dataset
@@ -376,6 +377,51 @@ def test_tars_that_were_only_indexed_show_their_tokens_as_captions(
     for pair in found["pairs"]:
         assert pair["key"] is None
         assert "river" in " ".join(pair["captions"])
+
+
+def test_stand_ins_of_damaged_samples_are_those_of_the_run(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, run = shutil.copytree(shards, tmp_path / "copy"), tmp_path / "run"
+    records = index_of(copy)
+    for record in records[:6]:
+        flip(copy, record, "jpg")
+    words = (*TINY, BEARS, f"--data={copy}", f"--output={run}", f"--max_steps={STEPS}")
+    done = python("-m", "trainer.pretrain", *words, env=launch_environment())
+    assert done.returncode == 0, done.stdout
+    replaced = column(run, "replaced")
+    late = max(step for step in range(1, STEPS + 1) if replaced[step - 1])
+    for step in (1, late):
+        found = replayed(run, step)
+        printed = capsys.readouterr().out
+        assert found["matches"] is True
+        assert found["replaced"] == replaced[step - 1]
+        assert (
+            printed.count("stands in for train/shard-000000.tar") == found["replaced"]
+        )
+    # The checkpoint lists them: a dataset that was repaired since changes nothing.
+    assert replayed(run, late, f"--data={shards}") == {**found, "data": str(shards)}
+    for record in records[6:12]:
+        flip(copy, record, "jpg")
+    steps = [step for step in range(1, STEPS + 1) if main([str(run), f"--step={step}"])]
+    assert steps
+    assert f"python -m pipeline.validate {copy}" in capsys.readouterr().out
+
+
+def test_damage_the_trainer_does_not_read_stops_no_replay(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    for tar in (copy / "train").glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b'"caption"', b'"capture"'))
+    whole, found = replayed(trained, 3), replayed(trained, 3, f"--data={copy}")
+    assert found["matches"] is True
+    for pair, same in zip(found["pairs"], whole["pairs"], strict=True):
+        assert pair["key"] is None
+        assert pair["tokens"] == same["tokens"]
+        (words,) = pair["captions"]
+        shown = "".join(token.removeprefix("##") for token in pair["tokens"][1:-1])
+        assert words.replace(" ", "").startswith(shown)
 
 
 def test_a_dataset_that_moved_is_named_with_data(
