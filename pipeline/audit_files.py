@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from pipeline.attempts import unrecorded
 from pipeline.companions import companion_files
 from pipeline.damages import Damage, first_difference
+from pipeline.indexed import RECORDS
 from pipeline.manifest import (
     MANIFEST,
     MANIFEST_SHA256,
     Manifest,
     canonical_json,
+    file_sha256,
     manifest_from_json,
     manifest_seal,
 )
@@ -102,27 +104,51 @@ def check_files(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
     companions = companion_files(manifest)
     for name, digest in sorted(manifest.files.items()):
         try:
-            data = storage.read(name)
+            # Not read at once: a tar without samples is among them, of any size.
+            with storage.fetch(name) as path:
+                found = file_sha256(path)
         except FileNotFoundError:
             yield Damage(path=name, offset=None, message="the file is missing")
             continue
-        if hashlib.sha256(data).hexdigest() == digest:
+        if found == digest:
             continue
         right = companions.get(name, "").encode()
         known = hashlib.sha256(right).hexdigest() == digest
-        place = first_difference(data, right) if known else None
+        place = first_difference(storage.read(name), right) if known else None
         message = "sha256 does not match the manifest"
         yield Damage(path=name, offset=place, message=message)
 
 
 def check_strays(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
-    """Shards and tables that no record names would be read by all loaders but ours."""
+    """Shards and tables that no record names would be read by all loaders but ours.
+
+    An indexed folder is its owner's, who may keep other tars and tables in it: only
+    what an index left there is a stray.
+    """
     known = {name for shard in manifest.shards for name in shard.files.values()}
     known |= manifest.files.keys()
     for name in storage.names():
         read = name.endswith((".tar", ".parquet")) and not name.startswith(f"{STATE}/")
-        if read and name not in known:
+        if not read or name in known:
+            continue
+        if not manifest.indexed or is_leftover(storage, name):
             yield Damage(path=name, offset=None, message="not in the manifest")
+
+
+def is_leftover(storage: Storage, name: str) -> bool:
+    """Is a file of an indexed dataset the table that an index wrote for a tar which is
+    gone? Only one that has the digest in the record of that tar.
+    """
+    tar = f"{name.removesuffix('.parquet')}.tar"
+    record = f"{RECORDS}/{tar}.json"
+    if not name.endswith(".parquet") or storage.size(tar) is not None:
+        return False
+    try:
+        digest = json.loads(storage.read(record))["sha256"]["parquet"]
+        with storage.fetch(name) as path:
+            return file_sha256(path) == digest
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+        return False
 
 
 def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:

@@ -81,7 +81,7 @@ class TarRecord:
     physical: int
     """Samples in the tar, the unusable ones too: what Energon counts."""
     images: Sequence[str]
-    """Extensions of its image members."""
+    """What follows the key in the names of its image members."""
     caption_fields: Sequence[str]
     """Where captions stand, in the words of Energon's field maps."""
     ended: bool

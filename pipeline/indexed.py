@@ -37,6 +37,8 @@ from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 INDEX_PLAN = f"{STATE}/index.json"
 # One for every tar.
 RECORDS = f"{STATE}/indexed"
+# Names of image members that Energon is told at most: they may differ in every sample.
+_IMAGES = 256
 # Identities compared at a time, of 8 bytes each.
 _UIDS = 1 << 24
 
@@ -65,7 +67,9 @@ def finish(
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     for record in records:
         if not record.samples:
-            digests[record.files["parquet"]] = record.sha256["parquet"]
+            # No shard, but known: its table, and the tar itself.
+            for name, file in record.files.items():
+                digests[file] = record.sha256[name]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         complete=True,
@@ -157,12 +161,15 @@ def _shard(record: TarRecord, number: int) -> Shard:
 
 
 def _energon(records: Sequence[TarRecord]) -> EnergonFields:
-    images = {extension for record in records for extension in record.images}
+    found = {name for record in records for name in record.images}
+    # A comma stands between two names. The plain ones first, should there be many.
+    images = sorted(found, key=lambda name: ("." in name, name))
+    images = [name for name in images if "," not in name][:_IMAGES]
     captions = {place for record in records for place in record.caption_fields}
     # The plain text first: several fields may be there.
     order = sorted(captions, key=lambda place: (place.startswith("json"), place))
     return EnergonFields(
-        image=",".join(sorted(images)),
+        image=",".join(images),
         caption=",".join(order),
         shard_counts={record.name: record.physical for record in records},
     )

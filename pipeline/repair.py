@@ -24,7 +24,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.audit_files import read_manifest, read_seals, sealed_digest
+from pipeline.audit_files import (
+    is_leftover,
+    read_manifest,
+    read_seals,
+    sealed_digest,
+)
 from pipeline.bitrot import SMALL_BYTES, mend_tar, mended
 from pipeline.companions import companion_files
 from pipeline.damages import Damage
@@ -38,7 +43,7 @@ from pipeline.manifest import (
     manifest_seal,
 )
 from pipeline.shards import StagedShard, members, shard_stats
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import STATE, Storage, open_storage
 from pipeline.stored_config import given_config, stored_config
 from pipeline.tarwalk import index_record, read_spans
 from pipeline.tokenizer import TOKENIZER_JSON, read_tokenizer
@@ -102,8 +107,14 @@ class _Repair:
                 self._tell(f"{path}: the file is as it was written, and stays")
             elif not self._rewrite(path):
                 left.append(path)
+        if self._manifest.indexed:
+            left = [path for path in left if self._is_ours(path)]
         if left:
             self._put_aside(left)
+        if self._manifest.indexed:
+            # What no digest is known of is gone for good, as it should be.
+            left = [path for path in left if self._digest(path)]
+        if left:
             self._restore(left, config)
         return self._done
 
@@ -117,6 +128,18 @@ class _Repair:
             name, shard = self._shards[path]
             return shard.sha256[name]
         return self._manifest.files.get(path) or self._seals.get(path)
+
+    def _is_ours(self, path: str) -> bool:
+        """May a file be moved out of an indexed folder? Not one of somebody else's: the
+        folder was theirs before, and nothing would bring it back.
+        """
+        if self._digest(path) is not None or path.startswith(f"{STATE}/"):
+            return True
+        if is_leftover(self._storage, path):
+            return True
+        if self._storage.size(path) is not None:
+            self._tell(f"{path}: no digest of it is known, and it stays")
+        return False
 
     def _is_sound(self, path: str) -> bool:
         digest = self._digest(path)

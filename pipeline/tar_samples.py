@@ -1,8 +1,9 @@
 """What the members of a sample in anybody's tar say: image, captions, metadata.
 
-Owns choosing the image among the members, finding captions in text and json, and
-recognising samples that this pipeline wrote. Does not own where members lie
-(`pipeline.archive`), cleaning (`pipeline.captions`) or decoding (`pipeline.pictures`).
+Owns reading the one image, finding captions in text and json, and recognising samples
+that this pipeline wrote. Does not own where members lie (`pipeline.archive`), which of
+them are images (`pipeline.sources.detect`), cleaning (`pipeline.captions`) or decoding
+(`pipeline.pictures`).
 Only members with text or image extensions are ever read: pickles are not.
 """
 
@@ -21,9 +22,8 @@ from pipeline.images import ImageError
 from pipeline.manifest import sample_uid
 from pipeline.options import IMAGE_FORMATS, ImageOptions
 from pipeline.shards import members
+from pipeline.sources.detect import image_members
 
-# Extensions of image members, one list for all foreign tars.
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXTS = ("txt", "caption", "cap")
 _JSON_CAPTIONS = ("captions", "caption", "text")
 _MAX_TEXT = 16 << 20
@@ -85,15 +85,16 @@ class SampleReader:
 
 
 def image_of(sample: TarSample, data: memoryview) -> tuple[str, bytes]:
-    """Extension and bytes of a sample's image.
+    """What follows the key in the name of a sample's image, and its bytes.
 
     Raises:
         ImageError: missing_image, several_images or too_large.
     """
-    found = [name for name in IMAGES if name in sample.members]
+    found = image_members(sample.members)
     if len(found) != 1:
         reason = "several_images" if found else "missing_image"
-        raise ImageError(reason, f"members: {', '.join(sample.members)}")
+        names = printable_key(", ".join(found or sample.members))
+        raise ImageError(reason, f"{'images' if found else 'members'}: {names}")
     member = sample.members[found[0]]
     if member.size > ImageOptions().max_bytes:
         raise ImageError("too_large", f"{member.size} bytes")

@@ -1,7 +1,8 @@
 """Which format a corpus has, by its content, and which files of a folder belong to it.
 
-Owns the magic numbers, the choice between several kinds of files in one folder, and
-what cannot be read with its cure. Does not own opening (`pipeline.sources`).
+Owns the magic numbers, the choice between several kinds of files in one folder, what
+images are called, and what cannot be read with its cure. Does not own opening
+(`pipeline.sources`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ def choose(path: str, kind: str | None) -> tuple[str, list[str]]:
     urls = [first, *found]
     refuse_links_out(path, urls)
     return kind or content_kind(urls[0], suffix(urls[0])), urls
+
+
+def image_members(names: Iterable[str]) -> list[str]:
+    """Which members of a tar's sample are images, by what follows the key in their
+    names: `jpg` of `0001.jpg`, and `photo.jpg` of `0001.photo.jpg` only where there is
+    no plain one.
+    """
+    names = list(names)
+    plain = [ending for ending in IMAGE_SUFFIXES if ending in names]
+    return plain or [n for n in names if n.rpartition(".")[2] in IMAGE_SUFFIXES]
 
 
 def suffix(url: str) -> str:

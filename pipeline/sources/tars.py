@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipeline.archive import Archive, Member, TarSample
 from pipeline.sources.base import Block, BlockSource
-from pipeline.sources.detect import IMAGE_SUFFIXES
+from pipeline.sources.detect import image_members
 from pipeline.sources.fields import (
     BAD,
     CAPTIONS,
@@ -239,11 +239,8 @@ class _Tar:
 
     def image(self, sample: TarSample) -> bytes | None:
         """The image of a sample; None where it has none or one of absurd size."""
-        members = sample.members
-        names = [name for name in IMAGE_SUFFIXES if name in members]
-        # `0001.photo.jpg`, where there is no plain `0001.jpg`.
-        names += [name for name in members if name.split(".")[-1] in IMAGE_SUFFIXES]
-        return self._payload(members[names[0]], _MAX_IMAGE) if names else None
+        names = image_members(sample.members)
+        return self._payload(sample.members[names[0]], _MAX_IMAGE) if names else None
 
     def text(self, sample: TarSample) -> Any:
         """The text of a sample; None without one."""

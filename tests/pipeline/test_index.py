@@ -25,6 +25,9 @@ from PIL import Image
 from pipeline.index import IndexConfig, main
 from pipeline.indexing import index
 from pipeline.manifest import Manifest, load_index, load_manifest
+from pipeline.options import InputOptions
+from pipeline.sources import open_source
+from pipeline.sources.tars import TarSource
 from tests.conftest import deepspeed_command, launch_environment
 from tests.pipeline.corpora import REPOSITORY, caption, encoded, picture
 from tests.pipeline.foreign import (
@@ -204,6 +207,32 @@ def test_samples_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> No
     # A tar that has nothing is no shard, but its rows are kept.
     assert [shard.name for shard in manifest.shards] == ["train/a.tar"]
     assert "val/b.parquet" in manifest.files
+
+
+def test_an_image_is_the_member_that_preprocess_reads(tmp_path: Path) -> None:
+    one, other = encoded(picture(1)), encoded(picture(2))
+    files = {
+        **{"n0.photo.jpg": one, "n0.txt": b"a red bird"},
+        **{"n1.Large.PNG": encoded(picture(3), "PNG"), "n1.txt": b"a blue bird"},
+        **{"n2.mask.png": other, "n2.jpg": one, "n2.txt": b"a green bird"},
+        **{"n3.a,b.jpg": other, "n3.txt": b"a grey bird"},
+        **{"n4.left.jpg": one, "n4.right.jpg": other, "n4.txt": b"two birds"},
+        **{"n5.caf\udce9.jpg": one, "n5.b.jpg": other, "n5.txt": b"two more"},
+        **{"n6.jpg.exe": one, "n6.txt": b"a kite"},
+    }
+    tar = write_tar(tmp_path / "a.tar", files)
+    manifest = indexed(tmp_path)
+    source = open_source(InputOptions(path=str(tar)))
+    assert isinstance(source, TarSource)
+    (block,) = source.blocks(["image"], 0, source.end)
+    read = block.batch.column("image").to_pylist()
+    assert [image for _, image, _ in samples(tmp_path)] == read[:4]
+    assert reasons(manifest) == {"several_images": 2, "missing_image": 1}
+    details = [row["detail"] for row in rows(tmp_path, manifest) if row["detail"]]
+    assert details[0] == "images: left.jpg, right.jpg"
+    # A comma stands between two names there.
+    energon = (tmp_path / ".nv-meta/dataset.yaml").read_text()
+    assert "image: jpg,large.png,photo.jpg\n" in energon
 
 
 @pytest.mark.parametrize("check", ["full", "header"])

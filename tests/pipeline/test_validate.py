@@ -14,8 +14,13 @@ import pytest
 from PIL import Image
 
 from pipeline.audit import audit
+from pipeline.damages import Damage
+from pipeline.index import IndexConfig
+from pipeline.indexing import index
 from pipeline.inspect_data import read_view
-from pipeline.manifest import load_index, load_manifest
+from pipeline.manifest import file_sha256, load_index, load_manifest
+from pipeline.repair import repair
+from pipeline.retokenize import main as retokenize
 from pipeline.storage import open_storage
 from pipeline.validate import main as validate
 from tests.pipeline.corpora import run_module
@@ -27,6 +32,7 @@ from tests.pipeline.damage import (
     reseal,
     rewrite_first,
 )
+from tests.pipeline.foreign import img2dataset_files, img2dataset_shard, write_tar
 from tests.pipeline.s3 import S3Server
 
 
@@ -364,6 +370,96 @@ def test_tars_of_other_makers_are_checked(indexed: Path, tmp_path: Path) -> None
         flip(root / name, place)
         assert name in {damage.path for damage in damages(root)}, (name, place)
         flip(root / name, place)
+
+
+def index_birds(root: Path) -> None:
+    index(
+        IndexConfig(dataset=str(root), tokenizer="train:200", name="birds", workers=1)
+    )
+
+
+@pytest.fixture
+def owned(tmp_path: Path) -> Path:
+    """An indexed folder in which its owner has a tar without samples, one that index
+    leaves out, tables, and a tar that came later.
+    """
+    root = tmp_path / "owned"
+    img2dataset_shard(root / "train", 0, range(3))
+    write_tar(root / "validation" / "a.tar", {"notes.txt": b"no image"})
+    write_tar(root / "raw" / "deep" / "b.tar", img2dataset_files(range(2)))
+    index_birds(root)
+    for name in ("urls.parquet", "train/more.parquet"):
+        shutil.copy(root / ".palimpsest/set-aside/train/00000.parquet", root / name)
+    write_tar(root / "train" / "later.tar", img2dataset_files(range(5, 7)))
+    return root
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_what_an_index_did_not_take_in_is_no_damage_and_stays(owned: Path) -> None:
+    before = files_below(owned)
+    assert "raw/deep/b.tar" in before
+    assert damages(owned, deep=True) == []
+    assert validate([str(owned), "--repair", "--workers=1"]) == 0
+    assert files_below(owned) == before
+    assert not owned.with_name("owned.quarantine").exists()
+
+
+def test_retokenized_tars_that_no_index_took_in_are_no_damage(owned: Path) -> None:
+    new = owned.with_name("new")
+    words = [str(owned), f"--tokenizer={owned}/tokenizer", f"--output={new}"]
+    assert retokenize([*words, "--workers=1"]) == 0
+    before = files_below(new)
+    assert "raw/deep/b.tar" in before
+    assert validate([str(new), "--repair", "--workers=1"]) == 0
+    assert files_below(new) == before
+
+
+def test_an_indexed_tar_without_samples_is_known(owned: Path) -> None:
+    tar = owned / "validation" / "a.tar"
+    assert load_manifest(owned).files["validation/a.tar"] == file_sha256(tar)
+    sound = tar.read_bytes()
+    flip(tar, 3)
+    assert [damage.path for damage in damages(owned)] == ["validation/a.tar"]
+    assert validate([str(owned), "--repair", "--workers=1"]) == 0
+    assert tar.read_bytes() == sound
+
+
+def test_a_table_that_an_index_wrote_for_a_tar_that_is_gone_is_put_aside(
+    owned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index_birds(owned)
+    (owned / "train" / "later.tar").unlink()
+    index_birds(owned)
+    (found,) = damages(owned)
+    assert (found.path, found.message) == ("train/later.parquet", "not in the manifest")
+    assert validate([str(owned), "--repair", "--workers=1"]) == 0
+    assert "not made again" not in capsys.readouterr().err
+    aside = owned.with_name("owned.quarantine")
+    assert list(files_below(aside)) == ["train/later.parquet"]
+
+
+def test_repair_moves_nothing_without_a_digest_out_of_an_indexed_folder(
+    owned: Path,
+) -> None:
+    before = files_below(owned)
+    done = repair(
+        open_storage(str(owned)),
+        [
+            Damage(path=name, offset=None, message="not in the manifest")
+            for name in ("urls.parquet", "train/later.tar", "*.parquet")
+        ],
+        config=None,
+        say=lambda line: None,
+    )
+    assert len(done) == 2
+    assert files_below(owned) == before
 
 
 @pytest.mark.parametrize("name", ["index.json", "*.tar.json", "files.json"])
