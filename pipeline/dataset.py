@@ -183,12 +183,16 @@ class DatasetWriter:
             self.storage.remove(name)
 
     def stored_tokenizer(self) -> StoredTokenizer:
-        """The tokenizer that an earlier run wrote before its plan."""
+        """The tokenizer that an earlier run wrote before its plan.
+
+        Raises:
+            ValueError: it is gone or damaged.
+        """
         with tempfile.TemporaryDirectory() as folder:
             for name in self.storage.names(TOKENIZER):
                 data = self.storage.read(name)
                 (Path(folder) / name.rpartition("/")[2]).write_bytes(data)
-            return read_tokenizer(Path(folder))
+            return read_tokenizer(Path(folder), f"{self.storage.url}/{TOKENIZER}")
 
     def read_plan(self, described: Mapping[str, Any]) -> Plan | None:
         """The plan of an earlier run, None where its table is missing or damaged."""

@@ -75,9 +75,13 @@ def check_function(config: PreprocessConfig) -> None:
 
 
 def transform_of(
-    config: PreprocessConfig, corpora: Sequence[Corpus], tokenizer: StoredTokenizer
+    config: PreprocessConfig,
+    corpora: Sequence[Corpus],
+    tokenizer: StoredTokenizer | None,
 ) -> dict[str, Any]:
-    """Everything that decides bytes: no folders, no times, no worker counts."""
+    """Everything that decides bytes: no folders, no times, no worker counts. The sha256
+    of a tokenizer that is still to be trained is None.
+    """
     trained = config.trained_vocabulary is not None
     transform: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
@@ -90,7 +94,7 @@ def transform_of(
         "shard": asdict(config.shard),
         "tokenizer": {
             "made": config.tokenizer if trained else "loaded",
-            "sha256": tokenizer.info.sha256,
+            "sha256": tokenizer.info.sha256 if tokenizer else None,
         },
         "versions": {
             **codec_versions(),

@@ -121,7 +121,7 @@ def stored_tokenizer(storage: Storage) -> StoredTokenizer:
         for name in storage.names(TOKENIZER):
             if name.endswith(".json"):
                 (Path(folder) / Path(name).name).write_bytes(storage.read(name))
-        return read_tokenizer(Path(folder))
+        return read_tokenizer(Path(folder), f"{storage.url}/{TOKENIZER}")
 
 
 def trained_vocabulary(given: str) -> int:

@@ -89,6 +89,9 @@ class Run:
         _report_plan(self._corpora, plan)
         tokenizer = tokenizer or self._trained(config, plan)
         transform = transform_of(config, self._corpora, tokenizer)
+        if stored is not None:
+            # A tokenizer that was trained again may be another one.
+            self._writer.refuse_other(transform, stored)
         described = description_of(plan, self._corpora, transform)
         with session(config.workers):
             refuse_unshared(self._writer.storage)

@@ -58,12 +58,18 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     check_function(config)
     corpora = open_corpora(config)
     load_uid_lists(config)
-    tokenizer = _known_tokenizer(config, writer, resuming=stored is not None)
-    if stored is not None and tokenizer is not None:
+    tokenizer = _known_tokenizer(config, writer, stored)
+    if stored is not None:
         given = config if config.shard.bytes is None else as_stored(config, stored)
-        writer.refuse_other(transform_of(given, corpora, tokenizer), stored)
+        transform = transform_of(given, corpora, tokenizer)
+        if tokenizer is None:
+            # Compared once it is trained again, which may take long.
+            transform["tokenizer"]["sha256"] = _tokenizer_digest(stored)
+        writer.refuse_other(transform, stored)
+        if tokenizer is None:
+            say(f"the tokenizer of {config.output} is gone or damaged: trained again")
     again = config.retry_failed and not retry_announced(writer)
-    if made is not None and not again and _is_whole(config, writer, made):
+    if made and tokenizer and not again and _is_whole(config, writer, made):
         return made
     if made is None and again and writer.storage.size(SEALS) is None:
         raise ValueError(
@@ -210,12 +216,26 @@ def _is_whole(
 
 
 def _known_tokenizer(
-    config: PreprocessConfig, writer: DatasetWriter, *, resuming: bool
+    config: PreprocessConfig,
+    writer: DatasetWriter,
+    stored: Mapping[str, Any] | None,
 ) -> StoredTokenizer | None:
-    """The tokenizer, unless it is still to be trained on this corpus."""
+    """The tokenizer, unless it is to be trained on this corpus: for the first time, or
+    again where the one of the `stored` plan is gone or damaged.
+    """
     if config.trained_vocabulary is None:
         return load_tokenizer(config.tokenizer)
-    return writer.stored_tokenizer() if resuming else None
+    if stored is None:
+        return None
+    try:
+        found = writer.stored_tokenizer()
+    except ValueError:
+        return None
+    return found if found.info.sha256 == _tokenizer_digest(stored) else None
+
+
+def _tokenizer_digest(stored: Mapping[str, Any]) -> str:
+    return stored["transform"]["tokenizer"]["sha256"]
 
 
 def _reasons(counts: Accounting) -> str:

@@ -139,17 +139,25 @@ def load_tokenizer(name: str) -> StoredTokenizer:
     return _read(directory, f"--tokenizer {name}")
 
 
-def read_tokenizer(directory: Path) -> StoredTokenizer:
-    """The tokenizer that a dataset directory already holds.
+def read_tokenizer(directory: Path, place: str | None = None) -> StoredTokenizer:
+    """The tokenizer that a dataset already holds.
+
+    Args:
+        directory: its files, or copies of them.
+        place: where the dataset has them, where `directory` holds copies.
 
     Raises:
         ValueError: it is gone or damaged.
     """
+    place = place or str(directory)
     try:
-        return _read(directory, str(directory))
+        return _read(directory, place)
     except (OSError, ValueError) as error:
+        cause = str(error)
+        if isinstance(error, OSError):
+            cause = f"{Path(error.filename).name}: {error.strerror}"
         raise ValueError(
-            f"the tokenizer of this dataset cannot be read ({error}); put {directory} "
+            f"the tokenizer of this dataset cannot be read ({cause}); put {place} "
             "back from a copy, or choose a new --output"
         ) from error
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -236,7 +237,12 @@ def test_a_tokenizer_that_was_damaged_is_told(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     run.committed()
     run.storage.write("tokenizer/tokenizer.json", b"torn")
-    with pytest.raises(ValueError, match="tokenizer of this dataset cannot be read"):
+    says = "the tokenizer of this dataset cannot be read"
+    place = re.escape(f"{run.storage.url}/tokenizer")
+    with pytest.raises(ValueError, match=rf"{says} .* put {place} back"):
+        run.writer.stored_tokenizer()
+    run.storage.remove("tokenizer/tokenizer.json")
+    with pytest.raises(ValueError, match=rf"{says} \(tokenizer.json: .* put {place} "):
         run.writer.stored_tokenizer()
 
 

@@ -179,6 +179,47 @@ def test_a_finished_dataset_is_tidied_and_its_lost_files_are_made_again(
     assert files(output) == files(undisturbed)
 
 
+@pytest.mark.parametrize("damage", ["lost", "torn", "other"])
+def test_a_damaged_tokenizer_is_trained_again_to_the_same_bytes(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run, damage: str
+) -> None:
+    output = tmp_path / "plain"
+    shutil.copytree(undisturbed, output)
+    stored = output / "tokenizer" / "tokenizer.json"
+    whole = stored.read_bytes()
+    if damage == "lost":
+        stored.unlink()
+    else:
+        text = whole[:99] if damage == "torn" else whole.replace(b"picture", b"pictore")
+        stored.write_bytes(text)
+    flags = (f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
+    result = preprocess(*flags, "--split.val=0.3")
+    assert (result.returncode, "trained" in result.stderr) == (1, False)
+    assert "split.val: 0.2 -> 0.3" in result.stderr
+    result = preprocess(*flags)
+    assert result.returncode == 0, result.stderr
+    assert f"tokenizer of {output} is gone or damaged: trained again" in result.stderr
+    assert files(output) == files(undisturbed)
+
+
+def test_a_tokenizer_trained_again_must_be_the_one_that_was_lost(
+    plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    output = tmp_path / "plain"
+    shutil.copytree(undisturbed, output)
+    plan = output / ".palimpsest" / "plan.json"
+    described = json.loads(plan.read_text())
+    described["transform"]["tokenizer"]["sha256"] = "0" * 64
+    plan.write_text(json.dumps(described))
+    (output / "tokenizer" / "tokenizer.json").unlink()
+    before = files(output)
+    flags = (f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
+    result = preprocess(*flags)
+    assert result.returncode == 1
+    assert f"tokenizer.sha256: '{'0' * 64}' -> " in result.stderr
+    assert files(output) == before
+
+
 def test_a_driver_that_lost_its_lease_touches_nothing(
     plain: Path, undisturbed: Path, tmp_path: Path, preprocess: Run
 ) -> None:

@@ -34,6 +34,7 @@ from tests.pipeline.damage import (
 )
 from tests.pipeline.foreign import img2dataset_files, img2dataset_shard, write_tar
 from tests.pipeline.s3 import S3Server
+from tests.pipeline.test_preprocess import files
 
 
 @pytest.fixture
@@ -332,6 +333,16 @@ def test_repair_has_lost_shards_made_again_from_the_corpus(
     assert value["sound"]
     assert value["repaired"]
     assert {file: (copy / file).read_bytes() for file in sound} == sound
+
+
+def test_repair_trains_a_lost_tokenizer_again(corpus: Path, copy: Path) -> None:
+    sound = files(copy)
+    (copy / "tokenizer/tokenizer.json").unlink()
+    (copy / first_shard(copy).name).unlink()
+    result = run_module("pipeline.validate", copy, "--repair", "--deep")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 files made again from the corpus" in result.stderr
+    assert files(copy) == sound
 
 
 @pytest.fixture(scope="module")
