@@ -48,6 +48,7 @@ from pipeline.retry import (
     failed_rows,
     pending_ranges,
     retry_announced,
+    without_attempts,
 )
 from pipeline.settle import place_range, settle_range, store_committed
 from pipeline.sources import NeedsSpool
@@ -164,14 +165,14 @@ class Run:
         if done and todo:
             total = plan.n_ranges + len(retries)
             say(f"continuing: {done} of {total} ranges are committed")
-        self._write(work, todo)
+        self._write(work, todo, total=plan.n_inputs)
         self._compare(work, done, todo)
         settled = self._settle(work, todo)
         self._place(plan, work, settled, described, retries)
 
-    def _write(self, work: Work, todo: Sequence[RangePlan]) -> None:
-        before = self._writer.accounting()
-        total = before.inputs + sum(part.inputs for part in todo)
+    def _write(self, work: Work, todo: Sequence[RangePlan], *, total: int) -> None:
+        counts = self._writer.accounting()
+        before = without_attempts(counts, self._writer.storage, todo)
         with self._progress("preprocess", total, before=before) as bar:
             items = ((part.number, part) for part in todo)
             for staged in self._map(write_range, work, items, bar, watched=True):

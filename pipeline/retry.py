@@ -10,6 +10,8 @@ arrays; before and after O(ranges).
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from pipeline.attempts import (
     write_attempts,
 )
 from pipeline.dataset import DatasetWriter
+from pipeline.manifest import Accounting
 from pipeline.plan import MAX_RANGES, Plan, RangePlan
 from pipeline.records import RangeRecord
 from pipeline.shards import ROW_SCHEMA
@@ -97,6 +100,31 @@ def pending_ranges(writer: DatasetWriter, plan: Plan) -> list[RangePlan]:
         )
         for number, given in enumerate(retried_ranges(writer.storage), plan.n_ranges)
     ]
+
+
+def without_attempts(
+    counts: Accounting, storage: Storage, todo: Iterable[RangePlan]
+) -> Accounting:
+    """Counts of committed ranges without the inputs that ranges `todo` try again, each
+    of which then counts once, by the attempt to come.
+
+    Raises:
+        ValueError: a list of what is tried again is gone or damaged.
+    """
+
+    def earlier(given: RetriedRange) -> dict[str, int]:
+        return read_attempts(storage, given).counts()
+
+    again: Counter[str] = Counter()
+    with ThreadPoolExecutor(_LISTS) as pool:
+        for found in pool.map(earlier, (one.retried for one in todo if one.retried)):
+            again.update(found)
+    failed = Counter(counts.failed)
+    failed.subtract(again)
+    # Where records were lost, so are counts that would be taken away here.
+    return dataclasses.replace(
+        counts, inputs=max(0, counts.inputs - again.total()), failed=dict(+failed)
+    )
 
 
 def announce_retry(writer: DatasetWriter) -> None:

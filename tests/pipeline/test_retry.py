@@ -32,6 +32,7 @@ from pipeline.retry import (
     failed_rows,
     pending_ranges,
     retry_announced,
+    without_attempts,
 )
 from pipeline.storage import open_storage
 from tests.pipeline.corpora import Run, caption, encoded, picture, write_table
@@ -114,6 +115,45 @@ def test_failed_inputs_are_tried_again_alone_and_counted_once(
     output, _, said = run_on(corpus, preprocess, *flags)
     assert "nothing failed" in said
     assert files(output) == whole
+
+
+def test_figures_of_a_retry_count_an_input_once(corpus: Path, preprocess: Run) -> None:
+    run_on(corpus, preprocess)
+    (corpus.parent / "2.jpg").write_bytes(encoded(picture(2)))
+    (corpus.parent / "3.jpg").write_bytes(b"no image")
+    # The second time, one of them had failed for another reason before.
+    for _ in range(2):
+        _, _, said = run_on(corpus, preprocess, "--retry_failed")
+        (line,) = [one for one in said.splitlines() if one.startswith("preprocess: ")]
+        assert line.startswith(f"preprocess: {N_INPUTS}/{N_INPUTS} inputs, ")
+        assert line.endswith("failed: 2 missing_file, 1 not_an_image")
+
+
+def test_what_is_tried_again_is_taken_out_of_what_is_counted(tmp_path: Path) -> None:
+    rows = [(b"not an image", "train", "a bird")] * 3
+    rows.append((encoded(picture(1)), "train", "a kite"))
+    run = LocalRun(
+        PreprocessConfig(
+            input=str(write_rows(tmp_path / "t.parquet", rows)),
+            output=str(tmp_path / "out"),
+            image=ImageOptions(size=32),
+        )
+    )
+    writer = run.committed()
+    found = [failed_rows(run.work, record, silent) for record in writer.records]
+    begin_retry(writer, run.plan, found, 2)
+    todo = pending_ranges(writer, run.plan)
+    counts = writer.accounting()
+    ((reason, count),) = counts.failed.items()
+    assert (counts.inputs, count, [one.inputs for one in todo]) == (4, 3, [2, 1])
+    for left, inputs, failed in (
+        (todo, 1, {}),
+        (todo[1:], 3, {reason: 2}),
+        ([run.plan.range(0)], 4, {reason: 3}),
+    ):
+        before = without_attempts(counts, writer.storage, left)
+        assert (before.inputs, before.failed) == (inputs, failed)
+        before.check()
 
 
 def test_a_committed_sample_wins_over_a_retried_copy(
