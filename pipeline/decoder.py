@@ -27,7 +27,7 @@ from typing import Any
 
 from pipeline import allocation
 from pipeline.decoder_process import BLOBS, IN_FUNCTION
-from pipeline.filters import Filtered
+from pipeline.filters import FUNCTION_CURE, Filtered
 from pipeline.images import EncodedImage, ImageError
 from pipeline.options import FilterOptions, ImageOptions
 from pipeline.shared_pipe import SharedPipe, shared_memory
@@ -159,7 +159,7 @@ class Decoder:
             caption = request.captions[0] if request.captions else ""
             raise FunctionError(
                 f"--filter.function {self._filters.function} {did}, on an image with "
-                f"caption {caption!r}; mend it, and the same command continues",
+                f"caption {caption!r}; {FUNCTION_CURE}",
                 request,
             )
         return ImageError("time_limit", limit) if late else None

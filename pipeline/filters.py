@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _REASON = re.compile(r"[a-z0-9_]{1,64}")
+# The function's module is part of what makes a dataset.
+FUNCTION_CURE = (
+    "mend it and choose a new --output: what was made with the old function does not "
+    "mix with the new"
+)
 # About 60,000 uids.
 _UID_BLOCK = 1 << 20
 
@@ -139,8 +144,8 @@ class _Function:
             raise RuntimeError(
                 f"--filter.function {self.name} raised {error!r} in line "
                 f"{place.lineno} of {place.name}, on an image of {candidate.width}x"
-                f"{candidate.height} with caption {candidate.captions[0]!r}; mend it, "
-                "and the same command continues"
+                f"{candidate.height} with caption {candidate.captions[0]!r}; "
+                + FUNCTION_CURE
             ) from error
         if reason is None or reason == "":
             return

@@ -161,7 +161,8 @@ def test_a_function_that_raises_names_itself_its_line_and_the_input(
 ) -> None:
     line = _FUNCTIONS.splitlines().index('    return candidate.columns["no such"]') + 1
     says = rf"{functions}:broken raised KeyError\('no such'\) in line {line} of broken"
-    with pytest.raises(RuntimeError, match=rf"{says}.*600x400 with caption 'a dog'"):
+    says += ".*600x400 with caption 'a dog'; mend it and choose a new --output"
+    with pytest.raises(RuntimeError, match=says):
         load_function(f"{functions}:broken")(candidate())
 
 
