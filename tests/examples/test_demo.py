@@ -28,9 +28,12 @@ from pipeline.manifest import load_manifest
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """`main` takes signals for itself; the tests after these must not keep that."""
+    """`main` takes signals for itself; the tests after these must not keep that. Under
+    nohup these tests would be deaf to one, and so would what they start.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
