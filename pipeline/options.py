@@ -97,7 +97,9 @@ class InputOptions:
         """
         if self.name:
             return self.name
-        parts = self.path.rstrip("/").split("/")
+        # In a URL a question mark begins what is no name.
+        path = self.path.partition("?")[0] if "://" in self.path else self.path
+        parts = path.rstrip("/").split("/")
         while len(parts) > 1 and glob.has_magic(parts[-1]):
             parts.pop()
         return parts[-1].partition(".")[0]

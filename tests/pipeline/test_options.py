@@ -205,6 +205,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
         ("s3://corpus/products/*.parquet", "products"),
         ("s3://corpus/*.parquet", "corpus"),
         ("/data/20[12]?/p*/x-*.tsv", "data"),
+        ("https://example.com/birds.tsv?token=a/b*", "birds"),
     ],
 )
 def test_a_source_is_named_after_its_file_or_the_folder_of_many(
