@@ -188,7 +188,8 @@ class Places:
         path = os.path.realpath(path)
         if not self._allows(path):
             raise ImageError("path_outside_input", cell)
-        self._learn(folder)
+        if known is None:
+            self._learn(folder)
         return Place(path=path)
 
     def _allows(self, path: str) -> bool:

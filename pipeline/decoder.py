@@ -32,8 +32,10 @@ from pipeline.images import EncodedImage, ImageError
 from pipeline.options import FilterOptions, ImageOptions
 from pipeline.shared_pipe import SharedPipe, shared_memory
 
-_CHUNK_IMAGES = 16
-_CHUNK_BYTES = 2 << 20
+# What goes over together: enough to be worth the switch, few enough to be held twice
+# and to stay in the processor's cache.
+CHUNK_IMAGES = 16
+CHUNK_BYTES = 2 << 20
 # Deaths that an image need not be guilty of: somebody's kill, or the kernel's for want
 # of memory. Tried this often alone before it is held to be.
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
@@ -198,7 +200,7 @@ def _chunks(requests: Sequence[Request]) -> Iterator[list[Request]]:
     size = 0
     for request in requests:
         size += len(request.data)
-        if chunk and (size > _CHUNK_BYTES or len(chunk) == _CHUNK_IMAGES):
+        if chunk and (size > CHUNK_BYTES or len(chunk) == CHUNK_IMAGES):
             yield chunk
             chunk, size = [], len(request.data)
         chunk.append(request)

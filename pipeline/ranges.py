@@ -28,7 +28,14 @@ from pipeline.allocation import keep_pages
 from pipeline.attempts import read_attempts
 from pipeline.captions import BadText, CaptionCleaner
 from pipeline.criteria import signature
-from pipeline.decoder import Decoder, FunctionError, Request, Result
+from pipeline.decoder import (
+    CHUNK_BYTES,
+    CHUNK_IMAGES,
+    Decoder,
+    FunctionError,
+    Request,
+    Result,
+)
 from pipeline.fetch import Cell, ImageReader
 from pipeline.filters import Filtered, check_tokens
 from pipeline.grouping import MAX_ROWS, Input
@@ -55,10 +62,6 @@ from pipeline.tokenizer import CaptionEncoder
 from pipeline.where import RowFilter
 from pipeline.work import Report, Tally, Work
 
-# Inputs that go through together: enough to fill a batch of the tokenizer and a
-# message to the decoder, few enough to hold in memory.
-CHUNK = 16
-_CHUNK_BYTES = 2 << 20
 _DETAIL = 200
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
 _BAD_CELL = (
@@ -245,7 +248,7 @@ class _RangeWriter:
                 prepared.row["sha256"] = hashlib.sha256(data).hexdigest()
                 size += len(data)
             chunk.append((prepared, data))
-            if len(chunk) == CHUNK or size >= _CHUNK_BYTES:
+            if len(chunk) == CHUNK_IMAGES or size >= CHUNK_BYTES:
                 yield chunk
                 chunk, size = [], 0
         if chunk:
@@ -275,7 +278,7 @@ class _RangeWriter:
 
     def _prepared(self) -> Iterator[_Prepared]:
         position = 0
-        for chunk in _batched(self._inputs(), CHUNK):
+        for chunk in _batched(self._inputs(), CHUNK_IMAGES):
             prepared = [
                 self._prepare(position + place, *given)
                 for place, given in enumerate(chunk)

@@ -129,16 +129,20 @@ def test_figures_of_a_retry_count_an_input_once(corpus: Path, preprocess: Run) -
         assert line.endswith("failed: 2 missing_file, 1 not_an_image")
 
 
-def test_what_is_tried_again_is_taken_out_of_what_is_counted(tmp_path: Path) -> None:
+def three_of_four_fail(folder: Path) -> LocalRun:
     rows = [(b"not an image", "train", "a bird")] * 3
     rows.append((encoded(picture(1)), "train", "a kite"))
-    run = LocalRun(
+    return LocalRun(
         PreprocessConfig(
-            input=str(write_rows(tmp_path / "t.parquet", rows)),
-            output=str(tmp_path / "out"),
+            input=str(write_rows(folder / "t.parquet", rows)),
+            output=str(folder / "out"),
             image=ImageOptions(size=32),
         )
     )
+
+
+def test_what_is_tried_again_is_taken_out_of_what_is_counted(tmp_path: Path) -> None:
+    run = three_of_four_fail(tmp_path)
     writer = run.committed()
     found = [failed_rows(run.work, record, silent) for record in writer.records]
     begin_retry(writer, run.plan, found, 2)
@@ -258,15 +262,7 @@ def test_lost_files_of_a_retry_are_made_again_from_its_list(
 def test_a_list_without_its_record_is_no_retry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [(b"not an image", "train", "a bird")] * 3
-    rows.append((encoded(picture(1)), "train", "a kite"))
-    run = LocalRun(
-        PreprocessConfig(
-            input=str(write_rows(tmp_path / "t.parquet", rows)),
-            output=str(tmp_path / "out"),
-            image=ImageOptions(size=32),
-        )
-    )
+    run = three_of_four_fail(tmp_path)
     writer = run.committed()
     writer.finish(run.described, TOKENIZER)
     storage, whole = writer.storage, files(tmp_path / "out")

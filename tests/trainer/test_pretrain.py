@@ -24,25 +24,8 @@ from tests.conftest import (
     launch_environment,
     python,
 )
-from tests.trainer.tiny import TINY, column, metrics
+from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, launch, metrics
 from trainer.contract import METRIC_NAMES, complete_checkpoints, read_metrics
-
-LAUNCH_LIMIT_S = 240
-
-
-def launch(ranks: int, *words: str | Path) -> str:
-    """Run the launcher to its end; its output. It must succeed."""
-    done = subprocess.run(
-        deepspeed_command(ranks, *TINY, *words),
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LAUNCH_LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def start_until(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import deepspeed_command, launch_environment, python
+from tests.conftest import launch_environment, python
 from tests.pipeline.damage import rewrite_first
-from tests.trainer.tiny import TINY, column, config, metrics
+from tests.trainer.tiny import TINY, column, config, launch, metrics
 from trainer.contract import complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.quarantine import Quarantine, Quarantined, from_plain, to_plain
 
-LAUNCH_LIMIT_S = 240
 BEARS = "--damage.max_share=0.9"
 
 
@@ -240,23 +238,10 @@ def test_ranks_share_the_list_and_a_resumed_run_of_any_size_goes_on_with_it(
 ) -> None:
     """Two ranks, then one: step for step the digest of an undisturbed run."""
     damaged = {flip(copy, record, "jpg") for record in index_of(copy)[::6]}
-    common = (*TINY, f"--data={copy}", "--deepspeed.zero_stage=0", BEARS)
-
-    def launch(run: Path, *more: str) -> str:
-        done = subprocess.run(
-            deepspeed_command(2, *common, f"--output={run}", *more),
-            env=launch_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LAUNCH_LIMIT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+    common = (f"--data={copy}", "--deepspeed.zero_stage=0", BEARS)
 
     whole, run = tmp_path / "whole", tmp_path / "run"
-    said = launch(whole, "--checkpoint.every_steps=5")
+    said = launch(2, *common, f"--output={whole}", "--checkpoint.every_steps=5")
     assert "damaged samples replaced; new: " in said
     assert sum(column(whole, "replaced")) >= len(damaged)
     (step, newest) = complete_checkpoints(whole)[-1]
@@ -266,9 +251,9 @@ def test_ranks_share_the_list_and_a_resumed_run_of_any_size_goes_on_with_it(
     assert listed <= damaged
     assert all(entry["step"] < step for entry in marker["quarantine"])
 
-    launch(run, "--max_steps=5")
+    launch(2, *common, f"--output={run}", "--max_steps=5")
     done = python(
-        *("-m", "trainer.pretrain", *common, f"--output={run}"),
+        *("-m", "trainer.pretrain", *TINY, *common, f"--output={run}"),
         env=launch_environment(),
     )
     assert done.returncode == 0, done.stdout

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import parse
+from tests.conftest import deepspeed_command, launch_environment
 from trainer.options import PretrainConfig
 
+LAUNCH_LIMIT_S = 240
 TINY = (
     "--config=emoji",
     "--image.size=16",
@@ -49,3 +52,18 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def column(run: Path, name: str) -> list[Any]:
     """One metric over all steps."""
     return [row[name] for row in metrics(run)]
+
+
+def launch(ranks: int, *words: str | Path) -> str:
+    """Run the launcher to its end; its output. It must succeed."""
+    done = subprocess.run(
+        deepspeed_command(ranks, *TINY, *words),
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
