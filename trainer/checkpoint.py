@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer.contract import (
@@ -43,7 +42,7 @@ def save(
     a kill at any moment leaves either a whole checkpoint or none.
     """
     folder = run / CHECKPOINTS
-    tag = _same_on_all_ranks(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}", world)
+    tag = world.broadcast(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}")
     engine.save_checkpoint(
         str(folder), tag=tag, client_state={"data_state": data_state}, save_latest=False
     )
@@ -138,14 +137,6 @@ def _prune(run: Path, keep: int) -> None:
         # Without its marker it no longer exists; then its bytes may go one by one.
         (path / COMPLETE).unlink()
         shutil.rmtree(path)
-
-
-def _same_on_all_ranks(value: str, world: World) -> str:
-    if world.size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _fsync(path: Path) -> None:

@@ -1,98 +1,123 @@
-"""Reading samples of a dataset directory: spans of its tars through the index.
+"""What a run reads: one or several dataset directories.
 
-Owns the bytes of a sample and the check of their CRC32C (law 5). Does not own which
-sample comes when (`trainer.order`), batches, or what takes the place of a damaged
-sample (`trainer.loader`).
+Owns how shards of several directories are told apart, and reading any of them. Does not
+own the bytes of a shard (`trainer.folder`), sources and their weights
+(`trainer.sources`) or which sample comes when (`trainer.order`).
 
-Tars are read, not mapped: a mapped file that somebody truncates kills the process.
+A shard is called by one number: directory << 32 | its number in the directory's split.
+So that of a single directory is called by its number alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tarfile
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any
 
-import crc32c
 import numpy as np
 
-from pipeline.manifest import (
-    TOKENIZER,
-    captions_of,
-    file_sha256,
-    load_index,
-    load_manifest,
-    token_ids,
-)
+from pipeline.manifest import INDEX_DTYPE, Manifest, Shard, TokenizerInfo
+from trainer.folder import DamagedError, Folder
 
-# Each open tar holds a file descriptor, of which a process has 1,024 by default.
-_TARS_KEPT_OPEN = 256
-_INDEXES_KEPT = 512
-# Storage may fail for a moment: an error is one after this many reads.
-_READS = 4
-_PAUSE_SECONDS = 0.5
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
-Item = TypeVar("Item")
-
-
-class DamagedError(ValueError):
-    """A sample whose bytes are not those that the index was made of. `reason` is
-    missing, truncated, crc, captions or undecodable.
-    """
-
-    def __init__(self, message: str, *, uid: int, shard: str, reason: str) -> None:
-        super().__init__(message)
-        self.uid, self.shard, self.reason = uid, shard, reason
+_SHARD_BITS = 32
 
 
 class Dataset:
-    """One split of a dataset directory.
+    """One split of one or several dataset directories, with tokens of one tokenizer.
 
     Args:
-        root: dataset directory.
-        split: its split.
+        roots: dataset directories; a single one may be given bare.
+        split: their split.
         tokenizer: directory of the tokenizer that the caller expects, if any.
+        growing: take datasets that are still being written.
 
     Raises:
         ValueError: no or unfinished dataset, no such split, a tokenizer that is not the
-            one that made the tokens. The message has the cure.
+            one that made the tokens, two datasets of different tokenizers. The message
+            has the cure.
     """
 
     def __init__(
-        self, root: str | Path, split: str, *, tokenizer: str | None = None
+        self,
+        roots: str | Path | Sequence[str],
+        split: str,
+        *,
+        tokenizer: str | None = None,
+        growing: bool = False,
     ) -> None:
-        self.root = Path(root)
-        self.manifest = load_manifest(self.root)
-        self.shards = self.manifest.split(split)
-        self.counts = [shard.samples for shard in self.shards]
-        self._check_tokenizer(self.root / TOKENIZER)
-        if tokenizer is not None:
-            self._check_tokenizer(Path(tokenizer))
-        self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
-        self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
-        self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
+        given = [roots] if isinstance(roots, str | Path) else roots
+        self.folders = [Folder(root, split, growing=growing) for root in given]
+        self._check_tokenizers(tokenizer)
 
     def __len__(self) -> int:
-        return sum(self.counts)
+        return sum(shard.samples for _, shard in self.numbered())
+
+    @property
+    def name(self) -> str:
+        """The directories, as the user gave them."""
+        return ", ".join(folder.name for folder in self.folders)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the first directory: its tokenizer is every one's."""
+        return self.folders[0].manifest
+
+    @property
+    def manifest_hash(self) -> str:
+        """The manifest hash of law 1; of several directories, that of their hashes."""
+        hashes = [folder.manifest_hash for folder in self.folders]
+        if len(hashes) == 1:
+            return hashes[0]
+        return sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is being appended to any directory."""
+        return all(folder.manifest.complete for folder in self.folders)
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer that made all ids."""
+        return self.manifest.tokenizer
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Its `tokenizer.json`."""
+        return self.folders[0].tokenizer_folder / "tokenizer.json"
+
+    def numbered(self) -> Iterator[tuple[int, Shard]]:
+        """Every shard, with the number that places call it by, in stored order."""
+        for number, folder in enumerate(self.folders):
+            for shard, entry in enumerate(folder.shards):
+                yield number << _SHARD_BITS | shard, entry
+
+    def shard(self, shard: int) -> Shard:
+        """What the manifest says of a shard."""
+        folder, number = self._of(shard)
+        return folder.shards[number]
 
     def places(self) -> np.ndarray:
         """All places (N, 2) of (shard, sample), in stored order."""
-        shard = np.repeat(np.arange(len(self.counts)), self.counts)
-        sample = np.concatenate([np.arange(count) for count in self.counts])
+        numbered = list(self.numbered())
+        counts = [entry.samples for _, entry in numbered]
+        shard = np.repeat([number for number, _ in numbered], counts)
+        sample = np.concatenate([np.arange(count) for count in counts])
         return np.stack([shard, sample], axis=1)
 
     def records(self, places: np.ndarray) -> np.ndarray:
         """Index records (n,) at `places` (n, 2) of (shard, sample)."""
-        rows = [self._indexes(int(shard))[sample] for shard, sample in places]
-        return np.array(rows, dtype=rows[0].dtype)
+        found = np.empty(len(places), dtype=INDEX_DTYPE)
+        shards, which = np.unique(places[:, 0], return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        ends = np.cumsum(np.bincount(which, minlength=len(shards)))
+        start = 0
+        for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
+            rows = order[start:end]
+            folder, number = self._of(shard)
+            found[rows] = folder.index(number)[places[rows, 1]]
+            start = end
+        return found
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
         """Checked bytes of a sample's image: a JPEG, or as the tar had it.
@@ -101,14 +126,15 @@ class Dataset:
             DamagedError: they are not what the index says, twice.
             OSError: storage failed.
         """
-        return self._member(shard, record, "jpg")
+        folder, number = self._of(shard)
+        return folder.jpeg(number, record)
 
     def undecodable(
         self, shard: int, record: np.void, error: Exception
     ) -> DamagedError:
         """The damage of an image whose bytes are right and do not decode."""
-        where = self._where(shard, record, "jpg")
-        return self._damage(shard, record, "undecodable", f"{where} {error}")
+        folder, number = self._of(shard)
+        return folder.undecodable(number, record, error)
 
     def captions(self, shard: int, record: np.void) -> list[np.ndarray]:
         """Token ids of each caption of a sample, separators kept, checked.
@@ -116,19 +142,8 @@ class Dataset:
         Raises:
             DamagedError, OSError: as `jpeg`.
         """
-        info = self.manifest.tokenizer
-        member = self._member(shard, record, "ids")
-        ids = token_ids(member, int(record["n_tokens"]), info.dtype)
-        captions = captions_of(ids, info.special_ids["sep"])
-        if len(captions) != record["n_captions"]:
-            raise self._damage(
-                shard,
-                record,
-                "captions",
-                f"{self._where(shard, record, 'ids')} holds {len(captions)} captions, "
-                f"the index says {record['n_captions']}",
-            )
-        return list(captions)
+        folder, number = self._of(shard)
+        return folder.captions(number, record)
 
     def text(
         self, shard: int, record: np.void, caption: int, *, max_tokens: int
@@ -136,142 +151,45 @@ class Dataset:
         """[CLS] words [SEP] of one caption of a sample, int64, cut to `max_tokens`; and
         whether it was cut.
         """
-        special = self.manifest.tokenizer.special_ids
-        words = self.captions(shard, record)[caption][:-1]
-        room = max_tokens - 2
-        text = np.empty(min(len(words), room) + 2, dtype=np.int64)
-        text[0], text[1:-1], text[-1] = special["cls"], words[:room], special["sep"]
-        return text, len(words) > room
+        folder, number = self._of(shard)
+        return folder.text(number, record, caption, max_tokens=max_tokens)
 
     def json(self, shard: int, record: np.void) -> dict[str, Any]:
         """A sample's `json` member. Parses the tar, so not for the training path."""
-        span = self._bytes(shard, record, "span")
-        with tarfile.open(fileobj=BytesIO(span), mode="r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if member.name.endswith(".json") and file is not None:
-                    return json.load(file)
-        raise ValueError(
-            f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
-        )
+        folder, number = self._of(shard)
+        return folder.json(number, record)
 
-    def _load_index(self, shard: int) -> np.ndarray:
-        # A copy in memory: a map would hold a file descriptor.
-        return np.array(load_index(self.root, self.shards[shard]))
+    def indexed(self, shard: int) -> bool:
+        """Is a shard one of anybody's tars, which `pipeline.index` described?"""
+        return self._of(shard)[0].manifest.indexed
 
-    def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
-        return memoryview(self._bytes(shard, record, kind))
+    def appended(self) -> list[list[Shard]]:
+        """Of each directory, the shards committed since they were last appended. Does
+        not append them.
+        """
+        return [folder.appended() for folder in self.folders]
 
-    def _bytes(self, shard: int, record: np.void, kind: str) -> bytes:
-        """Bytes with the CRC of the index, read twice before they are called wrong."""
-        sidecar = kind == "ids" and bool(self.shards[shard].ids)
-        files = self._ids if sidecar else self._tars
-        offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
-        reason = ""
-        for _ in range(2):
-            try:
-                data = _span(lambda: files(shard), offset, size)
-            except _GONE:
-                reason = "missing"
-            else:
-                whole = len(data) == size
-                if whole and crc32c.crc32c(data) == record[f"{kind}_crc32c"]:
-                    return data
-                reason = "crc" if whole else "truncated"
-            files.forget(shard)
-        where = self._where(shard, record, kind)
-        if reason == "missing":
-            where = f"{self.root / self._file(shard, kind)} is missing: {where}"
-        raise self._damage(shard, record, reason, f"{where} is damaged")
+    def append(self, shards: Sequence[Sequence[Shard]]) -> None:
+        """Take in what `appended` gave, here or on another rank."""
+        for folder, more in zip(self.folders, shards, strict=True):
+            folder.shards.extend(more)
 
-    def _damage(
-        self, shard: int, record: np.void, reason: str, what: str
-    ) -> DamagedError:
-        return DamagedError(
-            f"{what}: {self._cure()}",
-            uid=int(record["uid"]),
-            shard=self.shards[shard].name,
-            reason=reason,
-        )
+    def folder_of(self, shard: int) -> int:
+        """Number of the directory that a shard lies in."""
+        return shard >> _SHARD_BITS
 
-    def _open_tar(self, shard: int) -> BinaryIO:
-        return (self.root / self._file(shard, "jpg")).open("rb", buffering=0)
+    def _of(self, shard: int) -> tuple[Folder, int]:
+        return self.folders[shard >> _SHARD_BITS], shard & ((1 << _SHARD_BITS) - 1)
 
-    def _open_ids(self, shard: int) -> BinaryIO:
-        return (self.root / self._file(shard, "ids")).open("rb", buffering=0)
-
-    def _file(self, shard: int, kind: str) -> str:
-        """Name of the file that holds a kind of member."""
-        entry = self.shards[shard]
-        return (kind == "ids" and entry.ids) or entry.name
-
-    def _where(self, shard: int, record: np.void, kind: str) -> str:
-        name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
-        file = self._file(shard, kind)
-        place = f"{file}, offset {int(record[f'{kind}_offset'])}"
-        return f"{place}: {name} of uid {int(record['uid']):016x}"
-
-    def _cure(self) -> str:
-        return f"`python -m pipeline.validate {self.root}` names every damage"
-
-    def _check_tokenizer(self, directory: Path) -> None:
-        path, info = directory / "tokenizer.json", self.manifest.tokenizer
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: not a tokenizer directory")
-        found = file_sha256(path)
-        if found != info.sha256:
-            raise ValueError(
-                f"tokenizer {directory} has sha256 {found}, but the tokens of "
-                f"{self.root} were made with {info.sha256}: preprocess again with this "
-                "tokenizer, or train with the dataset's own"
-            )
-
-
-def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` of a file, fewer where it ends; tried again where
-    storage may have failed for a moment.
-    """
-    for left in reversed(range(_READS)):
-        try:
-            file = opened()
-            parts, have = [], 0
-            while have < size:
-                part = os.pread(file.fileno(), size - have, offset + have)
-                if not part:
-                    break
-                parts.append(part)
-                have += len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        except _GONE:
-            raise
-        except OSError:
-            if not left:
-                raise
-            time.sleep(_PAUSE_SECONDS)
-    raise AssertionError("the last read returns or raises")
-
-
-class _Kept(Generic[Item]):
-    """The most recently used results of `make`, for several threads at once."""
-
-    def __init__(self, make: Callable[[int], Item], most: int) -> None:
-        self._make, self._most = make, most
-        self._items: OrderedDict[int, Item] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, key: int) -> Item:
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key]
-        item = self._make(key)
-        with self._lock:
-            self._items[key] = item
-            while len(self._items) > self._most:
-                self._items.popitem(last=False)
-        return item
-
-    def forget(self, key: int) -> None:
-        """Make it anew the next time."""
-        with self._lock:
-            self._items.pop(key, None)
+    def _check_tokenizers(self, expected: str | None) -> None:
+        first = self.folders[0]
+        for folder in self.folders:
+            if expected is not None:
+                folder.check_tokenizer(Path(expected))
+            if folder.manifest.tokenizer != first.manifest.tokenizer:
+                raise ValueError(
+                    f"the tokens of {folder.name} and of {first.name} were made by "
+                    "different tokenizers: make one anew with the other's, python -m "
+                    f"pipeline.retokenize {folder.name} --tokenizer "
+                    f"{first.tokenizer_folder} --output NEW"
+                )

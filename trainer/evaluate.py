@@ -70,7 +70,6 @@ def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
     from tokenizers import Tokenizer
     from tqdm import tqdm
 
-    from pipeline.manifest import TOKENIZER
     from trainer.checkpoint import write_json
     from trainer.dataset import Dataset
     from trainer.figures import Artist
@@ -104,7 +103,7 @@ def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
         )
     pictures = folder / "probes"
     pictures.mkdir(exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(dataset.root / TOKENIZER / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     artist = Artist(
         model=model,
         config=trained.config,
@@ -124,8 +123,8 @@ def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
         "draws": config.draws,
         "group": config.group,
         "groups": len(set(pairs.groups.tolist())),
-        "data": str(dataset.root),
-        "manifest_sha256": dataset.manifest.sha256,
+        "data": dataset.name,
+        "manifest_sha256": dataset.manifest_hash,
         "command": command,
         **{
             name: summarise(values, pairs.groups, config.seed)

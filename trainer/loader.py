@@ -2,8 +2,9 @@
 
 Owns which caption and crop a sample gets, micro-batches, the counts that normalise the
 losses, the sample digest, and which sample takes the place of a damaged one. Does not
-own sample order (`trainer.order`), bytes (`trainer.dataset`), the list of damaged
-samples (`trainer.quarantine`) or masks (`trainer.masking`).
+own sample order (`trainer.order`), sources (`trainer.sources`), bytes
+(`trainer.dataset`), the list of damaged samples (`trainer.quarantine`) or masks
+(`trainer.masking`).
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.contract import micro_batch_size
-from trainer.dataset import DamagedError, Dataset
+from trainer.data_state import DataState
+from trainer.dataset import Dataset
+from trainer.folder import DamagedError
 from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, mam
 from trainer.models.mlim import masked_words, recon_pixels
 from trainer.options import PretrainConfig
-from trainer.order import SampleOrder
+from trainer.order import Drawn, SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
 from trainer.quarantine import Quarantine, Quarantined
+from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
 
-_STEPS_AHEAD = 2
+STEPS_AHEAD = 2
 _DECODE_CHUNK = 16
 _WORDS_GRAIN = 16
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
@@ -45,6 +50,8 @@ class MicroBatch:
     """(B, S, S, 3) uint8."""
     uids: Tensor
     """(B,) int64, the bits of the uint64 uids."""
+    epochs: Tensor
+    """(B,) int64, the epoch of each pair's source."""
     captions: np.ndarray
     """(B,) which caption of its sample each pair shows."""
     text_capacity: int
@@ -70,6 +77,8 @@ class Counts:
     """Captions longer than `text.max_tokens`."""
     replaced: int
     """Pairs that stand where a damaged sample would."""
+    sources: tuple[int, ...]
+    """Pairs of each source."""
     digest: int
     """Order-free digest, a sum of int64 that wraps."""
 
@@ -97,6 +106,7 @@ class Loader:
         config: the run's keys.
         rank, world_size: which lanes are this rank's.
         quarantined: damaged samples that an earlier part of the run found.
+        state: where the order stands; by default that of a run that begins.
     """
 
     def __init__(
@@ -107,19 +117,25 @@ class Loader:
         rank: int,
         world_size: int,
         quarantined: Sequence[Quarantined] = (),
+        state: DataState | None = None,
     ) -> None:
         self.dataset = dataset
         self.config = config
         self.quarantine = Quarantine(
             len(dataset), max_share=config.damage.max_share, entries=quarantined
         )
+        sources = sources_of(dataset, config.mixture)
+        state = state or DataState.fresh(dataset, sources, seed=config.seed)
         self.order = SampleOrder(
-            dataset.counts,
+            sources,
             seed=config.seed,
             lanes=config.lanes,
             global_batch=config.global_batch,
             shuffle_shards=config.shuffle_shards,
+            frozen=state.frozen,
+            began=state.began,
         )
+        self.order.decided_before(state.step)
         share = config.lanes // world_size
         self.lanes = range(rank * share, (rank + 1) * share)
         self.micro_batch = micro_batch_size(
@@ -139,7 +155,7 @@ class Loader:
             try:
                 for step in range(start, stop):
                     ahead.append(assembler.submit(self.load, step, decoders))
-                    if len(ahead) > _STEPS_AHEAD:
+                    if len(ahead) > STEPS_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
                     yield ahead.popleft().result()
@@ -149,11 +165,10 @@ class Loader:
 
     def load(self, step: int, decoders: ThreadPoolExecutor) -> StepBatch:
         """This rank's share of one step."""
-        epoch, _ = self.order.epoch_of(step)
         parts = list(self.micros(step, decoders))
         return StepBatch(
             step=step,
-            epoch=epoch,
+            epoch=self.order.epoch_of(step),
             micro_batches=[batch for _, batch, _ in parts],
             counts=sum_counts([counts for _, _, counts in parts]),
         )
@@ -164,86 +179,84 @@ class Loader:
         """This rank's share of one step, a micro-batch at a time: the places (B, 2) of
         its samples, stand-ins of damaged ones included, the batch and its counts.
         """
-        wanted = self.order.samples_of(step, self.lanes)
-        for first in range(0, len(wanted), self.micro_batch):
+        drawn = self.order.samples_of(step, self.lanes)
+        for first in range(0, len(drawn), self.micro_batch):
             rows = slice(first, first + self.micro_batch)
-            yield self._sound(step, wanted, rows, decoders)
+            yield self._sound(step, drawn.rows(rows), decoders)
 
     def _sound(
-        self, step: int, wanted: np.ndarray, rows: slice, decoders: ThreadPoolExecutor
+        self, step: int, drawn: Drawn, decoders: ThreadPoolExecutor
     ) -> tuple[np.ndarray, MicroBatch, Counts]:
-        """Places and micro-batch of some rows of a step, none of them damaged."""
-        epoch, _ = self.order.epoch_of(step)
+        """Places and micro-batch of some samples of a step, none of them damaged."""
         while True:
-            places, replaced = self._places(step, wanted, rows)
+            places, replaced = self._places(step, drawn)
             try:
-                batch, counts = self.micro(places, epoch, decoders)
+                batch, counts = self.micro(places, drawn.epochs, decoders)
             except DamagedError as damage:
-                found = Quarantined(
-                    uid=f"{damage.uid:016x}",
-                    epoch=epoch,
-                    step=step,
-                    reason=damage.reason,
-                    shard=damage.shard,
-                )
-                try:
-                    self.quarantine.add([found])
-                except ValueError as error:
-                    raise ValueError(f"{error}; the last: {damage}") from damage
+                self._quarantine(damage, step)
                 continue
-            return places, batch, replace(counts, replaced=replaced)
+            by_source = np.bincount(drawn.sources, minlength=len(self.order.sources))
+            sources = tuple(by_source.tolist())
+            return places, batch, replace(counts, replaced=replaced, sources=sources)
 
-    def _places(
-        self, step: int, wanted: np.ndarray, rows: slice
-    ) -> tuple[np.ndarray, int]:
-        """Places of some rows of a step, quarantined samples replaced, and how many."""
-        places, replaced = wanted[rows].copy(), 0
+    def _quarantine(self, damage: DamagedError, step: int) -> None:
+        found = Quarantined(
+            uid=f"{damage.uid:016x}",
+            epoch=self.order.epoch_of(step),
+            step=step,
+            reason=damage.reason,
+            shard=damage.shard,
+        )
+        try:
+            self.quarantine.add([found])
+        except ValueError as error:
+            raise ValueError(f"{error}; the last: {damage}") from damage
+
+    def _places(self, step: int, drawn: Drawn) -> tuple[np.ndarray, int]:
+        """Places of some samples of a step, quarantined ones replaced, and how many."""
         if not len(self.quarantine):
-            return places, 0
+            return drawn.places, 0
+        places, replaced = drawn.places.copy(), 0
         for row, uid in enumerate(self.dataset.records(places)["uid"].tolist()):
             if self.quarantine.holds(uid, step):
-                places[row] = self._stand_in(step, rows.start + row)
+                places[row] = self._stand_in(step, drawn, row)
                 replaced += 1
         return places, replaced
 
-    def _stand_in(self, step: int, row: int) -> np.ndarray:
+    def _stand_in(self, step: int, drawn: Drawn, row: int) -> np.ndarray:
         """Place of the next sample of a row's lane that is not quarantined, cyclically:
         the same whichever rank reads the lane, and whenever the damage was found.
 
         Raises:
             ValueError: the lane has none.
         """
-        epoch, within = self.order.epoch_of(step)
-        per_lane = self.order.per_lane
-        lane, position = self.lanes[row // per_lane], row % per_lane
-        length = self.order.lane_length(lane)
-        first = within * per_lane + position
-        for ahead in range(1, length):
-            at = (first + ahead) % length
-            place = self.order.lane_samples(epoch, lane, at, at + 1)
-            uid = int(self.dataset.records(place)["uid"][0])
+        for place in self.order.following(drawn, row):
+            uid = int(self.dataset.records(place[None])["uid"][0])
             if not self.quarantine.holds(uid, step):
-                return place[0]
+                return place
         raise ValueError(
-            f"all {length} samples of lane {lane} are damaged in epoch {epoch} "
-            f"({self.quarantine.where()}): `python -m pipeline.validate "
-            f"{self.dataset.root}` names every damage"
+            f"all samples of lane {int(drawn.lanes[row])} are damaged in epoch "
+            f"{int(drawn.epochs[row])} ({self.quarantine.where()}): "
+            f"`python -m pipeline.validate {self.dataset.name}` names every damage"
         )
 
     def micro(
-        self, places: np.ndarray, epoch: int, decoders: ThreadPoolExecutor
+        self, places: np.ndarray, epochs: np.ndarray, decoders: ThreadPoolExecutor
     ) -> tuple[MicroBatch, Counts]:
-        """The micro-batch of samples at `places` (B, 2) in an epoch, and its counts."""
+        """The micro-batch of samples at `places` (B, 2), each in its epoch (B,), and
+        its counts.
+        """
         records = self.dataset.records(places)
         uids = signed_uids(records["uid"])
-        caption = caption_choice(records, uids, seed=self.config.seed, epoch=epoch)
-        crops = self.crop_draws(uids, epoch)
+        caption = caption_choice(records, uids, seed=self.config.seed, epoch=epochs)
+        crops = self.crop_draws(uids, epochs)
         pixels, decoding = self._decode(places, records, crops, decoders)
         texts, cut = self._texts(places, records, caption)
         stream, token_ids = pack(texts, self.n_image)
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
-        masks = self.masks(torch.from_numpy(uids), stream, epoch, text_capacity)
+        epoch_of = torch.from_numpy(epochs)
+        masks = self.masks(torch.from_numpy(uids), stream, epoch_of, text_capacity)
         n_words = int(masked_words(stream, masks).sum())
         digest = sample_digest(uids, caption, crops)
         if self.config.digest == "full":
@@ -255,6 +268,7 @@ class Loader:
             token_ids=token_ids,
             pixels=torch.from_numpy(pixels),
             uids=torch.from_numpy(uids),
+            epochs=epoch_of,
             captions=caption,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
@@ -268,30 +282,31 @@ class Loader:
             rows=len(stream.source),
             cut_captions=cut,
             replaced=0,
+            sources=(),
             digest=digest,
         )
         return batch, counts
 
     def masks(
-        self, uids: Tensor, stream: Stream, epoch: int, text_capacity: int
+        self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
     ) -> Masks:
-        """Masks of a micro-batch, on the device that `uids` and `stream` are on."""
+        """Masks of a micro-batch, on the device that its tensors are on."""
         return mam(
             self.config.mask,
             seed=self.config.seed,
-            epoch=epoch,
+            epoch=epochs,
             uids=uids,
             n_text=stream.n_words,
             text_capacity=text_capacity,
             n_image=self.n_image,
         )
 
-    def crop_draws(self, uids: np.ndarray, epoch: int) -> np.ndarray:
+    def crop_draws(self, uids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
         if self.config.image.geometry != "random_resized_crop":
             return np.zeros((len(uids), 4), dtype=np.int64)
         words = draw(
-            seed=self.config.seed, use=Use.CROP, epoch=epoch, uid=uids, index=0
+            seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=0
         )
         return np.stack(words, axis=1)
 
@@ -335,20 +350,22 @@ class Loader:
 
 
 def caption_choice(
-    records: np.ndarray, uids: np.ndarray, *, seed: int, epoch: int
+    records: np.ndarray, uids: np.ndarray, *, seed: int, epoch: int | np.ndarray
 ) -> np.ndarray:
-    """Which of its captions (B,) each sample shows in an epoch."""
+    """Which of its captions (B,) each sample shows in an epoch, one or its own (B,)."""
     words = draw(seed=seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0)
     return below(words[0], records["n_captions"].astype(np.int64))
 
 
 def sum_counts(parts: list[Counts]) -> Counts:
     """Counts of several micro-batches together."""
-    total = {
+    total: dict[str, Any] = {
         name: sum(getattr(part, name) for part in parts)
         for name in Counts.__dataclass_fields__
+        if name != "sources"
     }
-    return Counts(**{**total, "digest": _wrap(total["digest"])})
+    sources = tuple(map(sum, zip(*(part.sources for part in parts), strict=True)))
+    return Counts(**{**total, "sources": sources, "digest": _wrap(total["digest"])})
 
 
 def sample_digest(uids: np.ndarray, caption: np.ndarray, crops: np.ndarray) -> int:

@@ -24,9 +24,10 @@ import torch
 import yaml
 
 from pipeline.config import to_yaml
-from pipeline.manifest import Manifest
+from pipeline.manifest import TokenizerInfo
 from trainer import checkpoint
 from trainer.contract import COMPLETE, CONFIG, check_world_size
+from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import (
     World,
@@ -38,11 +39,13 @@ from trainer.engine import (
     world_from_environment,
 )
 from trainer.files import write_text
-from trainer.loader import Counts, Loader, MicroBatch, StepBatch
+from trainer.growth import agreed_state, freeze_until
+from trainer.loader import STEPS_AHEAD, Counts, Loader, MicroBatch, StepBatch
 from trainer.metrics import Metrics
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
 from trainer.quarantine import Quarantined, from_plain, to_plain
+from trainer.sources import sources_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +54,15 @@ class Checked:
 
     dataset: Dataset
     checkpoint: Path | None
-    first_step: int
-    """Steps already taken."""
+    state: DataState
+    """Where its data stands."""
     quarantined: tuple[Quarantined, ...] = ()
-    """Damaged samples that were found in them."""
+    """Damaged samples that were found before."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps already taken."""
+        return self.state.step
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -65,19 +73,12 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         ValueError: ranks that found different checkpoints, another trainer in the run
             directory, a damaged shard, a loss or gradient that is not finite.
     """
-    run, dataset = Path(config.output), checked.dataset
-    first_step = checked.first_step
+    run, first_step = Path(config.output), checked.first_step
     world = start_world()
     _require_agreement(checked, world)
-    loader = Loader(
-        dataset,
-        config,
-        rank=world.rank,
-        world_size=world.size,
-        quarantined=checked.quarantined,
-    )
+    loader = agreed_loader(checked, config, world)
     torch.manual_seed(config.seed % (1 << 63))
-    model = build_model(config, dataset.manifest)
+    model = build_model(config, loader.dataset.tokenizer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = prepare_run(config, run) if world.first else None
@@ -91,6 +92,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     step = first_step
     batches = timed(loader.steps(first_step, config.last_step))
     while step < config.last_step:
+        freeze_until(step + STEPS_AHEAD + 1, loader=loader, world=world, tell=metrics)
         batch, wait = next_batch(batches, world)
         started = time.perf_counter()
         totals = global_counts(batch.counts, world)
@@ -105,7 +107,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         summed = world.sum(
             torch.tensor(local, dtype=torch.float64, device=world.device)
         ).tolist()
-        row = metrics_row(batch, totals, summed, config, world, elapsed)
+        row = metrics_row(batch, totals, summed, loader, world, elapsed)
         row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
         _require_finite(row)
         if metrics:
@@ -113,7 +115,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         stopping = summed[-1] > 0
         every = config.checkpoint.every_steps
         if stopping or step == config.last_step or step % every == 0:
-            save(engine, loader, step, batch.epoch, world)
+            save(engine, loader, step, world)
         if stopping:
             break
     if metrics:
@@ -135,44 +137,61 @@ def check(config: PretrainConfig) -> Checked:
     run = Path(config.output)
     _, world_size = world_from_environment()
     check_world_size(world_size, lanes=config.lanes)
-    dataset = Dataset(config.data, config.split, tokenizer=config.tokenizer)
-    Loader(dataset, config, rank=0, world_size=world_size)
-    chosen_precision(config)
     found = checkpoint.newest(run)
-    if found is None:
-        return Checked(dataset=dataset, checkpoint=None, first_step=0)
-    path, marker = found
-    stored = yaml.safe_load((run / CONFIG).read_text())
-    changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
-    if changed:
-        raise ValueError(
-            f"{run} was started with another configuration: {'; '.join(changed)}. "
-            "Take the old values to continue it, or another --output to start anew"
+    if found:
+        stored = yaml.safe_load((run / CONFIG).read_text())
+        changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
+        if changed:
+            raise ValueError(
+                f"{run} was started with another configuration: {'; '.join(changed)}. "
+                "Take the old values to continue it, or another --output to start anew"
+            )
+    # A run that has begun on a dataset goes on with the shards that it knows.
+    growing = config.grow or found is not None
+    dataset = Dataset(
+        config.data, config.split, tokenizer=config.tokenizer, growing=growing
+    )
+    sources = sources_of(dataset, config.mixture)
+    state = DataState.fresh(dataset, sources, seed=config.seed)
+    if found:
+        path, marker = found
+        state = resumed(
+            DataState.from_plain(marker),
+            dataset,
+            sources,
+            changed=config.changed_data,
+            run=str(run),
         )
-    if marker["manifest_hash"] != dataset.manifest.sha256:
-        raise ValueError(
-            f"{run} was trained on a dataset with manifest hash "
-            f"{marker['manifest_hash']} and {config.data} has "
-            f"{dataset.manifest.sha256}: give the old dataset as --data, or another "
-            "--output to start anew"
-        )
-    stage = config.deepspeed.zero_stage
-    checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
+        stage = config.deepspeed.zero_stage
+        checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
+    Loader(dataset, config, rank=0, world_size=world_size, state=state)
+    chosen_precision(config)
     return Checked(
         dataset=dataset,
-        checkpoint=path,
-        first_step=int(marker["step"]),
-        quarantined=tuple(from_plain(marker["quarantine"])),
+        checkpoint=found[0] if found else None,
+        state=state,
+        quarantined=tuple(from_plain(found[1]["quarantine"]) if found else ()),
     )
 
 
-def build_model(config: PretrainConfig, manifest: Manifest) -> MlimForPreTraining:
+def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loader:
+    """The loader of this rank, on the shards that rank 0 sees."""
+    return Loader(
+        checked.dataset,
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        quarantined=checked.quarantined,
+        state=agreed_state(checked.dataset, checked.state, world),
+    )
+
+
+def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> MlimForPreTraining:
     """The model of a recipe, sized by the dataset's tokenizer."""
-    info = manifest.tokenizer
     return MlimForPreTraining(
         config.model,
-        vocab_size=info.vocab_size,
-        special_ids=info.special_ids,
+        vocab_size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
         max_text=config.text.max_tokens,
         image_size=config.image.size,
     )
@@ -244,10 +263,11 @@ def next_batch(
 def global_counts(counts: Counts, world: World) -> Counts:
     """The step's counts over all ranks, before its first backward."""
     names = [field.name for field in dataclasses.fields(Counts)]
-    values = torch.tensor(
-        [getattr(counts, name) for name in names], device=world.device
-    )
-    return Counts(**dict(zip(names, world.sum(values).tolist(), strict=True)))
+    names.remove("sources")
+    local = [*(getattr(counts, name) for name in names), *counts.sources]
+    summed = world.sum(torch.tensor(local, device=world.device)).tolist()
+    alone = dict(zip(names, summed, strict=False))
+    return Counts(**alone, sources=tuple(summed[len(names) :]))
 
 
 def run_micro_batches(
@@ -265,7 +285,7 @@ def run_micro_batches(
     pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
     sums = torch.zeros(3, device=world.device)
     for number, micro in enumerate(batch.micro_batches):
-        inputs, masks = on_device(loader, micro, batch.epoch, world.device)
+        inputs, masks = on_device(loader, micro, world.device)
         output = engine(inputs, masks)
         engine.backward(output.mlm_sum * word_scale + output.recon_sum * pixel_scale)
         sums += torch.stack([part.detach().float() for part in output])
@@ -276,7 +296,7 @@ def run_micro_batches(
 
 
 def on_device(
-    loader: Loader, micro: MicroBatch, epoch: int, device: torch.device
+    loader: Loader, micro: MicroBatch, device: torch.device
 ) -> tuple[MlimInputs, Any]:
     """A micro-batch on the device, and its masks drawn there."""
     stream = micro.stream.to(device)
@@ -288,21 +308,23 @@ def on_device(
         n_masked_words=micro.n_masked_words,
         n_recon_images=micro.n_recon_images,
     )
-    return inputs, loader.masks(uids, stream, epoch, micro.text_capacity)
+    epochs = micro.epochs.to(device, non_blocking=True)
+    return inputs, loader.masks(uids, stream, epochs, micro.text_capacity)
 
 
 def metrics_row(
     batch: StepBatch,
     totals: Counts,
     summed: list[float],
-    config: PretrainConfig,
+    loader: Loader,
     world: World,
     elapsed: float,
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`, but for what only the optimizer knows."""
+    config, order = loader.config, loader.order
     mlm = summed[0] / max(totals.masked_words, 1)
     recon = summed[1] / max(totals.recon_pixels, 1)
-    return {
+    row = {
         "step": 0,
         "epoch": batch.epoch,
         "loss": config.model.mlm_weight * mlm + config.model.recon_weight * recon,
@@ -320,6 +342,10 @@ def metrics_row(
         "step_s": elapsed,
         "sample_digest": totals.digest_text,
     }
+    if order.mixture:
+        names = [source.name for source in order.sources]
+        row["sources"] = dict(zip(names, totals.sources, strict=True))
+    return row
 
 
 def tell_replaced(
@@ -346,21 +372,15 @@ def tell_replaced(
     new = [entry for entry in quarantine.until(step + 1) if entry.step == step]
     if new:
         named = ", ".join(f"{one.uid} in {one.shard} ({one.reason})" for one in new)
-        line += f"; new: {named}; `python -m pipeline.validate {loader.dataset.root}`"
+        line += f"; new: {named}; `python -m pipeline.validate {loader.dataset.name}`"
     metrics.note(line)
 
 
-def save(engine: Any, loader: Loader, step: int, epoch: int, world: World) -> None:
+def save(engine: Any, loader: Loader, step: int, world: World) -> None:
     """Checkpoint after `step` steps, with the data state of law 1."""
-    dataset, config = loader.dataset, loader.config
-    state = {
-        "manifest_hash": dataset.manifest.sha256,
-        "tokenizer_sha256": dataset.manifest.tokenizer.sha256,
-        "seed": config.seed,
-        "epoch": epoch,
-        "step": step,
-        "quarantine": to_plain(loader.quarantine.until(step)),
-    }
+    state = DataState.of(loader.dataset, loader.order, step=step).to_plain()
+    state["quarantine"] = to_plain(loader.quarantine.until(step))
+    config = loader.config
     keep = max(config.checkpoint.keep, 1)
     run = Path(config.output)
     checkpoint.save(engine, run, data_state=state, world=world, keep=keep)
@@ -434,11 +454,19 @@ def _metrics(config: PretrainConfig, first_step: int) -> Metrics:
 
 
 def _opening(loader: Loader, world: World, first_step: int, parameters: int) -> str:
-    config = loader.config
+    config, order = loader.config, loader.order
     begin = f"resuming after step {first_step}" if first_step else "starting"
+    if order.mixture:
+        steps = "a mixture of " + ", ".join(
+            f"{source.name} {order.share_of(number):.1%}"
+            for number, source in enumerate(order.sources)
+        )
+    else:
+        _, per_epoch = order.epoch_steps(first_step) or (0, 0)
+        steps = f"{per_epoch} steps an epoch"
     return (
         f"{begin}: {parameters:,} parameters, {len(loader.dataset):,} pairs, "
-        f"{loader.order.steps_per_epoch} steps an epoch, {world.size} "
+        f"{steps}, {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} on {world.device.type} in "
         f"{chosen_precision(config)}, ZeRO {config.deepspeed.zero_stage}"
     )

@@ -91,7 +91,7 @@ def mam(
     config: MaskConfig,
     *,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     uids: Tensor,
     n_text: Tensor,
     text_capacity: int,
@@ -101,6 +101,7 @@ def mam(
     """Masks of a batch of pairs.
 
     Args:
+        epoch: of all pairs, or (B,) int64 of each.
         uids: (B,) int64, the bits of the uint64 uids.
         n_text: (B,) int64, maskable tokens of each pair (special tokens not counted).
         text_capacity: L, at least the largest `n_text`.
@@ -138,7 +139,7 @@ def _mask(
     *,
     seed: int,
     use: Use,
-    epoch: int,
+    epoch: int | Tensor,
     uids: Tensor,
     n_valid: Tensor,
     capacity: int,
@@ -146,6 +147,8 @@ def _mask(
 ) -> Tensor:
     """Mask (B, capacity) of the first `n_valid` positions at each pair's rate."""
     index = torch.arange(capacity, device=uids.device)
+    if isinstance(epoch, Tensor):
+        epoch = epoch[:, None]
     word = draw(seed=seed, use=use, epoch=epoch, uid=uids[:, None], index=index)[0]
     valid = index < n_valid[:, None]
     if config.count == "bernoulli":

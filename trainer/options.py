@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "threads",
     "digest",
     "tokenizer",
+    "grow",
+    "changed_data",
 )
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.")
 
@@ -154,8 +156,8 @@ class DamageConfig:
 class PretrainConfig:
     """Masked vision-language pretraining on a dataset of shards."""
 
-    data: str
-    """Dataset directory that pipeline.preprocess made."""
+    data: list[str] | str
+    """Dataset directory that pipeline.preprocess made, or several: [photos, tables]."""
     output: str
     """Run directory; one that holds a checkpoint is resumed."""
     seed: int = 0
@@ -166,6 +168,17 @@ class PretrainConfig:
     """Split of the dataset to train on."""
     tokenizer: str | None = None
     """Tokenizer directory that the dataset must have been made with (checked)."""
+    mixture: Literal["weights", "none"] | dict[str, float] = "weights"
+    """What several sources are mixed by: the weights in their manifests, or yours,
+    {photos: 3, tables: 1}; each source then has epochs of its own. none: one dataset's
+    sources as if they were one, an epoch taking every sample once."""
+    grow: bool = False
+    """Start on a dataset that is still being written: each epoch takes in the shards
+    committed by then."""
+    changed_data: Literal["refuse", "continue", "new_epoch"] = "refuse"
+    """When resuming on a dataset that has changed, not just grown: refuse; continue at
+    the same place (every shard must have as many samples as before); or begin an epoch
+    of the new data after the steps taken."""
     lanes: int = 48
     """Lanes of the sample order: every world size must divide this."""
     global_batch: int = 192

@@ -1,185 +1,387 @@
-"""Sample order: which sample stands where in which step, for any step of any epoch.
+"""Sample order: which samples every step of a run takes, for any step, in any order.
 
-Owns lanes, windows and the steps of an epoch, as a pure function of (per-shard counts,
-seed, lanes, window). World size only says who reads which lanes. Does not own reading
-(`trainer.loader`) or valid world sizes (`trainer.contract`).
-
-An epoch lays the shards end to end in a Philox permutation, rotates that line, cuts it
-into L segments equal to within one sample, and shuffles every `shuffle_shards`
-consecutive shard pieces of a segment as one window.
+Owns steps: what they take of each lane, from one source or a mixture of several, and
+how far ahead epochs are frozen. World size only says who reads which lanes. Does not
+own lanes and windows (`trainer.lanes`), the draws of a mixture (`trainer.mixture`),
+which shards an epoch covers (`trainer.epochs`), reading (`trainer.loader`) or valid
+world sizes (`trainer.contract`).
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.philox import Use, draw, permutation
+from trainer.epochs import Epochs, Frozen
+from trainer.lanes import EpochLanes
+from trainer.mixture import BLOCK, Mixture, shares
 
+_EPOCHS_KEPT = 2
 _WINDOWS_KEPT_PER_LANE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Consecutive samples [start, stop) of one shard."""
+class Source:
+    """What a run draws from: shards of a dataset, in the order they were committed."""
 
-    shard: int
-    start: int
-    stop: int
+    name: str
+    shards: np.ndarray
+    """(S,) what places call them."""
+    counts: np.ndarray
+    """(S,) samples of each."""
+    weight: float = 1.0
+
+    @classmethod
+    def of(
+        cls, counts: Sequence[int], *, name: str = "", weight: float = 1.0
+    ) -> Source:
+        """Shards 0..S-1 with these counts."""
+        array = np.asarray(counts, dtype=np.int64)
+        return cls(name=name, shards=np.arange(len(array)), counts=array, weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """n samples of a step, lane by lane."""
+
+    places: np.ndarray
+    """(n, 2) int64 of (shard, sample)."""
+    sources: np.ndarray
+    """(n,) number of the source of each."""
+    epochs: np.ndarray
+    """(n,) epoch of its source."""
+    positions: np.ndarray
+    """(n,) position in its lane of that epoch."""
+    lanes: np.ndarray
+    """(n,) its lane."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, rows: slice) -> Drawn:
+        """Some of them."""
+        return Drawn(
+            places=self.places[rows],
+            sources=self.sources[rows],
+            epochs=self.epochs[rows],
+            positions=self.positions[rows],
+            lanes=self.lanes[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Began:
+    """Where the order starts to count: at another step than 0 after a change of data
+    that the user allowed, with epochs that no earlier step has had.
+    """
+
+    step: int = 0
+    epoch: int = 0
 
 
 class SampleOrder:
-    """Places of all samples of a dataset, epoch by epoch.
+    """Places of all samples of a run.
 
     Args:
-        counts: samples of each shard.
+        sources: what to draw from; one, or a mixture by their weights.
         seed: of the run.
-        lanes: L, segments an epoch is cut into.
+        lanes: L, segments an epoch of a source is cut into.
         global_batch: G, samples of a step over all ranks; L must divide it.
         shuffle_shards: shard pieces of a window.
+        frozen: of each source, which shards its epochs cover; by default all of them.
+        began: where to start to count.
 
     Raises:
-        ValueError: fewer samples than one global batch, or L does not divide G.
+        ValueError: L does not divide G, a source with fewer samples than an epoch needs
+            or too little weight.
     """
 
     def __init__(
         self,
-        counts: Sequence[int],
+        sources: Sequence[Source],
         *,
         seed: int,
         lanes: int,
         global_batch: int,
         shuffle_shards: int,
+        frozen: Sequence[Sequence[Frozen]] | None = None,
+        began: Began | None = None,
     ) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
-        self.samples = int(self.counts.sum())
         if lanes < 1 or global_batch < 1 or global_batch % lanes:
             raise ValueError(
                 f"lanes {lanes} does not divide global_batch {global_batch}: choose "
                 f"a multiple of {max(lanes, 1)} for global_batch"
             )
-        if self.samples < global_batch:
-            raise ValueError(
-                f"{self.samples} samples are fewer than one global batch of "
-                f"{global_batch}: lower global_batch (and lanes), or add data"
-            )
-        self.seed = seed
-        self.lanes = lanes
+        self.sources = list(sources)
+        self.seed, self.lanes, self.shuffle_shards = seed, lanes, shuffle_shards
         self.per_lane = global_batch // lanes
-        self.shuffle_shards = shuffle_shards
-        self.steps_per_epoch = self.samples // global_batch
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, int]]
-        self._epochs = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-
-    def epoch_of(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of a step of the run, both from 0."""
-        return divmod(step, self.steps_per_epoch)
-
-    def samples_of(self, step: int, lanes: range) -> np.ndarray:
-        """Places (len(lanes) * per_lane, 2) of (shard, sample) that `lanes` give to a
-        step of the run, lane by lane.
-        """
-        epoch, within = self.epoch_of(step)
-        first = within * self.per_lane
-        places = [
-            self.lane_samples(epoch, lane, first, first + self.per_lane)
-            for lane in lanes
+        self.began = began or Began()
+        self.mixture = self._mixture()
+        # Samples that a turn takes of every lane: the turns of an epoch are whole.
+        self._turn = 1 if self.mixture else self.per_lane
+        self.epochs = [
+            self._table(number, frozen[number] if frozen else None)
+            for number in range(len(self.sources))
         ]
-        return np.concatenate(places)
+        self._decided = [0] * len(self.sources)
+        self._built: OrderedDict[tuple[int, int], EpochLanes] = OrderedDict()
+        self._lanes_asked = 1
 
-    def lane_samples(self, epoch: int, lane: int, start: int, stop: int) -> np.ndarray:
-        """Places (stop - start, 2) of a lane's samples [start, stop) of an epoch."""
-        found, begin = [], 0
-        for number, window in enumerate(self._lane_windows(epoch, lane)):
-            size = sum(piece.stop - piece.start for piece in window)
-            lo, hi = max(start, begin) - begin, min(stop, begin + size) - begin
-            if lo < hi:
-                found.append(self._window(epoch, lane, number, window)[lo:hi])
-            begin += size
-            if begin >= stop:
-                break
-        return np.concatenate(found)
+    def epoch_of(self, step: int) -> int:
+        """Epoch that a step belongs to; of a mixture, that of the source which has had
+        the fewest, at the beginning of the step's block of draws.
+        """
+        turns = self._turns_begun(step)
+        each = [
+            int(table.locate(np.array([turn]))[0][0])
+            for table, turn in zip(self.epochs, turns, strict=True)
+        ]
+        return min(each) + self.began.epoch
 
-    def lane_length(self, lane: int) -> int:
-        """Samples of a lane in every epoch, those that no step takes included."""
-        first, last = lane * self.samples, (lane + 1) * self.samples
-        return last // self.lanes - first // self.lanes
+    def epoch_steps(self, step: int) -> tuple[int, int] | None:
+        """(step within its epoch, steps of that epoch); None in a mixture, whose
+        sources have epochs of their own.
+        """
+        if self.mixture:
+            return None
+        table, turn = self.epochs[0], np.array([step - self.began.step])
+        epoch, within = table.locate(turn)
+        return int(within[0]), table.turns(int(epoch[0]))
 
-    def lane_pieces(self, epoch: int, lane: int) -> list[Piece]:
-        """The shard pieces of a lane's segment, in line order."""
-        order, ends, rotation = self._line(epoch)
-        begin = lane * self.samples // self.lanes + rotation
-        length = self.lane_length(lane)
-        position = begin % self.samples
-        pieces = []
-        while length:
-            slot = bisect.bisect_right(ends, position)
-            shard = int(order[slot])
-            first = position - int(ends[slot] - self.counts[shard])
-            size = min(length, int(self.counts[shard]) - first)
-            pieces.append(Piece(shard=shard, start=first, stop=first + size))
-            position = (position + size) % self.samples
-            length -= size
-        return pieces
+    def samples_of(self, step: int, lanes: range) -> Drawn:
+        """What `lanes` give to a step, lane by lane, `per_lane` samples each.
 
-    def _lane_windows(self, epoch: int, lane: int) -> list[list[Piece]]:
-        pieces = self.lane_pieces(epoch, lane)
-        step = self.shuffle_shards
-        return [pieces[i : i + step] for i in range(0, len(pieces), step)]
+        Raises:
+            ValueError: a step before the data was changed.
+        """
+        if step < self.began.step:
+            raise ValueError(
+                f"step {step} was before step {self.began.step}, at which the run was "
+                "told to go on with other data: only later ones can be worked out"
+            )
+        self._lanes_asked = max(self._lanes_asked, len(lanes))
+        first = (step - self.began.step) * self.per_lane
+        if self.mixture is None:
+            return self._of_one(first, lanes)
+        return self._of_mixture(self.mixture, first, lanes)
 
-    def _window(
-        self, epoch: int, lane: int, number: int, pieces: list[Piece]
-    ) -> np.ndarray:
-        key = (epoch, lane, number)
-        if key not in self._windows:
-            places = np.concatenate(
-                [
-                    np.stack(
-                        [
-                            np.full(piece.stop - piece.start, piece.shard),
-                            np.arange(piece.start, piece.stop),
-                        ],
-                        axis=1,
-                    )
-                    for piece in pieces
+    def following(self, drawn: Drawn, row: int) -> Iterator[np.ndarray]:
+        """Places (2,) of the samples after a drawn one in its lane and epoch,
+        cyclically, all but itself.
+        """
+        source, epoch = int(drawn.sources[row]), int(drawn.epochs[row])
+        lane, position = int(drawn.lanes[row]), int(drawn.positions[row])
+        built = self.lanes_of(source, epoch)
+        length = built.length(lane)
+        shards = self.sources[source].shards
+        for ahead in range(1, length):
+            at = (position + ahead) % length
+            shard, sample = built.between(lane, at, at + 1)[0].tolist()
+            yield np.array([shards[shard], sample])
+
+    def shards_ahead(self, step: int, lanes: range, *, windows: int) -> list[int]:
+        """Shards that `lanes` need from a step on, the first needed first: those of the
+        windows that they are in, and of the next, `windows` of each source in all.
+        """
+        turns = self._turns_begun(step)
+        rounds: list[list[int]] = []
+        for number, table in enumerate(self.epochs):
+            located = table.locate(np.array([turns[number]]))
+            epoch, at = int(located[0][0]), int(located[1][0]) * self._turn
+            built = self.lanes_of(number, epoch + self.began.epoch)
+            ahead = [built.shards_ahead(lane, at, windows) for lane in lanes]
+            if epoch < self._decided[number]:
+                after = self.lanes_of(number, epoch + 1 + self.began.epoch)
+                wanted = windows * self.shuffle_shards
+                ahead = [
+                    (found + after.shards_ahead(lane, 0, windows))[:wanted]
+                    for lane, found in zip(lanes, ahead, strict=True)
                 ]
-            )
-            mixed = permutation(
-                len(places),
-                seed=self.seed,
-                use=Use.WINDOW,
-                epoch=epoch,
-                place=(lane << 32) | number,
-            )
-            self._windows[key] = places[mixed]
-            while len(self._windows) > self.lanes * _WINDOWS_KEPT_PER_LANE:
-                self._windows.popitem(last=False)
-        return self._windows[key]
+            shards = self.sources[number].shards
+            rounds += [shards[found].tolist() for found in ahead]
+        longest = max(map(len, rounds))
+        in_turn = (one[at] for at in range(longest) for one in rounds if at < len(one))
+        return list(dict.fromkeys(in_turn))
 
-    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Shard permutation, its prefix sums and the rotation of an epoch."""
-        if epoch not in self._epochs:
-            order = permutation(
-                len(self.counts),
+    @property
+    def undecided(self) -> int:
+        """First step that may need an epoch which is not frozen yet."""
+        return min(map(self._undecided_step, range(len(self.sources))))
+
+    def decide(self, sources: Mapping[int, tuple[Source, str]]) -> None:
+        """Freeze the next epoch of the sources that need it first: over all shards of a
+        grown source in `sources`, which come with the hash of their records, else over
+        as many as the epoch before.
+        """
+        step = self.undecided
+        for number, table in enumerate(self.epochs):
+            if self._undecided_step(number) > step:
+                continue
+            epoch = self._decided[number] + 1
+            grown = sources.get(number)
+            if grown and len(grown[0].shards) > table.shards(epoch):
+                source, records = grown
+                self.sources[number] = source
+                entries = table.grown(epoch, shards=len(source.shards), records=records)
+                self.epochs[number] = self._table(number, entries)
+            self._decided[number] = epoch
+
+    def decided_before(self, step: int) -> None:
+        """Take as frozen what a run that has taken `step` steps had frozen."""
+        for number, table in enumerate(self.epochs):
+            turns = [table.frozen[-1].first, max(self._last_turn(number, step), 0)]
+            self._decided[number] = int(table.locate(np.array(turns))[0].max())
+
+    def last_epoch(self, step: int) -> int:
+        """The highest epoch of any source in the steps before `step`."""
+        turns = (
+            max(self._last_turn(number, step), 0) for number in range(len(self.epochs))
+        )
+        each = [
+            int(table.locate(np.array([turn]))[0][0])
+            for table, turn in zip(self.epochs, turns, strict=True)
+        ]
+        return max(each) + self.began.epoch
+
+    def decided(self, number: int) -> int:
+        """Last epoch of a source that is frozen."""
+        return self._decided[number]
+
+    def share_of(self, number: int) -> float:
+        """Share of a source in the run's draws."""
+        return float(self.mixture.per_block[number]) / BLOCK if self.mixture else 1.0
+
+    def _of_one(self, first: int, lanes: range) -> Drawn:
+        turn = np.array([first // self.per_lane])
+        epoch, within = self.epochs[0].locate(turn)
+        number = int(epoch[0]) + self.began.epoch
+        start = int(within[0]) * self.per_lane
+        built = self.lanes_of(0, number)
+        found = [built.between(lane, start, start + self.per_lane) for lane in lanes]
+        places = np.concatenate(found).astype(np.int64)
+        places[:, 0] = self.sources[0].shards[places[:, 0]]
+        n = len(places)
+        return Drawn(
+            places=places,
+            sources=np.zeros(n, dtype=np.int64),
+            epochs=np.full(n, number, dtype=np.int64),
+            positions=np.tile(np.arange(start, start + self.per_lane), len(lanes)),
+            lanes=np.repeat(np.arange(lanes.start, lanes.stop), self.per_lane),
+        )
+
+    def _of_mixture(self, mixture: Mixture, first: int, lanes: range) -> Drawn:
+        mixture.blocks_kept = max(mixture.blocks_kept, 2 * len(lanes))
+        drawn = [mixture.between(lane, first, first + self.per_lane) for lane in lanes]
+        sources = np.concatenate([source for source, _ in drawn]).astype(np.int64)
+        turns = np.concatenate([turn for _, turn in drawn])
+        lane_of = np.repeat(np.arange(lanes.start, lanes.stop), self.per_lane)
+        n = len(sources)
+        places = np.empty((n, 2), dtype=np.int64)
+        epochs, positions = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+        for number in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == number)
+            epoch, within = self.epochs[number].locate(turns[rows])
+            epochs[rows], positions[rows] = epoch + self.began.epoch, within
+        for row in range(n):
+            built = self.lanes_of(int(sources[row]), int(epochs[row]))
+            at = int(positions[row])
+            places[row] = built.between(int(lane_of[row]), at, at + 1)[0]
+        for number, source in enumerate(self.sources):
+            rows = np.flatnonzero(sources == number)
+            places[rows, 0] = source.shards[places[rows, 0]]
+        return Drawn(
+            places=places,
+            sources=sources,
+            epochs=epochs,
+            positions=positions,
+            lanes=lane_of,
+        )
+
+    def lanes_of(self, source: int, epoch: int) -> EpochLanes:
+        """The lanes of a source in an epoch."""
+        key = (source, epoch)
+        windows = self._lanes_asked * _WINDOWS_KEPT_PER_LANE
+        if key not in self._built:
+            shards = self.epochs[source].shards(epoch - self.began.epoch)
+            self._built[key] = EpochLanes(
+                self.sources[source].counts[:shards],
                 seed=self.seed,
-                use=Use.SHARD_ORDER,
+                source=source,
                 epoch=epoch,
-                place=0,
+                lanes=self.lanes,
+                shuffle_shards=self.shuffle_shards,
+                windows_kept=windows,
             )
-            zero = np.zeros(1, dtype=np.int64)
-            words = draw(
-                seed=self.seed, use=Use.ROTATION, epoch=epoch, uid=zero, index=zero
+            while len(self._built) > _EPOCHS_KEPT * len(self.sources):
+                self._built.popitem(last=False)
+        built = self._built[key]
+        built.windows_kept = max(built.windows_kept, windows)
+        return built
+
+    def _mixture(self) -> Mixture | None:
+        if len(self.sources) == 1:
+            return None
+        weights = {source.name: source.weight for source in self.sources}
+        return Mixture(
+            shares(weights),
+            seed=self.seed,
+            epoch_base=self.began.epoch,
+            blocks_kept=2,
+        )
+
+    def _table(self, number: int, frozen: Sequence[Frozen] | None) -> Epochs:
+        source = self.sources[number]
+        ends = np.cumsum(source.counts)
+
+        def turns(shards: int) -> int:
+            samples = int(ends[shards - 1]) if shards else 0
+            return samples // (self._turn * self.lanes)
+
+        whole = Frozen(first=0, shards=len(source.shards), records="")
+        entries = list(frozen) if frozen else [whole]
+        if not turns(entries[0].shards):
+            raise ValueError(self._too_few(number, int(ends[-1]) if len(ends) else 0))
+        return Epochs(entries, turns)
+
+    def _too_few(self, number: int, samples: int) -> str:
+        needed = self.lanes * self._turn
+        if self.mixture:
+            return (
+                f"{samples} samples of source {self.sources[number].name!r} are fewer "
+                f"than the {needed} lanes: lower lanes, or add data"
             )
-            # 63 bits, because a dataset may hold more than 2^31 samples.
-            rotation = (
-                (int(words[0][0]) << 31) | (int(words[1][0]) >> 1)
-            ) % self.samples
-            self._epochs[epoch] = (order, np.cumsum(self.counts[order]), rotation)
-            while len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return (
+            f"{samples} samples are fewer than one global batch of {needed}: lower "
+            "global_batch (and lanes), or add data"
+        )
+
+    def _turns_begun(self, step: int) -> list[int]:
+        """Of each source, a turn that every lane has reached at a step and none has
+        passed by more than a block's share.
+        """
+        first = (step - self.began.step) * self.per_lane
+        if self.mixture is None:
+            return [first // self._turn]
+        return [first // BLOCK * int(share) for share in self.mixture.per_block]
+
+    def _last_turn(self, number: int, step: int) -> int:
+        """Last turn of a source that the steps before `step` may have taken; below 0
+        for none.
+        """
+        draws = (step - self.began.step) * self.per_lane
+        if self.mixture is None:
+            return draws // self._turn - 1
+        return -(-draws // BLOCK) * int(self.mixture.per_block[number]) - 1
+
+    def _undecided_step(self, number: int) -> int:
+        """First step in which some lane may take a turn of the source's first epoch
+        that is not frozen.
+        """
+        turn = self.epochs[number].first_turn(self._decided[number] + 1)
+        if self.mixture is None:
+            return self.began.step + turn
+        block = turn // int(self.mixture.per_block[number])
+        return self.began.step + block * BLOCK // self.per_lane

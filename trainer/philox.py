@@ -39,6 +39,7 @@ class Use(enum.IntEnum):
     ITM = 9
     MODALITY_DROPOUT = 10
     EVALUATION = 11
+    MIXTURE = 12
     DROPOUT = 64
     """First of the dropout sites, one number each."""
 
@@ -61,16 +62,18 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, .
     return c0, c1, c2, c3
 
 
-def draw(*, seed: int, use: int, epoch: int, uid: Any, index: Any) -> tuple[Any, ...]:
-    """Four words (each int64, 0..2^32-1) for every (uid, index), broadcast together.
+def draw(*, seed: int, use: int, epoch: Any, uid: Any, index: Any) -> tuple[Any, ...]:
+    """Four words (each int64, 0..2^32-1) for every (epoch, uid, index), broadcast
+    together.
 
-    `uid` is an int64 array or tensor (uint64 values reinterpreted, see `signed_uids`).
+    `uid` is an int64 array or tensor (uint64 values reinterpreted, see `signed_uids`);
+    `epoch` an int, or an int64 array or tensor of values that an int would pass with.
 
     Raises:
         ValueError: seed or epoch outside what the counter holds.
     """
     check_seed(seed)
-    if not 0 <= epoch <= MAX_EPOCH:
+    if isinstance(epoch, int) and not 0 <= epoch <= MAX_EPOCH:
         raise ValueError(f"epoch {epoch} is outside 0..{MAX_EPOCH}")
     index = index + 0 * uid
     use_epoch = index * 0 + ((int(use) << 24) | epoch)
@@ -87,6 +90,20 @@ def check_seed(seed: int) -> None:
 def signed_uids(uids: np.ndarray) -> np.ndarray:
     """uint64 uids as the int64 with the same bits, which torch can hold."""
     return np.ascontiguousarray(uids, dtype=np.uint64).view(np.int64)
+
+
+def place_of(*, source: int, lane: int = 0, window: int = 0) -> int:
+    """The uid words of a draw that belongs to no sample: source, lane and window.
+
+    Raises:
+        ValueError: more than 2^15 sources, 2^16 lanes or 2^32 windows.
+    """
+    if source >> 15 or lane >> 16 or window >> 32:
+        raise ValueError(
+            f"source {source}, lane {lane}, window {window}: the generator counts up "
+            "to 2^15 sources, 2^16 lanes and 2^32 windows"
+        )
+    return source << 48 | lane << 32 | window
 
 
 def permutation(

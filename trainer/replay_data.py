@@ -19,15 +19,16 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from pipeline.manifest import TOKENIZER
 from trainer import checkpoint
 from trainer.contract import check_world_size, read_metrics
+from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
 from trainer.loader import Counts, Loader, sum_counts
 from trainer.masking import Mode
 from trainer.options import PretrainConfig
 from trainer.quarantine import from_plain
 from trainer.replay_pairs import Made, Pair, mode_name, pair_as_json
+from trainer.sources import sources_of
 from trainer.trained import load_config
 
 
@@ -57,9 +58,9 @@ class ReplayedStep:
     step: int
     epoch: int
     """From 0, as in `metrics.jsonl`."""
-    step_in_epoch: int
-    """From 1."""
-    steps_per_epoch: int
+    step_in_epoch: int | None
+    """From 1; None in a mixture, whose sources have epochs of their own."""
+    steps_per_epoch: int | None
     counts: Counts
     """Of the whole step, as the trainer adds them up."""
     modes: Mapping[Mode, int]
@@ -120,29 +121,34 @@ def replay(
         raise ValueError(f"{limit} pairs show nothing: name 1 or more")
     config = load_config(run, data=data)
     dataset, marker = _open_dataset(run, config)
-    quarantined = from_plain(marker["quarantine"]) if marker else []
-    loader = Loader(dataset, config, rank=0, world_size=1, quarantined=quarantined)
+    loader = Loader(
+        dataset,
+        config,
+        rank=0,
+        world_size=1,
+        quarantined=from_plain(marker["quarantine"]) if marker else [],
+        state=DataState.from_plain(marker) if marker else None,
+    )
     lanes = _chosen_lanes(loader, lane=lane, rank=rank, world_size=world_size)
-    epoch, within = loader.order.epoch_of(step - 1)
     wanted = loader.order.samples_of(step - 1, loader.lanes)
-    tokenizer = Tokenizer.from_file(str(dataset.root / TOKENIZER / "tokenizer.json"))
+    within = loader.order.epoch_steps(step - 1)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     parts: list[Counts] = []
     modes: Counter[Mode] = Counter()
     words = masked_squares = place = 0
     pairs: list[Pair] = []
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
         for places, batch, counts in loader.micros(step - 1, decoders):
-            ordered = wanted[place : place + len(places)]
-            made = Made.of(loader, tokenizer, ordered, places, batch, epoch)
+            ordered = wanted.rows(slice(place, place + len(places)))
+            made = Made.of(loader, tokenizer, ordered, places, batch)
             parts.append(counts)
             modes.update(map(Mode, made.masks.mode.tolist()))
             words += int(batch.stream.n_words.sum())
             masked_squares += int(made.masks.image.sum())
             for row in range(len(places)):
-                # A step is laid out lane by lane.
-                lane_of = (place + row) // loader.order.per_lane
-                if lane_of in lanes and (limit is None or len(pairs) < limit):
-                    pairs.append(made.pair(row, lane=lane_of, pictures=pictures))
+                shown = int(ordered.lanes[row]) in lanes
+                if shown and (limit is None or len(pairs) < limit):
+                    pairs.append(made.pair(row, pictures=pictures))
             place += len(places)
     metrics = read_metrics(run)
     total = sum_counts(parts)
@@ -150,9 +156,9 @@ def replay(
         run=run,
         config=config,
         step=step,
-        epoch=epoch,
-        step_in_epoch=within + 1,
-        steps_per_epoch=loader.order.steps_per_epoch,
+        epoch=loader.order.epoch_of(step - 1),
+        step_in_epoch=within[0] + 1 if within else None,
+        steps_per_epoch=within[1] if within else None,
         counts=total,
         modes=modes,
         words=words,
@@ -227,22 +233,26 @@ def _open_dataset(
     """The run's dataset, and the marker of the checkpoint that vouches for its being
     the same, if there is one yet.
     """
-    if not Path(config.data).is_dir():
-        raise ValueError(
-            f"{config.data}, the dataset of {run}, is not there: name where it is now "
-            "with --data"
-        )
-    dataset = Dataset(config.data, config.split)
+    for data in [config.data] if isinstance(config.data, str) else config.data:
+        if "://" not in data and not Path(data).is_dir():
+            raise ValueError(
+                f"{data}, the dataset of {run}, is not there: name where it is now "
+                "with --data"
+            )
+    dataset = Dataset(config.data, config.split, growing=True)
     found = checkpoint.newest(run)
     if found is None:
         return dataset, None
     marker = found[1]
-    expected, has = marker["manifest_hash"], dataset.manifest.sha256
-    if has != expected:
+    sources = sources_of(dataset, config.mixture)
+    what = difference(DataState.from_plain(marker), dataset, sources)
+    if what:
         raise ValueError(
-            f"{run} was trained on a dataset with manifest hash {expected} and "
-            f"{config.data} has {has}: name the one it was trained on with --data, or "
-            "preprocess the same corpus again with the same keys and versions"
+            f"{run} was trained on a dataset with manifest hash "
+            f"{marker['manifest_hash']} and {dataset.name} has "
+            f"{dataset.manifest_hash}: {what}. Name the one it was trained on with "
+            "--data, or preprocess the same corpus again with the same keys and "
+            "versions"
         )
     return dataset, marker
 
@@ -264,7 +274,7 @@ def _compare(
         cure = (
             f"{counts.replaced} damaged samples are replaced now, and "
             f"{row['replaced']} were then: `python -m pipeline.validate "
-            f"{loader.dataset.root}` names what is damaged; replay with the dataset as "
+            f"{loader.dataset.name}` names what is damaged; replay with the dataset as "
             "it was"
         )
     elif known:
@@ -287,8 +297,14 @@ def _digest_covering(
     """The step's digest with another value of the key `digest`."""
     config = dataclasses.replace(loader.config, digest=covers)
     quarantined = loader.quarantine.until(step)
+    state = DataState.of(loader.dataset, loader.order, step=step)
     other = Loader(
-        loader.dataset, config, rank=0, world_size=1, quarantined=quarantined
+        loader.dataset,
+        config,
+        rank=0,
+        world_size=1,
+        quarantined=quarantined,
+        state=state,
     )
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
         counts = [part for _, _, part in other.micros(step - 1, decoders)]

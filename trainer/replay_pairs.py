@@ -13,11 +13,13 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from trainer.dataset import DamagedError, Dataset
+from trainer.dataset import Dataset
 from trainer.figures import pixel_mask
+from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
+from trainer.order import Drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,9 @@ class Pair:
     """A pair of the step, with its masks. Everything of it is text or numbers."""
 
     lane: int
+    source: str
+    epoch: int
+    """Of its source, from 0."""
     shard: str
     sample: int
     """Its number in the shard, from 0."""
@@ -67,9 +72,8 @@ class Made:
 
     loader: Loader
     tokenizer: Tokenizer
-    epoch: int
-    ordered: np.ndarray
-    """(B, 2) places as the sample order has them."""
+    ordered: Drawn
+    """The B samples as the sample order has them."""
     places: np.ndarray
     """(B, 2) places with what stands in for damaged samples."""
     batch: MicroBatch
@@ -80,30 +84,31 @@ class Made:
         cls,
         loader: Loader,
         tokenizer: Tokenizer,
-        ordered: np.ndarray,
+        ordered: Drawn,
         places: np.ndarray,
         batch: MicroBatch,
-        epoch: int,
     ) -> Self:
         """The micro-batch with the masks that the model draws for it."""
         return cls(
             loader=loader,
             tokenizer=tokenizer,
-            epoch=epoch,
             ordered=ordered,
             places=places,
             batch=batch,
-            masks=loader.masks(batch.uids, batch.stream, epoch, batch.text_capacity),
+            masks=loader.masks(
+                batch.uids, batch.stream, batch.epochs, batch.text_capacity
+            ),
         )
 
-    def pair(self, row: int, *, lane: int, pictures: bool) -> Pair:
+    def pair(self, row: int, *, pictures: bool) -> Pair:
         """The pair at `row`, with copies of what it needs of the micro-batch."""
         dataset, config = self.loader.dataset, self.loader.config
         record = dataset.records(self.places[row : row + 1])[0]
         shard, chosen = int(self.places[row, 0]), int(self.batch.captions[row])
         size = int(record["width"]), int(record["height"])
         uids = self.batch.uids[row : row + 1].numpy()
-        crop = self.loader.crop_draws(uids, self.epoch)[0]
+        epochs = self.batch.epochs[row : row + 1].numpy()
+        crop = self.loader.crop_draws(uids, epochs)[0]
         stream = self.batch.stream
         mine = stream.text_pair[: stream.text_used] == row
         ids = self.batch.token_ids[: stream.text_used][mine].tolist()
@@ -113,8 +118,10 @@ class Made:
         if len(captions) != len(stored):
             captions = [self.tokenizer.decode(text[:-1].tolist()) for text in stored]
         return Pair(
-            lane=lane,
-            shard=dataset.shards[shard].name,
+            lane=int(self.ordered.lanes[row]),
+            source=self.loader.order.sources[int(self.ordered.sources[row])].name,
+            epoch=int(epochs[0]),
+            shard=dataset.shard(shard).name,
             sample=int(self.places[row, 1]),
             stands_in_for=self._stood(row),
             key=key,
@@ -133,10 +140,11 @@ class Made:
         )
 
     def _stood(self, row: int) -> str:
-        shard, sample = self.ordered[row].tolist()
-        if (self.ordered[row] == self.places[row]).all():
+        first = self.ordered.places[row]
+        if (first == self.places[row]).all():
             return ""
-        return f"{self.loader.dataset.shards[shard].name} sample {sample}"
+        shard, sample = first.tolist()
+        return f"{self.loader.dataset.shard(shard).name} sample {sample}"
 
 
 def mode_name(mode: Mode) -> str:
@@ -147,6 +155,8 @@ def mode_name(mode: Mode) -> str:
 def pair_as_json(pair: Pair) -> dict[str, Any]:
     return {
         "lane": pair.lane,
+        "source": pair.source,
+        "epoch": pair.epoch,
         "shard": pair.shard,
         "sample": pair.sample,
         "stands_in_for": pair.stands_in_for or None,
@@ -172,7 +182,7 @@ def _from_json(
     """A sample's key and captions as the pipeline wrote them; nothing from tars that it
     only indexed, where json is anybody's.
     """
-    if dataset.manifest.indexed:
+    if dataset.indexed(shard):
         return None, []
     try:
         sample = dataset.json(shard, record)

@@ -35,6 +35,8 @@ def where(found: ReplayedStep) -> str:
     """Where the step stands in the run."""
     steps = found.config.schedule.steps
     beyond = f", beyond the schedule's {steps:,}" if found.step > steps else ""
+    if found.step_in_epoch is None:
+        return f"epoch {found.epoch} of the source that has had the fewest{beyond}"
     return (
         f"epoch {found.epoch}, step {found.step_in_epoch:,} of "
         f"{found.steps_per_epoch:,} in it{beyond}"

@@ -20,7 +20,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from pipeline.config import flat
-from pipeline.manifest import TOKENIZER, Manifest
+from pipeline.manifest import Manifest
 from trainer.contract import COMPLETE, CONFIG, METRICS, read_metrics
 from trainer.dataset import Dataset
 
@@ -43,10 +43,10 @@ class Run:
     complete: bool
 
     @property
-    def data(self) -> Path | None:
-        """Dataset directory it was trained on, if that is known."""
-        found = self.config.get("data") or (self.probes or {}).get("data")
-        return Path(found) if found else None
+    def data(self) -> list[str]:
+        """Dataset directories it was trained on, as far as that is known."""
+        found = self.config.get("data") or (self.probes or {}).get("data") or []
+        return [found] if isinstance(found, str) else list(found)
 
     @property
     def steps(self) -> int:
@@ -109,9 +109,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_datasets(runs: Sequence[Run], *, samples: int) -> list[DatasetView]:
     """Each dataset that a run was trained on, once."""
     splits = {
-        run.data: str(run.config.get("split", "train")) for run in runs if run.data
+        data: str(run.config.get("split", "train")) for run in runs for data in run.data
     }
-    return [read_dataset(path, split, samples) for path, split in splits.items()]
+    return [read_dataset(Path(path), split, samples) for path, split in splits.items()]
 
 
 def read_dataset(path: Path, split: str, samples: int) -> DatasetView:
@@ -173,8 +173,7 @@ def _read_probes(path: Path) -> dict[str, Any] | None:
 
 
 def _read_samples(dataset: Dataset, count: int) -> list[SamplePair]:
-    file = dataset.root / TOKENIZER / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     places = dataset.places()
     chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round()
     places = places[chosen.astype(np.int64)]

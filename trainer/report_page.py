@@ -227,7 +227,7 @@ def _no_dataset(run: Run) -> str:
 
 def _pretrain(run: Run) -> str:
     """The command that makes a run, with what is known of it."""
-    data = run.data or "SHARDS"
+    data = " ".join(run.data) or "SHARDS"
     return (
         "deepspeed --module trainer.pretrain --config RECIPE "
         f"--data {data} --output {run.path}"

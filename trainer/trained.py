@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import parse
-from pipeline.manifest import load_manifest
 from trainer import checkpoint
 from trainer.contract import CONFIG
+from trainer.data_state import DataState, difference
+from trainer.dataset import Dataset
 from trainer.loop import build_model
 from trainer.models.mlim import MlimForPreTraining
 from trainer.options import PretrainConfig
+from trainer.sources import sources_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +54,22 @@ def load_trained(run: Path, *, data: str | None = None) -> Trained:
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet")
     path, marker = found
-    manifest = load_manifest(config.data)
-    if manifest.sha256 != marker["manifest_hash"] and data is None:
+    dataset = Dataset(config.data, config.split, growing=True)
+    if data is None:
+        sources = sources_of(dataset, config.mixture)
+        what = difference(DataState.from_plain(marker), dataset, sources)
+        if what:
+            raise ValueError(
+                f"{dataset.name} is not the dataset that {run} was trained on "
+                f"({what}); name one with --data"
+            )
+    if dataset.tokenizer.sha256 != marker["tokenizer_sha256"]:
         raise ValueError(
-            f"{config.data} is not the dataset that {run} was trained on; name one "
-            "with --data"
-        )
-    if manifest.tokenizer.sha256 != marker["tokenizer_sha256"]:
-        raise ValueError(
-            f"the tokens of {config.data} were made with tokenizer "
-            f"{manifest.tokenizer.sha256}, and {run} was trained on tokens of "
+            f"the tokens of {dataset.name} were made with tokenizer "
+            f"{dataset.tokenizer.sha256}, and {run} was trained on tokens of "
             f"{marker['tokenizer_sha256']}: preprocess the data with the run's "
             "tokenizer, --tokenizer DATASET/tokenizer"
         )
-    model = build_model(config, manifest)
+    model = build_model(config, dataset.tokenizer)
     model.load_state_dict(checkpoint.load_weights(path))
     return Trained(config=config, model=model, step=int(marker["step"]))

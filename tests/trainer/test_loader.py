@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from pipeline.manifest import load_manifest
-from tests.trainer.tiny import config
-from trainer.dataset import Dataset, _Kept
+from tests.trainer.tiny import config, steps_per_epoch
+from trainer.dataset import Dataset
+from trainer.folder import _Kept
 from trainer.geometry import Box, box_of, decode_into
 from trainer.loader import Loader, StepBatch, sum_counts
 from trainer.masking import Mode
@@ -113,7 +114,7 @@ def test_capacities_hold_what_the_model_will_mask(shards: Path) -> None:
             batch = reader.load(step, pool)
             for micro in batch.micro_batches:
                 masks = reader.masks(
-                    micro.uids, micro.stream, batch.epoch, micro.text_capacity
+                    micro.uids, micro.stream, micro.epochs, micro.text_capacity
                 )
                 assert int(masks.text.sum()) <= micro.n_masked_words
                 assert int(masks.image.any(1).sum()) <= micro.n_recon_images
@@ -251,11 +252,11 @@ def test_uids_of_batches_are_those_of_the_index(shards: Path) -> None:
     seen = torch.cat(
         [
             m.uids
-            for step in range(loader(shards).order.steps_per_epoch)
+            for step in range(steps_per_epoch(loader(shards).order))
             for b in load(shards, step)
             for m in b.micro_batches
         ]
     )
     assert set(seen.tolist()) <= stored
-    steps = loader(shards).order.steps_per_epoch
+    steps = steps_per_epoch(loader(shards).order)
     assert len(set(seen.tolist())) == len(seen) == steps * 24

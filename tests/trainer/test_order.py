@@ -1,3 +1,5 @@
+"""Order of one source: every sample at most once an epoch, the same for any ranks."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.contract import valid_world_sizes
-from trainer.order import SampleOrder
+from trainer.order import SampleOrder, Source
 
 PER_LANE = 2
 
@@ -19,7 +21,7 @@ def orders(draw: st.DrawFn) -> SampleOrder:
     if missing > 0:
         counts.append(missing)
     return SampleOrder(
-        counts,
+        [Source.of(counts)],
         seed=draw(st.integers(0, 2**64 - 1)),
         lanes=lanes,
         global_batch=lanes * PER_LANE,
@@ -27,10 +29,29 @@ def orders(draw: st.DrawFn) -> SampleOrder:
     )
 
 
+def again(order: SampleOrder) -> SampleOrder:
+    """The same order, that has worked out nothing yet."""
+    return SampleOrder(
+        order.sources,
+        seed=order.seed,
+        lanes=order.lanes,
+        global_batch=order.lanes * order.per_lane,
+        shuffle_shards=order.shuffle_shards,
+    )
+
+
+def length(order: SampleOrder) -> int:
+    found = order.epoch_steps(0)
+    assert found
+    return found[1]
+
+
 def epoch_places(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
-    first = epoch * order.steps_per_epoch
-    steps = range(first, first + order.steps_per_epoch)
-    rows = [order.samples_of(step, range(order.lanes)) for step in steps]
+    first = epoch * length(order)
+    rows = [
+        order.samples_of(step, range(order.lanes)).places
+        for step in range(first, first + length(order))
+    ]
     return [(int(shard), int(sample)) for shard, sample in np.concatenate(rows)]
 
 
@@ -40,10 +61,11 @@ def test_an_epoch_takes_each_sample_at_most_once_and_leaves_fewer_than_a_batch(
     order: SampleOrder, epoch: int
 ) -> None:
     places = epoch_places(order, epoch)
+    counts = order.sources[0].counts
     assert len(set(places)) == len(places)
-    assert order.samples - len(places) < order.lanes * PER_LANE
+    assert counts.sum() - len(places) < order.lanes * PER_LANE
     for shard, sample in places:
-        assert 0 <= sample < order.counts[shard]
+        assert 0 <= sample < counts[shard]
 
 
 @settings(deadline=None, max_examples=50)
@@ -51,15 +73,15 @@ def test_an_epoch_takes_each_sample_at_most_once_and_leaves_fewer_than_a_batch(
 def test_ranks_together_take_the_step_at_every_world_size(
     order: SampleOrder, step: int
 ) -> None:
-    whole = order.samples_of(step, range(order.lanes))
+    whole = order.samples_of(step, range(order.lanes)).places
     for world in valid_world_sizes(order.lanes):
         share = order.lanes // world
         parts = [
-            order.samples_of(step, range(rank * share, (rank + 1) * share))
+            again(order).samples_of(step, range(rank * share, (rank + 1) * share))
             for rank in range(world)
         ]
         assert {len(part) for part in parts} == {share * PER_LANE}
-        assert np.array_equal(np.concatenate(parts), whole)
+        assert np.array_equal(np.concatenate([part.places for part in parts]), whole)
 
 
 @settings(deadline=None, max_examples=30)
@@ -67,35 +89,65 @@ def test_ranks_together_take_the_step_at_every_world_size(
 def test_any_step_can_be_asked_for_in_any_order(
     order: SampleOrder, steps: list[int]
 ) -> None:
+    lanes = range(order.lanes)
     for step in steps:
-        fresh = SampleOrder(
-            order.counts,
-            seed=order.seed,
-            lanes=order.lanes,
-            global_batch=order.lanes * PER_LANE,
-            shuffle_shards=order.shuffle_shards,
-        )
-        lanes = range(order.lanes)
-        assert np.array_equal(
-            order.samples_of(step, lanes), fresh.samples_of(step, lanes)
-        )
+        asked, fresh = (one.samples_of(step, lanes) for one in (order, again(order)))
+        assert np.array_equal(asked.places, fresh.places)
+        assert set(asked.epochs) == {order.epoch_of(step)} == {step // length(order)}
+
+
+def lane_sizes(order: SampleOrder, epoch: int) -> list[int]:
+    built = order.lanes_of(0, epoch)
+    pieces = [built.pieces(lane) for lane in range(order.lanes)]
+    return [int((piece.stop - piece.start).sum()) for piece in pieces]
 
 
 @settings(deadline=None, max_examples=40)
 @given(orders(), st.integers(0, 3))
 def test_lanes_are_equal_to_within_one_sample(order: SampleOrder, epoch: int) -> None:
-    sizes = [
-        sum(piece.stop - piece.start for piece in order.lane_pieces(epoch, lane))
-        for lane in range(order.lanes)
-    ]
-    assert sum(sizes) == order.samples
+    sizes = lane_sizes(order, epoch)
+    assert sum(sizes) == order.sources[0].counts.sum()
     assert max(sizes) - min(sizes) <= 1
+    built = order.lanes_of(0, epoch)
+    assert sizes == [built.length(lane) for lane in range(order.lanes)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.integers(0, 60))
+def test_after_a_sample_come_all_others_of_its_lane_once(
+    order: SampleOrder, step: int
+) -> None:
+    drawn = order.samples_of(step, range(order.lanes))
+    row = step % len(drawn)
+    after = [tuple(place.tolist()) for place in order.following(drawn, row)]
+    lane = int(drawn.lanes[row])
+    built = order.lanes_of(0, int(drawn.epochs[row]))
+    ring = built.between(lane, 0, built.length(lane)).tolist()
+    at = int(drawn.positions[row])
+    assert ring[at] == drawn.places[row].tolist()
+    assert [list(place) for place in after] == ring[at + 1 :] + ring[:at]
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.integers(0, 60), st.integers(2, 3))
+def test_the_shards_of_the_coming_steps_are_known_ahead(
+    order: SampleOrder, step: int, windows: int
+) -> None:
+    order.decided_before(step + 1)
+    lanes = range(order.lanes)
+    ahead = order.shards_ahead(step, lanes, windows=windows)
+    assert len(set(ahead)) == len(ahead)
+    assert set(order.samples_of(step, lanes).places[:, 0].tolist()) <= set(ahead)
 
 
 def test_epochs_seeds_and_leftovers_differ() -> None:
     def build(seed: int) -> SampleOrder:
         return SampleOrder(
-            [31, 17, 29], seed=seed, lanes=4, global_batch=8, shuffle_shards=2
+            [Source.of([31, 17, 29])],
+            seed=seed,
+            lanes=4,
+            global_batch=8,
+            shuffle_shards=2,
         )
 
     first, second = (epoch_places(build(0), epoch) for epoch in (0, 1))
@@ -105,22 +157,38 @@ def test_epochs_seeds_and_leftovers_differ() -> None:
 
 
 def test_a_dataset_of_one_shard_has_other_lanes_every_epoch() -> None:
-    order = SampleOrder([600], seed=5, lanes=4, global_batch=8, shuffle_shards=1)
-    starts = {order.lane_pieces(epoch, 0)[0].start for epoch in range(8)}
+    order = SampleOrder(
+        [Source.of([600])], seed=5, lanes=4, global_batch=8, shuffle_shards=1
+    )
+    starts = {int(order.lanes_of(0, epoch).pieces(0).start[0]) for epoch in range(8)}
     assert len(starts) > 4
 
 
 def test_a_window_mixes_its_shards_and_no_others() -> None:
-    order = SampleOrder([50] * 8, seed=0, lanes=1, global_batch=1, shuffle_shards=4)
-    windows = order.lane_pieces(0, 0)[:4]
-    size = sum(piece.stop - piece.start for piece in windows)
-    places = order.lane_samples(0, 0, 0, size)
-    assert set(places[:, 0]) == {piece.shard for piece in windows}
-    assert len(set(places[:20, 0])) > 1
+    order = SampleOrder(
+        [Source.of([50] * 8)], seed=0, lanes=1, global_batch=1, shuffle_shards=4
+    )
+    built = order.lanes_of(0, 0)
+    pieces = built.pieces(0)
+    places = built.between(0, 0, int(pieces.window_ends[0]))
+    assert set(places[:, 0].tolist()) == set(pieces.shard[:4].tolist())
+    assert len(set(places[:20, 0].tolist())) > 1
+
+
+def test_shards_of_very_different_sizes_and_fewer_than_lanes_have_whole_lanes() -> None:
+    for counts in ([1] * 100 + [3_000], [7], [1, 1, 1, 21], [25]):
+        order = SampleOrder(
+            [Source.of(counts)], seed=3, lanes=6, global_batch=6, shuffle_shards=2
+        )
+        for epoch in range(3):
+            places = epoch_places(order, epoch)
+            assert len(set(places)) == len(places) == sum(counts) // 6 * 6
 
 
 def test_too_few_samples_and_uneven_lanes_are_refused_with_the_cure() -> None:
     with pytest.raises(ValueError, match="lower global_batch"):
-        SampleOrder([5], seed=0, lanes=4, global_batch=8, shuffle_shards=1)
+        SampleOrder([Source.of([5])], seed=0, lanes=4, global_batch=8, shuffle_shards=1)
     with pytest.raises(ValueError, match="does not divide global_batch"):
-        SampleOrder([50], seed=0, lanes=3, global_batch=8, shuffle_shards=1)
+        SampleOrder(
+            [Source.of([50])], seed=0, lanes=3, global_batch=8, shuffle_shards=1
+        )

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import launch_environment, python
 from tests.pipeline.damage import rewrite_first
-from tests.trainer.tiny import TINY, column, config, launch, metrics
+from tests.trainer.tiny import TINY, column, config, launch, metrics, steps_per_epoch
 from trainer.contract import complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.loader import Loader
@@ -67,15 +67,14 @@ def uids_of(reader: Loader, step: int, pool: ThreadPoolExecutor) -> list[int]:
 
 def expected(reader: Loader, step: int, damaged: set[int]) -> list[int]:
     """What the design says of a step, worked out lane by lane from whole lanes."""
-    epoch, within = reader.order.epoch_of(step)
+    drawn = reader.order.samples_of(step, reader.lanes)
     found = []
-    for lane in reader.lanes:
-        length = reader.order.lane_length(lane)
-        places = reader.order.lane_samples(epoch, lane, 0, length)
-        uids = reader.dataset.records(places)["uid"].tolist()
+    for number, lane in enumerate(reader.lanes):
         for first in range(reader.order.per_lane):
-            at = within * reader.order.per_lane + first
-            around = [uids[(at + ahead) % length] for ahead in range(length)]
+            row = number * reader.order.per_lane + first
+            assert drawn.lanes[row] == lane
+            ring = [drawn.places[row], *reader.order.following(drawn, row)]
+            around = reader.dataset.records(np.array(ring))["uid"].tolist()
             found.append(next(uid for uid in around if uid not in damaged))
     return found
 
@@ -88,7 +87,7 @@ def test_the_next_sound_sample_of_the_lane_takes_the_place(
     damaged = {flip(copy, record, "jpg") for record in records[3:9]}
     damaged |= {flip(copy, record, "ids") for record in records[20:24]}
     readers = [loader(copy, rank=rank, world=world) for rank in range(world)]
-    steps = range(2 * readers[0].order.steps_per_epoch)
+    steps = range(2 * steps_per_epoch(readers[0].order))
     replaced = 0
     for step in steps:
         for reader in readers:
@@ -109,9 +108,9 @@ def test_a_step_is_the_same_whether_or_not_earlier_ones_found_the_damage(
     for record in index_of(copy)[::5]:
         flip(copy, record, "jpg")
     through = loader(copy)
-    batches = list(through.steps(0, 2 * through.order.steps_per_epoch))
+    batches = list(through.steps(0, 2 * steps_per_epoch(through.order)))
     late = max(batch.step for batch in batches if batch.counts.replaced)
-    assert late >= through.order.steps_per_epoch
+    assert late >= steps_per_epoch(through.order)
     assert loader(copy).load(late, threads).counts == batches[late].counts
     stored = json.dumps(to_plain(through.quarantine.until(late)))
     resumed = Loader(
@@ -133,7 +132,7 @@ def test_every_kind_of_damage_is_found_and_named(
     os.truncate(tar_of(copy, 1), size)
     tar_of(copy, 2).unlink()
     reader = loader(copy, "--lanes=1")
-    for step in range(reader.order.steps_per_epoch):
+    for step in range(steps_per_epoch(reader.order)):
         reader.load(step, threads)
     found = {one.uid: one for one in reader.quarantine.until(10**9)}
     reasons = {one.shard: one.reason for one in found.values()}
@@ -151,7 +150,7 @@ def test_an_image_that_has_its_bytes_and_does_not_decode_is_replaced(
     key = rewrite_first(copy, "jpg", lambda data: data[:300] + bytes(len(data) - 300))
     assert key
     reader = loader(copy)
-    for step in range(2 * reader.order.steps_per_epoch):
+    for step in range(2 * steps_per_epoch(reader.order)):
         reader.load(step, threads)
     (found,) = reader.quarantine.until(10**9)
     assert found.reason == "undecodable"
@@ -166,7 +165,7 @@ def test_swapped_shards_are_found_to_the_last_sample(
     (copy / "aside").rename(second)
     swapped = {int(uid) for n in (0, 1) for uid in index_of(copy, n)["uid"]}
     reader = loader(copy, "--lanes=1")
-    for step in range(reader.order.steps_per_epoch):
+    for step in range(steps_per_epoch(reader.order)):
         assert not swapped & set(uids_of(reader, step, threads))
 
 
@@ -201,7 +200,7 @@ def test_storage_that_fails_stops_the_run_and_quarantines_nothing(copy: Path) ->
     tar_of(copy).unlink()
     tar_of(copy).symlink_to(tar_of(copy).name)
     with pytest.raises(OSError, match="symbolic links"):
-        list(reader.steps(0, reader.order.steps_per_epoch))
+        list(reader.steps(0, steps_per_epoch(reader.order)))
     assert len(reader.quarantine) == 0
 
 

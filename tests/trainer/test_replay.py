@@ -114,10 +114,12 @@ def loaded(
     tokenizer = Tokenizer.from_file(str(shards / "tokenizer" / "tokenizer.json"))
     with ThreadPoolExecutor(1) as pool:
         batch = loader.load(step - 1, pool)
-    places = loader.order.samples_of(step - 1, loader.lanes).tolist()
+    places = loader.order.samples_of(step - 1, loader.lanes).places.tolist()
     rows = []
     for micro in batch.micro_batches:
-        masks = loader.masks(micro.uids, micro.stream, batch.epoch, micro.text_capacity)
+        masks = loader.masks(
+            micro.uids, micro.stream, micro.epochs, micro.text_capacity
+        )
         for pair, uid in enumerate(micro.uids.tolist()):
             ids = ids_of(micro.stream, micro.token_ids.tolist(), pair)
             rows.append(
@@ -162,7 +164,7 @@ def test_each_rank_is_shown_the_pairs_its_loader_gives(
         for pair, row in zip(found["pairs"], rows, strict=True):
             words = np.flatnonzero(row.text_mask) + 1
             assert pair["lane"] == row.lane
-            assert pair["shard"] == dataset.shards[row.place[0]].name
+            assert pair["shard"] == dataset.shard(row.place[0]).name
             assert pair["sample"] == row.place[1]
             assert pair["uid"] == row.uid
             assert pair["chosen"] == row.caption
@@ -294,7 +296,7 @@ def test_cut_captions_say_how_much_is_missing(
     cut = [pair for pair in found["pairs"] if pair["cut_tokens"]]
     assert len(cut) == found["cut_captions"] > 0
     assert capsys.readouterr().out.count("cut by text.max_tokens") == len(cut)
-    names = [shard.name for shard in dataset.shards]
+    names = [shard.name for _, shard in dataset.numbered()]
     for pair in found["pairs"]:
         place = np.array([[names.index(pair["shard"]), pair["sample"]]])
         (stored,) = dataset.captions(int(place[0, 0]), dataset.records(place)[0])
@@ -477,7 +479,7 @@ def test_another_dataset_than_the_runs_is_refused_with_both_hashes(
     done = python("-m", "trainer.replay", trained, "--step=1", f"--data={captioned}")
     assert done.returncode == 1
     assert done.stdout.count("\n") == 1
-    assert "name the one it was trained on with --data" in done.stdout
+    assert "Name the one it was trained on with --data" in done.stdout
     for path in (shards, captioned):
         assert load_manifest(path).sha256 in done.stdout
 

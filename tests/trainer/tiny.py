@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config import parse
 from tests.conftest import deepspeed_command, launch_environment
 from trainer.options import PretrainConfig
+from trainer.order import SampleOrder
 
 LAUNCH_LIMIT_S = 240
 TINY = (
@@ -40,6 +41,13 @@ def config(shards: Path, output: Path, *more: str) -> PretrainConfig:
 
     words = [*TINY, f"--data={shards}", f"--output={output}", *more]
     return parse(PretrainConfig, words, prog="", description="", recipes=RECIPES)
+
+
+def steps_per_epoch(order: SampleOrder) -> int:
+    """Steps of the first epoch of a run with one source."""
+    found = order.epoch_steps(0)
+    assert found
+    return found[1]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,156 @@
+"""Mixtures: exact shares, epochs of their own, pure and the same for any ranks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.contract import valid_world_sizes
+from trainer.mixture import BLOCK, Mixture, shares
+from trainer.order import SampleOrder, Source
+
+weights = st.dictionaries(
+    st.sampled_from("abcdefg"), st.floats(0.05, 20.0), min_size=2, max_size=5
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(weights)
+def test_shares_add_up_and_are_within_one_draw_of_exact(
+    given_weights: dict[str, float],
+) -> None:
+    found = shares(given_weights)
+    exact = np.array(list(given_weights.values())) / sum(given_weights.values()) * BLOCK
+    assert found.sum() == BLOCK
+    assert np.abs(found - exact).max() < 1
+    # Largest remainder: whoever was rounded up had more left over than who was not.
+    left = exact - np.floor(exact)
+    up = found > np.floor(exact)
+    if up.any() and not up.all():
+        assert left[up].min() >= left[~up].max()
+
+
+@settings(deadline=None, max_examples=25)
+@given(weights, st.integers(0, 2**64 - 1), st.integers(0, 40), st.integers(0, 3))
+def test_every_block_of_every_lane_holds_the_exact_shares(
+    given_weights: dict[str, float], seed: int, block: int, lane: int
+) -> None:
+    per_block = shares(given_weights)
+    mixture = Mixture(per_block, seed=seed, epoch_base=0, blocks_kept=2)
+    source, turn = mixture.between(lane, block * BLOCK, (block + 1) * BLOCK)
+    assert np.bincount(source, minlength=len(per_block)).tolist() == per_block.tolist()
+    for number, share in enumerate(per_block.tolist()):
+        first = block * share
+        assert turn[source == number].tolist() == list(range(first, first + share))
+    other, _ = mixture.between(lane + 1, block * BLOCK, (block + 1) * BLOCK)
+    assert (source != other).any()
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> SampleOrder:
+    lanes = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    per_lane = draw(st.integers(1, 5))
+    sources = [
+        Source.of(
+            [lanes, *draw(st.lists(st.integers(1, 30), max_size=6))],
+            name=name,
+            weight=draw(st.floats(0.1, 5.0)),
+        )
+        for name in "abc"[: draw(st.integers(2, 3))]
+    ]
+    return SampleOrder(
+        sources,
+        seed=draw(st.integers(0, 2**64 - 1)),
+        lanes=lanes,
+        global_batch=lanes * per_lane,
+        shuffle_shards=draw(st.integers(1, 4)),
+    )
+
+
+def again(order: SampleOrder) -> SampleOrder:
+    return SampleOrder(
+        order.sources,
+        seed=order.seed,
+        lanes=order.lanes,
+        global_batch=order.lanes * order.per_lane,
+        shuffle_shards=order.shuffle_shards,
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.integers(0, 5_000))
+def test_a_step_is_pure_and_the_same_at_every_world_size(
+    order: SampleOrder, step: int
+) -> None:
+    whole = order.samples_of(step, range(order.lanes))
+    for world in valid_world_sizes(order.lanes):
+        share = order.lanes // world
+        parts = [
+            again(order).samples_of(step, range(rank * share, (rank + 1) * share))
+            for rank in range(world)
+        ]
+        for name in ("places", "sources", "epochs", "positions", "lanes"):
+            together = np.concatenate([getattr(part, name) for part in parts])
+            assert np.array_equal(together, getattr(whole, name))
+
+
+@settings(deadline=None, max_examples=25)
+@given(orders())
+def test_each_source_takes_each_sample_at_most_once_an_epoch_and_wraps_at_its_lanes(
+    order: SampleOrder,
+) -> None:
+    steps = min(3 * BLOCK // order.per_lane, 400)
+    seen: dict[tuple[int, int], Counter[tuple[int, int]]] = defaultdict(Counter)
+    turns: Counter[tuple[int, int]] = Counter()
+    for step in range(steps):
+        drawn = order.samples_of(step, range(order.lanes))
+        for row in range(len(drawn)):
+            source, epoch = int(drawn.sources[row]), int(drawn.epochs[row])
+            seen[source, epoch][tuple(drawn.places[row].tolist())] += 1
+            # A lane takes its source's positions one after another, epoch by epoch.
+            lane = int(drawn.lanes[row])
+            per_epoch = int(order.sources[source].counts.sum()) // order.lanes
+            expected = divmod(turns[source, lane], per_epoch)
+            assert (epoch, int(drawn.positions[row])) == expected
+            turns[source, lane] += 1
+    for (source, _), places in seen.items():
+        assert set(places.values()) == {1}
+        counts = order.sources[source].counts
+        assert all(0 <= sample < counts[shard] for shard, sample in places)
+
+
+@settings(deadline=None, max_examples=30)
+@given(orders(), st.integers(0, 3_000))
+def test_no_step_needs_an_epoch_before_it_is_frozen(
+    order: SampleOrder, step: int
+) -> None:
+    frozen_by_resume = again(order)
+    frozen_by_resume.decided_before(step)
+    while order.undecided < step:
+        order.decide({})
+    assert order.undecided == frozen_by_resume.undecided
+    drawn = order.samples_of(step, range(order.lanes))
+    while order.undecided <= step:
+        order.decide({})
+    for number in range(len(order.sources)):
+        used = drawn.epochs[drawn.sources == number]
+        assert not len(used) or used.max() <= order.decided(number)
+
+
+def test_sources_differ_in_their_order_and_sources_have_lanes_of_their_own() -> None:
+    twins = [Source.of([40] * 5, name="a"), Source.of([40] * 5, name="b")]
+    order = SampleOrder(twins, seed=1, lanes=2, global_batch=2, shuffle_shards=2)
+    first, second = (order.lanes_of(number, 0) for number in (0, 1))
+    assert first.between(0, 0, 100).tolist() != second.between(0, 0, 100).tolist()
+
+
+def test_a_share_too_small_and_a_source_too_small_are_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match="'b' has a share below one in 1,000"):
+        shares({"a": 10_000.0, "b": 1.0})
+    small = [Source.of([50], name="a"), Source.of([3], name="b")]
+    with pytest.raises(ValueError, match=r"3 samples of source 'b'.* lower lanes"):
+        SampleOrder(small, seed=0, lanes=4, global_batch=4, shuffle_shards=1)

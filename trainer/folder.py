@@ -1,0 +1,321 @@
+"""One dataset directory: its manifest, its shards, spans of their tars.
+
+Owns the bytes of a sample and the check of their CRC32C (law 5). Does not own several
+directories in one run (`trainer.dataset`), which sample comes when (`trainer.order`) or
+what takes the place of a damaged sample (`trainer.loader`).
+
+Tars are read, not mapped: a mapped file that somebody truncates kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import crc32c
+import numpy as np
+
+from pipeline.manifest import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    captions_of,
+    file_sha256,
+    load_index,
+    load_manifest,
+    manifest_seal,
+    token_ids,
+)
+
+# Each open tar holds a file descriptor, of which a process has 1,024 by default.
+_TARS_KEPT_OPEN = 256
+_INDEXES_KEPT = 512
+# Storage may fail for a moment: an error is one after this many reads.
+_READS = 4
+_PAUSE_SECONDS = 0.5
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+Item = TypeVar("Item")
+
+
+class DamagedError(ValueError):
+    """A sample whose bytes are not those that the index was made of. `reason` is
+    missing, truncated, crc, captions or undecodable.
+    """
+
+    def __init__(self, message: str, *, uid: int, shard: str, reason: str) -> None:
+        super().__init__(message)
+        self.uid, self.shard, self.reason = uid, shard, reason
+
+
+class Folder:
+    """One split of a dataset directory. Its shards are numbered from 0, in the order in
+    which they were committed; more may be appended.
+
+    Args:
+        root: dataset directory.
+        split: its split.
+        growing: take a dataset that is still being written.
+
+    Raises:
+        ValueError: no or unfinished dataset, no such split, tokens of another tokenizer
+            than the one beside them. The message has the cure.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, growing: bool = False) -> None:
+        self.root = Path(root)
+        self.name = str(root)
+        self.split = split
+        self.manifest, self._seal = self._sealed(growing=growing)
+        self.shards = list(self.manifest.split(split))
+        self.check_tokenizer(self.tokenizer_folder)
+        self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
+        self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
+        self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
+
+    @property
+    def manifest_hash(self) -> str:
+        """sha256 of `manifest.json`, which opening it has checked."""
+        return self._seal.split()[0].decode()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer that made the ids."""
+        return self.root / TOKENIZER
+
+    def appended(self) -> list[Shard]:
+        """Shards that have been committed since this was opened, in order. The manifest
+        is read again only where its seal has changed.
+
+        Raises:
+            ValueError: the dataset is not the same and more: it was made anew.
+        """
+        if self._read_seal() == self._seal:
+            return []
+        manifest, seal = self._sealed(growing=True)
+        shards = [shard for shard in manifest.shards if shard.split == self.split]
+        same = manifest.tokenizer == self.manifest.tokenizer
+        if not same or shards[: len(self.shards)] != self.shards:
+            raise ValueError(
+                f"{self.name} was made anew while a run reads it: stop the run, and "
+                "start it again to be told what can be done"
+            )
+        self._seal, self.manifest = seal, manifest
+        return shards[len(self.shards) :]
+
+    def index(self, shard: int) -> np.ndarray:
+        """Index records (samples,) of a shard, checked against the manifest."""
+        return self._indexes(shard)
+
+    def jpeg(self, shard: int, record: np.void) -> memoryview:
+        """Checked bytes of a sample's image: a JPEG, or as the tar had it.
+
+        Raises:
+            DamagedError: they are not what the index says, twice.
+            OSError: storage failed.
+        """
+        return self._member(shard, record, "jpg")
+
+    def undecodable(
+        self, shard: int, record: np.void, error: Exception
+    ) -> DamagedError:
+        """The damage of an image whose bytes are right and do not decode."""
+        where = self._where(shard, record, "jpg")
+        return self._damage(shard, record, "undecodable", f"{where} {error}")
+
+    def captions(self, shard: int, record: np.void) -> list[np.ndarray]:
+        """Token ids of each caption of a sample, separators kept, checked.
+
+        Raises:
+            DamagedError, OSError: as `jpeg`.
+        """
+        info = self.manifest.tokenizer
+        member = self._member(shard, record, "ids")
+        ids = token_ids(member, int(record["n_tokens"]), info.dtype)
+        captions = captions_of(ids, info.special_ids["sep"])
+        if len(captions) != record["n_captions"]:
+            raise self._damage(
+                shard,
+                record,
+                "captions",
+                f"{self._where(shard, record, 'ids')} holds {len(captions)} captions, "
+                f"the index says {record['n_captions']}",
+            )
+        return list(captions)
+
+    def text(
+        self, shard: int, record: np.void, caption: int, *, max_tokens: int
+    ) -> tuple[np.ndarray, bool]:
+        """[CLS] words [SEP] of one caption of a sample, int64, cut to `max_tokens`; and
+        whether it was cut.
+        """
+        special = self.manifest.tokenizer.special_ids
+        words = self.captions(shard, record)[caption][:-1]
+        room = max_tokens - 2
+        text = np.empty(min(len(words), room) + 2, dtype=np.int64)
+        text[0], text[1:-1], text[-1] = special["cls"], words[:room], special["sep"]
+        return text, len(words) > room
+
+    def json(self, shard: int, record: np.void) -> dict[str, Any]:
+        """A sample's `json` member. Parses the tar, so not for the training path."""
+        span = self._bytes(shard, record, "span")
+        with tarfile.open(fileobj=BytesIO(span), mode="r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if member.name.endswith(".json") and file is not None:
+                    return json.load(file)
+        raise ValueError(
+            f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
+        )
+
+    def _sealed(self, *, growing: bool) -> tuple[Manifest, bytes]:
+        """The manifest and its seal; read again where they are being rewritten."""
+        for left in reversed(range(_READS)):
+            try:
+                manifest = load_manifest(self.root, allow_incomplete=growing)
+                seal = self._read_seal()
+                if seal == manifest_seal(manifest.to_json().encode()).encode():
+                    return manifest, seal
+            except (ValueError, FileNotFoundError):
+                if not (growing and left):
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+        raise ValueError(
+            f"{self.name}/{MANIFEST} was rewritten each time it was read: try again "
+            "when preprocessing has gone on"
+        )
+
+    def _read_seal(self) -> bytes:
+        return (self.root / MANIFEST_SHA256).read_bytes()
+
+    def _load_index(self, shard: int) -> np.ndarray:
+        # A copy in memory: a map would hold a file descriptor.
+        return np.array(load_index(self.root, self.shards[shard]))
+
+    def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
+        return memoryview(self._bytes(shard, record, kind))
+
+    def _bytes(self, shard: int, record: np.void, kind: str) -> bytes:
+        """Bytes with the CRC of the index, read twice before they are called wrong."""
+        sidecar = kind == "ids" and bool(self.shards[shard].ids)
+        files = self._ids if sidecar else self._tars
+        offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
+        reason = ""
+        for _ in range(2):
+            try:
+                data = _span(lambda: files(shard), offset, size)
+            except _GONE:
+                reason = "missing"
+            else:
+                whole = len(data) == size
+                if whole and crc32c.crc32c(data) == record[f"{kind}_crc32c"]:
+                    return data
+                reason = "crc" if whole else "truncated"
+            files.forget(shard)
+        where = self._where(shard, record, kind)
+        if reason == "missing":
+            where = f"{self.root / self._file(shard, kind)} is missing: {where}"
+        raise self._damage(shard, record, reason, f"{where} is damaged")
+
+    def _damage(
+        self, shard: int, record: np.void, reason: str, what: str
+    ) -> DamagedError:
+        return DamagedError(
+            f"{what}: {self._cure()}",
+            uid=int(record["uid"]),
+            shard=self.shards[shard].name,
+            reason=reason,
+        )
+
+    def _open_tar(self, shard: int) -> BinaryIO:
+        return (self.root / self._file(shard, "jpg")).open("rb", buffering=0)
+
+    def _open_ids(self, shard: int) -> BinaryIO:
+        return (self.root / self._file(shard, "ids")).open("rb", buffering=0)
+
+    def _file(self, shard: int, kind: str) -> str:
+        """Name of the file that holds a kind of member."""
+        entry = self.shards[shard]
+        return (kind == "ids" and entry.ids) or entry.name
+
+    def _where(self, shard: int, record: np.void, kind: str) -> str:
+        name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
+        file = self._file(shard, kind)
+        place = f"{file}, offset {int(record[f'{kind}_offset'])}"
+        return f"{place}: {name} of uid {int(record['uid']):016x}"
+
+    def _cure(self) -> str:
+        return f"`python -m pipeline.validate {self.root}` names every damage"
+
+    def check_tokenizer(self, directory: Path) -> None:
+        """Raise ValueError unless the tokenizer in `directory` made the tokens."""
+        path, info = directory / "tokenizer.json", self.manifest.tokenizer
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: not a tokenizer directory")
+        found = file_sha256(path)
+        if found != info.sha256:
+            raise ValueError(
+                f"tokenizer {directory} has sha256 {found}, but the tokens of "
+                f"{self.name} were made with {info.sha256}: preprocess again with this "
+                "tokenizer, or train with the dataset's own"
+            )
+
+
+def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` of a file, fewer where it ends; tried again where
+    storage may have failed for a moment.
+    """
+    for left in reversed(range(_READS)):
+        try:
+            file = opened()
+            parts, have = [], 0
+            while have < size:
+                part = os.pread(file.fileno(), size - have, offset + have)
+                if not part:
+                    break
+                parts.append(part)
+                have += len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        except _GONE:
+            raise
+        except OSError:
+            if not left:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+    raise AssertionError("the last read returns or raises")
+
+
+class _Kept(Generic[Item]):
+    """The most recently used results of `make`, for several threads at once."""
+
+    def __init__(self, make: Callable[[int], Item], most: int) -> None:
+        self._make, self._most = make, most
+        self._items: OrderedDict[int, Item] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: int) -> Item:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        item = self._make(key)
+        with self._lock:
+            self._items[key] = item
+            while len(self._items) > self._most:
+                self._items.popitem(last=False)
+        return item
+
+    def forget(self, key: int) -> None:
+        """Make it anew the next time."""
+        with self._lock:
+            self._items.pop(key, None)

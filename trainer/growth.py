@@ -1,0 +1,89 @@
+"""Freezing epochs, on all ranks alike, while a dataset may still be growing.
+
+Owns when an epoch is frozen and over what: the shards that rank 0 sees committed a few
+steps before the epoch begins. Does not own the table (`trainer.epochs`) or what its
+entries are checked by (`trainer.data_state`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pipeline.manifest import Shard
+from trainer.data_state import MOST_FROZEN, DataState, records_hash
+from trainer.dataset import Dataset
+from trainer.engine import World
+from trainer.loader import Loader
+from trainer.order import SampleOrder, Source
+from trainer.sources import grown
+
+Appended = list[list[Shard]]
+
+
+class _Tells(Protocol):
+    def note(self, text: str) -> None: ...
+
+
+def agreed_state(dataset: Dataset, state: DataState, world: World) -> DataState:
+    """Rank 0's data state on every rank, and `dataset` with the shards that it sees: a
+    dataset that is being written may look longer to one rank than to another.
+    """
+    counts = world.gather([len(folder.shards) for folder in dataset.folders])
+    fewest = [min(of_folder) for of_folder in zip(*counts, strict=True)]
+    beyond = [
+        folder.shards[known:]
+        for folder, known in zip(dataset.folders, fewest, strict=True)
+    ]
+    state, beyond = world.broadcast((state, beyond))
+    for folder, known, more in zip(dataset.folders, fewest, beyond, strict=True):
+        folder.shards[known:] = more
+    return state
+
+
+def freeze_until(
+    step: int, *, loader: Loader, world: World, tell: _Tells | None
+) -> None:
+    """Freeze every epoch that a step up to `step` may need. A collective: every rank
+    calls it for the same steps. What there is to say goes to `tell`.
+    """
+    dataset, order = loader.dataset, loader.order
+    while order.undecided <= step:
+        appended, complete, problem = world.broadcast(
+            _look(dataset) if world.first else None
+        )
+        dataset.append(appended)
+        order.decide(_grown(dataset, order, complete=complete))
+        if tell and problem:
+            tell.note(f"no new shards are taken in: {problem}")
+        if tell and any(appended):
+            count = sum(map(len, appended))
+            tell.note(
+                f"{count} more shards are committed, {len(dataset):,} pairs in all: "
+                "each source takes them in at its next epoch"
+            )
+
+
+def _look(dataset: Dataset) -> tuple[Appended, bool, str]:
+    """Shards appended since the last look, whether that is all, and what is wrong: a
+    run goes on with the shards that it knows.
+    """
+    try:
+        return dataset.appended(), dataset.complete, ""
+    except (ValueError, OSError) as error:
+        return [[] for _ in dataset.folders], False, str(error)
+
+
+def _grown(
+    dataset: Dataset, order: SampleOrder, *, complete: bool
+) -> dict[int, tuple[Source, str]]:
+    """The sources that have more shards than their epochs cover so far."""
+    entries = sum(len(table.frozen) for table in order.epochs)
+    # The last ones are kept for the finished dataset: the data state stays small.
+    if entries >= MOST_FROZEN and not complete:
+        return {}
+    found = {}
+    for number, table in enumerate(order.epochs):
+        source = grown(dataset, order.sources[number])
+        if len(source.shards) > table.frozen[-1].shards:
+            found[number] = source, records_hash(dataset, source, len(source.shards))
+    return found
