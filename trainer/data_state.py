@@ -144,7 +144,10 @@ def difference(
         if len(source.shards) < known:
             return f"source {source.name!r} has {len(source.shards)} shards of {known}"
         if records_hash(dataset, source, known) != frozen[-1].records:
-            return f"the {known} shards of source {source.name!r} or its weight are not those of before"
+            return (
+                f"the first {known} shards of source {source.name!r} or its weight are "
+                "not those of before"
+            )
     return None
 
 
