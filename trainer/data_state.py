@@ -22,7 +22,7 @@ from trainer.order import Began, SampleOrder, Source
 
 ChangedData = Literal["refuse", "continue", "new_epoch"]
 # Keeps the state under 1 KB: an entry takes about 40 bytes.
-MOST_FROZEN = 16
+MOST_FROZEN = 14
 _COUNTS_DIGITS = 8
 _BYTES_DIGITS = 12
 

@@ -33,7 +33,6 @@ from pipeline.manifest import (
     file_sha256,
     load_index,
     load_manifest,
-    manifest_seal,
     token_ids,
 )
 
@@ -76,7 +75,13 @@ class Folder:
         self.root = Path(root)
         self.name = str(root)
         self.split = split
-        self.manifest, self._seal = self._sealed(growing=growing)
+        self.manifest, self._seal = self._sealed()
+        if not (growing or self.manifest.complete):
+            raise ValueError(
+                f"{self.name} is still being written: wait for preprocess, or resume "
+                "it with the same command; trainer.pretrain --grow starts on the "
+                "shards committed so far"
+            )
         self.shards = list(self.manifest.split(split))
         self.check_tokenizer(self.tokenizer_folder)
         self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
@@ -102,7 +107,7 @@ class Folder:
         """
         if self._read_seal() == self._seal:
             return []
-        manifest, seal = self._sealed(growing=True)
+        manifest, seal = self._sealed()
         shards = [shard for shard in manifest.shards if shard.split == self.split]
         same = manifest.tokenizer == self.manifest.tokenizer
         if not same or shards[: len(self.shards)] != self.shards:
@@ -178,16 +183,19 @@ class Folder:
             f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
         )
 
-    def _sealed(self, *, growing: bool) -> tuple[Manifest, bytes]:
+    def _sealed(self) -> tuple[Manifest, bytes]:
         """The manifest and its seal; read again where they are being rewritten."""
         for left in reversed(range(_READS)):
             try:
-                manifest = load_manifest(self.root, allow_incomplete=growing)
                 seal = self._read_seal()
-                if seal == manifest_seal(manifest.to_json().encode()).encode():
+                manifest = load_manifest(self.root, allow_incomplete=True)
+                if seal == self._read_seal():
                     return manifest, seal
-            except (ValueError, FileNotFoundError):
-                if not (growing and left):
+            except FileNotFoundError:
+                # Says what is missing.
+                load_manifest(self.root, allow_incomplete=True)
+            except ValueError:
+                if not left or not (self.root / MANIFEST).is_file():
                     raise
             time.sleep(_PAUSE_SECONDS)
         raise ValueError(

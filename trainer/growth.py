@@ -52,15 +52,13 @@ def freeze_until(
             _look(dataset) if world.first else None
         )
         dataset.append(appended)
-        order.decide(_grown(dataset, order, complete=complete))
-        if tell and problem:
+        larger = order.decide(_grown(dataset, order, complete=complete))
+        if tell is None:
+            continue
+        if problem:
             tell.note(f"no new shards are taken in: {problem}")
-        if tell and any(appended):
-            count = sum(map(len, appended))
-            tell.note(
-                f"{count} more shards are committed, {len(dataset):,} pairs in all: "
-                "each source takes them in at its next epoch"
-            )
+        for number in larger:
+            tell.note(_larger(order, number))
 
 
 def _look(dataset: Dataset) -> tuple[Appended, bool, str]:
@@ -71,6 +69,16 @@ def _look(dataset: Dataset) -> tuple[Appended, bool, str]:
         return dataset.appended(), dataset.complete, ""
     except (ValueError, OSError) as error:
         return [[] for _ in dataset.folders], False, str(error)
+
+
+def _larger(order: SampleOrder, number: int) -> str:
+    source, epoch = order.sources[number], order.decided(number)
+    whose = f" of source {source.name}" if order.mixture else ""
+    pairs = int(source.counts.sum())
+    return (
+        f"epoch {epoch + order.began.epoch}{whose} will take in what has been "
+        f"committed by now: {len(source.shards):,} shards, {pairs:,} pairs"
+    )
 
 
 def _grown(

@@ -211,12 +211,12 @@ class SampleOrder:
         """First step that may need an epoch which is not frozen yet."""
         return min(map(self._undecided_step, range(len(self.sources))))
 
-    def decide(self, sources: Mapping[int, tuple[Source, str]]) -> None:
+    def decide(self, sources: Mapping[int, tuple[Source, str]]) -> list[int]:
         """Freeze the next epoch of the sources that need it first: over all shards of a
         grown source in `sources`, which come with the hash of their records, else over
-        as many as the epoch before.
+        as many as the epoch before. The sources that have grown.
         """
-        step = self.undecided
+        step, larger = self.undecided, []
         for number, table in enumerate(self.epochs):
             if self._undecided_step(number) > step:
                 continue
@@ -227,7 +227,9 @@ class SampleOrder:
                 self.sources[number] = source
                 entries = table.grown(epoch, shards=len(source.shards), records=records)
                 self.epochs[number] = self._table(number, entries)
+                larger.append(number)
             self._decided[number] = epoch
+        return larger
 
     def decided_before(self, step: int) -> None:
         """Take as frozen what a run that has taken `step` steps had frozen."""

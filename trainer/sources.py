@@ -29,7 +29,8 @@ def sources_of(dataset: Dataset, mixture: MixtureKey) -> list[Source]:
 
     Raises:
         ValueError: a weight for an unknown source or none for a known one, all weights
-            0, several datasets that are to be no mixture.
+            0, several datasets that are to be no mixture, a source that has no shard
+            yet.
     """
     if mixture == "none":
         if len(dataset.folders) > 1:
@@ -41,6 +42,7 @@ def sources_of(dataset: Dataset, mixture: MixtureKey) -> list[Source]:
         shards = list(dataset.numbered())
         return [_source(shards, name=EVERYTHING, weight=1.0)]
     grouped = _grouped(dataset)
+    _refuse_unborn(dataset)
     defaults = {
         name: dataset.folders[dataset.folder_of(shards[0][0])].manifest.sources[
             shards[0][1].source
@@ -72,6 +74,21 @@ def _grouped(dataset: Dataset) -> dict[str, list[tuple[int, Shard]]]:
         name = names[dataset.folder_of(number), entry.source]
         grouped.setdefault(name, []).append((number, entry))
     return dict(sorted(grouped.items()))
+
+
+def _refuse_unborn(dataset: Dataset) -> None:
+    """A mixture needs all of its sources; one that is still to be written cannot join
+    later.
+    """
+    for folder in dataset.folders:
+        have = {entry.source for entry in folder.shards}
+        missing = [name for name in folder.manifest.sources if name not in have]
+        if missing and not folder.manifest.complete:
+            raise ValueError(
+                f"{folder.name} is still being written and has no shard of "
+                f"{', '.join(missing)} yet: wait for one, or say --mixture none to "
+                "read its sources as if they were one"
+            )
 
 
 def _source(shards: Sequence[tuple[int, Shard]], *, name: str, weight: float) -> Source:

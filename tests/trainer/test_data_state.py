@@ -1,0 +1,210 @@
+"""What a checkpoint says about data: what is a change, and what is only growth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.manifest import load_manifest
+from tests.trainer.datasets import growing_copy, preprocess, show, slices
+from tests.trainer.tiny import column, config, launch, metrics
+from trainer.data_state import MOST_FROZEN, DataState, difference, resumed
+from trainer.dataset import Dataset
+from trainer.epochs import Frozen
+from trainer.loader import Loader
+from trainer.order import Began
+from trainer.sources import sources_of
+
+SMALL = ("--lanes=4", "--global_batch=8", "--micro_batch=8")
+
+
+def state_of(path: Path, step: int = 7) -> DataState:
+    keys = config(path, Path("unused"), *SMALL, "--mixture=none")
+    loader = Loader(Dataset(path, "train"), keys, rank=0, world_size=1)
+    return DataState.of(loader.dataset, loader.order, step=step)
+
+
+def test_a_state_survives_json_and_stays_under_a_kilobyte(mixed: Path) -> None:
+    state = state_of(mixed)
+    assert DataState.from_plain(json.loads(json.dumps(state.to_plain()))) == state
+    row = Frozen(first=10**7, shards=10**5, records="0" * 20)
+    full = dataclasses.replace(
+        state,
+        step=10**8,
+        epoch=10**4,
+        last_epoch=10**4,
+        seed=2**64 - 1,
+        began=Began(step=10**7, epoch=10**4),
+        frozen=((row,) * (MOST_FROZEN + 1),),
+    )
+    assert full.size() < 1_024
+
+
+def test_appended_shards_are_no_change_and_lost_or_other_ones_are(
+    mixed: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    whole = growing_copy(mixed, copy)
+    dataset = Dataset(copy, "train")
+    show(copy, whole, 5)
+    early = Dataset(copy, "train", growing=True)
+    keys = config(copy, Path("unused"), *SMALL, "--mixture=none")
+    loader = Loader(early, keys, rank=0, world_size=1)
+    state = DataState.of(early, loader.order, step=3)
+    assert difference(state, dataset, sources_of(dataset, "none")) is None
+    late = state_of(mixed)
+    what = difference(late, early, sources_of(early, "none"))
+    assert what == "source '*' has 5 shards of 11"
+
+
+def test_a_changed_dataset_is_refused_until_the_user_says_what_to_do(
+    mixed: Path, shards: Path, tmp_path: Path
+) -> None:
+    state = state_of(mixed)
+    (table,) = slices(tmp_path, 160)
+    other = preprocess(
+        tmp_path / "other", f"--input={table}", tokenizer=shards / "tokenizer"
+    )
+    dataset = Dataset(other, "train")
+    sources = sources_of(dataset, "none")
+    with pytest.raises(ValueError, match="--changed_data new_epoch") as caught:
+        resumed(state, dataset, sources, changed="refuse", run="RUN")
+    assert state.manifest_hash in str(caught.value)
+    assert dataset.manifest_hash in str(caught.value)
+    anew = resumed(state, dataset, sources, changed="new_epoch", run="RUN")
+    assert anew.began == Began(step=7, epoch=1)
+    assert difference(anew, dataset, sources) is None
+    with pytest.raises(ValueError, match="as many samples"):
+        resumed(state, dataset, sources, changed="continue", run="RUN")
+
+
+def test_a_repaired_dataset_continues_at_the_same_place(
+    mixed: Path, tmp_path: Path
+) -> None:
+    state = state_of(mixed)
+    copy = tmp_path / "copy"
+    whole = growing_copy(mixed, copy)
+    first = dataclasses.replace(
+        whole.shards[0], sha256={**whole.shards[0].sha256, "tar": "0" * 64}
+    )
+    repaired = dataclasses.replace(whole, shards=(first, *whole.shards[1:]))
+    show(copy, repaired, len(whole.shards))
+    assert load_manifest(copy).shards[0] == first
+    dataset = Dataset(copy, "train")
+    sources = sources_of(dataset, "none")
+    assert difference(state, dataset, sources)
+    kept = resumed(state, dataset, sources, changed="continue", run="RUN")
+    assert (kept.step, kept.began) == (state.step, state.began)
+    assert difference(kept, dataset, sources) is None
+
+
+def test_a_run_on_other_data_begins_an_epoch_of_its_own_and_stays_pure(
+    mixed: Path, extra: Path, tmp_path: Path
+) -> None:
+    """The real launcher: 5 steps on one dataset, 7 on another, replayed and resumed."""
+    run = tmp_path / "run"
+    words = (*SMALL, "--mixture=none", f"--output={run}", "--deepspeed.zero_stage=0")
+    launch(1, *words, f"--data={mixed}", "--max_steps=5")
+    first = column(run, "sample_digest")
+    launch(1, *words, f"--data={extra}", "--changed_data=new_epoch", "--max_steps=9")
+    launch(2, *words, f"--data={extra}")
+    digests = column(run, "sample_digest")
+    assert digests[:5] == first
+    assert column(run, "epoch")[:6] == [0, 0, 0, 0, 0, 1]
+    keys = config(extra, Path("unused"), *SMALL, "--mixture=none")
+    loader = Loader(Dataset(extra, "train"), keys, rank=0, world_size=1)
+    state = dataclasses.replace(
+        DataState.fresh(loader.dataset, loader.order.sources, seed=keys.seed),
+        step=5,
+        began=Began(step=5, epoch=1),
+    )
+    pure = Loader(loader.dataset, keys, rank=0, world_size=1, state=state)
+    assert [b.counts.digest_text for b in pure.steps(5, 12)] == digests[5:]
+
+
+def grow(copy: Path, run: Path, *words: str) -> list[str]:
+    return [
+        *SMALL,
+        f"--data={copy}",
+        f"--output={run}",
+        "--grow=true",
+        "--deepspeed.zero_stage=0",
+        *words,
+    ]
+
+
+def test_a_run_follows_a_growing_dataset_and_is_a_function_of_its_epochs(
+    mixed: Path, tmp_path: Path
+) -> None:
+    """Shards appear between the calls of one run, whose ranks change too."""
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    whole = growing_copy(mixed, copy)
+    words = grow(copy, run, "--mixture=none", "--schedule.steps=40")
+    show(copy, whole, 4)
+    told = launch(2, *words, "--max_steps=3")
+    assert "64 pairs, 8 steps an epoch" in told
+    show(copy, whole, 7)
+    told = launch(1, *words, "--max_steps=14")
+    assert "epoch 1 will take in what has been committed by now: 7 shards" in told
+    show(copy, whole, len(whole.shards))
+    launch(2, *words)
+    (marker,) = sorted((run / "checkpoints").glob("*40/complete.json"))
+    state = json.loads(marker.read_text())
+    assert [[first, shards] for first, shards, _ in state["frozen"][0]] == [
+        [0, 4],
+        [8, 7],
+        [21, 11],
+    ]
+    assert column(run, "epoch") == [0] * 8 + [1] * 13 + [2] * 19
+    # Who has only the finished dataset and the state works out the same steps.
+    keys = config(mixed, Path("unused"), *SMALL, "--mixture=none")
+    loader = Loader(
+        Dataset(mixed, "train"),
+        keys,
+        rank=0,
+        world_size=1,
+        state=DataState.from_plain(state),
+    )
+    digests = [batch.counts.digest_text for batch in loader.steps(0, 40)]
+    assert digests == column(run, "sample_digest")
+
+
+def test_a_mixture_grows_source_by_source(mixed: Path, tmp_path: Path) -> None:
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    whole = growing_copy(mixed, copy)
+    # 10 draws of each lane a step: a block is 100 steps.
+    more = ("--schedule.steps=130", "--global_batch=40", "--micro_batch=40")
+    words = grow(copy, run, *more, "--model.layers=1")
+    show(copy, whole, 8)
+    launch(2, *words, "--max_steps=5")
+    show(copy, whole, len(whole.shards))
+    launch(1, *words)
+    (marker,) = sorted((run / "checkpoints").glob("*130/complete.json"))
+    state = json.loads(marker.read_text())
+    faces, flags = ([shards for _, shards, _ in entries] for entries in state["frozen"])
+    assert (faces, flags) == ([6], [2, 5])
+    counted = np.array([list(row["sources"].values()) for row in metrics(run)])
+    assert (counted.sum(axis=1) == 40).all()
+    keys = config(mixed, Path("unused"), *SMALL, *more)
+    loader = Loader(
+        Dataset(mixed, "train"),
+        keys,
+        rank=0,
+        world_size=1,
+        state=DataState.from_plain(state),
+    )
+    digests = [batch.counts.digest_text for batch in loader.steps(0, 130)]
+    assert digests == column(run, "sample_digest")
+
+
+def test_an_unfinished_dataset_is_refused_unless_it_may_grow(
+    mixed: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    show(copy, growing_copy(mixed, copy), 4)
+    with pytest.raises(ValueError, match="--grow"):
+        Dataset(copy, "train")
