@@ -70,6 +70,8 @@ class ReplayedStep:
     squares: int
     """Image positions of the whole step."""
     masked_squares: int
+    sources: Mapping[str, int]
+    """Pairs of the whole step from each source of a mixture; empty without one."""
     digest: Digest
     lanes: range
     """Lanes that `pairs` are from."""
@@ -164,6 +166,7 @@ def replay(
         words=words,
         squares=total.pairs * loader.n_image,
         masked_squares=masked_squares,
+        sources=_by_source(loader, total),
         digest=_compare(
             loader,
             step,
@@ -195,12 +198,20 @@ def as_json(found: ReplayedStep) -> dict[str, Any]:
         "masked_words": found.counts.masked_words,
         "squares": found.squares,
         "masked_squares": found.masked_squares,
+        "sources": dict(found.sources),
         "cut_captions": found.counts.cut_captions,
         "replaced": found.counts.replaced,
         "modes": {mode_name(mode): found.modes.get(mode, 0) for mode in Mode},
         "metrics": found.row,
         "pairs": [pair_as_json(pair) for pair in found.pairs],
     }
+
+
+def _by_source(loader: Loader, counts: Counts) -> dict[str, int]:
+    if loader.order.mixture is None:
+        return {}
+    names = [source.name for source in loader.order.sources]
+    return dict(zip(names, counts.sources, strict=True))
 
 
 def _chosen_lanes(

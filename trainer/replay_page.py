@@ -24,7 +24,9 @@ from trainer.replay_text import (
     before,
     composition,
     crop,
+    mixture,
     part,
+    place,
     share,
     verdict,
     where,
@@ -54,7 +56,7 @@ def page(found: ReplayedStep) -> str:
             f"Step {found.step:,} of {found.run.name}",
             _tiles(found),
             kicker="Palimpsest replay",
-            lead=composition(found),
+            lead=f"{composition(found)}. {mixture(found)}".rstrip(". "),
         ),
         _warning(found),
         _loss(found),
@@ -70,8 +72,8 @@ def page(found: ReplayedStep) -> str:
 def _tiles(found: ReplayedStep) -> Iterator[tuple[str, str, str]]:
     """(name, value, note) of the step as a whole."""
     yield "step", f"{found.step:,}", f"schedule of {found.config.schedule.steps:,}"
-    place, _, rest = where(found).partition(", ")
-    yield "epoch", place.removeprefix("epoch "), rest
+    epoch, _, rest = where(found).partition(", ")
+    yield "epoch", epoch.removeprefix("epoch "), rest
     row = found.row or {}
     for name, title, note in (
         ("loss", "loss", before(found.metrics, found.step)),
@@ -133,8 +135,7 @@ def _pair(found: ReplayedStep, pair: Pair) -> str:
         _tokens(pair),
         f'<p class="note">{escape(crop(found, pair))}</p>',
         title=mode_name(pair.mode),
-        note=f"lane {pair.lane}, {pair.shard} sample {pair.sample}, {key}"
-        f"uid {pair.uid}{stood}",
+        note=f"{place(found, pair)}, {key}uid {pair.uid}{stood}",
         classes="replayed",
     )
 

@@ -36,7 +36,7 @@ def where(found: ReplayedStep) -> str:
     steps = found.config.schedule.steps
     beyond = f", beyond the schedule's {steps:,}" if found.step > steps else ""
     if found.step_in_epoch is None:
-        return f"epoch {found.epoch} of the source that has had the fewest{beyond}"
+        return f"epoch {found.epoch}, of the source that has had the fewest{beyond}"
     return (
         f"epoch {found.epoch}, step {found.step_in_epoch:,} of "
         f"{found.steps_per_epoch:,} in it{beyond}"
@@ -87,6 +87,17 @@ def part(found: ReplayedStep) -> str:
     return f"lane {first}" if first == last else f"lanes {first} to {last}"
 
 
+def place(found: ReplayedStep, pair: Pair) -> str:
+    """Where a pair comes from, in a mixture with its source."""
+    mixed = f"{pair.source}, its epoch {pair.epoch}, " if found.sources else ""
+    return f"lane {pair.lane}, {mixed}{pair.shard} sample {pair.sample}"
+
+
+def mixture(found: ReplayedStep) -> str:
+    """Pairs of each source, if there are several."""
+    return ", ".join(f"{count} {name}" for name, count in found.sources.items())
+
+
 def crop(found: ReplayedStep, pair: Pair) -> str:
     """What of the stored image the model is shown."""
     image, box = found.config.image, pair.box
@@ -110,16 +121,15 @@ def _opening(found: ReplayedStep) -> Iterator[str]:
         f"{verdict(found.digest)}"
     )
     yield composition(found)
+    if found.sources:
+        yield f"sources: {printable(mixture(found))}"
     if part(found):
         yield f"shown: {part(found)}"
 
 
 def _pair(found: ReplayedStep, pair: Pair) -> Iterator[str]:
     key = f"  key {printable(pair.key)}" if pair.key else ""
-    yield (
-        f"lane {pair.lane}  {printable(pair.shard)} sample {pair.sample}  "
-        f"uid {pair.uid}{key}"
-    )
+    yield (f"{printable(place(found, pair))}  uid {pair.uid}{key}")
     if pair.stands_in_for:
         yield f"    stands in for {printable(pair.stands_in_for)}, which is damaged"
     count = len(pair.captions)

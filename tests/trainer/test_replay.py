@@ -494,3 +494,29 @@ def test_replay_needs_neither_ray_nor_pyarrow_nor_deepspeed(
     done = python("-c", script, trained, "--step=2", f"--html={tmp_path}/page.html")
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_a_mixtures_pairs_say_their_source_and_its_epoch(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = young(tmp_path / "run", mixed)
+    page = tmp_path / "step.html"
+    found = replayed(run, 60, f"--html={page}")
+    keys = config(mixed, Path("unused"))
+    loader = Loader(Dataset(mixed, "train"), keys, rank=0, world_size=1)
+    drawn = loader.order.samples_of(59, loader.lanes)
+    names = [source.name for source in loader.order.sources]
+    assert [pair["source"] for pair in found["pairs"]] == [
+        names[number] for number in drawn.sources.tolist()
+    ]
+    assert [pair["epoch"] for pair in found["pairs"]] == drawn.epochs.tolist()
+    assert sum(found["sources"].values()) == len(found["pairs"])
+    assert found["step_in_epoch"] is None
+    counted = ", ".join(f"{count} {name}" for name, count in found["sources"].items())
+    printed = capsys.readouterr().out
+    assert f"sources: {counted}" in printed
+    assert counted in page.read_text()
+    first = found["pairs"][0]
+    where = f"lane 0, {first['source']}, its epoch {first['epoch']}, {first['shard']}"
+    assert where in printed
+    assert where in page.read_text()
