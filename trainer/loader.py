@@ -61,6 +61,22 @@ class MicroBatch:
     n_recon_images: int
     """Capacity for images with a masked position."""
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`, copied without blocking the host from pinned memory."""
+        return replace(
+            self,
+            stream=self.stream.to(device),
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            pixels=self.pixels.to(device, non_blocking=True),
+            uids=self.uids.to(device, non_blocking=True),
+            epochs=self.epochs.to(device, non_blocking=True),
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of it."""
+        yield from self.stream.tensors().values()
+        yield from (self.token_ids, self.pixels, self.uids, self.epochs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -96,6 +112,10 @@ class StepBatch:
     epoch: int
     micro_batches: list[MicroBatch]
     counts: Counts
+    read_s: float = 0.0
+    """Thread seconds that its bytes took."""
+    decode_s: float = 0.0
+    """Thread seconds that decoding and resizing took."""
 
 
 class Loader:

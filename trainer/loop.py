@@ -14,7 +14,6 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,9 +37,12 @@ from trainer.engine import (
     start_world,
     world_from_environment,
 )
+from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
 from trainer.growth import agreed_state, freeze_until
-from trainer.loader import STEPS_AHEAD, Counts, Loader, MicroBatch, StepBatch
+from trainer.limits import Spent, verdict
+from trainer.loader import Counts, Loader, MicroBatch, StepBatch
+from trainer.masking import Masks
 from trainer.metrics import Metrics
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
@@ -63,6 +65,18 @@ class Checked:
     def first_step(self) -> int:
         """Steps already taken."""
         return self.state.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of on one rank."""
+
+    config: PretrainConfig
+    world: World
+    loader: Loader
+    engine: Any
+    metrics: Metrics | None
+    """Only where something is printed and written: on rank 0."""
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -88,43 +102,57 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     metrics = _metrics(config, first_step) if world.first else None
     if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
-    stop, stopping = StopFlag(), False
-    step = first_step
-    batches = timed(loader.steps(first_step, config.last_step))
-    while step < config.last_step:
-        freeze_until(step + STEPS_AHEAD + 1, loader=loader, world=world, tell=metrics)
-        batch, wait = next_batch(batches, world)
-        started = time.perf_counter()
-        totals = global_counts(batch.counts, world)
-        if totals.replaced:
-            tell_replaced(loader, totals, step, world, metrics)
-        result = run_micro_batches(engine, loader, batch, totals, world)
-        lr = learning_rate(step, config.optimizer, config.schedule)
-        grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
-        step += 1
-        elapsed = wait + time.perf_counter() - started
-        local = [*result, wait / elapsed, float(stop.asked)]
-        summed = world.sum(
-            torch.tensor(local, dtype=torch.float64, device=world.device)
-        ).tolist()
-        row = metrics_row(batch, totals, summed, loader, world, elapsed)
-        row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
-        _require_finite(row)
-        if metrics:
-            metrics.write(row)
-        stopping = summed[-1] > 0
-        every = config.checkpoint.every_steps
-        if stopping or step == config.last_step or step % every == 0:
-            save(engine, loader, step, world)
-        if stopping:
-            break
+    parts = Parts(
+        config=config, world=world, loader=loader, engine=engine, metrics=metrics
+    )
+    step, stopped = take_steps(parts, first_step)
     if metrics:
-        finish(metrics, config, run, step, interrupted=stopping)
+        finish(metrics, config, run, step, interrupted=stopped)
     if lock:
         lock.close()
     # The launcher ends all ranks when the first one exits with a signal's status.
     world.barrier()
-    return 128 + signal.SIGTERM if stopping and step < config.last_step else 0
+    return 128 + signal.SIGTERM if stopped and step < config.last_step else 0
+
+
+def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
+    """Take steps after the first `step`. How many are taken at the end, and whether
+    that is because somebody asked to stop.
+    """
+    config, world, loader = parts.config, parts.world, parts.loader
+    engine, metrics = parts.engine, parts.metrics
+    stop, spent = StopFlag(), Spent()
+    with Feed(loader.steps(step, config.last_step), world.device) as feed:
+        while step < config.last_step:
+            freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
+            started = time.perf_counter()
+            batch = next_batch(feed, world)
+            totals = global_counts(batch.counts, world)
+            if totals.replaced:
+                tell_replaced(loader, totals, step, world, metrics)
+            result = run_micro_batches(engine, loader, batch, totals, world)
+            lr = learning_rate(step, config.optimizer, config.schedule)
+            grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
+            feed.ended()
+            step += 1
+            elapsed = time.perf_counter() - started
+            took = spent_on(batch, feed, elapsed)
+            summed = summed_over_ranks(result, took, stop, world)
+            row = metrics_row(batch, totals, summed, loader, world, elapsed)
+            row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
+            _require_finite(row)
+            spent += summed.spent
+            if metrics:
+                metrics.write(row)
+            every = config.checkpoint.every_steps
+            if summed.stop or step == config.last_step or step % every == 0:
+                save(engine, loader, step, world)
+                if metrics:
+                    metrics.note(verdict(spent, threads=config.threads))
+                spent = Spent()
+            if summed.stop:
+                return step, True
+    return step, False
 
 
 def check(config: PretrainConfig) -> Checked:
@@ -229,25 +257,13 @@ def _require_agreement(checked: Checked, world: World) -> None:
         )
 
 
-def timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
-    """Each batch with the seconds spent waiting for it."""
-    while True:
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - asked
-
-
-def next_batch(
-    batches: Iterator[tuple[StepBatch, float]], world: World
-) -> tuple[StepBatch, float]:
-    """The next batch and the seconds it took. When any rank cannot make its own, that
-    rank raises and the others exit, instead of waiting for it in a collective.
+def next_batch(feed: Feed, world: World) -> StepBatch:
+    """The next batch, on the device. When any rank cannot make its own, that rank
+    raises and the others exit, instead of waiting for it in a collective.
     """
     found, failure = None, None
     try:
-        found = next(batches)
+        found = feed.next()
     except (ValueError, OSError) as error:
         failure = error
     failed = torch.tensor([failure is not None], dtype=torch.int64, device=world.device)
@@ -285,7 +301,7 @@ def run_micro_batches(
     pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
     sums = torch.zeros(3, device=world.device)
     for number, micro in enumerate(batch.micro_batches):
-        inputs, masks = on_device(loader, micro, world.device)
+        inputs, masks = model_inputs(loader, micro)
         output = engine(inputs, masks)
         engine.backward(output.mlm_sum * word_scale + output.recon_sum * pixel_scale)
         sums += torch.stack([part.detach().float() for part in output])
@@ -295,47 +311,85 @@ def run_micro_batches(
     return mlm, recon, correct
 
 
-def on_device(
-    loader: Loader, micro: MicroBatch, device: torch.device
-) -> tuple[MlimInputs, Any]:
-    """A micro-batch on the device, and its masks drawn there."""
-    stream = micro.stream.to(device)
-    uids = micro.uids.to(device, non_blocking=True)
+def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
+    """What the model is given of a micro-batch, and its masks, drawn where it lies."""
     inputs = MlimInputs(
-        stream=stream,
-        token_ids=micro.token_ids.to(device, non_blocking=True),
-        pixels=micro.pixels.to(device, non_blocking=True),
+        stream=micro.stream,
+        token_ids=micro.token_ids,
+        pixels=micro.pixels,
         n_masked_words=micro.n_masked_words,
         n_recon_images=micro.n_recon_images,
     )
-    epochs = micro.epochs.to(device, non_blocking=True)
-    return inputs, loader.masks(uids, stream, epochs, micro.text_capacity)
+    masks = loader.masks(micro.uids, micro.stream, micro.epochs, micro.text_capacity)
+    return inputs, masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """What the ranks' shares of a step add up to."""
+
+    mlm: float
+    recon: float
+    correct: float
+    spent: Spent
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
+    """Where a rank's seconds of a step went."""
+    return Spent(
+        elapsed=elapsed,
+        waited=feed.waited(),
+        read=batch.read_s,
+        decode=batch.decode_s,
+        copy=feed.copy_seconds(),
+    )
+
+
+def summed_over_ranks(
+    result: tuple[float, float, float], spent: Spent, stop: StopFlag, world: World
+) -> Summed:
+    """One all-reduce for all that is to be known of a step."""
+    local = [*result, *dataclasses.astuple(spent), float(stop.asked)]
+    values = torch.tensor(local, dtype=torch.float64, device=world.device)
+    mlm, recon, correct, *seconds, asked = world.sum(values).tolist()
+    names = [field.name for field in dataclasses.fields(Spent)]
+    return Summed(
+        mlm=mlm,
+        recon=recon,
+        correct=correct,
+        spent=Spent(**dict(zip(names, seconds, strict=True))),
+        stop=asked > 0,
+    )
 
 
 def metrics_row(
     batch: StepBatch,
     totals: Counts,
-    summed: list[float],
+    summed: Summed,
     loader: Loader,
     world: World,
     elapsed: float,
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`, but for what only the optimizer knows."""
     config, order = loader.config, loader.order
-    mlm = summed[0] / max(totals.masked_words, 1)
-    recon = summed[1] / max(totals.recon_pixels, 1)
+    mlm = summed.mlm / max(totals.masked_words, 1)
+    recon = summed.recon / max(totals.recon_pixels, 1)
     row = {
         "step": 0,
         "epoch": batch.epoch,
         "loss": config.model.mlm_weight * mlm + config.model.recon_weight * recon,
         "mlm_loss": mlm,
         "recon_loss": recon,
-        "mlm_accuracy": summed[2] / max(totals.masked_words, 1),
+        "mlm_accuracy": summed.correct / max(totals.masked_words, 1),
         "lr": 0.0,
         "grad_norm": 0.0,
         "pairs_per_s": totals.pairs / elapsed,
         "tokens_per_s": totals.tokens / elapsed,
-        "data_wait_frac": summed[3] / world.size,
+        "data_wait_frac": summed.spent.waited / summed.spent.elapsed,
+        "read_s": summed.spent.read,
+        "decode_s": summed.spent.decode,
         "padding_frac": 1 - totals.tokens / totals.rows,
         "cut_captions_frac": totals.cut_captions / totals.pairs,
         "replaced": totals.replaced,

@@ -61,12 +61,19 @@ class Stream:
 
     def to(self, device: torch.device) -> Self:
         """The same stream on `device`, copied without blocking the host."""
-        tensors: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in self.tensors().items()
+        }
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of it, by name."""
+        return {
+            field.name: value
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **tensors)
 
 
 def capacity(count: int) -> int:

@@ -1,0 +1,62 @@
+"""What limits a run: storage, decoding, the copy to the device, or computing.
+
+Owns the one-line verdict and the cure in it. Does not own what is measured: waiting and
+copies are `trainer.feed`'s, reading and decoding `trainer.loader`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A device that waits less than this is fed.
+_FED = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Where the seconds of some steps went on one rank, or on several together."""
+
+    elapsed: float = 0.0
+    waited: float = 0.0
+    """The device had no data."""
+    read: float = 0.0
+    """Loader threads waited for storage; in thread seconds."""
+    decode: float = 0.0
+    """They decoded and resized."""
+    copy: float = 0.0
+    """The copy stream was busy."""
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            elapsed=self.elapsed + other.elapsed,
+            waited=self.waited + other.waited,
+            read=self.read + other.read,
+            decode=self.decode + other.decode,
+            copy=self.copy + other.copy,
+        )
+
+
+def verdict(spent: Spent, *, threads: int) -> str:
+    """What limits the run, in one line, with what to do about it. `threads` are the
+    loader's of a rank.
+    """
+    elapsed = max(spent.elapsed, 1e-9)
+    waited = f"the device waited {spent.waited / elapsed:.1%} of the time for data"
+    if spent.waited < _FED * elapsed:
+        return f"compute limits the run: {waited}"
+    busy = {
+        "storage": spent.read / threads / elapsed,
+        "decode": spent.decode / threads / elapsed,
+        "copy": spent.copy / elapsed,
+    }
+    limit = max(busy, key=lambda name: busy[name])
+    ways = {
+        "storage": f"{threads} loader threads spent {busy['storage']:.0%} of theirs on "
+        "reads: give more --threads, faster storage, or a larger --storage.cache_gb",
+        "decode": f"{threads} loader threads spent {busy['decode']:.0%} of theirs on "
+        "decoding: give more --threads, or preprocess images nearer to the size that "
+        "the model sees",
+        "copy": f"copies took {busy['copy']:.0%} of it: see that the host's memory is "
+        "pinned and no other process uses the bus",
+    }
+    return f"{limit} limits the run: {waited}; {ways[limit]}"
