@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -118,6 +118,11 @@ class Dataset:
             found[rows] = folder.index(number)[places[rows, 1]]
             start = end
         return found
+
+    def files(self, shard: int) -> tuple[BinaryIO, BinaryIO | None]:
+        """A shard's tar, and the sidecar with its token ids if it has one."""
+        folder, number = self._of(shard)
+        return folder.files(number)
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
         """Checked bytes of a sample's image: a JPEG, or as the tar had it.

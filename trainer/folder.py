@@ -42,6 +42,7 @@ _INDEXES_KEPT = 512
 # Storage may fail for a moment: an error is one after this many reads.
 _READS = 4
 _PAUSE_SECONDS = 0.5
+_LOOK_AGAIN_SECONDS = 1.0
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Item = TypeVar("Item")
@@ -121,6 +122,16 @@ class Folder:
     def index(self, shard: int) -> np.ndarray:
         """Index records (samples,) of a shard, checked against the manifest."""
         return self._indexes(shard)
+
+    def files(self, shard: int) -> tuple[BinaryIO, BinaryIO | None]:
+        """A shard's tar, and the sidecar with its token ids if it has one, open for
+        reading at any place. Keep them no longer than it takes.
+
+        Raises:
+            OSError: not there, or storage failed.
+        """
+        sidecar = self._fresh(self._ids, shard) if self.shards[shard].ids else None
+        return self._fresh(self._tars, shard), sidecar
 
     def jpeg(self, shard: int, record: np.void) -> memoryview:
         """Checked bytes of a sample's image: a JPEG, or as the tar had it.
@@ -221,7 +232,7 @@ class Folder:
         reason = ""
         for _ in range(2):
             try:
-                data = _span(lambda: files(shard), offset, size)
+                data = _span(lambda: self._fresh(files, shard), offset, size)
             except _GONE:
                 reason = "missing"
             else:
@@ -245,11 +256,19 @@ class Folder:
             reason=reason,
         )
 
-    def _open_tar(self, shard: int) -> BinaryIO:
-        return (self.root / self._file(shard, "jpg")).open("rb", buffering=0)
+    def _open_tar(self, shard: int) -> _Opened:
+        return _Opened(self.root / self._file(shard, "jpg"))
 
-    def _open_ids(self, shard: int) -> BinaryIO:
-        return (self.root / self._file(shard, "ids")).open("rb", buffering=0)
+    def _open_ids(self, shard: int) -> _Opened:
+        return _Opened(self.root / self._file(shard, "ids"))
+
+    def _fresh(self, files: _Kept[_Opened], shard: int) -> BinaryIO:
+        """The open file, opened again where another lies in its place by now."""
+        opened = files(shard)
+        if opened.replaced():
+            files.forget(shard)
+            opened = files(shard)
+        return opened.file
 
     def _file(self, shard: int, kind: str) -> str:
         """Name of the file that holds a kind of member."""
@@ -301,6 +320,28 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
                 raise
             time.sleep(_PAUSE_SECONDS)
     raise AssertionError("the last read returns or raises")
+
+
+class _Opened:
+    """An open file, and whether it is still the one at its path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.file: BinaryIO = path.open("rb", buffering=0)
+        self._identity = os.fstat(self.file.fileno())
+        self._looked = time.monotonic()
+
+    def replaced(self) -> bool:
+        """Has it been deleted, or another put in its place? Looks once a second: an
+        open file reads as before whatever becomes of its name.
+        """
+        if time.monotonic() < self._looked + _LOOK_AGAIN_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        try:
+            return not os.path.samestat(os.stat(self._path), self._identity)
+        except _GONE:
+            return True
 
 
 class _Kept(Generic[Item]):

@@ -53,15 +53,21 @@ def box_of(config: ImageConfig, width: int, height: int, words: np.ndarray) -> B
 
 
 def decode_into(
-    out: np.ndarray, data: memoryview, size: tuple[int, int], box: Box
+    out: np.ndarray,
+    data: memoryview,
+    size: tuple[int, int],
+    box: Box,
+    *,
+    upright: bool = False,
 ) -> None:
     """Decode an image that shows `size` (width, height), and write its `box` to `out`
-    (S, S, 3). EXIF orientation is applied, alpha lies on white.
+    (S, S, 3). EXIF orientation is applied, alpha lies on white. An image that is known
+    to be an `upright` JPEG is not looked through for its orientation.
 
     Raises:
         ValueError: not an image that decodes to `size`.
     """
-    if _is_upright_jpeg(data):
+    if upright or _is_upright_jpeg(data):
         try:
             _decode_jpeg_into(out, data, size, box)
             return
@@ -79,14 +85,15 @@ def _decode_jpeg_into(
 ) -> None:
     width, height = size
     side = out.shape[0]
+    if box == (0, 0, width, height) == (0, 0, side, side):
+        # Into memory of the right size: one that claims more is refused.
+        pixels = simplejpeg.decode_jpeg(jpeg, buffer=out)
+        if pixels.shape != out.shape:
+            raise ValueError(f"claims {pixels.shape[1::-1]}, not {size}")
+        return
     claimed = simplejpeg.decode_jpeg_header(jpeg)[1::-1]
     if claimed != size:
         raise ValueError(f"claims {claimed}, not {size}")
-    if box == (0, 0, width, height) == (0, 0, side, side):
-        pixels = simplejpeg.decode_jpeg(jpeg, buffer=out)
-        if pixels.shape != out.shape:
-            raise ValueError(f"decodes to {pixels.shape}, not {out.shape}")
-        return
     pixels = simplejpeg.decode_jpeg(
         jpeg,
         min_width=math.ceil(side * width / (box.right - box.left)),

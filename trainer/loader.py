@@ -23,18 +23,17 @@ from trainer.contract import micro_batch_size
 from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.folder import DamagedError
-from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, mam
 from trainer.models.mlim import masked_words, recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
 from trainer.quarantine import Quarantine, Quarantined
+from trainer.reading import Reading, Slots, chosen_texts
 from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
 
 STEPS_AHEAD = 2
-_DECODE_CHUNK = 16
 _WORDS_GRAIN = 16
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
 
@@ -118,6 +117,42 @@ class StepBatch:
     """Thread seconds that decoding and resizing took."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """B samples as they are read: an image and a text each."""
+
+    pixels: Tensor
+    """(B, S, S, 3) uint8."""
+    ids: np.ndarray
+    """(K,) int64, [CLS] words [SEP] of every sample, end to end."""
+    lengths: np.ndarray
+    """(B,) ids of each."""
+    uids: np.ndarray
+    """(B,) int64, the bits of the uint64 uids."""
+    captions: np.ndarray
+    """(B,) which of its captions each shows."""
+    crops: np.ndarray
+    """(B, 4) words of each one's crop."""
+    cut: int
+    """Captions that were cut."""
+    read_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A micro-batch, and what it was made of."""
+
+    places: np.ndarray
+    """(B, 2) of its samples, stand-ins of damaged ones included."""
+    batch: MicroBatch
+    counts: Counts
+    read_s: float
+    """Thread seconds of reading."""
+    decode_s: float
+    """Thread seconds of decoding and resizing."""
+
+
 class Loader:
     """Batches of one rank for any range of steps.
 
@@ -166,7 +201,12 @@ class Loader:
         self.n_image = (config.image.size // config.model.patch_size) ** 2
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatch]:
-        """Batches of steps [start, stop), the next ones made while one is used."""
+        """Batches of steps [start, stop), the next ones made while one is used. Images
+        of a batch are valid until the one after the next is asked for.
+        """
+        side = self.config.image.size
+        share = len(self.lanes) * self.order.per_lane
+        slots = Slots(STEPS_AHEAD + 2, (share, side, side, 3))
         with (
             ThreadPoolExecutor(1, "assemble") as assembler,
             ThreadPoolExecutor(self.config.threads, "decode") as decoders,
@@ -174,7 +214,8 @@ class Loader:
             ahead: deque[Future[StepBatch]] = deque()
             try:
                 for step in range(start, stop):
-                    ahead.append(assembler.submit(self.load, step, decoders))
+                    pixels = slots.of(step)
+                    ahead.append(assembler.submit(self.load, step, decoders, pixels))
                     if len(ahead) > STEPS_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
@@ -183,41 +224,49 @@ class Loader:
                 for future in ahead:
                     future.cancel()
 
-    def load(self, step: int, decoders: ThreadPoolExecutor) -> StepBatch:
-        """This rank's share of one step."""
-        parts = list(self.micros(step, decoders))
+    def load(
+        self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
+    ) -> StepBatch:
+        """This rank's share of one step; its images in `pixels`, if given."""
+        parts = list(self.micros(step, decoders, pixels))
         return StepBatch(
             step=step,
             epoch=self.order.epoch_of(step),
-            micro_batches=[batch for _, batch, _ in parts],
-            counts=sum_counts([counts for _, _, counts in parts]),
+            micro_batches=[part.batch for part in parts],
+            counts=sum_counts([part.counts for part in parts]),
+            read_s=sum(part.read_s for part in parts),
+            decode_s=sum(part.decode_s for part in parts),
         )
 
     def micros(
-        self, step: int, decoders: ThreadPoolExecutor
-    ) -> Iterator[tuple[np.ndarray, MicroBatch, Counts]]:
-        """This rank's share of one step, a micro-batch at a time: the places (B, 2) of
-        its samples, stand-ins of damaged ones included, the batch and its counts.
-        """
+        self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
+    ) -> Iterator[Made]:
+        """This rank's share of one step, a micro-batch at a time."""
         drawn = self.order.samples_of(step, self.lanes)
         for first in range(0, len(drawn), self.micro_batch):
             rows = slice(first, first + self.micro_batch)
-            yield self._sound(step, drawn.rows(rows), decoders)
+            mine = None if pixels is None else pixels[rows]
+            yield self._sound(step, drawn.rows(rows), decoders, mine)
 
     def _sound(
-        self, step: int, drawn: Drawn, decoders: ThreadPoolExecutor
-    ) -> tuple[np.ndarray, MicroBatch, Counts]:
-        """Places and micro-batch of some samples of a step, none of them damaged."""
+        self,
+        step: int,
+        drawn: Drawn,
+        decoders: ThreadPoolExecutor,
+        pixels: Tensor | None,
+    ) -> Made:
+        """The micro-batch of some samples of a step, none of them damaged."""
         while True:
             places, replaced = self._places(step, drawn)
             try:
-                batch, counts = self.micro(places, drawn.epochs, decoders)
+                made = self.micro(places, drawn.epochs, decoders, pixels)
             except DamagedError as damage:
                 self._quarantine(damage, step)
                 continue
             by_source = np.bincount(drawn.sources, minlength=len(self.order.sources))
             sources = tuple(by_source.tolist())
-            return places, batch, replace(counts, replaced=replaced, sources=sources)
+            counts = replace(made.counts, replaced=replaced, sources=sources)
+            return replace(made, counts=counts)
 
     def _quarantine(self, damage: DamagedError, step: int) -> None:
         found = Quarantined(
@@ -261,35 +310,36 @@ class Loader:
         )
 
     def micro(
-        self, places: np.ndarray, epochs: np.ndarray, decoders: ThreadPoolExecutor
-    ) -> tuple[MicroBatch, Counts]:
-        """The micro-batch of samples at `places` (B, 2), each in its epoch (B,), and
-        its counts.
+        self,
+        places: np.ndarray,
+        epochs: np.ndarray,
+        decoders: ThreadPoolExecutor,
+        pixels: Tensor | None = None,
+    ) -> Made:
+        """The micro-batch of samples at `places` (B, 2), each in its epoch (B,); its
+        images in `pixels` (B, S, S, 3), if given.
+
+        Raises:
+            DamagedError: a sample is damaged.
+            OSError: storage failed.
         """
-        records = self.dataset.records(places)
-        uids = signed_uids(records["uid"])
-        caption = caption_choice(records, uids, seed=self.config.seed, epoch=epochs)
-        crops = self.crop_draws(uids, epochs)
-        pixels, decoding = self._decode(places, records, crops, decoders)
-        texts, cut = self._texts(places, records, caption)
-        stream, token_ids = pack(texts, self.n_image)
+        read = self.read(places, epochs, decoders, pixels)
+        stream, token_ids = pack(read.lengths, read.ids, self.n_image)
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
-        epoch_of = torch.from_numpy(epochs)
-        masks = self.masks(torch.from_numpy(uids), stream, epoch_of, text_capacity)
+        uids, epoch_of = torch.from_numpy(read.uids), torch.from_numpy(epochs)
+        masks = self.masks(uids, stream, epoch_of, text_capacity)
         n_words = int(masked_words(stream, masks).sum())
-        digest = sample_digest(uids, caption, crops)
+        digest = sample_digest(read.uids, read.captions, read.crops)
         if self.config.digest == "full":
-            digest = _wrap(digest + mask_digest(uids, masks))
-        for future in decoding:
-            future.result()
+            digest = _wrap(digest + mask_digest(read.uids, masks))
         batch = MicroBatch(
             stream=stream,
             token_ids=token_ids,
-            pixels=torch.from_numpy(pixels),
-            uids=torch.from_numpy(uids),
+            pixels=read.pixels,
+            uids=uids,
             epochs=epoch_of,
-            captions=caption,
+            captions=read.captions,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
             n_recon_images=capacity(int(masks.image.any(1).sum())),
@@ -300,12 +350,64 @@ class Loader:
             recon_pixels=int(recon_pixels(masks, self.config.model).sum()),
             tokens=stream.text_used + masks.image.numel(),
             rows=len(stream.source),
-            cut_captions=cut,
+            cut_captions=read.cut,
             replaced=0,
             sources=(),
             digest=digest,
         )
-        return batch, counts
+        return Made(
+            places=places,
+            batch=batch,
+            counts=counts,
+            read_s=read.read_s,
+            decode_s=read.decode_s,
+        )
+
+    def read(
+        self,
+        places: np.ndarray,
+        epochs: np.ndarray,
+        decoders: ThreadPoolExecutor,
+        pixels: Tensor | None = None,
+    ) -> Samples:
+        """Images and texts of samples at `places`, as `micro`, without masks."""
+        config = self.config
+        records = self.dataset.records(places)
+        uids = signed_uids(records["uid"])
+        crops = self.crop_draws(uids, epochs)
+        side = config.image.size
+        if pixels is None:
+            pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
+        reading = Reading(
+            self.dataset,
+            places,
+            records,
+            image=config.image,
+            crops=crops,
+            pixels=pixels.numpy(),
+            decoders=decoders,
+        )
+        captions = caption_choice(records, uids, seed=config.seed, epoch=epochs)
+        texts, read_s, decode_s = reading.finish()
+        special = self.dataset.tokenizer.special_ids
+        ids, lengths, cut = chosen_texts(
+            texts,
+            captions,
+            cls=special["cls"],
+            sep=special["sep"],
+            max_tokens=config.text.max_tokens,
+        )
+        return Samples(
+            pixels=pixels,
+            ids=ids,
+            lengths=lengths,
+            uids=uids,
+            captions=captions,
+            crops=crops,
+            cut=cut,
+            read_s=read_s,
+            decode_s=decode_s,
+        )
 
     def masks(
         self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
@@ -329,44 +431,6 @@ class Loader:
             seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=0
         )
         return np.stack(words, axis=1)
-
-    def _texts(
-        self, places: np.ndarray, records: np.ndarray, caption: np.ndarray
-    ) -> tuple[list[np.ndarray], int]:
-        """The model's text of each sample, and how many captions were cut."""
-        texts, n_cut = [], 0
-        for (shard, _), record, choice in zip(places, records, caption, strict=True):
-            text, cut = self.dataset.text(
-                int(shard), record, int(choice), max_tokens=self.config.text.max_tokens
-            )
-            texts.append(text)
-            n_cut += cut
-        return texts, n_cut
-
-    def _decode(
-        self,
-        places: np.ndarray,
-        records: np.ndarray,
-        crops: np.ndarray,
-        decoders: ThreadPoolExecutor,
-    ) -> tuple[np.ndarray, list[Future[None]]]:
-        """A buffer (B, S, S, 3) and the decodes that are filling it."""
-        side = self.config.image.size
-        pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
-
-        def fill(first: int) -> None:
-            for row in range(first, min(first + _DECODE_CHUNK, len(places))):
-                record, shard = records[row], int(places[row, 0])
-                size = int(record["width"]), int(record["height"])
-                box = box_of(self.config.image, *size, crops[row])
-                jpeg = self.dataset.jpeg(shard, record)
-                try:
-                    decode_into(pixels[row], jpeg, size, box)
-                except ValueError as error:
-                    raise self.dataset.undecodable(shard, record, error) from error
-
-        starts = range(0, len(places), _DECODE_CHUNK)
-        return pixels, [decoders.submit(fill, first) for first in starts]
 
 
 def caption_choice(

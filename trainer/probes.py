@@ -230,7 +230,8 @@ def make_inputs(
 ) -> tuple[MlimInputs, Masks]:
     """A micro-batch of given pixels and texts with evaluation masks of one mode."""
     n_image = (config.image.size // config.model.patch_size) ** 2
-    stream, token_ids = pack(texts, n_image)
+    lengths = np.array([len(text) for text in texts])
+    stream, token_ids = pack(lengths, np.concatenate(texts), n_image)
     masks = mam(
         config.mask,
         seed=seed,

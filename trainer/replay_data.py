@@ -140,18 +140,19 @@ def replay(
     words = masked_squares = place = 0
     pairs: list[Pair] = []
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
-        for places, batch, counts in loader.micros(step - 1, decoders):
-            ordered = wanted.rows(slice(place, place + len(places)))
-            made = Made.of(loader, tokenizer, ordered, places, batch)
-            parts.append(counts)
+        for part in loader.micros(step - 1, decoders):
+            batch = part.batch
+            ordered = wanted.rows(slice(place, place + len(part.places)))
+            made = Made.of(loader, tokenizer, ordered, part.places, batch)
+            parts.append(part.counts)
             modes.update(map(Mode, made.masks.mode.tolist()))
             words += int(batch.stream.n_words.sum())
             masked_squares += int(made.masks.image.sum())
-            for row in range(len(places)):
+            for row in range(len(part.places)):
                 shown = int(ordered.lanes[row]) in lanes
                 if shown and (limit is None or len(pairs) < limit):
                     pairs.append(made.pair(row, pictures=pictures))
-            place += len(places)
+            place += len(part.places)
     metrics = read_metrics(run)
     total = sum_counts(parts)
     return ReplayedStep(
@@ -318,7 +319,7 @@ def _digest_covering(
         state=state,
     )
     with ThreadPoolExecutor(config.threads, "decode") as decoders:
-        counts = [part for _, _, part in other.micros(step - 1, decoders)]
+        counts = [part.counts for part in other.micros(step - 1, decoders)]
     return sum_counts(counts).digest_text
 
 

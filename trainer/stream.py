@@ -14,7 +14,6 @@ N segments, pairs first, S longest segment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -134,11 +133,13 @@ def lay_out(text_lengths: np.ndarray, n_image: int) -> Stream:
     )
 
 
-def pack(texts: Sequence[np.ndarray], n_image: int) -> tuple[Stream, Tensor]:
-    """Stream of pairs with these texts, and their ids in it (K,), 0 where padding."""
-    stream = lay_out(np.array([len(text) for text in texts]), n_image)
+def pack(lengths: np.ndarray, ids: np.ndarray, n_image: int) -> tuple[Stream, Tensor]:
+    """Stream of pairs with texts of these lengths (B,), their `ids` end to end, and the
+    ids in the stream (K,), 0 where padding.
+    """
+    stream = lay_out(lengths, n_image)
     token_ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
-    token_ids[: stream.text_used] = torch.from_numpy(np.concatenate(texts))
+    token_ids[: stream.text_used] = torch.from_numpy(ids)
     return stream, token_ids
 
 

@@ -1,0 +1,252 @@
+"""From places to pixels and tokens of a batch: reads, checks and decodes in threads.
+
+Owns the fast way through a batch: one read a sample into memory that is used again,
+JPEGs decoded straight into the batch, tokens of all samples in one array. Does not own
+what the bytes are checked against or what is called damaged (`trainer.folder`: a sample
+that fails here is read again there, which says why), crops (`trainer.geometry`), which
+caption a pair shows (`trainer.loader`) or the stream (`trainer.stream`).
+
+Fresh memory costs as much as decoding does, so nothing of an image's size is made for a
+sample. Shapes: B pairs, S side of the images in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+import numpy as np
+
+from pipeline.manifest import token_ids
+from trainer.dataset import Dataset
+from trainer.geometry import box_of, decode_into
+from trainer.options import ImageConfig
+
+_CHUNK = 16
+# Members of a sample lie side by side; with more between them two reads are cheaper.
+_GAP = 1 << 16
+_FIELDS = (
+    "ids_offset",
+    "ids_size",
+    "ids_crc32c",
+    "jpg_offset",
+    "jpg_size",
+    "jpg_crc32c",
+    "width",
+    "height",
+    "n_tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Token ids of all captions of B samples, end to end."""
+
+    ids: np.ndarray
+    """(N,) ids, each caption ended by the separator."""
+    starts: np.ndarray
+    """(B,) where each sample's begin."""
+    ends: np.ndarray
+    """(C,) place of every separator."""
+    first_end: np.ndarray
+    """(B,) which of `ends` is the first of each sample."""
+
+
+class Reading:
+    """A batch that threads are reading.
+
+    Args:
+        pixels: (B, S, S, 3) uint8, to be filled.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        places: np.ndarray,
+        records: np.ndarray,
+        *,
+        image: ImageConfig,
+        crops: np.ndarray,
+        pixels: np.ndarray,
+        decoders: ThreadPoolExecutor,
+    ) -> None:
+        self._dataset, self._places, self._records = dataset, places, records
+        self._image, self._crops, self._pixels = image, crops, pixels
+        self._columns = [records[name].tolist() for name in _FIELDS]
+        self._shards = places[:, 0].tolist()
+        self._n_tokens = records["n_tokens"].astype(np.int64)
+        self._starts = np.cumsum(self._n_tokens) - self._n_tokens
+        dtype = dataset.tokenizer.dtype
+        self._ids = np.zeros(int(self._n_tokens.sum()), dtype=dtype)
+        self._chunks: Sequence[Future[tuple[float, float]]] = [
+            decoders.submit(self._fill, first)
+            for first in range(0, len(places), _CHUNK)
+        ]
+
+    def finish(self) -> tuple[Texts, float, float]:
+        """The texts, once pixels and texts are there; thread seconds spent on reading
+        and on decoding.
+
+        Raises:
+            DamagedError: a sample is damaged.
+            OSError: storage failed.
+        """
+        # The batch's memory must be at rest before anybody fills it again.
+        wait(self._chunks)
+        spent = [chunk.result() for chunk in self._chunks]
+        texts = self._texts()
+        return texts, sum(read for read, _ in spent), sum(done for _, done in spent)
+
+    def _fill(self, first: int) -> tuple[float, float]:
+        """Fill the rows of one chunk; seconds of reading and of decoding."""
+        rows = range(first, min(first + _CHUNK, len(self._shards)))
+        reading = decoding = 0.0
+        for row in rows:
+            begun = time.perf_counter()
+            jpeg = self._read(row)
+            have = time.perf_counter()
+            self._decode(row, jpeg)
+            reading += have - begun
+            decoding += time.perf_counter() - have
+        return reading, decoding
+
+    def _read(self, row: int) -> memoryview:
+        """The image's checked bytes, until this thread reads again; its sample's ids
+        are put in their place.
+        """
+        values = [column[row] for column in self._columns]
+        ids_at, ids_size, ids_crc, jpg_at, jpg_size, jpg_crc, *_, n_tokens = values
+        shard = self._shards[row]
+        try:
+            ids, jpeg = self._members(shard, ids_at, ids_size, jpg_at, jpg_size)
+            sound = len(ids) == ids_size and len(jpeg) == jpg_size
+            sound = sound and crc32c.crc32c(jpeg) == jpg_crc
+            if sound and crc32c.crc32c(ids) == ids_crc:
+                self._put_ids(row, token_ids(ids, n_tokens, self._ids.dtype))
+                return jpeg
+        except OSError:
+            pass
+        # Once more, with the care and the words of whom it is the business of.
+        record = self._records[row]
+        self._put_ids(row, np.concatenate(self._dataset.captions(shard, record)))
+        return self._dataset.jpeg(shard, record)
+
+    def _members(
+        self, shard: int, ids_at: int, ids_size: int, jpg_at: int, jpg_size: int
+    ) -> tuple[memoryview, memoryview]:
+        """Bytes of both members, in this thread's memory; short where a file ends."""
+        dataset = self._dataset
+        tar, ids_file = dataset.files(shard)
+        gap = jpg_at - (ids_at + ids_size)
+        if ids_file is None and 0 <= gap <= _GAP:
+            size = jpg_at + jpg_size - ids_at
+            both = _read_into(_memory(size), tar.fileno(), ids_at)
+            return both[:ids_size], both[jpg_at - ids_at :]
+        memory = _memory(ids_size + jpg_size)
+        ids = _read_into(memory[:ids_size], (ids_file or tar).fileno(), ids_at)
+        return ids, _read_into(memory[ids_size:], tar.fileno(), jpg_at)
+
+    def _put_ids(self, row: int, ids: np.ndarray) -> None:
+        start = int(self._starts[row])
+        self._ids[start : start + len(ids)] = ids
+
+    def _decode(self, row: int, jpeg: memoryview) -> None:
+        width, height = self._columns[6][row], self._columns[7][row]
+        size = width, height
+        shard = self._shards[row]
+        box = box_of(self._image, *size, self._crops[row])
+        try:
+            decode_into(
+                self._pixels[row],
+                jpeg,
+                size,
+                box,
+                upright=not self._dataset.indexed(shard),
+            )
+        except ValueError as error:
+            record = self._records[row]
+            raise self._dataset.undecodable(shard, record, error) from error
+
+    def _texts(self) -> Texts:
+        sep = self._dataset.tokenizer.special_ids["sep"]
+        ends = np.flatnonzero(self._ids == sep)
+        first_end = np.searchsorted(ends, self._starts)
+        found = np.diff(np.append(first_end, len(ends)))
+        for row in np.flatnonzero(found != self._records["n_captions"]).tolist():
+            # Says what is wrong with them.
+            self._dataset.captions(self._shards[row], self._records[row])
+        return Texts(ids=self._ids, starts=self._starts, ends=ends, first_end=first_end)
+
+
+_local = threading.local()
+
+
+def _memory(size: int) -> memoryview:
+    """`size` bytes that belong to this thread until it asks again."""
+    buffer: Any = getattr(_local, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _local.buffer = bytearray(2 * size)
+    return memoryview(buffer)[:size]
+
+
+def _read_into(memory: memoryview, descriptor: int, offset: int) -> memoryview:
+    """As much of `memory` as the file has from `offset` on."""
+    have = os.preadv(descriptor, [memory], offset)
+    while 0 < have < len(memory):
+        more = os.preadv(descriptor, [memory[have:]], offset + have)
+        if not more:
+            break
+        have += more
+    return memory[:have]
+
+
+def chosen_texts(
+    texts: Texts, choice: np.ndarray, *, cls: int, sep: int, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """[CLS] words [SEP] of one caption of each sample, cut to `max_tokens`.
+
+    Args:
+        choice: (B,) which caption.
+
+    Returns:
+        ids (K,) int64 of all pairs end to end, their lengths (B,), captions cut.
+    """
+    end = texts.ends[texts.first_end + choice]
+    before = texts.ends[np.maximum(texts.first_end + choice - 1, 0)] + 1
+    start = np.where(choice == 0, texts.starts, before)
+    words = end - start
+    kept = np.minimum(words, max_tokens - 2)
+    lengths = kept + 2
+    begins = np.cumsum(lengths) - lengths
+    source = np.arange(int(lengths.sum())) + np.repeat(start - begins - 1, lengths)
+    ids = texts.ids[np.clip(source, 0, len(texts.ids) - 1)].astype(np.int64)
+    ids[begins], ids[begins + lengths - 1] = cls, sep
+    return ids, lengths, int((words > kept).sum())
+
+
+class Slots:
+    """Pixel buffers that are used again: one for each step that is under way.
+
+    Args:
+        count: steps under way at once.
+        shape: (B, S, S, 3) of a rank's share of a step.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        import torch
+
+        pinned = torch.cuda.is_available()
+        self._slots = [
+            torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(count)
+        ]
+
+    def of(self, step: int) -> Any:
+        """The buffer of a step, a tensor: that of `count` steps before."""
+        return self._slots[step % len(self._slots)]
