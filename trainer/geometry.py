@@ -1,9 +1,12 @@
 """Which box of an image the model sees, and its pixels.
 
-Boxes are a pure function of (seed, epoch, uid); decoding happens at a fraction of the
-size in the DCT domain where the box is much larger than the target. Shards that the
-pipeline wrote hold upright RGB JPEGs, which take the fast way; tars that it only
-indexed hold whatever was in them.
+Boxes and flips are a pure function of (seed, epoch, uid); decoding happens at a
+fraction of the size in the DCT domain where the box is much larger than the target.
+Shards that the pipeline wrote hold upright RGB JPEGs, which take the fast way; tars
+that it only indexed hold whatever was in them.
+
+The filter is bicubic (Catmull-Rom), widened by the factor, in integer arithmetic: the
+same pixels with any SIMD instructions or none.
 """
 
 from __future__ import annotations
@@ -11,10 +14,20 @@ from __future__ import annotations
 import io
 import math
 import struct
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
+from cykooz_resizer import (
+    CropBox,
+    FilterType,
+    ImageData,
+    PixelType,
+    ResizeAlg,
+    ResizeOptions,
+    Resizer,
+)
 from PIL import ExifTags, Image, ImageOps
 
 from trainer.options import ImageConfig
@@ -52,32 +65,46 @@ def box_of(config: ImageConfig, width: int, height: int, words: np.ndarray) -> B
     return Box(left, top, left + max(box_width, 1), top + max(box_height, 1))
 
 
+def flipped(words: np.ndarray) -> np.ndarray:
+    """Which images (B,) are mirrored left to right, for their flip draws (B,)."""
+    return words >> 31 == 1
+
+
 def decode_into(
     out: np.ndarray,
     data: memoryview,
     size: tuple[int, int],
     box: Box,
     *,
+    flip: bool = False,
     upright: bool = False,
 ) -> None:
     """Decode an image that shows `size` (width, height), and write its `box` to `out`
-    (S, S, 3). EXIF orientation is applied, alpha lies on white. An image that is known
-    to be an `upright` JPEG is not looked through for its orientation.
+    (S, S, 3), mirrored left to right with `flip`. EXIF orientation is applied, alpha
+    lies on white. An image that is known to be an `upright` JPEG is not looked through
+    for its orientation.
 
     Raises:
         ValueError: not an image that decodes to `size`.
     """
-    if upright or _is_upright_jpeg(data):
-        try:
-            _decode_jpeg_into(out, data, size, box)
-            return
-        except ValueError:
-            # Inks instead of colours, or damage that a strict decoder refuses.
-            pass
-    image = _decoded(data, size)
-    if image.size != size:
-        raise ValueError(f"decodes to {image.size}, not {size}")
-    _resize_into(out, image, box)
+    if not ((upright or _is_upright_jpeg(data)) and _fast(out, data, size, box)):
+        image = _decoded(data, size)
+        if image.size != size:
+            raise ValueError(f"decodes to {image.size}, not {size}")
+        _resize_into(out, np.asarray(image), box)
+    if flip:
+        out[:] = out[:, ::-1].copy()
+
+
+def _fast(out: np.ndarray, jpeg: memoryview, size: tuple[int, int], box: Box) -> bool:
+    """`decode_into` for most JPEGs; False for one with inks instead of colours, or
+    damage that a strict decoder refuses.
+    """
+    try:
+        _decode_jpeg_into(out, jpeg, size, box)
+    except ValueError:
+        return False
+    return True
 
 
 def _decode_jpeg_into(
@@ -96,6 +123,7 @@ def _decode_jpeg_into(
         raise ValueError(f"claims {claimed}, not {size}")
     pixels = simplejpeg.decode_jpeg(
         jpeg,
+        buffer=_memory(width * height * 3),
         min_width=math.ceil(side * width / (box.right - box.left)),
         min_height=math.ceil(side * height / (box.bottom - box.top)),
     )
@@ -106,13 +134,40 @@ def _decode_jpeg_into(
         min(box.right * scale_x, pixels.shape[1]),
         min(box.bottom * scale_y, pixels.shape[0]),
     )
-    _resize_into(out, Image.fromarray(pixels), scaled)
+    _resize_into(out, pixels, scaled)
 
 
-def _resize_into(out: np.ndarray, image: Image.Image, box: Box) -> None:
-    side = out.shape[0]
-    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-    out[:] = np.asarray(resized)
+def _resize_into(out: np.ndarray, pixels: np.ndarray, box: Box) -> None:
+    """Resample the `box` of `pixels` (H, W, 3) to `out` (S, S, 3)."""
+    side, (height, width, _) = out.shape[0], pixels.shape
+    if box == (0, 0, width, height) == (0, 0, side, side):
+        out[:] = pixels
+        return
+    source = ImageData(width, height, PixelType.U8x3, pixels.tobytes())
+    result = ImageData(side, side, PixelType.U8x3)
+    crop = CropBox(box.left, box.top, box.right - box.left, box.bottom - box.top)
+    options = ResizeOptions(_ALGORITHM, use_alpha=False, crop_box=crop)
+    _kept.resizer.resize(source, result, options)
+    out[:] = np.frombuffer(result.get_buffer(), np.uint8).reshape(out.shape)
+
+
+class _Kept(threading.local):
+    """What each thread keeps between images."""
+
+    def __init__(self) -> None:
+        self.resizer = Resizer()
+        self.memory = bytearray()
+
+
+_ALGORITHM = ResizeAlg.convolution(FilterType.catmull_rom)
+_kept = _Kept()
+
+
+def _memory(size: int) -> bytearray:
+    """At least `size` bytes that belong to this thread until it asks again."""
+    if len(_kept.memory) < size:
+        _kept.memory = bytearray(size)
+    return _kept.memory
 
 
 def _is_upright_jpeg(data: memoryview) -> bool:

@@ -23,8 +23,9 @@ from trainer.contract import micro_batch_size
 from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.folder import DamagedError
-from trainer.masking import Masks, mam
-from trainer.models.mlim import masked_words, recon_pixels
+from trainer.geometry import flipped
+from trainer.masking import MaskCounts, Masks, mam, mam_counts
+from trainer.models.mlim import recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
@@ -35,6 +36,7 @@ from trainer.stream import Stream, capacity, pack
 
 STEPS_AHEAD = 2
 _WORDS_GRAIN = 16
+_FLIPS = 2
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
 
 
@@ -133,6 +135,8 @@ class Samples:
     """(B,) which of its captions each shows."""
     crops: np.ndarray
     """(B, 4) words of each one's crop."""
+    flips: np.ndarray
+    """(B,) words of each one's flip."""
     cut: int
     """Captions that were cut."""
     read_s: float
@@ -208,18 +212,30 @@ class Loader:
         share = len(self.lanes) * self.order.per_lane
         slots = Slots(STEPS_AHEAD + 2, (share, side, side, 3))
         with (
-            ThreadPoolExecutor(1, "assemble") as assembler,
+            # Two: decoders have work of the next step while one is finished.
+            ThreadPoolExecutor(2, "assemble") as assemblers,
             ThreadPoolExecutor(self.config.threads, "decode") as decoders,
         ):
-            ahead: deque[Future[StepBatch]] = deque()
+
+            def load(step: int) -> tuple[int, StepBatch]:
+                known = len(self.quarantine)
+                return known, self.load(step, decoders, slots.of(step))
+
+            def settled(future: Future[tuple[int, StepBatch]]) -> StepBatch:
+                known, batch = future.result()
+                if known == len(self.quarantine):
+                    return batch
+                # Made before damage was known that an earlier step has found.
+                return self.load(batch.step, decoders, slots.of(batch.step))
+
+            ahead: deque[Future[tuple[int, StepBatch]]] = deque()
             try:
                 for step in range(start, stop):
-                    pixels = slots.of(step)
-                    ahead.append(assembler.submit(self.load, step, decoders, pixels))
+                    ahead.append(assemblers.submit(load, step))
                     if len(ahead) > STEPS_AHEAD:
-                        yield ahead.popleft().result()
+                        yield settled(ahead.popleft())
                 while ahead:
-                    yield ahead.popleft().result()
+                    yield settled(ahead.popleft())
             finally:
                 for future in ahead:
                     future.cancel()
@@ -323,15 +339,19 @@ class Loader:
             DamagedError: a sample is damaged.
             OSError: storage failed.
         """
+        config = self.config
         read = self.read(places, epochs, decoders, pixels)
         stream, token_ids = pack(read.lengths, read.ids, self.n_image)
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
         uids, epoch_of = torch.from_numpy(read.uids), torch.from_numpy(epochs)
-        masks = self.masks(uids, stream, epoch_of, text_capacity)
-        n_words = int(masked_words(stream, masks).sum())
+        masked = self._mask_counts(uids, stream, epoch_of, text_capacity)
+        n_words = int(masked.text.sum())
         digest = sample_digest(read.uids, read.captions, read.crops)
-        if self.config.digest == "full":
+        if config.image.flip:
+            digest = _wrap(digest + flip_digest(read.uids, read.flips))
+        if config.digest == "full":
+            masks = self.masks(uids, stream, epoch_of, text_capacity)
             digest = _wrap(digest + mask_digest(read.uids, masks))
         batch = MicroBatch(
             stream=stream,
@@ -342,13 +362,15 @@ class Loader:
             captions=read.captions,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
-            n_recon_images=capacity(int(masks.image.any(1).sum())),
+            n_recon_images=capacity(int((masked.image > 0).sum())),
         )
         counts = Counts(
             pairs=len(places),
             masked_words=n_words,
-            recon_pixels=int(recon_pixels(masks, self.config.model).sum()),
-            tokens=stream.text_used + masks.image.numel(),
+            recon_pixels=int(
+                recon_pixels(masked.image, self.n_image, config.model).sum()
+            ),
+            tokens=stream.text_used + len(places) * self.n_image,
             rows=len(stream.source),
             cut_captions=read.cut,
             replaced=0,
@@ -374,7 +396,7 @@ class Loader:
         config = self.config
         records = self.dataset.records(places)
         uids = signed_uids(records["uid"])
-        crops = self.crop_draws(uids, epochs)
+        crops, flips = self.crop_draws(uids, epochs), self.flip_draws(uids, epochs)
         side = config.image.size
         if pixels is None:
             pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
@@ -384,6 +406,7 @@ class Loader:
             records,
             image=config.image,
             crops=crops,
+            flips=flipped(flips),
             pixels=pixels.numpy(),
             decoders=decoders,
         )
@@ -404,6 +427,7 @@ class Loader:
             uids=uids,
             captions=captions,
             crops=crops,
+            flips=flips,
             cut=cut,
             read_s=read_s,
             decode_s=decode_s,
@@ -423,6 +447,20 @@ class Loader:
             n_image=self.n_image,
         )
 
+    def _mask_counts(
+        self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
+    ) -> MaskCounts:
+        """How much `masks` will mask of each pair."""
+        return mam_counts(
+            self.config.mask,
+            seed=self.config.seed,
+            epoch=epochs,
+            uids=uids,
+            n_text=stream.n_words,
+            text_capacity=text_capacity,
+            n_image=self.n_image,
+        )
+
     def crop_draws(self, uids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
         if self.config.image.geometry != "random_resized_crop":
@@ -431,6 +469,14 @@ class Loader:
             seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=0
         )
         return np.stack(words, axis=1)
+
+    def flip_draws(self, uids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """(B,) word of each sample's flip, zero where none is asked for."""
+        if not self.config.image.flip:
+            return np.zeros(len(uids), dtype=np.int64)
+        return draw(
+            seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=1
+        )[0]
 
 
 def caption_choice(
@@ -459,6 +505,12 @@ def sample_digest(uids: np.ndarray, caption: np.ndarray, crops: np.ndarray) -> i
     mixed = _hash(uids, caption, crops[:, 0] ^ (crops[:, 1] >> 1))
     mixed = mixed + _hash(uids, crops[:, 2], crops[:, 3]) * 3
     return _wrap(int(mixed.sum()))
+
+
+def flip_digest(uids: np.ndarray, flips: np.ndarray) -> int:
+    """Order-free digest of every sample's flip draw."""
+    kind = np.full(len(uids), _FLIPS)
+    return _wrap(int(_hash(uids, flips, kind).sum()))
 
 
 def mask_digest(uids: np.ndarray, masks: Masks) -> int:

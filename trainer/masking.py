@@ -86,6 +86,62 @@ class Masks:
     image: Tensor
     """(B, P) bool."""
 
+    @property
+    def counts(self) -> MaskCounts:
+        """How many positions of each pair are masked."""
+        return MaskCounts(text=self.text.sum(1), image=self.image.sum(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCounts:
+    """How many positions of B pairs are masked."""
+
+    text: Tensor
+    """(B,) int64."""
+    image: Tensor
+    """(B,) int64."""
+
+
+def mam_counts(
+    config: MaskConfig,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    uids: Tensor,
+    n_text: Tensor,
+    text_capacity: int,
+    n_image: int,
+) -> MaskCounts:
+    """What the masks of `mam` with the same arguments count, without drawing a position
+    where counts are exact.
+    """
+    if config.count == "exact":
+        modes = drawn_modes(config, seed=seed, epoch=epoch, uids=uids)
+        n_images = torch.zeros_like(uids) + n_image
+        return MaskCounts(
+            text=_wanted(n_text, _per_mode(config.text_rates, modes)),
+            image=_wanted(n_images, _per_mode(config.image_rates, modes)),
+        )
+    masks = mam(
+        config,
+        seed=seed,
+        epoch=epoch,
+        uids=uids,
+        n_text=n_text,
+        text_capacity=text_capacity,
+        n_image=n_image,
+    )
+    return masks.counts
+
+
+def drawn_modes(
+    config: MaskConfig, *, seed: int, epoch: int | Tensor, uids: Tensor
+) -> Tensor:
+    """Mode (B,) that each pair draws."""
+    zero = torch.zeros_like(uids)
+    word = draw(seed=seed, use=Use.MODE, epoch=epoch, uid=uids, index=zero)[0]
+    return _choose(word, config.mode_probabilities)
+
 
 def mam(
     config: MaskConfig,
@@ -110,8 +166,7 @@ def mam(
     """
     zero = torch.zeros_like(uids)
     if mode is None:
-        word = draw(seed=seed, use=Use.MODE, epoch=epoch, uid=uids, index=zero)[0]
-        modes = _choose(word, config.mode_probabilities)
+        modes = drawn_modes(config, seed=seed, epoch=epoch, uids=uids)
     else:
         modes = zero + int(mode)
     n_images = zero + n_image
@@ -153,12 +208,20 @@ def _mask(
     valid = index < n_valid[:, None]
     if config.count == "bernoulli":
         return valid & (word * _UNIT < millionths[:, None] << 32)
-    wanted = (2 * n_valid * millionths + _UNIT) // (2 * _UNIT)
-    wanted = torch.where((millionths > 0) & (n_valid > 0), wanted.clamp(min=1), wanted)
+    wanted = _wanted(n_valid, millionths)[:, None]
     # The position breaks ties, so the smallest `wanted` keys are the same everywhere.
     key = torch.where(valid, (word << 16) | index, torch.iinfo(torch.int64).max)
-    rank = key.argsort(dim=1, stable=True).argsort(dim=1)
-    return valid & (rank < wanted[:, None])
+    largest = key.sort(dim=1).values.gather(1, (wanted - 1).clamp(min=0))
+    return valid & (wanted > 0) & (key <= largest)
+
+
+def _wanted(n_valid: Tensor, millionths: Tensor) -> Tensor:
+    """Positions (B,) to mask of `n_valid`: rate x positions, rounded half up, at least
+    1 where the rate is above 0.
+    """
+    wanted = (2 * n_valid * millionths + _UNIT) // (2 * _UNIT)
+    some = (millionths > 0) & (n_valid > 0)
+    return torch.where(some, wanted.clamp(min=1), wanted)
 
 
 def _choose(word: Tensor, probabilities: tuple[float, ...]) -> Tensor:

@@ -46,6 +46,9 @@ class ImageConfig:
     """Side in pixels of the square that the model sees."""
     geometry: Literal["center_crop", "resize", "random_resized_crop"] = "center_crop"
     """Centre square; the whole image squeezed; or a random box drawn by Philox."""
+    flip: bool = False
+    """Mirror half of the images, drawn by Philox. Captions say left and right, so only
+    where yours do not."""
     min_scale: float = 0.5
     """Smallest share of the image area that a random resized crop keeps."""
 

@@ -9,6 +9,7 @@ world sizes (`trainer.contract`).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Began:
 
 
 class SampleOrder:
-    """Places of all samples of a run.
+    """Places of all samples of a run, for several threads at once.
 
     Args:
         sources: what to draw from; one, or a mixture by their weights.
@@ -129,6 +130,7 @@ class SampleOrder:
         self._decided = [0] * len(self.sources)
         self._built: OrderedDict[tuple[int, int], EpochLanes] = OrderedDict()
         self._lanes_asked = 1
+        self._lock = threading.RLock()
 
     def epoch_of(self, step: int) -> int:
         """Epoch that a step belongs to; of a mixture, that of the source which has had
@@ -162,11 +164,12 @@ class SampleOrder:
                 f"step {step} was before step {self.began.step}, at which the run was "
                 "told to go on with other data: only later ones can be worked out"
             )
-        self._lanes_asked = max(self._lanes_asked, len(lanes))
         first = (step - self.began.step) * self.per_lane
-        if self.mixture is None:
-            return self._of_one(first, lanes)
-        return self._of_mixture(self.mixture, first, lanes)
+        with self._lock:
+            self._lanes_asked = max(self._lanes_asked, len(lanes))
+            if self.mixture is None:
+                return self._of_one(first, lanes)
+            return self._of_mixture(self.mixture, first, lanes)
 
     def following(self, drawn: Drawn, row: int) -> Iterator[np.ndarray]:
         """Places (2,) of the samples after a drawn one in its lane and epoch,
@@ -174,18 +177,28 @@ class SampleOrder:
         """
         source, epoch = int(drawn.sources[row]), int(drawn.epochs[row])
         lane, position = int(drawn.lanes[row]), int(drawn.positions[row])
-        built = self.lanes_of(source, epoch)
+        with self._lock:
+            built = self.lanes_of(source, epoch)
         length = built.length(lane)
         shards = self.sources[source].shards
         for ahead in range(1, length):
             at = (position + ahead) % length
-            shard, sample = built.between(lane, at, at + 1)[0].tolist()
+            with self._lock:
+                shard, sample = built.between(lane, at, at + 1)[0].tolist()
             yield np.array([shards[shard], sample])
 
     def shards_ahead(self, step: int, lanes: range, *, windows: int) -> list[int]:
         """Shards that `lanes` need from a step on, the first needed first: those of the
         windows that they are in, and of the next, `windows` of each source in all.
         """
+        with self._lock:
+            rounds = self._rounds_ahead(step, lanes, windows)
+        longest = max(map(len, rounds))
+        in_turn = (one[at] for at in range(longest) for one in rounds if at < len(one))
+        return list(dict.fromkeys(in_turn))
+
+    def _rounds_ahead(self, step: int, lanes: range, windows: int) -> list[list[int]]:
+        """`shards_ahead` of every source and lane."""
         turns = self._turns_begun(step)
         rounds: list[list[int]] = []
         for number, table in enumerate(self.epochs):
@@ -202,9 +215,7 @@ class SampleOrder:
                 ]
             shards = self.sources[number].shards
             rounds += [shards[found].tolist() for found in ahead]
-        longest = max(map(len, rounds))
-        in_turn = (one[at] for at in range(longest) for one in rounds if at < len(one))
-        return list(dict.fromkeys(in_turn))
+        return rounds
 
     @property
     def undecided(self) -> int:

@@ -278,7 +278,8 @@ def _pair_losses(
         else:
             image, error = model.score_images(hidden_td, inputs, masks)
             loss.index_add_(0, image, error)
-            count = recon_pixels(masks, model.config)
+            masked = masks.counts.image
+            count = recon_pixels(masked, masks.image.shape[1], model.config)
     return loss.cpu().numpy().astype(np.float64), count.cpu().numpy()
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import crc32c
 import numpy as np
@@ -62,6 +62,8 @@ class Reading:
     """A batch that threads are reading.
 
     Args:
+        crops: (B, 4) crop draws.
+        flips: (B,) bool, images to mirror.
         pixels: (B, S, S, 3) uint8, to be filled.
     """
 
@@ -73,13 +75,17 @@ class Reading:
         *,
         image: ImageConfig,
         crops: np.ndarray,
+        flips: np.ndarray,
         pixels: np.ndarray,
         decoders: ThreadPoolExecutor,
     ) -> None:
         self._dataset, self._places, self._records = dataset, places, records
-        self._image, self._crops, self._pixels = image, crops, pixels
-        self._columns = [records[name].tolist() for name in _FIELDS]
+        self._image, self._pixels = image, pixels
+        self._crops, self._flips = crops, flips.tolist()
+        columns = (records[name].tolist() for name in _FIELDS)
+        self._rows = list(zip(*columns, strict=True))
         self._shards = places[:, 0].tolist()
+        self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
         self._n_tokens = records["n_tokens"].astype(np.int64)
         self._starts = np.cumsum(self._n_tokens) - self._n_tokens
         dtype = dataset.tokenizer.dtype
@@ -120,53 +126,41 @@ class Reading:
         """The image's checked bytes, until this thread reads again; its sample's ids
         are put in their place.
         """
-        values = [column[row] for column in self._columns]
-        ids_at, ids_size, ids_crc, jpg_at, jpg_size, jpg_crc, *_, n_tokens = values
+        fields = self._rows[row]
+        ids_at, ids_size, ids_crc, jpg_at, jpg_size, jpg_crc, _, _, n_tokens = fields
         shard = self._shards[row]
-        try:
-            ids, jpeg = self._members(shard, ids_at, ids_size, jpg_at, jpg_size)
+        files = self._files[shard]
+        if files is not None:
+            try:
+                ids, jpeg = _members(files, ids_at, ids_size, jpg_at, jpg_size)
+            except OSError:
+                ids = jpeg = memoryview(b"")
             sound = len(ids) == ids_size and len(jpeg) == jpg_size
             sound = sound and crc32c.crc32c(jpeg) == jpg_crc
             if sound and crc32c.crc32c(ids) == ids_crc:
                 self._put_ids(row, token_ids(ids, n_tokens, self._ids.dtype))
                 return jpeg
-        except OSError:
-            pass
         # Once more, with the care and the words of whom it is the business of.
         record = self._records[row]
         self._put_ids(row, np.concatenate(self._dataset.captions(shard, record)))
         return self._dataset.jpeg(shard, record)
-
-    def _members(
-        self, shard: int, ids_at: int, ids_size: int, jpg_at: int, jpg_size: int
-    ) -> tuple[memoryview, memoryview]:
-        """Bytes of both members, in this thread's memory; short where a file ends."""
-        dataset = self._dataset
-        tar, ids_file = dataset.files(shard)
-        gap = jpg_at - (ids_at + ids_size)
-        if ids_file is None and 0 <= gap <= _GAP:
-            size = jpg_at + jpg_size - ids_at
-            both = _read_into(_memory(size), tar.fileno(), ids_at)
-            return both[:ids_size], both[jpg_at - ids_at :]
-        memory = _memory(ids_size + jpg_size)
-        ids = _read_into(memory[:ids_size], (ids_file or tar).fileno(), ids_at)
-        return ids, _read_into(memory[ids_size:], tar.fileno(), jpg_at)
 
     def _put_ids(self, row: int, ids: np.ndarray) -> None:
         start = int(self._starts[row])
         self._ids[start : start + len(ids)] = ids
 
     def _decode(self, row: int, jpeg: memoryview) -> None:
-        width, height = self._columns[6][row], self._columns[7][row]
+        *_, width, height, _ = self._rows[row]
         size = width, height
         shard = self._shards[row]
-        box = box_of(self._image, *size, self._crops[row])
+        box = box_of(self._image, width, height, self._crops[row])
         try:
             decode_into(
                 self._pixels[row],
                 jpeg,
                 size,
                 box,
+                flip=self._flips[row],
                 upright=not self._dataset.indexed(shard),
             )
         except ValueError as error:
@@ -182,6 +176,32 @@ class Reading:
             # Says what is wrong with them.
             self._dataset.captions(self._shards[row], self._records[row])
         return Texts(ids=self._ids, starts=self._starts, ends=ends, first_end=first_end)
+
+
+_Files = tuple[BinaryIO, BinaryIO | None]
+
+
+def _opened(dataset: Dataset, shard: int) -> _Files | None:
+    """A shard's files; None for one that is to be read with more care."""
+    try:
+        return dataset.files(shard)
+    except OSError:
+        return None
+
+
+def _members(
+    files: _Files, ids_at: int, ids_size: int, jpg_at: int, jpg_size: int
+) -> tuple[memoryview, memoryview]:
+    """Bytes of both members, in this thread's memory; short where a file ends."""
+    tar, ids_file = files
+    gap = jpg_at - (ids_at + ids_size)
+    if ids_file is None and 0 <= gap <= _GAP:
+        size = jpg_at + jpg_size - ids_at
+        both = _read_into(_memory(size), tar.fileno(), ids_at)
+        return both[:ids_size], both[jpg_at - ids_at :]
+    memory = _memory(ids_size + jpg_size)
+    ids = _read_into(memory[:ids_size], (ids_file or tar).fileno(), ids_at)
+    return ids, _read_into(memory[ids_size:], tar.fileno(), jpg_at)
 
 
 _local = threading.local()

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from trainer.dataset import Dataset
 from trainer.figures import pixel_mask
 from trainer.folder import DamagedError
-from trainer.geometry import Box, box_of
+from trainer.geometry import Box, box_of, flipped
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
 from trainer.order import Drawn
@@ -52,6 +52,8 @@ class Pair:
     """Width and height of the stored image."""
     box: Box
     """Part of it that the model is shown, in its pixels."""
+    flip: bool
+    """The model is shown it mirrored."""
     mode: Mode
     squares: Sequence[bool]
     """Which image positions are masked, row by row."""
@@ -133,6 +135,7 @@ class Made:
             cut=len(stored[chosen]) - 1 - n_words,
             size=size,
             box=box_of(config.image, *size, crop),
+            flip=bool(flipped(self.loader.flip_draws(uids, epochs))[0]),
             mode=Mode(int(self.masks.mode[row])),
             squares=self.masks.image[row].tolist(),
             hidden=pixel_mask(self.masks, row, config),
@@ -168,6 +171,7 @@ def pair_as_json(pair: Pair) -> dict[str, Any]:
         "cut_tokens": pair.cut,
         "size": list(pair.size),
         "box": list(pair.box),
+        "flip": pair.flip,
         "mode": mode_name(pair.mode),
         "words": pair.words,
         "masked_tokens": np.flatnonzero(pair.masked).tolist(),

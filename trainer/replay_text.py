@@ -106,6 +106,7 @@ def crop(found: ReplayedStep, pair: Pair) -> str:
         f"{image.geometry} of {width}x{height}: {box.left:g},{box.top:g} to "
         f"{box.right:g},{box.bottom:g} ({box.right - box.left:g}x"
         f"{box.bottom - box.top:g}) -> {image.size}x{image.size}"
+        f"{', mirrored' if pair.flip else ''}"
     )
 
 

@@ -152,14 +152,15 @@ def test_whole_region_scores_every_pixel_of_images_with_a_mask() -> None:
         true = inputs.pixels[pair].permute(2, 0, 1).float() / 255
         expected += float((restored - true).square().sum().detach())
     assert float(model(inputs, masks).recon_sum) == pytest.approx(expected, rel=1e-5)
-    pixels = recon_pixels(masks, config)
+    pixels = recon_pixels(masks.counts.image, masks.image.shape[1], config)
     assert torch.equal(pixels, masks.image.any(1) * SIZE * SIZE)
 
 
 def test_recon_counts_the_pixels_of_masked_squares() -> None:
     _, masks = batch(LENGTHS)
     expected = masks.image.sum(1) * TINY.patch_size**2
-    assert torch.equal(recon_pixels(masks, TINY), expected)
+    found = recon_pixels(masks.counts.image, masks.image.shape[1], TINY)
+    assert torch.equal(found, expected)
 
 
 def test_masked_pixels_and_words_cannot_be_seen() -> None:

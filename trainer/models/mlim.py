@@ -281,13 +281,14 @@ def compact(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return order, chosen[order]
 
 
-def recon_pixels(masks: Masks, config: MlimConfig) -> Tensor:
-    """Pixels that RECON scores in each pair (B,): the loss is a mean over them."""
+def recon_pixels(masked: Tensor, n_image: int, config: MlimConfig) -> Tensor:
+    """Pixels that RECON scores in each pair (B,), of which `masked` (B,) of `n_image`
+    positions are masked: the loss is a mean over them.
+    """
     side = config.patch_size**2
-    masked = masks.image.sum(1)
     if config.recon_region == "masked":
         return masked * side
-    return (masked > 0) * masks.image.shape[1] * side
+    return (masked > 0) * n_image * side
 
 
 def _embedder(config: MlimConfig) -> nn.Sequential:
