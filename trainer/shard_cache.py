@@ -1,0 +1,307 @@
+"""A folder of fetched files that all processes of a node share.
+
+Owns which process fetches a file, how much lies in the folder, which file makes room
+for another, and that a process may die anywhere: there is no daemon and no state but
+files. A file is claimed by a lock of the kernel's, which ends with its process, and
+appears whole, by a rename. What a dead process left is what nobody has locked. Does not
+own the bytes (`trainer.fetch`) or which files are wanted (`trainer.storage`).
+
+    CACHE/lock                     held while room is made
+    CACHE/live/ID.lock, ID.needs   a running process, and what it will read, in order
+    CACHE/DATASET/URL              where DATASET comes from
+    CACHE/DATASET/parts/KEY        being fetched, of its full size and locked
+    CACHE/DATASET/VERSION/NAME     whole
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_PARTS, _LIVE, _URL = "parts", "live", "URL"
+# Of the disk, for others: beyond it even a cache below its bound makes room.
+_DISK_LEFT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What came of making room."""
+
+    made: bool
+    evicted: int = 0
+    """Files that went."""
+    wanted_bytes: int = 0
+    """All that running processes will read, where that is more than fits; else 0."""
+
+
+class ShardCache:
+    """The cache at `root`, for one dataset.
+
+    Args:
+        root: folder of the cache; made if need be.
+        url: of the dataset, as it may be written down.
+        most_bytes: bound on everything below `root`, other datasets included.
+
+    Raises:
+        OSError: the folder cannot be written to, or knows no locks.
+    """
+
+    def __init__(self, root: Path, url: str, *, most_bytes: int) -> None:
+        self.root = root
+        self.most_bytes = most_bytes
+        self.dataset = hashlib.sha256(url.encode()).hexdigest()[:32]
+        self._live = root / _LIVE / uuid.uuid4().hex
+        for folder in (root, root / _LIVE, root / self.dataset / _PARTS):
+            # Whoever may not read the dataset may not read it here.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        note = root / self.dataset / _URL
+        if not note.exists():
+            note.write_text(f"{url}\n")
+        self.remove_left()
+        self._live_lock = self._stay_alive()
+
+    def path(self, name: str, version: str) -> Path:
+        """Where a file of the dataset lies once it is whole. `version` is a hash of its
+        bytes, or empty where that is not known before.
+        """
+        return self.root / self.dataset / (version[:16] or "newest") / name
+
+    def opened(self, path: Path, *, since_ns: int = 0) -> int | None:
+        """Descriptor of a file that is there whole and whose fetch began at `since_ns`
+        or later; it counts as used now.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fetched = os.fstat(descriptor).st_mtime_ns
+        if fetched < since_ns:
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(PermissionError):
+            os.utime(descriptor, ns=(time.time_ns(), fetched))
+        return descriptor
+
+    def claim(self, path: Path) -> int | None:
+        """Descriptor of the locked, empty place to fetch a file into; None while
+        another thread or process has it. It must go to `keep` or to `drop`.
+        """
+        descriptor = _claim(self._part(path))
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
+        return descriptor
+
+    def keep(self, descriptor: int, path: Path, *, began_ns: int) -> None:
+        """Let a claimed place that is filled appear as `path`, and unlock it. The
+        descriptor goes on to read the file, whatever becomes of its name.
+        """
+        os.utime(descriptor, ns=(time.time_ns(), began_ns))
+        while True:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Whoever makes room removes empty folders.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._part(path), path)
+                break
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def drop(self, descriptor: int, path: Path) -> None:
+        """Give a claimed place back."""
+        self._part(path).unlink(missing_ok=True)
+        os.close(descriptor)
+
+    def make_room(self, descriptor: int, path: Path, size: int, *, must: bool) -> Room:
+        """Give the claimed place of `path` its size, with the cache within its bound.
+        Files that no running process needs go first, the longest unused before others;
+        where it `must` be, then those that are needed last.
+
+        Room may not be made although it must, while other files are being fetched.
+        """
+        with _locked(self.root / "lock"):
+            self._bury()
+            os.ftruncate(descriptor, 0)
+            found, taken = self._files()
+            needs = self.needs()
+            free = shutil.disk_usage(self.root).free - _DISK_LEFT_BYTES
+            most = min(self.most_bytes, taken + free)
+            wanted = _wanted(found, {self._below(path): (0, size), **needs}, size)
+            victims = []
+            for name in _dispensable(found, needs, needed_too=must):
+                if taken + size <= most:
+                    break
+                victims.append(name)
+                taken -= found[name].size
+            # A disk that is full of other things does not stop what must be.
+            made = taken + size <= (self.most_bytes if must else most)
+            if made:
+                for name in victims:
+                    self._evict(name)
+                os.ftruncate(descriptor, size)
+            return Room(
+                made=made,
+                evicted=len(victims) if made else 0,
+                wanted_bytes=wanted if wanted > most else 0,
+            )
+
+    def publish(self, needs: Sequence[tuple[Path, int]]) -> None:
+        """Tell all processes the files that this one will read, and their bytes or 0,
+        in this order, in place of what it told before. Not for two threads at once.
+        """
+        lines = "".join(f"{size} {self._below(path)}\n" for path, size in needs)
+        written = self._live.with_suffix(".new")
+        written.write_text(lines)
+        os.replace(written, self._live.with_suffix(".needs"))
+
+    def needs(self) -> dict[str, tuple[int, int]]:
+        """(place in the order, bytes) of all paths that running processes will read."""
+        found: dict[str, tuple[int, int]] = {}
+        for file in (self.root / _LIVE).glob("*.needs"):
+            with contextlib.suppress(FileNotFoundError):
+                for place, line in enumerate(file.read_text().splitlines()):
+                    size, _, path = line.partition(" ")
+                    before, known = found.get(path, (place, 0))
+                    found[path] = min(place, before), max(int(size), known)
+        return found
+
+    def remove_left(self) -> None:
+        """Remove what processes left that are no more."""
+        for part in self.root.glob(f"*/{_PARTS}/*"):
+            if (descriptor := _claim(part, make=False)) is not None:
+                part.unlink()
+                os.close(descriptor)
+        self._bury()
+
+    def close(self) -> None:
+        """This process needs nothing any more."""
+        _unlink_all(self._live)
+        if self._live_lock >= 0:
+            os.close(self._live_lock)
+            self._live_lock = -1
+
+    def _bury(self) -> None:
+        for lock in (self.root / _LIVE).glob("*.lock"):
+            if (descriptor := _claim(lock, make=False)) is not None:
+                _unlink_all(lock.with_suffix(""))
+                os.close(descriptor)
+
+    def _stay_alive(self) -> int:
+        while True:
+            lock = _claim(self._live.with_suffix(".lock"))
+            if lock is not None:
+                return lock
+
+    def _part(self, path: Path) -> Path:
+        name = hashlib.sha256(self._below(path).encode()).hexdigest()[:32]
+        return self.root / self.dataset / _PARTS / name
+
+    def _below(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
+
+    def _files(self) -> tuple[dict[str, _Entry], int]:
+        """Whole files by their path below the cache, and the bytes of all files."""
+        found, taken = {}, 0
+        for dataset in self.root.iterdir():
+            if dataset.name in ("lock", _LIVE):
+                continue
+            for at, _, names in os.walk(dataset):
+                for name in names:
+                    path = os.path.join(at, name)
+                    with contextlib.suppress(FileNotFoundError):
+                        status = os.stat(path)
+                        taken += status.st_size
+                        below = os.path.relpath(path, self.root)
+                        if len(Path(below).parts) > 2 and Path(at).name != _PARTS:
+                            entry = _Entry(status.st_size, status.st_atime_ns)
+                            found[below] = entry
+        return found, taken
+
+    def _evict(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+        for folder in Path(path).parents[:-2]:
+            with contextlib.suppress(OSError):
+                (self.root / folder).rmdir()
+
+
+class _Entry(NamedTuple):
+    size: int
+    used_ns: int
+
+
+def _dispensable(
+    found: Mapping[str, _Entry],
+    needs: Mapping[str, tuple[int, int]],
+    *,
+    needed_too: bool,
+) -> list[str]:
+    """Files in the order in which they may go."""
+    spare = [path for path in found if path not in needs]
+    spare.sort(key=lambda path: found[path].used_ns)
+    if not needed_too:
+        return spare
+    needed = [path for path in found if path in needs]
+    return spare + sorted(needed, key=lambda path: -needs[path][0])
+
+
+def _wanted(
+    found: Mapping[str, _Entry], needs: Mapping[str, tuple[int, int]], usual: int
+) -> int:
+    """Bytes of all needed files; those of unknown size are as large as `usual`."""
+    none = _Entry(0, 0)
+    return sum(
+        max(found.get(path, none).size, least) or usual
+        for path, (_, least) in needs.items()
+    )
+
+
+def _claim(path: Path, *, make: bool = True) -> int | None:
+    """Descriptor of the locked file at `path`, made if need be; None where another has
+    it, or it has gone meanwhile. The lock ends with the descriptor or the process.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        if make:
+            raise
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever had the lock before may have renamed or removed the file.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise OSError(
+            f"{path.parent} is on a file system without locks: give a folder on a "
+            "local disk as --storage.cache"
+        ) from error
+    os.close(descriptor)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _unlink_all(live: Path) -> None:
+    for suffix in (".new", ".needs", ".lock"):
+        live.with_suffix(suffix).unlink(missing_ok=True)

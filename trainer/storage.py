@@ -1,0 +1,281 @@
+"""Files of a dataset, on a local disk or behind any URL that fsspec knows.
+
+Owns what a dataset asks of storage: a file by name, whole and local; which are fetched
+ahead; and the words for a folder that is no dataset. Does not own how files behind a
+URL become local (`trainer.cached_files`) or what they mean (`trainer.dataset`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote
+
+from pipeline.manifest import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    Manifest,
+    load_manifest,
+    manifest_seal,
+)
+
+# manifest.json and its seal are replaced one after the other.
+_MANIFEST_READS, _MANIFEST_PAUSE_S = 5, 0.25
+# Entries of a local folder that are looked at for a tar.
+_LOOKED_AT = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Datasets behind a URL: whole shards are fetched ahead into a folder on the node,
+    once for all its ranks. Of no use for a dataset on a local disk.
+    """
+
+    cache: str | None = None
+    """Folder for fetched files, on a local disk; runs may share it. Default:
+    $XDG_CACHE_HOME/palimpsest, or ~/.cache/palimpsest."""
+    cache_bytes: int = 100 << 30
+    """Most bytes in it. It should hold what a node's lanes shuffle at once, lanes x
+    shuffle_shards shards; where it does not, shards are fetched again and again."""
+    parallel: int = 8
+    """Ranges of 8 MiB that each rank reads at once."""
+    timeout_s: float = 30.0
+    """Seconds after which a request is given up, and made again."""
+    tries: int = 10
+    """Times that a request is made before the run stops."""
+    hedge: float = 3.0
+    """A second request is sent, and the first answer taken, when one takes this many
+    times the median of the latest; 0 for never."""
+
+    def __post_init__(self) -> None:
+        for name in ("cache_bytes", "parallel", "tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"storage.{name} is {getattr(self, name)}: it must be 1 or more"
+                )
+        if not self.timeout_s > 0:
+            raise ValueError(f"storage.timeout_s is {self.timeout_s}: above 0")
+        if self.hedge != 0 and not self.hedge > 1:
+            raise ValueError(f"storage.hedge is {self.hedge}: above 1, or 0 for never")
+
+    @property
+    def folder(self) -> Path:
+        """The folder for fetched files."""
+        if self.cache:
+            return Path(self.cache).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser().absolute() / "palimpsest"
+
+
+class Wanted(NamedTuple):
+    """A file that will be read."""
+
+    name: str
+    """Path below the dataset."""
+    version: str = ""
+    """Hex sha256 of its bytes, as far as the caller knows it."""
+    size: int = 0
+    """Bytes, as far as the caller knows them."""
+
+
+class Files(ABC):
+    """The files of one dataset, by their paths below it. For several threads at once.
+
+    `version` is the hex sha256 that the manifest has of a file: what was fetched of
+    another version of the dataset is not taken for it. It is not checked.
+
+    All raise FileNotFoundError where there is no such file, OSError where storage
+    failed for good, and ValueError where nothing can be right (no credentials, a cache
+    that is too small). The message has the cure.
+    """
+
+    root: str
+    """As given, without a password and a slash at the end."""
+
+    @abstractmethod
+    def local(self, name: str, version: str = "") -> Path:
+        """A local path of the whole file, which may go when others are fetched."""
+
+    @abstractmethod
+    def open(self, name: str, version: str = "") -> BinaryIO:
+        """The whole file, unbuffered, readable whatever becomes of its path."""
+
+    @abstractmethod
+    def pin(self, name: str, version: str = "") -> Path:
+        """As `local`, and the path stays as long as this process runs."""
+
+    @abstractmethod
+    def refresh(self, name: str, version: str = "") -> Path:
+        """As `local`, and as storage has the file now: for files that change, and for
+        one that was damaged on its way. Without a version it stays, as with `pin`.
+        """
+
+    @abstractmethod
+    def ahead(self, files: Sequence[Wanted]) -> None:
+        """Say which files will be read, in this order, in place of what was said
+        before: they are fetched in the background, and kept. Does not block.
+        """
+
+    @abstractmethod
+    def check(self, largest: int) -> None:
+        """Raise ValueError where a file of `largest` bytes could never be had."""
+
+    @abstractmethod
+    def figures(self) -> Mapping[str, int]:
+        """Counts since the start of this process: bytes, requests, hedges, retries and
+        evictions.
+        """
+
+    @abstractmethod
+    def find_tar(self) -> str | None:
+        """Name of some tar in or below the folder, as far as a short look finds one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Fetch no more; whoever waits for a file gets an OSError."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds that callers were blocked on storage, all threads together."""
+        return 0.0
+
+
+def open_files(root: str | Path, config: StorageConfig) -> Files:
+    """The files of the dataset at a path or URL.
+
+    Raises:
+        ValueError: unknown scheme, or a package that is missing.
+        OSError: the cache cannot be written to.
+    """
+    path = local_path(str(root))
+    if path is not None:
+        return LocalFiles(path)
+    from trainer.cached_files import CachedFiles
+
+    return CachedFiles(str(root), config)
+
+
+def local_path(url: str) -> Path | None:
+    """The path that a path or file URL means; None for other URLs."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return Path(url).expanduser() if url.startswith("~/") else Path(url)
+    if scheme.lower() not in ("file", "local"):
+        return None
+    return Path(unquote(rest.removeprefix("localhost")))
+
+
+def read_manifest(files: Files, *, allow_incomplete: bool = False) -> Manifest:
+    """The dataset's manifest as it is now, also while it is being replaced.
+
+    Raises:
+        ValueError: as `pipeline.manifest.load_manifest`; for tars that have no manifest
+            the message has the command that makes one.
+        OSError: storage failed.
+    """
+    for left in reversed(range(_MANIFEST_READS)):
+        try:
+            folder = _fresh_manifest(files)
+        except FileNotFoundError as error:
+            raise explain_missing(files) from error
+        try:
+            return load_manifest(folder, allow_incomplete=allow_incomplete)
+        except ValueError as error:
+            if left and _is_torn(folder):
+                time.sleep(_MANIFEST_PAUSE_S)
+                continue
+            if folder != Path(files.root):
+                # What is wrong is there, not in the copy.
+                said = str(error).replace(str(folder), files.root)
+                raise ValueError(said) from error
+            raise
+    raise AssertionError("the last read returns or raises")
+
+
+def explain_missing(files: Files) -> ValueError:
+    """The error for a folder without a manifest."""
+    tar = files.find_tar()
+    if tar is None:
+        return ValueError(
+            f"{files.root} has no {MANIFEST}: not a finished dataset. Make one with "
+            "`python -m pipeline.preprocess --input ... --output ...`"
+        )
+    return ValueError(
+        f"{files.root} has no {MANIFEST}, but tars ({tar}): index them first, which "
+        f"leaves them as they are: `python -m pipeline.index {files.root} --tokenizer "
+        "DIRECTORY_OR_HUB_NAME` (or `--tokenizer train:8000`)"
+    )
+
+
+class LocalFiles(Files):
+    """A folder on a disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.root = str(path)
+
+    def local(self, name: str, version: str = "") -> Path:
+        return self._path / name
+
+    def open(self, name: str, version: str = "") -> BinaryIO:
+        return (self._path / name).open("rb", buffering=0)
+
+    def pin(self, name: str, version: str = "") -> Path:
+        return self._path / name
+
+    def refresh(self, name: str, version: str = "") -> Path:
+        return self._path / name
+
+    def ahead(self, files: Sequence[Wanted]) -> None:
+        """Nothing: they are there."""
+
+    def check(self, largest: int) -> None:
+        """Nothing: no file is copied."""
+
+    def figures(self) -> Mapping[str, int]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing: nobody waits."""
+
+    def find_tar(self) -> str | None:
+        below = (
+            os.path.join(at, name)
+            for at, _, names in os.walk(self._path)
+            for name in sorted(names)
+        )
+        for path in itertools.islice(below, _LOOKED_AT):
+            if path.endswith(".tar"):
+                return os.path.relpath(path, self._path)
+        return None
+
+
+def _fresh_manifest(files: Files) -> Path:
+    """The local folder that has the manifest and its seal as they are now. Raises
+    FileNotFoundError where there is no manifest.
+    """
+    path = files.refresh(MANIFEST)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    # A seal that is missing is for `load_manifest` to tell.
+    with contextlib.suppress(FileNotFoundError):
+        files.refresh(MANIFEST_SHA256)
+    return path.parent
+
+
+def _is_torn(folder: Path) -> bool:
+    """Whether manifest and seal are both there and of different states."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        seal = (folder / MANIFEST_SHA256).read_text(errors="replace")
+    except OSError:
+        return False
+    return seal != manifest_seal(text)
