@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from trainer.fetch import Remote, ShortReadError
 from trainer.shard_cache import ShardCache
-from trainer.storage import Files, StorageConfig, Wanted
+from trainer.storage import Files, StorageConfig, StorageError, Wanted
 
 _AHEAD_THREADS = 4
 # Between looks at a file that another process is fetching.
@@ -69,6 +69,10 @@ class CachedFiles(Files):
 
     def open(self, name: str, version: str = "") -> BinaryIO:
         return os.fdopen(self._descriptor(name, version), "rb", buffering=0)
+
+    def at(self, name: str) -> Path | None:
+        """None: what was evicted is as good as before to whoever has it open."""
+        return None
 
     def refresh(self, name: str, version: str = "") -> Path:
         path = self._cache.path(name, version)
@@ -170,7 +174,7 @@ class CachedFiles(Files):
             if self._fill(place, name, info):
                 self._cache.keep(place, path, began_ns=began_ns)
                 return
-        raise OSError(
+        raise StorageError(
             f"{self.root}/{name} changes while it is read, or is shorter than storage "
             "says: the same command continues once whoever writes it is done"
         )
@@ -192,7 +196,7 @@ class CachedFiles(Files):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise OSError(
+            raise StorageError(
                 f"the disk of {self._cache.root} is full: lower --storage.cache_bytes, "
                 "or give a folder on another disk as --storage.cache"
             ) from error
@@ -223,7 +227,7 @@ class CachedFiles(Files):
 
     def _pause(self) -> None:
         if self._closed.wait(_POLL_S):
-            raise OSError(f"{self.root}: closed while it was read")
+            raise StorageError(f"{self.root}: closed while it was read")
 
     def _pin(self, path: Path) -> None:
         with self._lock:

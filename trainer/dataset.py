@@ -10,32 +10,36 @@ So that of a single directory is called by its number alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.manifest import INDEX_DTYPE, Manifest, Shard, TokenizerInfo
+from pipeline.manifest import INDEX_DTYPE, TOKENIZER, Manifest, Shard, TokenizerInfo
 from trainer.folder import DamagedError, Folder
+from trainer.storage import LocalFiles, StorageConfig
 
 _SHARD_BITS = 32
+_NUMBER_MASK = (1 << _SHARD_BITS) - 1
 
 
 class Dataset:
     """One split of one or several dataset directories, with tokens of one tokenizer.
 
     Args:
-        roots: dataset directories; a single one may be given bare.
+        roots: dataset directories or their URLs; a single one may be given bare.
         split: their split.
         tokenizer: directory of the tokenizer that the caller expects, if any.
         growing: take datasets that are still being written.
+        storage: how those behind a URL are read.
 
     Raises:
         ValueError: no or unfinished dataset, no such split, a tokenizer that is not the
             one that made the tokens, two datasets of different tokenizers. The message
             has the cure.
+        OSError: storage failed.
     """
 
     def __init__(
@@ -45,9 +49,12 @@ class Dataset:
         *,
         tokenizer: str | None = None,
         growing: bool = False,
+        storage: StorageConfig | None = None,
     ) -> None:
         given = [roots] if isinstance(roots, str | Path) else roots
-        self.folders = [Folder(root, split, growing=growing) for root in given]
+        self.folders = [
+            Folder(root, split, growing=growing, storage=storage) for root in given
+        ]
         self._check_tokenizers(tokenizer)
 
     def __len__(self) -> int:
@@ -96,6 +103,33 @@ class Dataset:
         """What the manifest says of a shard."""
         folder, number = self._of(shard)
         return folder.shards[number]
+
+    @property
+    def remote(self) -> bool:
+        """Are files fetched from anywhere before they are read?"""
+        return not all(
+            isinstance(folder.storage, LocalFiles) for folder in self.folders
+        )
+
+    def ahead(self, shards: Iterable[int]) -> None:
+        """Say which shards will be read, in this order, in place of what was said
+        before, so that they are there in time. Does not block.
+        """
+        ahead: list[list[int]] = [[] for _ in self.folders]
+        for shard in shards:
+            ahead[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
+        for folder, numbers in zip(self.folders, ahead, strict=True):
+            folder.ahead(numbers)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that readers were blocked on storage, all threads together."""
+        return sum(folder.storage.waited for folder in self.folders)
+
+    def close(self) -> None:
+        """Fetch nothing more; whoever waits for a file gets an OSError."""
+        for folder in self.folders:
+            folder.storage.close()
 
     def places(self) -> np.ndarray:
         """All places (N, 2) of (shard, sample), in stored order."""
@@ -184,7 +218,7 @@ class Dataset:
         return shard >> _SHARD_BITS
 
     def _of(self, shard: int) -> tuple[Folder, int]:
-        return self.folders[shard >> _SHARD_BITS], shard & ((1 << _SHARD_BITS) - 1)
+        return self.folders[shard >> _SHARD_BITS], shard & _NUMBER_MASK
 
     def _check_tokenizers(self, expected: str | None) -> None:
         first = self.folders[0]
@@ -196,5 +230,5 @@ class Dataset:
                     f"the tokens of {folder.name} and of {first.name} were made by "
                     "different tokenizers: make one anew with the other's, python -m "
                     f"pipeline.retokenize {folder.name} --tokenizer "
-                    f"{first.tokenizer_folder} --output NEW"
+                    f"{first.name}/{TOKENIZER} --output NEW"
                 )

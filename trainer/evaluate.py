@@ -78,7 +78,7 @@ def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
 
     folder = Path(config.run)
     trained = load_trained(folder, data=config.data)
-    dataset = Dataset(trained.config.data, config.split)
+    dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device).eval()
     pairs = load_pairs(

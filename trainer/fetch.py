@@ -32,6 +32,7 @@ from trainer.remote import (
     said,
     without_password,
 )
+from trainer.storage import StorageError
 
 RANGE_BYTES = 8 << 20
 # A request is hedged by what the latest of its size took, once this many are known;
@@ -201,7 +202,7 @@ class Remote:
         with self._lock:
             if self._closed:
                 coroutine.close()
-                raise OSError(f"{self.shown}: closed while it was read")
+                raise StorageError(f"{self.shown}: closed while it was read")
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             self._running.add(future)
         future.add_done_callback(self._ended)
@@ -215,7 +216,7 @@ class Remote:
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise OSError(f"{self.shown}: closed while it was read") from None
+            raise StorageError(f"{self.shown}: closed while it was read") from None
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -232,7 +233,7 @@ class Remote:
                 last = error
                 raise_lasting(self._where(name), error)
             if tried >= self._tries:
-                raise OSError(
+                raise StorageError(
                     f"{self._where(name)}: storage failed {tried} times, last with: "
                     f"{said(last)}; the same command continues once it answers "
                     "(--storage.tries and --storage.timeout_s say how long to try)"

@@ -1,8 +1,9 @@
 """One dataset directory: its manifest, its shards, spans of their tars.
 
-Owns the bytes of a sample and the check of their CRC32C (law 5). Does not own several
-directories in one run (`trainer.dataset`), which sample comes when (`trainer.order`) or
-what takes the place of a damaged sample (`trainer.loader`).
+Owns the bytes of a sample and the check of their CRC32C (law 5). Does not own how its
+files become local (`trainer.storage`), several directories in one run
+(`trainer.dataset`), which sample comes when (`trainer.order`) or what takes the place
+of a damaged sample (`trainer.loader`).
 
 Tars are read, not mapped: a mapped file that somebody truncates kills the process.
 """
@@ -15,25 +16,29 @@ import tarfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import crc32c
 import numpy as np
 
 from pipeline.manifest import (
-    MANIFEST,
-    MANIFEST_SHA256,
-    TOKENIZER,
-    Manifest,
     Shard,
     captions_of,
     file_sha256,
     load_index,
-    load_manifest,
     token_ids,
+)
+from trainer.storage import (
+    StorageConfig,
+    StorageError,
+    Wanted,
+    open_files,
+    read_manifest,
+    read_seal,
 )
 
 # Each open tar holds a file descriptor, of which a process has 1,024 by default.
@@ -63,20 +68,29 @@ class Folder:
     which they were committed; more may be appended.
 
     Args:
-        root: dataset directory.
+        root: dataset directory, or its URL.
         split: its split.
         growing: take a dataset that is still being written.
+        storage: how one behind a URL is read.
 
     Raises:
         ValueError: no or unfinished dataset, no such split, tokens of another tokenizer
             than the one beside them. The message has the cure.
+        OSError: storage failed.
     """
 
-    def __init__(self, root: str | Path, split: str, *, growing: bool = False) -> None:
-        self.root = Path(root)
-        self.name = str(root)
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        growing: bool = False,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        self.storage = open_files(root, storage or StorageConfig())
+        self.name = self.storage.root
         self.split = split
-        self.manifest, self._seal = self._sealed()
+        self.manifest, self._seal = read_manifest(self.storage)
         if not (growing or self.manifest.complete):
             raise ValueError(
                 f"{self.name} is still being written: wait for preprocess, or resume "
@@ -84,7 +98,11 @@ class Folder:
                 "shards committed so far"
             )
         self.shards = list(self.manifest.split(split))
+        self.storage.check(max(shard.bytes for shard in self.shards))
+        self.tokenizer_folder = self._own_tokenizer()
         self.check_tokenizer(self.tokenizer_folder)
+        self._fetched_anew: set[str] = set()
+        self._fetching = threading.Lock()
         self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
         self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
         self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
@@ -95,9 +113,9 @@ class Folder:
         return self._seal.split()[0].decode()
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the ids."""
-        return self.root / TOKENIZER
+    def last_name(self) -> str:
+        """The last part of its path."""
+        return PurePosixPath(self.name).name
 
     def appended(self) -> list[Shard]:
         """Shards that have been committed since this was opened, in order. The manifest
@@ -106,9 +124,9 @@ class Folder:
         Raises:
             ValueError: the dataset is not the same and more: it was made anew.
         """
-        if self._read_seal() == self._seal:
+        if read_seal(self.storage) == self._seal:
             return []
-        manifest, seal = self._sealed()
+        manifest, seal = read_manifest(self.storage)
         shards = [shard for shard in manifest.shards if shard.split == self.split]
         same = manifest.tokenizer == self.manifest.tokenizer
         if not same or shards[: len(self.shards)] != self.shards:
@@ -118,6 +136,22 @@ class Folder:
             )
         self._seal, self.manifest = seal, manifest
         return shards[len(self.shards) :]
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Say which shards will be read, in this order, in place of what was said
+        before: they are fetched in the background, and no others are held open.
+        """
+        wanted = []
+        for shard in shards:
+            entry = self.shards[shard]
+            wanted.append(Wanted(entry.index, entry.sha256["index"]))
+            wanted.append(Wanted(entry.name, entry.sha256["tar"], entry.bytes))
+            if entry.ids:
+                wanted.append(Wanted(entry.ids, entry.sha256["ids"]))
+        self.storage.ahead(wanted)
+        # The bytes of an evicted file go only when nobody has it open.
+        for kept in (self._tars, self._ids):
+            kept.keep_only(set(shards))
 
     def index(self, shard: int) -> np.ndarray:
         """Index records (samples,) of a shard, checked against the manifest."""
@@ -194,32 +228,38 @@ class Folder:
             f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
         )
 
-    def _sealed(self) -> tuple[Manifest, bytes]:
-        """The manifest and its seal; read again where they are being rewritten."""
-        for left in reversed(range(_READS)):
-            try:
-                seal = self._read_seal()
-                manifest = load_manifest(self.root, allow_incomplete=True)
-                if seal == self._read_seal():
-                    return manifest, seal
-            except FileNotFoundError:
-                # Says what is missing.
-                load_manifest(self.root, allow_incomplete=True)
-            except ValueError:
-                if not left or not (self.root / MANIFEST).is_file():
-                    raise
-            time.sleep(_PAUSE_SECONDS)
-        raise ValueError(
-            f"{self.name}/{MANIFEST} was rewritten each time it was read: try again "
-            "when preprocessing has gone on"
-        )
-
-    def _read_seal(self) -> bytes:
-        return (self.root / MANIFEST_SHA256).read_bytes()
-
     def _load_index(self, shard: int) -> np.ndarray:
-        # A copy in memory: a map would hold a file descriptor.
-        return np.array(load_index(self.root, self.shards[shard]))
+        """A copy in memory: a map would hold a file descriptor. One that was damaged on
+        its way is fetched once more.
+        """
+        entry = self.shards[shard]
+        problem = ""
+        for fetch in (self.storage.local, self.storage.refresh):
+            try:
+                path = fetch(entry.index, entry.sha256["index"])
+            except FileNotFoundError:
+                problem = f"{self.name}/{entry.index} is missing: {self._cure()}"
+                break
+            root = path.parents[entry.index.count("/")]
+            try:
+                return np.array(load_index(root, entry))
+            except ValueError as error:
+                problem = str(error).replace(str(root), self.name)
+        raise ValueError(problem)
+
+    def _own_tokenizer(self) -> Path:
+        """Local folder of the tokenizer that made the ids."""
+        name = self.manifest.tokenizer.path + "/tokenizer.json"
+        sha256 = self.manifest.tokenizer.sha256
+        try:
+            path = self.storage.pin(name, sha256)
+            if path.is_file() and file_sha256(path) != sha256:
+                path = self.storage.refresh(name, sha256)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.name}/{name} is missing: {self._cure()}"
+            ) from error
+        return path.parent
 
     def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
         return memoryview(self._bytes(shard, record, kind))
@@ -240,11 +280,23 @@ class Folder:
                 if whole and crc32c.crc32c(data) == record[f"{kind}_crc32c"]:
                     return data
                 reason = "crc" if whole else "truncated"
+            self._fetch_anew(shard, kind)
             files.forget(shard)
         where = self._where(shard, record, kind)
         if reason == "missing":
-            where = f"{self.root / self._file(shard, kind)} is missing: {where}"
+            where = f"{self.name}/{self._file(shard, kind)[0]} is missing: {where}"
         raise self._damage(shard, record, reason, f"{where} is damaged")
+
+    def _fetch_anew(self, shard: int, kind: str) -> None:
+        """Have a file as storage has it now: what is damaged may be the local copy.
+        Once a file, because the next sample may well be damaged too.
+        """
+        name, version = self._file(shard, kind)
+        with self._fetching:
+            if name not in self._fetched_anew:
+                with suppress(FileNotFoundError):
+                    self.storage.refresh(name, version)
+                self._fetched_anew.add(name)
 
     def _damage(
         self, shard: int, record: np.void, reason: str, what: str
@@ -257,10 +309,13 @@ class Folder:
         )
 
     def _open_tar(self, shard: int) -> _Opened:
-        return _Opened(self.root / self._file(shard, "jpg"))
+        return self._opened(*self._file(shard, "jpg"))
 
     def _open_ids(self, shard: int) -> _Opened:
-        return _Opened(self.root / self._file(shard, "ids"))
+        return self._opened(*self._file(shard, "ids"))
+
+    def _opened(self, name: str, version: str) -> _Opened:
+        return _Opened(self.storage.open(name, version), self.storage.at(name))
 
     def _fresh(self, files: _Kept[_Opened], shard: int) -> BinaryIO:
         """The open file, opened again where another lies in its place by now."""
@@ -270,19 +325,21 @@ class Folder:
             opened = files(shard)
         return opened.file
 
-    def _file(self, shard: int, kind: str) -> str:
-        """Name of the file that holds a kind of member."""
+    def _file(self, shard: int, kind: str) -> tuple[str, str]:
+        """Name and sha256 of the file that holds a kind of member."""
         entry = self.shards[shard]
-        return (kind == "ids" and entry.ids) or entry.name
+        if kind == "ids" and entry.ids:
+            return entry.ids, entry.sha256["ids"]
+        return entry.name, entry.sha256["tar"]
 
     def _where(self, shard: int, record: np.void, kind: str) -> str:
         name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
-        file = self._file(shard, kind)
+        file, _ = self._file(shard, kind)
         place = f"{file}, offset {int(record[f'{kind}_offset'])}"
         return f"{place}: {name} of uid {int(record['uid']):016x}"
 
     def _cure(self) -> str:
-        return f"`python -m pipeline.validate {self.root}` names every damage"
+        return f"`python -m pipeline.validate {self.name}` names every damage"
 
     def check_tokenizer(self, directory: Path) -> None:
         """Raise ValueError unless the tokenizer in `directory` made the tokens."""
@@ -313,7 +370,7 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
                 parts.append(part)
                 have += len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
-        except _GONE:
+        except (*_GONE, StorageError):
             raise
         except OSError:
             if not left:
@@ -323,11 +380,11 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
 
 
 class _Opened:
-    """An open file, and whether it is still the one at its path."""
+    """An open file, and whether it is still the one at its path, if that matters."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path | None) -> None:
         self._path = path
-        self.file: BinaryIO = path.open("rb", buffering=0)
+        self.file = file
         self._identity = os.fstat(self.file.fileno())
         self._looked = time.monotonic()
 
@@ -335,7 +392,7 @@ class _Opened:
         """Has it been deleted, or another put in its place? Looks once a second: an
         open file reads as before whatever becomes of its name.
         """
-        if time.monotonic() < self._looked + _LOOK_AGAIN_SECONDS:
+        if not self._path or time.monotonic() < self._looked + _LOOK_AGAIN_SECONDS:
             return False
         self._looked = time.monotonic()
         try:
@@ -368,3 +425,9 @@ class _Kept(Generic[Item]):
         """Make it anew the next time."""
         with self._lock:
             self._items.pop(key, None)
+
+    def keep_only(self, keys: Collection[int]) -> None:
+        """Forget all others."""
+        with self._lock:
+            for key in self._items.keys() - keys:
+                del self._items[key]

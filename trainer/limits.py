@@ -52,7 +52,7 @@ def verdict(spent: Spent, *, threads: int) -> str:
     limit = max(busy, key=lambda name: busy[name])
     ways = {
         "storage": f"{threads} loader threads spent {busy['storage']:.0%} of theirs on "
-        "reads: give more --threads, faster storage, or a larger --storage.cache_gb",
+        "reads: give more --threads, faster storage, or a larger --storage.cache_bytes",
         "decode": f"{threads} loader threads spent {busy['decode']:.0%} of theirs on "
         "decoding: give more --threads, or preprocess images nearer to the size that "
         "the model sees",

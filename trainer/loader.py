@@ -9,6 +9,7 @@ own sample order (`trainer.order`), sources (`trainer.sources`), bytes
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,8 @@ from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
 
 STEPS_AHEAD = 2
+# Of each lane: the one that it is in and the next.
+_WINDOWS_AHEAD = 2
 _WORDS_GRAIN = 16
 _FLIPS = 2
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
@@ -244,6 +247,9 @@ class Loader:
         self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
     ) -> StepBatch:
         """This rank's share of one step; its images in `pixels`, if given."""
+        if self.dataset.remote:
+            ahead = self.order.shards_ahead(step, self.lanes, windows=_WINDOWS_AHEAD)
+            self.dataset.ahead(ahead)
         parts = list(self.micros(step, decoders, pixels))
         return StepBatch(
             step=step,
@@ -394,7 +400,10 @@ class Loader:
     ) -> Samples:
         """Images and texts of samples at `places`, as `micro`, without masks."""
         config = self.config
+        begun = time.perf_counter()
         records = self.dataset.records(places)
+        # No thread can read before the indexes are there.
+        indexes_s = (time.perf_counter() - begun) * config.threads
         uids = signed_uids(records["uid"])
         crops, flips = self.crop_draws(uids, epochs), self.flip_draws(uids, epochs)
         side = config.image.size
@@ -429,7 +438,7 @@ class Loader:
             crops=crops,
             flips=flips,
             cut=cut,
-            read_s=read_s,
+            read_s=read_s + indexes_s,
             decode_s=decode_s,
         )
 

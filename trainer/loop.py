@@ -177,7 +177,11 @@ def check(config: PretrainConfig) -> Checked:
     # A run that has begun on a dataset goes on with the shards that it knows.
     growing = config.grow or found is not None
     dataset = Dataset(
-        config.data, config.split, tokenizer=config.tokenizer, growing=growing
+        config.data,
+        config.split,
+        tokenizer=config.tokenizer,
+        growing=growing,
+        storage=config.storage,
     )
     sources = sources_of(dataset, config.mixture)
     state = DataState.fresh(dataset, sources, seed=config.seed)

@@ -1,7 +1,8 @@
 """Every key of a pretraining run: the typed form of `trainer/recipes/*.yaml`.
 
 Owns names, defaults and checks that need no data. Masking keys live with masking
-(`trainer.masking`), model keys with the model (`trainer.models.mlim`).
+(`trainer.masking`), model keys with the model (`trainer.models.mlim`), storage keys
+with storage (`trainer.storage`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from trainer.masking import MaskConfig
 from trainer.models.mlim import MlimConfig
 from trainer.philox import check_seed
+from trainer.storage import StorageConfig
 
 # What may differ between the calls that make up one run. `data` may move: the
 # manifest hash in the checkpoint says whether it is the same dataset.
@@ -27,7 +29,7 @@ MAY_CHANGE = (
     "grow",
     "changed_data",
 )
-MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.")
+MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
@@ -160,7 +162,8 @@ class PretrainConfig:
     """Masked vision-language pretraining on a dataset of shards."""
 
     data: list[str] | str
-    """Dataset directory that pipeline.preprocess made, or several: [photos, tables]."""
+    """Dataset directory that pipeline.preprocess made, or its URL (s3://, gs://, ...),
+    or several: [photos, tables]."""
     output: str
     """Run directory; one that holds a checkpoint is resumed."""
     seed: int = 0
@@ -204,6 +207,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

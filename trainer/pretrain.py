@@ -56,7 +56,11 @@ def main(argv: Sequence[str]) -> int:
                 f"{config.last_step} asked for: nothing left to do"
             )
         return 0
-    return train(config, checked)
+    try:
+        return train(config, checked)
+    finally:
+        # Or the end of the process would wait for whoever waits for storage.
+        checked.dataset.close()
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def load_pairs(
     places = dataset.places()
     order = permutation(len(places), seed=seed, use=Use.EVALUATION, epoch=0, place=0)
     places = places[order[:limit]]
+    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     records = dataset.records(places)
     uids = signed_uids(records["uid"])
     choice = caption_choice(records, uids, seed=seed, epoch=0)

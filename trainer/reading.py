@@ -27,6 +27,7 @@ from pipeline.manifest import token_ids
 from trainer.dataset import Dataset
 from trainer.geometry import box_of, decode_into
 from trainer.options import ImageConfig
+from trainer.storage import StorageError
 
 _CHUNK = 16
 # Members of a sample lie side by side; with more between them two reads are cheaper.
@@ -185,6 +186,8 @@ def _opened(dataset: Dataset, shard: int) -> _Files | None:
     """A shard's files; None for one that is to be read with more care."""
     try:
         return dataset.files(shard)
+    except StorageError:
+        raise
     except OSError:
         return None
 

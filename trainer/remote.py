@@ -11,6 +11,8 @@ import errno
 import re
 from typing import Any
 
+from trainer.storage import StorageError
+
 _PACKAGES = {
     **{"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"},
     **{"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub"},
@@ -24,6 +26,10 @@ _NO_CREDENTIALS = frozenset(
         *("ClientAuthenticationError", "SSOError"),
     )
 )
+
+
+class AccessDeniedError(StorageError, PermissionError):
+    """Storage is there, and does not give."""
 
 
 class ShortReadError(OSError):
@@ -64,7 +70,7 @@ def connect(
             f"`pip install {missing}`"
         ) from error
     except OSError as error:
-        raise OSError(
+        raise StorageError(
             f"{without_password(url)}: no connection: {said(error)}"
         ) from error
     except ValueError as error:
@@ -108,7 +114,7 @@ def raise_lasting(where: str, error: Exception) -> None:
     if _is_missing(error):
         raise FileNotFoundError(errno.ENOENT, "there is no such file", where) from error
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
-        raise PermissionError(
+        raise AccessDeniedError(
             f"{where}: access denied ({said(error)}); check the credentials "
             "(AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) and what they may do there"
         ) from error

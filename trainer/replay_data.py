@@ -251,7 +251,7 @@ def _open_dataset(
                 f"{data}, the dataset of {run}, is not there: name where it is now "
                 "with --data"
             )
-    dataset = Dataset(config.data, config.split, growing=True)
+    dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
     found = checkpoint.newest(run)
     if found is None:
         return dataset, None

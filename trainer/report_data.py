@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.config import flat
 from pipeline.manifest import Manifest
 from trainer.contract import COMPLETE, CONFIG, METRICS, read_metrics
 from trainer.dataset import Dataset
+from trainer.storage import StorageConfig
 
 COMMANDS = "commands.txt"
 PROBES = "probes.json"
@@ -47,6 +48,19 @@ class Run:
         """Dataset directories it was trained on, as far as that is known."""
         found = self.config.get("data") or (self.probes or {}).get("data") or []
         return [found] if isinstance(found, str) else list(found)
+
+    @property
+    def storage(self) -> StorageConfig:
+        """How it reads a dataset behind a URL."""
+        names = [field.name for field in fields(StorageConfig)]
+        keys = {name: f"storage.{name}" for name in names}
+        return StorageConfig(
+            **{
+                name: self.config[keys[name]]
+                for name in names
+                if keys[name] in self.config
+            }
+        )
 
     @property
     def steps(self) -> int:
@@ -82,7 +96,8 @@ class SamplePair:
 class DatasetView:
     """A dataset directory and a few of its samples."""
 
-    path: Path
+    path: str
+    """Or its URL."""
     split: str
     manifest: Manifest | None
     samples: Sequence[SamplePair]
@@ -108,17 +123,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def read_datasets(runs: Sequence[Run], *, samples: int) -> list[DatasetView]:
     """Each dataset that a run was trained on, once."""
-    splits = {
-        data: str(run.config.get("split", "train")) for run in runs for data in run.data
-    }
-    return [read_dataset(Path(path), split, samples) for path, split in splits.items()]
+    users = {data: run for run in runs for data in run.data}
+    return [read_dataset(path, run, samples) for path, run in users.items()]
 
 
-def read_dataset(path: Path, split: str, samples: int) -> DatasetView:
-    """A dataset with `samples` pairs spread evenly over a split."""
+def read_dataset(path: str, run: Run, samples: int) -> DatasetView:
+    """The dataset of a run with `samples` pairs spread evenly over its split."""
     manifest, pairs, problem = None, [], ""
+    split = str(run.config.get("split", "train"))
     try:
-        dataset = Dataset(path, split)
+        dataset = Dataset(path, split, storage=run.storage)
         manifest = dataset.manifest
         pairs = _read_samples(dataset, samples)
     except (ValueError, OSError) as error:

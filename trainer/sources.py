@@ -109,7 +109,7 @@ def _names(dataset: Dataset) -> dict[tuple[int, str], str]:
     ]
     plain = Counter(name for _, name in known)
     folders = {
-        number: folder.root.name for number, folder in enumerate(dataset.folders)
+        number: folder.last_name for number, folder in enumerate(dataset.folders)
     }
     found = {
         (number, name): name if plain[name] == 1 else f"{folders[number]}/{name}"

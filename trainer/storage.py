@@ -43,8 +43,8 @@ class StorageConfig:
     """Folder for fetched files, on a local disk; runs may share it. Default:
     $XDG_CACHE_HOME/palimpsest, or ~/.cache/palimpsest."""
     cache_bytes: int = 100 << 30
-    """Most bytes in it. It should hold what a node's lanes shuffle at once, lanes x
-    shuffle_shards shards; where it does not, shards are fetched again and again."""
+    """Most bytes in it. It should hold two windows of each lane that a node reads, 2 x
+    lanes x shuffle_shards shards; where it does not, shards are fetched again."""
     parallel: int = 8
     """Ranges of 8 MiB that each rank reads at once."""
     timeout_s: float = 30.0
@@ -75,6 +75,10 @@ class StorageConfig:
         return Path(base).expanduser().absolute() / "palimpsest"
 
 
+class StorageError(OSError):
+    """Storage failed for good: whatever was worth a try was tried."""
+
+
 class Wanted(NamedTuple):
     """A file that will be read."""
 
@@ -92,7 +96,7 @@ class Files(ABC):
     `version` is the hex sha256 that the manifest has of a file: what was fetched of
     another version of the dataset is not taken for it. It is not checked.
 
-    All raise FileNotFoundError where there is no such file, OSError where storage
+    All raise FileNotFoundError where there is no such file, StorageError where storage
     failed for good, and ValueError where nothing can be right (no credentials, a cache
     that is too small). The message has the cure.
     """
@@ -111,6 +115,12 @@ class Files(ABC):
     @abstractmethod
     def pin(self, name: str, version: str = "") -> Path:
         """As `local`, and the path stays as long as this process runs."""
+
+    @abstractmethod
+    def at(self, name: str) -> Path | None:
+        """Where the file itself lies, if that is a disk here: what is deleted or
+        replaced there is not what an open file still reads.
+        """
 
     @abstractmethod
     def refresh(self, name: str, version: str = "") -> Path:
@@ -173,8 +183,9 @@ def local_path(url: str) -> Path | None:
     return Path(unquote(rest.removeprefix("localhost")))
 
 
-def read_manifest(files: Files, *, allow_incomplete: bool = False) -> Manifest:
-    """The dataset's manifest as it is now, also while it is being replaced.
+def read_manifest(files: Files) -> tuple[Manifest, bytes]:
+    """The dataset's manifest as it is now, finished or not, and its seal; read again
+    while both are being replaced.
 
     Raises:
         ValueError: as `pipeline.manifest.load_manifest`; for tars that have no manifest
@@ -186,18 +197,26 @@ def read_manifest(files: Files, *, allow_incomplete: bool = False) -> Manifest:
             folder = _fresh_manifest(files)
         except FileNotFoundError as error:
             raise explain_missing(files) from error
+        seal = _seal(folder)
         try:
-            return load_manifest(folder, allow_incomplete=allow_incomplete)
+            manifest = load_manifest(folder, allow_incomplete=True)
+            if seal == _seal(folder):
+                return manifest, seal
         except ValueError as error:
-            if left and _is_torn(folder):
-                time.sleep(_MANIFEST_PAUSE_S)
-                continue
-            if folder != Path(files.root):
+            if not left or not _is_torn(folder):
                 # What is wrong is there, not in the copy.
                 said = str(error).replace(str(folder), files.root)
                 raise ValueError(said) from error
-            raise
-    raise AssertionError("the last read returns or raises")
+        time.sleep(_MANIFEST_PAUSE_S)
+    raise ValueError(
+        f"{files.root}/{MANIFEST} was rewritten each time it was read: try again when "
+        "preprocessing has gone on"
+    )
+
+
+def read_seal(files: Files) -> bytes:
+    """The manifest's seal as it is now. Raises OSError."""
+    return files.refresh(MANIFEST_SHA256).read_bytes()
 
 
 def explain_missing(files: Files) -> ValueError:
@@ -229,6 +248,9 @@ class LocalFiles(Files):
         return (self._path / name).open("rb", buffering=0)
 
     def pin(self, name: str, version: str = "") -> Path:
+        return self._path / name
+
+    def at(self, name: str) -> Path | None:
         return self._path / name
 
     def refresh(self, name: str, version: str = "") -> Path:
@@ -271,11 +293,19 @@ def _fresh_manifest(files: Files) -> Path:
     return path.parent
 
 
+def _seal(folder: Path) -> bytes:
+    """The seal, empty where there is none."""
+    try:
+        return (folder / MANIFEST_SHA256).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def _is_torn(folder: Path) -> bool:
     """Whether manifest and seal are both there and of different states."""
+    seal = _seal(folder)
     try:
         text = (folder / MANIFEST).read_bytes()
-        seal = (folder / MANIFEST_SHA256).read_text(errors="replace")
-    except OSError:
+    except FileNotFoundError:
         return False
-    return seal != manifest_seal(text)
+    return bool(seal) and seal != manifest_seal(text).encode()

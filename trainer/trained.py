@@ -54,7 +54,7 @@ def load_trained(run: Path, *, data: str | None = None) -> Trained:
     if found is None:
         raise ValueError(f"{run} has no complete checkpoint yet")
     path, marker = found
-    dataset = Dataset(config.data, config.split, growing=True)
+    dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
     if data is None:
         sources = sources_of(dataset, config.mixture)
         what = difference(DataState.from_plain(marker), dataset, sources)

@@ -262,7 +262,7 @@ def test_text_of_captions_words_and_keys_is_escaped(run: Path, shards: Path) -> 
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     pair = SamplePair(uid=HOSTILE, jpeg=buffer.getvalue(), captions=[[HOSTILE]])
     view = DatasetView(
-        path=shards,
+        path=str(shards),
         split=HOSTILE,
         manifest=load_manifest(shards),
         samples=[pair],
