@@ -22,6 +22,7 @@ def words(data: str, run: Path) -> list[str]:
         f"--data={data}",
         f"--output={run}",
         f"--schedule.steps={STEPS}",
+        "--image.flip=true",
         "--deepspeed.zero_stage=0",
         "--checkpoint.every_steps=3",
         "--checkpoint.keep=1",

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import time
+from pathlib import Path
 
+import pytest
+import torch
+
+from tests.trainer.tiny import config
+from trainer import reading
+from trainer.dataset import Dataset
+from trainer.feed import Feed
 from trainer.limits import Spent, verdict
+from trainer.loader import Loader
 
 
 @pytest.mark.parametrize(
@@ -34,3 +43,41 @@ def test_several_ranks_count_together() -> None:
     together = one + one + one + one
     assert together.elapsed == 20
     assert verdict(together, threads=2) == verdict(one, threads=2)
+
+
+def steps_of(shards: Path, pace: float, *more: str) -> str:
+    """The verdict over real steps that each compute for `pace` seconds."""
+    keys = config(shards, Path("unused"), *more)
+    reader = Loader(Dataset(shards, "train"), keys, rank=0, world_size=1)
+    spent = Spent()
+    with Feed(reader.steps(0, 24), torch.device("cpu")) as feed:
+        for number in range(24):
+            begun = time.perf_counter()
+            batch = feed.next()
+            time.sleep(pace)
+            feed.ended()
+            if number >= 4:
+                spent += Spent(
+                    elapsed=time.perf_counter() - begun,
+                    waited=feed.waited(),
+                    read=batch.read_s,
+                    decode=batch.decode_s,
+                )
+    return verdict(spent, threads=keys.threads)
+
+
+def test_a_real_run_that_computes_decodes_or_reads_is_told_so(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 24 images of 32 px are made in some milliseconds.
+    assert steps_of(shards, 0.2).startswith("compute limits the run")
+    large = ("--image.size=1024", "--image.geometry=random_resized_crop")
+    assert steps_of(shards, 0.0, *large).startswith("decode limits the run")
+
+    def slow(memory: memoryview, descriptor: int, offset: int) -> memoryview:
+        time.sleep(0.01)
+        return read(memory, descriptor, offset)
+
+    read = reading._read_into
+    monkeypatch.setattr(reading, "_read_into", slow)
+    assert steps_of(shards, 0.0).startswith("storage limits the run")

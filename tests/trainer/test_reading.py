@@ -1,0 +1,230 @@
+"""The fast way through a batch gives what the careful way gives, byte for byte."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import python
+from tests.pipeline.foreign import img2dataset_shard
+from tests.trainer.tiny import config
+from trainer.dataset import Dataset
+from trainer.folder import DamagedError
+from trainer.geometry import Box, box_of, decode_into, flipped
+from trainer.loader import STEPS_AHEAD, Loader
+from trainer.reading import Slots, Texts, chosen_texts
+
+GEOMETRIES = ("resize", "center_crop", "random_resized_crop")
+
+
+def loader(shards: Path, *more: str) -> Loader:
+    keys = config(shards, Path("unused"), "--threads=3", *more)
+    return Loader(Dataset(shards, "train"), keys, rank=0, world_size=1)
+
+
+def careful(reader: Loader, places: np.ndarray, epochs: np.ndarray) -> list[np.ndarray]:
+    """Pixels and text of each sample, one by one, by the dataset's own reads."""
+    dataset, keys = reader.dataset, reader.config
+    records = dataset.records(places)
+    uids = records["uid"].view(np.int64)
+    crops, flips = reader.crop_draws(uids, epochs), reader.flip_draws(uids, epochs)
+    found = []
+    for row, record in enumerate(records):
+        shard, size = int(places[row, 0]), (int(record["width"]), int(record["height"]))
+        pixels = np.empty((keys.image.size, keys.image.size, 3), dtype=np.uint8)
+        box = box_of(keys.image, *size, crops[row])
+        flip = bool(flipped(flips)[row])
+        decode_into(pixels, dataset.jpeg(shard, record), size, box, flip=flip)
+        found.append(pixels)
+    return found
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("size", [32, 16, 40])
+def test_a_batch_is_what_its_samples_are_one_by_one(
+    mixed: Path, geometry: str, size: int
+) -> None:
+    keys = (f"--image.geometry={geometry}", f"--image.size={size}", "--image.flip=true")
+    reader = loader(mixed, *keys, "--text.max_tokens=9")
+    drawn = reader.order.samples_of(11, reader.lanes)
+    with ThreadPoolExecutor(3) as pool:
+        read = reader.read(drawn.places, drawn.epochs, pool)
+    expected = careful(reader, drawn.places, drawn.epochs)
+    assert np.array_equal(read.pixels.numpy(), np.stack(expected))
+    records = reader.dataset.records(drawn.places)
+    starts = np.cumsum(read.lengths) - read.lengths
+    cut = 0
+    for row, record in enumerate(records):
+        text, was_cut = reader.dataset.text(
+            int(drawn.places[row, 0]), record, int(read.captions[row]), max_tokens=9
+        )
+        mine = read.ids[starts[row] : starts[row] + read.lengths[row]]
+        assert mine.tolist() == text.tolist()
+        cut += was_cut
+    assert read.cut == cut > 0
+
+
+def test_every_caption_of_every_sample_can_be_chosen() -> None:
+    """Against a plain loop, on captions of all lengths, empty ones too."""
+    draw = random.Random(0)
+    sep, cls = 3, 2
+    samples = [
+        [
+            [draw.randrange(4, 99) for _ in range(draw.randrange(12))]
+            for _ in range(draw.randrange(1, 5))
+        ]
+        for _ in range(40)
+    ]
+    flat = [[*words, sep] for captions in samples for words in captions]
+    ids = np.array([token for words in flat for token in words], dtype=np.uint16)
+    counts = np.array([sum(len(words) + 1 for words in one) for one in samples])
+    starts = np.cumsum(counts) - counts
+    ends = np.flatnonzero(ids == sep)
+    texts = Texts(
+        ids=ids, starts=starts, ends=ends, first_end=np.searchsorted(ends, starts)
+    )
+    choice = np.array([draw.randrange(len(captions)) for captions in samples])
+    found, lengths, cut = chosen_texts(texts, choice, cls=cls, sep=sep, max_tokens=8)
+    expected = [
+        [cls, *captions[which][:6], sep]
+        for captions, which in zip(samples, choice.tolist(), strict=True)
+    ]
+    assert found.tolist() == [token for text in expected for token in text]
+    assert lengths.tolist() == list(map(len, expected))
+    longer = [len(c[w]) > 6 for c, w in zip(samples, choice.tolist(), strict=True)]
+    assert cut == sum(longer) > 0
+
+
+def test_half_of_the_images_are_mirrored_and_only_when_asked_for(mixed: Path) -> None:
+    plain, mirrored = (
+        loader(
+            mixed, "--image.geometry=resize", "--image.size=32", f"--image.flip={on}"
+        )
+        for on in ("false", "true")
+    )
+    same = turned = 0
+    with ThreadPoolExecutor(2) as pool:
+        for step in range(6):
+            drawn = plain.order.samples_of(step, plain.lanes)
+            for ours, theirs in zip(
+                plain.read(drawn.places, drawn.epochs, pool).pixels.numpy(),
+                mirrored.read(drawn.places, drawn.epochs, pool).pixels.numpy(),
+                strict=True,
+            ):
+                same += np.array_equal(ours, theirs)
+                turned += np.array_equal(ours[:, ::-1], theirs)
+        counts = [one.load(3, pool).counts.digest for one in (plain, mirrored)]
+    assert same + turned >= 6 * 24
+    assert 40 < turned < 104
+    assert counts[0] != counts[1]
+
+
+def test_an_indexed_folder_with_ids_in_a_sidecar_reads_the_same(
+    mixed: Path, tmp_path: Path
+) -> None:
+    """Foreign tars: the same images and captions without our ids in the tar."""
+    for number in range(2):
+        img2dataset_shard(tmp_path, number, range(20 * number, 20 * number + 20))
+    done = python(
+        "-m", "pipeline.index", tmp_path, f"--tokenizer={mixed / 'tokenizer'}"
+    )
+    assert done.returncode == 0, done.stdout
+    reader = loader(tmp_path, "--image.size=32", "--image.geometry=resize")
+    places = reader.dataset.places()
+    epochs = np.zeros(len(places), dtype=np.int64)
+    with ThreadPoolExecutor(2) as pool:
+        read = reader.read(places, epochs, pool)
+    expected = np.stack(careful(reader, places, epochs))
+    assert np.array_equal(read.pixels.numpy(), expected)
+    shard = int(places[0, 0])
+    assert reader.dataset.files(shard)[1] is not None
+    record = reader.dataset.records(places[:1])[0]
+    text, _ = reader.dataset.text(
+        shard, record, int(read.captions[0]), max_tokens=reader.config.text.max_tokens
+    )
+    assert read.ids[: read.lengths[0]].tolist() == text.tolist()
+
+
+def test_a_deleted_or_replaced_shard_is_noticed_though_it_is_open(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.folder._LOOK_AGAIN_SECONDS", 0.0)
+    copy = shutil.copytree(mixed, tmp_path / "copy")
+    reader = loader(copy)
+    places = reader.dataset.places()[:16]
+    epochs = np.zeros(16, dtype=np.int64)
+    tar, other = (copy / f"train/shard-{n:06d}.tar" for n in (0, 1))
+    with ThreadPoolExecutor(2) as pool:
+        reader.read(places, epochs, pool)
+        kept = tar.read_bytes()
+        os.replace(shutil.copy(other, tmp_path / "x"), tar)
+        with pytest.raises(DamagedError) as caught:
+            reader.read(places, epochs, pool)
+        assert caught.value.reason in ("crc", "truncated")
+        tar.unlink()
+        with pytest.raises(DamagedError) as caught:
+            reader.read(places, epochs, pool)
+        assert caught.value.reason == "missing"
+        tar.write_bytes(kept)
+        reader.read(places, epochs, pool)
+
+
+def test_buffers_are_used_again_but_not_while_they_are_valid(mixed: Path) -> None:
+    reader = loader(mixed)
+    fresh = loader(mixed)
+    seen: list[tuple[int, int]] = []
+    previous = None
+    with ThreadPoolExecutor(1) as pool:
+        for batch in reader.steps(0, 12):
+            (first, *_) = batch.micro_batches
+            seen.append((batch.step, first.pixels.data_ptr()))
+            own = fresh.load(batch.step, pool).micro_batches[0].pixels
+            assert np.array_equal(first.pixels.numpy(), own.numpy())
+            if previous is not None:
+                step, pixels = previous
+                again = fresh.load(step, pool).micro_batches[0].pixels
+                assert np.array_equal(pixels.numpy(), again.numpy())
+            previous = batch.step, first.pixels
+    assert len({pointer for _, pointer in seen}) == STEPS_AHEAD + 2
+
+
+def test_the_loader_keeps_nothing_of_a_sample(mixed: Path) -> None:
+    """Python's own memory does not grow from epoch to epoch."""
+    reader = loader(mixed, "--mixture=none")
+    sizes = []
+    tracemalloc.start()
+    for batch in reader.steps(0, 360):
+        if batch.step % 60 == 59:
+            gc.collect()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert max(sizes[2:]) - min(sizes[2:]) < 200_000, sizes
+
+
+def test_slots_are_pixels_of_a_whole_step() -> None:
+    slots = Slots(3, (5, 4, 4, 3))
+    assert slots.of(1).shape == (5, 4, 4, 3)
+    assert slots.of(1).data_ptr() == slots.of(4).data_ptr()
+    assert slots.of(1).data_ptr() != slots.of(2).data_ptr()
+
+
+def test_a_box_that_is_the_whole_image_is_copied_unchanged() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    out = np.empty_like(pixels)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data = memoryview(buffer.getvalue())
+    decode_into(out, data, (24, 24), Box(0, 0, 24, 24))
+    assert np.array_equal(out, pixels)
+    decode_into(out, data, (24, 24), Box(0, 0, 24, 24), flip=True)
+    assert np.array_equal(out, pixels[:, ::-1])
