@@ -210,7 +210,8 @@ class Progress:
     def _show(self, *, final: bool) -> None:
         now = time.time()
         state = self._state(now)
-        self._bar.set_postfix_str(_postfix(state), False)
+        # It puts a comma before it.
+        self._bar.set_postfix_str(_postfix(state).removeprefix(", "), False)
         self._bar.update(self._done - self._bar.n)
         # In a log, phases that take a moment are not worth a line.
         due = now - self._last_line > _LOG_SECONDS or (
