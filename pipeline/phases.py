@@ -2,7 +2,7 @@
 
 Owns which tasks run in which order, and what the driver does with their results. Does
 not own the checks before (`pipeline.run`), the tasks (`pipeline.ranges`,
-`pipeline.compare`, `pipeline.settle`) or the records (`pipeline.dataset`).
+`pipeline.compare`, `pipeline.settle`) or the order of commits (`pipeline.commits`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import compare
 from pipeline.captions import CaptionCleaner
+from pipeline.commits import Commits
 from pipeline.dataset import DatasetWriter
 from pipeline.describe import (
     description_of,
@@ -39,7 +40,6 @@ from pipeline.ray_session import (
     refuse_unshared,
     session,
 )
-from pipeline.records import shards_of
 from pipeline.retries import retried
 from pipeline.retry import (
     FailedRows,
@@ -50,13 +50,11 @@ from pipeline.retry import (
     retry_announced,
     without_attempts,
 )
-from pipeline.settle import place_range, settle_range, store_committed
+from pipeline.settle import Placement, place_range, settle_range, store_committed
 from pipeline.sources import NeedsSpool
 from pipeline.staging import COMPARE, StagedRange
 from pipeline.tokenizer import StoredTokenizer, train_tokenizer
 from pipeline.work import Report, Work
-
-_MANIFEST_SECONDS = 10.0
 
 
 class Run:
@@ -165,23 +163,69 @@ class Run:
         if done and todo:
             total = plan.n_ranges + len(retries)
             say(f"continuing: {done} of {total} ranges are committed")
-        self._write(work, todo, total=plan.n_inputs)
+        commits = self._commits(plan, work, described, retries)
+        if not work.comparison.needed:
+            self._grow(plan, work, todo, commits)
+            return
+        self._write(plan, work, todo)
         self._compare(work, done, todo)
-        settled = self._settle(work, todo)
-        self._place(plan, work, settled, described, retries)
+        self._place(work, self._settle(work, todo), commits)
 
-    def _write(self, work: Work, todo: Sequence[RangePlan], *, total: int) -> None:
-        counts = self._writer.accounting()
-        before = without_attempts(counts, self._writer.storage, todo)
-        with self._progress("preprocess", total, before=before) as bar:
+    def _commits(
+        self,
+        plan: Plan,
+        work: Work,
+        described: Mapping[str, Any],
+        retries: Sequence[RangePlan],
+    ) -> Commits:
+        def source_of(number: int) -> str:
+            return self._corpora[_part(plan, retries, number).source].name
+
+        def write_manifest() -> None:
+            self._writer.write_manifest(described, work.tokenizer, complete=False)
+
+        return Commits(
+            self._writer,
+            source_of=source_of,
+            check=self._lease.check,
+            # While inputs are tried again, the manifest of before is the truth.
+            write_manifest=None if retries else write_manifest,
+        )
+
+    def _grow(
+        self, plan: Plan, work: Work, todo: Sequence[RangePlan], commits: Commits
+    ) -> None:
+        """Write ranges and commit each as soon as it and all before it are written:
+        nothing in it depends on any other.
+        """
+        total = len(self._writer.records) + len(todo)
+        with self._writing(plan, todo) as bar:
+            bar.ranges(len(self._writer.records), total)
+            items = _as_they_come(todo, commits)
+            for result in self._map(_write_or_place, work, items, bar, watched=True):
+                if isinstance(result, StagedRange):
+                    self._lease.check()
+                    bar.finish(result.accounting, _line(result))
+                    commits.add(result)
+                else:
+                    commits.placed(result)
+                    bar.ranges(len(self._writer.records), total)
+
+    def _write(self, plan: Plan, work: Work, todo: Sequence[RangePlan]) -> None:
+        with self._writing(plan, todo) as bar:
             items = ((part.number, part) for part in todo)
             for staged in self._map(write_range, work, items, bar, watched=True):
                 self._lease.check()
-                bar.commit(staged.accounting, _line(staged))
+                bar.finish(staged.accounting, _line(staged))
+
+    def _writing(self, plan: Plan, todo: Sequence[RangePlan]) -> Progress:
+        counts = self._writer.accounting()
+        before = without_attempts(counts, self._writer.storage, todo)
+        return self._progress("preprocess", plan.n_inputs, before=before)
 
     def _compare(self, work: Work, done: int, todo: Sequence[RangePlan]) -> None:
         """Find what is there twice. Steps that are done do nothing."""
-        if not work.comparison.needed or not todo:
+        if not todo:
             return
         if todo[0].retried is not None:
             self._store_committed(work, done)
@@ -213,40 +257,16 @@ class Run:
         return sorted(settled, key=lambda staged: staged.number)
 
     def _place(
-        self,
-        plan: Plan,
-        work: Work,
-        settled: Sequence[StagedRange],
-        described: Mapping[str, Any],
-        retries: Sequence[RangePlan],
+        self, work: Work, settled: Sequence[StagedRange], commits: Commits
     ) -> None:
         """Give the shards their names, and commit range by range."""
-        taken = self._writer.taken()
-        placements = [self._writer.names_for(staged, taken) for staged in settled]
-        items = ((one.number, one) for one in placements)
-        due = time.monotonic() + _MANIFEST_SECONDS
+        for staged in settled:
+            commits.add(staged)
+        items = ((placement.number, placement) for placement in commits.ready())
         with self._progress("commit", len(settled), unit="ranges") as bar:
-            placed = self._map(place_range, work, items, bar, ordered=True)
-            for placement, _ in zip(placements, placed, strict=True):
-                self._lease.check()
-                number = placement.number
-                source = (
-                    plan.range(number)
-                    if number < plan.n_ranges
-                    else retries[number - plan.n_ranges]
-                ).source
-                shards = shards_of(placement, self._corpora[source].name)
-                self._writer.commit(placement.staged, shards, placement.staged.verdicts)
+            for number in self._map(place_range, work, items, bar, ordered=True):
+                commits.placed(number)
                 bar.step()
-                # While inputs are tried again, the manifest of before is the truth.
-                begun = time.monotonic()
-                if begun > due and not retries:
-                    self._writer.write_manifest(
-                        described, work.tokenizer, complete=False
-                    )
-                    # It grows with the dataset, and must not take its time.
-                    took = time.monotonic() - begun
-                    due = time.monotonic() + max(_MANIFEST_SECONDS, 20 * took)
 
     def _restore(self, plan: Plan, work: Work) -> None:
         """Make ranges again whose files somebody removed: the same bytes, by law 4."""
@@ -255,17 +275,12 @@ class Run:
             return
         say(f"{len(damaged)} committed ranges lack files: they are made again")
         retries = pending_ranges(self._writer, plan)
-        parts = [
-            plan.range(number)
-            if number < plan.n_ranges
-            else retries[number - plan.n_ranges]
-            for number in damaged
-        ]
+        parts = [_part(plan, retries, number) for number in damaged]
         total = sum(part.inputs for part in parts)
         with self._progress("restore", total) as bar:
             items = ((part.number, part) for part in parts)
             for staged in self._map(write_range, work, items, bar, watched=True):
-                bar.commit(staged.accounting)
+                bar.finish(staged.accounting)
         settled = self._settle(work, parts)
         with self._progress("restore files", len(settled), unit="ranges") as bar:
             for staged in settled:
@@ -336,6 +351,38 @@ class Run:
             bar.ended(done.number, done.tally)
             self._retried.update(done.tally["retried"])
             yield done.result
+
+
+def _part(plan: Plan, retries: Sequence[RangePlan], number: int) -> RangePlan:
+    """A range of the corpus, or of what is tried again."""
+    if number < plan.n_ranges:
+        return plan.range(number)
+    return retries[number - plan.n_ranges]
+
+
+def _as_they_come(
+    todo: Sequence[RangePlan], commits: Commits
+) -> Iterator[tuple[int, RangePlan | Placement] | None]:
+    """Ranges to write, and before the next of them those to place by then."""
+    for part in todo:
+        yield from _numbered(commits)
+        yield part.number, part
+    while True:
+        yield from _numbered(commits)
+        yield None
+
+
+def _numbered(commits: Commits) -> Iterator[tuple[int, Placement]]:
+    # Not the range's number: what its writing last reported would count again.
+    return ((-1 - placement.number, placement) for placement in commits.ready())
+
+
+def _write_or_place(
+    work: Work, item: RangePlan | Placement, report: Report
+) -> StagedRange | int:
+    if isinstance(item, Placement):
+        return place_range(work, item, report)
+    return write_range(work, item, report)
 
 
 def _scatter(work: Work, group: int, report: Report) -> None:

@@ -129,11 +129,12 @@ class Progress:
         self._phase, self._total, self._unit = phase, total, unit
         self._file, self._watch = file, watch
         self._start, self._first = time.time(), before.inputs
-        self._committed = before.inputs
+        self._finished = before.inputs
         self._done = before.inputs
         self._failed = Counter(before.failed)
         self._filtered = Counter(before.filtered)
-        self._finished: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+        self._ranges: tuple[int, int] | None = None
         self._running: dict[int, Mapping[str, Any]] = {}
         self._before = Counter(retried())
         self._terminal = sys.stderr.isatty()
@@ -162,41 +163,46 @@ class Progress:
         self._show(final=True)
         self._bar.close()
 
-    def commit(
+    def finish(
         self,
         counts: Accounting,
         text: str | None = None,
     ) -> None:
         """Count a finished range; `text` says it in the log."""
-        self._committed += counts.inputs
+        self._finished += counts.inputs
         self._failed.update(counts.failed)
         self._filtered.update(counts.filtered)
         if text and not self._terminal:
             say(text)
-        self._update(self._committed)
+        self._update(self._finished)
 
     def step(self, count: int = 1) -> None:
         """Count finished work of a phase that handles no inputs."""
-        self._committed += count
-        self._update(self._committed)
+        self._finished += count
+        self._update(self._finished)
+
+    def ranges(self, committed: int, total: int) -> None:
+        """Say how many ranges are in the dataset while others are being written."""
+        self._ranges = committed, total
+        self._show(final=False)
 
     def reach(self, done: int) -> None:
         """Say how far a phase is that one process works through."""
-        self._committed = done
+        self._finished = done
         self._update(done)
 
     def running(self, tallies: Mapping[int, Mapping[str, Any]]) -> None:
         """Show ranges under way, by number."""
         self._running = dict(tallies)
-        self._update(self._committed + sum(one.get("done", 0) for one in self._tallies))
+        self._update(self._finished + sum(one.get("done", 0) for one in self._tallies))
 
     def ended(self, number: int, tally: Mapping[str, Any]) -> None:
-        """Keep the last report of a task; `commit` or `step` tell what came of it."""
+        """Keep the last report of a task; `finish` or `step` tell what came of it."""
         self._running.pop(number, None)
         for name in ("read_bytes", "written_bytes"):
-            self._finished[name] += tally.get(name, 0)
+            self._told[name] += tally.get(name, 0)
         for reason, count in tally.get("retried", {}).items():
-            self._finished[f"retried {reason}"] += count
+            self._told[f"retried {reason}"] += count
 
     @property
     def _tallies(self) -> Iterable[Mapping[str, Any]]:
@@ -229,7 +235,7 @@ class Progress:
         elapsed = now - self._start
         rate = (self._done - self._first) / max(elapsed, 1e-9)
         known = elapsed > _LOG_SECONDS / 2 and rate > 0
-        sums = Counter(self._finished)
+        sums = Counter(self._told)
         failed, filtered = Counter(self._failed), Counter(self._filtered)
         # What this process itself asked storage for again.
         for reason, count in (Counter(retried()) - self._before).items():
@@ -246,7 +252,9 @@ class Progress:
             "unit": self._unit,
             "total": self._total,
             "done": self._done,
-            "committed": self._committed,
+            "finished": self._finished,
+            "ranges": self._ranges
+            and {"committed": self._ranges[0], "total": self._ranges[1]},
             "failed": dict(sorted(failed.items())),
             "filtered": dict(sorted(filtered.items())),
             "read_bytes": sums["read_bytes"],
@@ -299,6 +307,8 @@ def reasons(counts: Mapping[str, int], shown: int = _REASONS_SHOWN) -> str:
 
 def _postfix(state: Mapping[str, Any]) -> str:
     parts = []
+    if ranges := state["ranges"]:
+        parts.append(f"{ranges['committed']}/{ranges['total']} ranges committed")
     if state["written_bytes"]:
         parts.append(f"{state['written_bytes'] / 1e6:.1f} MB")
     if state["failed"]:

@@ -139,7 +139,7 @@ def session(workers: int | None) -> Iterator[None]:
 def map_tasks(
     function: Callable[[Work, Any, Report], ResultT],
     work: Work,
-    items: Iterable[tuple[int, Any]],
+    items: Iterable[tuple[int, Any] | None],
     *,
     workers: int | None,
     poll: Poll | None,
@@ -147,6 +147,8 @@ def map_tasks(
 ) -> Iterator[Finished[ResultT]]:
     """Run `function(work, item, report)` on every `(number, item)` as a Ray task,
     yielding what comes of it as tasks end or, `ordered`, in the order of the items.
+    Items may depend on results: they are asked for as late as can be, and where they
+    give None, again once another result was yielded, until none is under way.
 
     At most a bounded number is under way; in order, those that wait for an earlier one
     to be yielded are included, so that one slow task holds up the others. Tasks whose
@@ -163,14 +165,16 @@ def map_tasks(
     pending: dict[ray.ObjectRef, int] = {}
     finished: dict[int, Finished[ResultT]] = {}
     queue = iter(items)
-    upcoming = next(queue, None)
     turns: deque[int] = deque()
-    while upcoming or pending or finished:
-        while upcoming and len(pending) + len(finished) < _window(workers):
+    while True:
+        while len(pending) + len(finished) < _window(workers):
+            if (upcoming := next(queue, None)) is None:
+                break
             number, item = upcoming
             pending[remote.remote(function, shared, item, number, board)] = number
             turns.append(number)
-            upcoming = next(queue, None)
+        if not pending and not finished:
+            return
         ready, _ = (
             ray.wait(list(pending), timeout=_POLL_SECONDS) if pending else ([], [])
         )

@@ -21,7 +21,7 @@ def test_the_file_tells_how_far_it_is_and_leaves_nothing_else(tmp_path: Path) ->
     with Progress(phase="p", total=4, file=file) as bar:
         bar.running({6: {"done": 2, "written_bytes": 9, "retried": {"http_503": 1}}})
         bar.ended(6, {"done": 3, "written_bytes": 10, "retried": {"http_503": 2}})
-        bar.commit(THREE)
+        bar.finish(THREE)
         under_way = {"done": 1, "failed": {"truncated": 1}, "written_bytes": 5}
         bar.running({7: under_way})
         file.write(bar._state(0.0), final=True)
@@ -29,7 +29,7 @@ def test_the_file_tells_how_far_it_is_and_leaves_nothing_else(tmp_path: Path) ->
     assert (running["done"], running["failed"]) == (4, {"truncated": 2})
     assert running["written_bytes"] == 15
     state = json.loads(path.read_text())
-    assert (state["total"], state["committed"]) == (4, 3)
+    assert (state["total"], state["finished"]) == (4, 3)
     assert (state["failed"], state["retried"]) == ({"truncated": 1}, {"http_503": 2})
     assert state["config"] == {"limit": 4}
     assert list(tmp_path.iterdir()) == [path]
