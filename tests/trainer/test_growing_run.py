@@ -1,0 +1,92 @@
+"""Training beside a preprocess job that is still committing shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.manifest import load_manifest
+from tests.conftest import EMOJI, ROOT, deepspeed_command, launch_environment
+from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config
+from trainer.data_state import DataState
+from trainer.dataset import Dataset
+from trainer.loader import Loader
+
+STEPS = 400
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while not true():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def shards_of(dataset: Path) -> int:
+    try:
+        return len(load_manifest(dataset, allow_incomplete=True).shards)
+    except ValueError:
+        return 0
+
+
+def test_training_follows_a_job_that_is_committing_shards(tmp_path: Path) -> None:
+    """The job is held up while the first epochs run, and then goes on to its end."""
+    dataset, run = tmp_path / "shards", tmp_path / "run"
+    job_log, train_log = tmp_path / "job.txt", tmp_path / "train.txt"
+    preprocess = [
+        *(sys.executable, "-m", "pipeline.preprocess"),
+        *("--input", str(EMOJI), "--output", str(dataset)),
+        *("--columns.image=image", "--columns.caption=caption", "--limit=1500"),
+        *("--image.size=32", "--tokenizer=train:600", "--shard.samples=50"),
+        *("--split.val=0", "--workers=1"),
+    ]
+    train = [
+        *(f"--data={dataset}", f"--output={run}", "--grow=true"),
+        *(f"--schedule.steps={STEPS}", "--model.layers=1"),
+    ]
+    with (
+        job_log.open("w") as job_file,
+        train_log.open("w") as train_file,
+        subprocess.Popen(
+            preprocess, cwd=ROOT, text=True, stdout=job_file, stderr=job_file
+        ) as job,
+    ):
+        until(lambda: shards_of(dataset) > 0, job, job_log)
+        os.kill(job.pid, signal.SIGSTOP)
+        try:
+            first = shards_of(dataset)
+            with subprocess.Popen(
+                deepspeed_command(2, *TINY, *train),
+                text=True,
+                env=launch_environment(),
+                stdout=train_file,
+                stderr=train_file,
+            ) as trainer:
+                metrics = run / "metrics.jsonl"
+                until(
+                    lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 9,
+                    trainer,
+                    train_log,
+                )
+                os.kill(job.pid, signal.SIGCONT)
+                assert job.wait(LAUNCH_LIMIT_S) == 0, job_log.read_text()
+                assert trainer.wait(LAUNCH_LIMIT_S) == 0, train_log.read_text()
+        finally:
+            job.kill()
+    (marker,) = sorted((run / "checkpoints").glob(f"*{STEPS}/complete.json"))
+    state = DataState.from_plain(json.loads(marker.read_text()))
+    covered = [entry.shards for entry in state.frozen[0]]
+    assert covered[0] == first < covered[-1] == 30
+    assert "will take in what has been committed by now" in train_log.read_text()
+    # From the finished dataset and the state alone, the same steps.
+    keys = config(dataset, run)
+    loader = Loader(Dataset(dataset, "train"), keys, rank=0, world_size=1, state=state)
+    steps = loader.steps(0, STEPS)
+    assert [s.counts.digest_text for s in steps] == column(run, "sample_digest")
