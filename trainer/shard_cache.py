@@ -6,11 +6,15 @@ files. A file is claimed by a lock of the kernel's, which ends with its process,
 appears whole, by a rename. What a dead process left is what nobody has locked. Does not
 own the bytes (`trainer.fetch`) or which files are wanted (`trainer.storage`).
 
-    CACHE/lock                     held while room is made
-    CACHE/live/ID.lock, ID.needs   a running process, and what it will read, in order
-    CACHE/DATASET/URL              where DATASET comes from
-    CACHE/DATASET/parts/KEY        being fetched, of its full size and locked
-    CACHE/DATASET/VERSION/NAME     whole
+    CACHE/palimpsest.lock           held while room is made
+    CACHE/palimpsest-live/ID.lock   a running process
+    CACHE/palimpsest-live/ID.needs  what it will read, in order
+    CACHE/DATASET/URL               where DATASET, 32 hex digits, comes from
+    CACHE/DATASET/parts/KEY         being fetched, of its full size and locked
+    CACHE/DATASET/VERSION/NAME      whole
+
+Nothing else in the folder is looked at, counted or removed: a user may have named one
+that holds other things.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -28,7 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-_PARTS, _LIVE, _URL = "parts", "live", "URL"
+_LOCK, _LIVE = "palimpsest.lock", "palimpsest-live"
+_PARTS, _URL = "parts", "URL"
+_ID = re.compile(r"[0-9a-f]{32}")
 # Of the disk, for others: beyond it even a cache below its bound makes room.
 _DISK_LEFT_BYTES = 256 << 20
 
@@ -126,7 +133,7 @@ class ShardCache:
 
         Room may not be made although it must, while other files are being fetched.
         """
-        with _locked(self.root / "lock"):
+        with _locked(self.root / _LOCK):
             self._bury()
             os.ftruncate(descriptor, 0)
             found, taken = self._files()
@@ -166,7 +173,7 @@ class ShardCache:
         found: dict[str, tuple[int, int]] = {}
         for file in (self.root / _LIVE).glob("*.needs"):
             with contextlib.suppress(FileNotFoundError):
-                for place, line in enumerate(file.read_text().splitlines()):
+                for place, line in enumerate(file.read_text().split("\n")[:-1]):
                     size, _, path = line.partition(" ")
                     before, known = found.get(path, (place, 0))
                     found[path] = min(place, before), max(int(size), known)
@@ -174,7 +181,8 @@ class ShardCache:
 
     def remove_left(self) -> None:
         """Remove what processes left that are no more."""
-        for part in self.root.glob(f"*/{_PARTS}/*"):
+        parts = (part for at in self._datasets() for part in (at / _PARTS).iterdir())
+        for part in parts:
             if (descriptor := _claim(part, make=False)) is not None:
                 part.unlink()
                 os.close(descriptor)
@@ -209,26 +217,37 @@ class ShardCache:
     def _files(self) -> tuple[dict[str, _Entry], int]:
         """Whole files by their path below the cache, and the bytes of all files."""
         found, taken = {}, 0
-        for dataset in self.root.iterdir():
-            if dataset.name in ("lock", _LIVE):
-                continue
-            for at, _, names in os.walk(dataset):
-                for name in names:
-                    path = os.path.join(at, name)
+        for dataset in self._datasets():
+            for folder in dataset.iterdir():
+                for path in _below(folder):
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(path)
                         taken += status.st_size
-                        below = os.path.relpath(path, self.root)
-                        if len(Path(below).parts) > 2 and Path(at).name != _PARTS:
+                        if folder.name != _PARTS:
                             entry = _Entry(status.st_size, status.st_atime_ns)
-                            found[below] = entry
+                            found[os.path.relpath(path, self.root)] = entry
         return found, taken
+
+    def _datasets(self) -> list[Path]:
+        """Folders of all datasets."""
+        return [
+            path
+            for path in self.root.iterdir()
+            if _ID.fullmatch(path.name) and (path / _PARTS).is_dir()
+        ]
 
     def _evict(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)
         for folder in Path(path).parents[:-2]:
             with contextlib.suppress(OSError):
                 (self.root / folder).rmdir()
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Paths of all files at any depth below a folder."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            yield os.path.join(at, name)
 
 
 class _Entry(NamedTuple):

@@ -81,7 +81,7 @@ def test_two_ranks_read_the_samples_of_a_local_run_and_fetch_once(
     assert len(fetched) == len(load_manifest(shards).split("train"))
     assert set(fetched.values()) == {1}
     assert not [*(tmp_path / "cache").rglob("*/parts/*")]
-    assert not [*(tmp_path / "cache" / "palimpsest" / "live").iterdir()]
+    assert not [*(tmp_path / "cache" / "palimpsest" / "palimpsest-live").iterdir()]
     server.requests.clear()
     # Tools that read a run read its dataset, here from what is in the cache.
     done = python(

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -33,6 +34,7 @@ from trainer.storage import (
 
 NAMES = [f"train/shard-{number:06d}.tar" for number in range(6)]
 SIZE = 100_000
+LIVE = "palimpsest-live"
 VERSION = "0123456789abcdef" * 4
 # A process of its own that reads files of a dataset and says what it found.
 READER = """
@@ -98,7 +100,7 @@ def litter(cache: Path) -> list[Path]:
     """What should be gone once no process runs."""
     return [
         *cache.glob("*/parts/*"),
-        *(cache / "live").glob("*"),
+        *(cache / LIVE).glob("*"),
         *cache.rglob("*.tmp"),
     ]
 
@@ -241,7 +243,7 @@ def test_a_kill_in_mid_fetch_leaves_nothing_that_hurts(
     server.inject(())
     files = open_files(f"{bucket}/d", config(tmp_path))
     assert [path.name for path in litter(tmp_path / "cache")] == [
-        path.name for path in (tmp_path / "cache" / "live").glob("*")
+        path.name for path in (tmp_path / "cache" / LIVE).glob("*")
     ]
     assert [read(files, name) for name in NAMES] == list(content.values())
     files.close()
@@ -641,3 +643,31 @@ def test_foreign_tars_are_refused_with_the_command_that_indexes_them(
             read_manifest(open_files(root, keys))
         assert tar in str(refused.value)
         assert f"python -m pipeline.index {root} --tokenizer" in str(refused.value)
+
+
+def test_nothing_else_in_the_folder_is_touched(
+    bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    names = ("live/a.lock", "photos/parts/a", "photos/2024/b/c.tar", "lock", "d.part")
+    others = [tmp_path / "cache" / name for name in names]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(3 * SIZE))
+    # Just as large as one file, and no larger.
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE))
+    for name in NAMES:
+        assert read(files, name) == content[name]
+    assert all(path.read_bytes() == bytes(3 * SIZE) for path in others)
+
+
+@pytest.mark.filterwarnings("ignore:the shards that are read at once")
+def test_a_folder_of_tars_may_have_any_name(
+    server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    names = ["parts/a b.tar", "parts/parts/ü\u2028.tar", "newest/URL", "c.tar"]
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE + 9))
+    for name in names:
+        server.put(f"{bucket}/d/{quote(name)}", bytes(SIZE))
+    files.ahead([Wanted(name, size=9) for name in names])
+    for name in names * 2:
+        assert read(files, name) == bytes(SIZE)
