@@ -1,0 +1,296 @@
+"""How fast photos and token ids reach a trainer, beside other loaders and the limit.
+
+    python -m benchmarks.loader --data DATASET ... --peers PYTHON --work DIR
+
+DATASET is one that `python -m benchmarks.loader_data` made: squares of one size. The
+same JPEG bytes and ids are given to each loader in its own format, and the contenders
+take turns, each in a process of its own on the same cores: batches of 128 uint8 images
+with the ids of each, shuffled, two workers. What counts is the median over the rounds.
+
+The limit is two threads decoding JPEGs that lie in memory into a preallocated batch,
+chunk by chunk. `--rounds`, `--batches` and `--warm` say how long. `--s3` measures all
+of it against an S3 server on loopback too, which is itself the limit there.
+
+PYTHON is the interpreter of an environment with `benchmarks/requirements-loaders.txt`
+(benchmarks/README.md says how to make it). Results go to `benchmarks/results/
+loader.json`.
+
+Owns the order of runs, and what is made of their figures. Does not own the contenders
+(`benchmarks.loader_ours`, `benchmarks.loader_peers`), the clock (`benchmarks.
+loader_run`) or the formats (`benchmarks.loader_data`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import botocore.config
+
+from benchmarks.loader_data import ROOT, check_squares, make_format
+from benchmarks.loader_ours import OURS
+from benchmarks.loader_peers import NEEDS, PEERS
+
+RESULTS = ROOT / "benchmarks" / "results" / "loader.json"
+_MOST_SECONDS = 240
+_OURS, _DOCUMENTED, _LIMIT = "Palimpsest", "webdataset", "limit"
+_TARGETS = {"of_webdataset": 2.7, "of_fastest": 1.8, "of_limit": 0.9}
+# Not compared: they do more than the peers do.
+_APART = ("Palimpsest, crops", "Palimpsest, masks")
+
+Figures = dict[str, float]
+
+
+class Bench:
+    """All runs over one dataset."""
+
+    def __init__(self, given: argparse.Namespace, dataset: Path) -> None:
+        self._given, self._dataset = given, dataset.resolve()
+        self.side = check_squares(self._dataset)
+        self._formats = given.work.resolve() / f"formats-{self._dataset.name}"
+        self._cores = sorted(os.sched_getaffinity(0))[: given.cores]
+        for name in dict.fromkeys(NEEDS.values()):
+            make_format(name, self._dataset, self._formats, given.peers)
+
+    def measure(self) -> dict[str, Any]:
+        """Figures of every contender: medians, and the spread of the rates."""
+        names = [*OURS, *PEERS]
+        runs: dict[str, list[Figures]] = {name: [] for name in names}
+        errors: dict[str, str] = {}
+        for number in range(self._given.rounds):
+            for name in names:
+                if name in errors:
+                    continue
+                found = self._run(name)
+                if "error" in found:
+                    errors[name] = str(found["error"])
+                else:
+                    runs[name].append(found)
+            print(f"  round {number + 1} of {self._given.rounds} done", flush=True)
+        figures = {name: _medians(found) for name, found in runs.items() if found}
+        for name, resumed in self._resumed(figures).items():
+            figures[name] |= resumed
+        return {
+            "side": self.side,
+            "contenders": figures,
+            "errors": errors,
+            "ratios": ratios(figures),
+            # More than the cores means that others were at work.
+            "load_average": os.getloadavg(),
+        }
+
+    def over_s3(self) -> dict[str, Any]:
+        """The same against an S3 server on loopback, once each."""
+        figures, errors = {}, {}
+        skipped = (_LIMIT, "Palimpsest, crops")
+        with _bucket(self._dataset, self._formats) as (bucket, environment):
+            for name in (one for one in (*OURS, *PEERS) if one not in skipped):
+                scratch = (
+                    self._given.work.resolve() / "scratch" / name.replace(" ", "-")
+                )
+                more = [f"--bucket={bucket}", f"--scratch={scratch}"]
+                found = self._run(name, *more, environment=environment)
+                if "error" in found:
+                    errors[name] = str(found["error"])
+                else:
+                    figures[name] = found
+        return {"contenders": figures, "errors": errors}
+
+    def _resumed(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Figures]:
+        resumed = {}
+        for name in names:
+            found = self._run(name, f"--resume={self._given.resume_after}")
+            if "error" not in found:
+                resumed[name] = found
+        return resumed
+
+    def _run(
+        self, name: str, *more: str, environment: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """What a contender's process printed."""
+        given = self._given
+        command = [
+            *(str(given.peers), "-m", "benchmarks.loader_run", name),
+            *(f"--dataset={self._dataset}", f"--formats={self._formats}"),
+            *(f"--side={self.side}", f"--warm={given.warm}"),
+            *(f"--batches={given.batches}", *more),
+        ]
+        cores = ",".join(map(str, self._cores))
+        try:
+            done = subprocess.run(
+                ["taskset", "--cpu-list", cores, *command],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                timeout=_MOST_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"took more than {_MOST_SECONDS} s"}
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not lines:
+            return {"error": f"ended with {done.returncode} and no result"}
+        return json.loads(lines[-1])
+
+
+def ratios(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Ours over webdataset as documented, the fastest peer, and the limit."""
+    rates = {name: found["images_s"] for name, found in figures.items()}
+    peers = {name: rate for name, rate in rates.items() if name in PEERS}
+    found = {}
+    if _DOCUMENTED in rates:
+        found["of_webdataset"] = rates[_OURS] / rates[_DOCUMENTED]
+    if peers:
+        found["of_fastest"] = rates[_OURS] / max(peers.values())
+    found["of_limit"] = rates[_OURS] / rates[_LIMIT]
+    return found
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """The figures of one dataset, for people."""
+    figures, limit = found["contenders"], found["contenders"][_LIMIT]["images_s"]
+    yield (
+        f"{'':26}{'images/s':>9}{'spread':>8}{'of limit':>9}{'first':>8}"
+        f"{'resume':>8}{'memory':>9}"
+    )
+    for name, row in sorted(figures.items(), key=lambda one: -one[1]["images_s"]):
+        resume = f"{row['resume_s']:.2f} s" if "resume_s" in row else "cannot"
+        apart = " *" if name in _APART else ""
+        yield (
+            f"{name + apart:26}{row['images_s']:9,.0f}{row['spread']:8.1%}"
+            f"{row['images_s'] / limit:9.1%}{row['first_s']:6.2f} s{resume:>8}"
+            f"{row['pss_mib']:5.0f} MiB"
+        )
+    for name, error in found["errors"].items():
+        yield f"{name:26}not measured: {error.splitlines()[0][:90]}"
+    yield "* does more than the peers do: not compared"
+    for name, ratio in found["ratios"].items():
+        target = _TARGETS[name]
+        verdict = "reached" if ratio >= target else "MISSED"
+        yield f"{name.replace('_', ' '):26}{ratio:9.2f}   target {target}: {verdict}"
+
+
+def _medians(runs: Sequence[Figures]) -> Figures:
+    found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    rates = [run["images_s"] for run in runs]
+    return found | {"spread": (max(rates) - min(rates)) / found["images_s"]}
+
+
+@contextmanager
+def _bucket(dataset: Path, formats: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """URL of a bucket that holds both folders, and what clients need to find it."""
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, name = f"http://127.0.0.1:{port}", "loader"
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url,
+        "S3_ENDPOINT_URL": url,
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+            region_name="us-east-1",
+            config=botocore.config.Config(retries={"max_attempts": 20}),
+        )
+        client.create_bucket(Bucket=name)
+        for part, folder in (("data", dataset), ("formats", formats)):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    key = f"{part}/{path.relative_to(folder)}"
+                    client.upload_file(str(path), name, key)
+        yield f"s3://{name}", environment
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _versions(peers: Path) -> dict[str, str]:
+    names = ("torch", "webdataset", "simplejpeg", "datasets", "crc32c", "numpy")
+    found = {name: version(name) for name in names}
+    listed = subprocess.run(
+        [str(peers), "-m", "pip", "list", "--format=json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    wanted = ("mosaicml-streaming", "litdata", "megatron-energon", "torch")
+    return found | {
+        f"peers: {one['name']}": one["version"]
+        for one in json.loads(listed.splitlines()[0])
+        if one["name"] in wanted
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--peers", type=Path, required=True, help="their interpreter")
+    parser.add_argument("--work", type=Path, required=True, help="for their formats")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=8, help="batches before the clock")
+    parser.add_argument("--batches", type=int, default=32, help="batches timed")
+    parser.add_argument("--resume_after", type=int, default=20, help="batches")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--s3", action="store_true", help="against S3 on loopback too")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.loader", *(argv or sys.argv[1:])]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "python": platform.python_version(),
+        "versions": _versions(given.peers),
+        "batches": given.batches,
+        "rounds": given.rounds,
+        "sets": {},
+    }
+    for dataset in given.data:
+        bench = Bench(given, dataset)
+        print(f"{bench.side} px", flush=True)
+        found = bench.measure()
+        print("\n".join(table(found)), flush=True)
+        if given.s3:
+            found["s3"] = bench.over_s3()
+            for name, row in found["s3"]["contenders"].items():
+                print(
+                    f"S3: {name:26}{row['images_s']:9,.0f} images/s, first batch "
+                    f"after {row['first_s']:.2f} s"
+                )
+            for name, error in found["s3"]["errors"].items():
+                print(f"S3: {name:26}not measured: {error.splitlines()[0][:90]}")
+        result["sets"][f"{bench.side} px"] = found
+        given.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(given.output)
+
+
+if __name__ == "__main__":
+    main()

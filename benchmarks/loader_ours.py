@@ -1,0 +1,158 @@
+"""Our loader as `benchmarks.loader` measures it, and the limit.
+
+Owns how it is built. Images and texts without masks are what peers give; with masks is
+`Loader.steps`, what the trainer reads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from benchmarks.loader_peers import BATCH, WORKERS, Resumable, Where
+
+_CHUNK = 16
+_LANES = 32
+
+
+def _loader(where: Where, geometry: str) -> Any:
+    import torch
+
+    from trainer.dataset import Dataset
+    from trainer.loader import Loader
+    from trainer.models.mlim import MlimConfig
+    from trainer.options import ImageConfig, PretrainConfig
+    from trainer.storage import StorageConfig
+
+    torch.set_num_threads(1)
+    data = f"{where.bucket}/data" if where.bucket else str(where.dataset)
+    storage = StorageConfig(cache=str(where.scratch) if where.scratch else None)
+    keys = PretrainConfig(
+        data=data,
+        output="",
+        lanes=_LANES,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        threads=WORKERS,
+        # Squares of 16 pixels for an image token, as MLIM has.
+        model=MlimConfig(
+            embedder_widths=(16, 32, 64, 128),
+            decoder_widths=(64, 64, 48, 48, 32, 32, 16),
+        ),
+        image=ImageConfig(size=where.side, geometry=geometry),  # type: ignore[arg-type]
+        storage=storage,
+    )
+    dataset = Dataset(data, "train", storage=storage)
+    return Loader(dataset, keys, rank=0, world_size=1)
+
+
+def ours(where: Where, state: Any) -> Resumable:
+    """Images and texts, from step `state` on."""
+    return _read(where, state, "center_crop")
+
+
+def ours_crops(where: Where, state: Any) -> Resumable:
+    """The same with a random resized crop of every image."""
+    return _read(where, state, "random_resized_crop")
+
+
+def ours_masks(where: Where, state: Any) -> Resumable:
+    """What the trainer reads: also the token stream and what masks will count."""
+    loader = _loader(where, "center_crop")
+    first = state or 0
+    taken = 0
+
+    def batches() -> Iterator[Any]:
+        nonlocal taken
+        for batch in loader.steps(first, 1 << 40):
+            taken += 1
+            yield batch
+
+    return batches(), lambda: first + taken
+
+
+def _read(where: Where, state: Any, geometry: str) -> Resumable:
+    from trainer.loader import STEPS_AHEAD
+    from trainer.reading import Slots
+
+    loader = _loader(where, geometry)
+    slots = Slots(STEPS_AHEAD + 2, (BATCH, where.side, where.side, 3))
+    first = state or 0
+    taken = 0
+
+    def batches() -> Iterator[Any]:
+        nonlocal taken
+        with (
+            ThreadPoolExecutor(2) as assemblers,
+            ThreadPoolExecutor(WORKERS) as decoders,
+        ):
+
+            def load(step: int) -> Any:
+                if loader.dataset.remote:
+                    loader.dataset.ahead(
+                        loader.order.shards_ahead(step, loader.lanes, windows=2)
+                    )
+                drawn = loader.order.samples_of(step, loader.lanes)
+                pixels = slots.of(step)
+                return loader.read(drawn.places, drawn.epochs, decoders, pixels)
+
+            ahead: deque[Any] = deque()
+            step = first
+            while True:
+                while len(ahead) <= STEPS_AHEAD:
+                    ahead.append(assemblers.submit(load, step))
+                    step += 1
+                taken += 1
+                yield ahead.popleft().result()
+
+    return batches(), lambda: first + taken
+
+
+def limit(where: Where, state: Any) -> Resumable:
+    """Two threads decode JPEGs that lie in memory into a preallocated batch, chunk by
+    chunk and never waiting for a batch to be whole.
+    """
+    import simplejpeg
+
+    from benchmarks.loader_data import samples
+
+    photos: list[bytes] = []
+    for one in samples([str(path) for path in where.tars()]):
+        photos.append(one.jpeg)
+        if len(photos) >= 32 * BATCH:
+            break
+    order = np.random.default_rng(0).permutation(len(photos)).tolist()
+    photos = [photos[number] for number in order]
+    out = np.empty((BATCH, where.side, where.side, 3), dtype=np.uint8)
+
+    def fill(first: int) -> None:
+        for number in range(first, first + _CHUNK):
+            simplejpeg.decode_jpeg(
+                photos[number % len(photos)], buffer=out[number % BATCH]
+            )
+
+    def batches() -> Iterator[Any]:
+        with ThreadPoolExecutor(WORKERS) as threads:
+            ahead: deque[Any] = deque()
+            first = 0
+            while True:
+                while len(ahead) < 4 * BATCH // _CHUNK:
+                    ahead.append(threads.submit(fill, first))
+                    first += _CHUNK
+                for _ in range(BATCH // _CHUNK):
+                    ahead.popleft().result()
+                yield out
+
+    return batches(), None
+
+
+OURS: dict[str, Callable[[Where, Any], Resumable]] = {
+    "Palimpsest": ours,
+    "Palimpsest, crops": ours_crops,
+    "Palimpsest, masks": ours_masks,
+    "limit": limit,
+}

@@ -1,0 +1,132 @@
+"""One contender of `benchmarks.loader`, in a process of its own; JSON on the last line.
+
+Owns the clock: time to the first batch from construction on (imports before), batches a
+second after a warm-up, the memory of all processes, and the time to the first batch of
+a loader that resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.loader_ours import OURS
+from benchmarks.loader_peers import BATCH, PEERS, Where
+
+_MIB = 1 << 20
+
+
+def contenders() -> dict[str, Any]:
+    """Everybody, by name."""
+    return OURS | PEERS
+
+
+def measure(name: str, where: Where, *, warm: int, batches: int) -> dict[str, float]:
+    """First batch in seconds, then images a second, then memory in MiB."""
+    _import(name)
+    begun = time.perf_counter()
+    source, _ = contenders()[name](where, None)
+    next(source)
+    first = time.perf_counter() - begun
+    _take(source, warm)
+    begun = time.perf_counter()
+    _take(source, batches)
+    took = time.perf_counter() - begun
+    return {"first_s": first, "images_s": batches * BATCH / took, "pss_mib": _memory()}
+
+
+def resume(name: str, where: Where, *, after: int) -> dict[str, float]:
+    """Seconds from the construction of a loader that goes on after some batches to the
+    first that it gives.
+    """
+    _import(name)
+    source, state_of = contenders()[name](where, None)
+    if state_of is None:
+        raise NotImplementedError("has no state to resume from")
+    _take(source, after)
+    state = state_of()
+    del source
+    begun = time.perf_counter()
+    again, _ = contenders()[name](where, state)
+    next(again)
+    return {"resume_s": time.perf_counter() - begun}
+
+
+def _take(source: Iterator[Any], count: int) -> None:
+    for _ in range(count):
+        next(source)
+
+
+def _import(name: str) -> None:
+    """What a contender imports, so that it is not timed."""
+    modules = {
+        "webdataset": "webdataset",
+        "MosaicML": "streaming",
+        "LitData": "litdata",
+        "HF": "datasets",
+        "Energon": "megatron.energon",
+        "Palimpsest": "trainer.loader",
+    }
+    __import__("torch.utils.data")
+    word = name.split(maxsplit=1)[0].strip(",")
+    if word in modules:
+        __import__(modules[word])
+
+
+def _memory() -> float:
+    """MiB of this process and its children, shared pages counted once."""
+    me = psutil.Process()
+    found = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            found += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return found / _MIB
+
+
+def main() -> None:
+    """Measure the contender that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name")
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--formats", type=Path, required=True)
+    parser.add_argument("--side", type=int, required=True)
+    parser.add_argument("--bucket")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--warm", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--resume", type=int)
+    given = parser.parse_args()
+    where = Where(
+        dataset=given.dataset,
+        formats=given.formats,
+        side=given.side,
+        bucket=given.bucket,
+        scratch=given.scratch,
+    )
+    try:
+        if given.resume:
+            found: dict[str, Any] = resume(given.name, where, after=given.resume)
+        else:
+            found = measure(given.name, where, warm=given.warm, batches=given.batches)
+    except Exception as error:  # a peer that fails is a result, not the end
+        found = {"error": f"{type(error).__name__}: {error}"[-600:]}
+    print(f"\n{json.dumps(found)}", flush=True)
+    # Some leave threads and processes that would not end.
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the loader benchmark makes of its figures, and that our contender gives whole
+batches.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import placement
+from benchmarks.loader import _medians, ratios, table
+from benchmarks.loader_data import check_squares
+from benchmarks.loader_ours import OURS
+from benchmarks.loader_peers import BATCH, Where
+
+
+def figure(rate: float) -> dict[str, float]:
+    return {"images_s": rate, "first_s": 1.0, "pss_mib": 100.0, "spread": 0.0}
+
+
+def test_ratios_are_to_webdataset_the_fastest_peer_and_the_limit() -> None:
+    figures = {
+        "Palimpsest": figure(900),
+        "Palimpsest, crops": figure(5_000),
+        "limit": figure(1_000),
+        "webdataset": figure(300),
+        "LitData": figure(450),
+    }
+    found = ratios(figures)
+    assert found == {
+        "of_webdataset": pytest.approx(3.0),
+        "of_fastest": pytest.approx(2.0),
+        "of_limit": pytest.approx(0.9),
+    }
+    errors = {"Energon": "ImportError: no such thing"}
+    text = "\n".join(table({"contenders": figures, "errors": errors, "ratios": found}))
+    assert text.count("reached") == 3
+    assert "Energon                   not measured: ImportError" in text
+    figures["limit"] = figure(1_200)
+    found = ratios(figures)
+    text = "\n".join(table({"contenders": figures, "errors": {}, "ratios": found}))
+    assert "of limit                       0.75   target 0.9: MISSED" in text
+
+
+def test_medians_and_the_spread_of_the_rates() -> None:
+    found = _medians([figure(100), figure(130), figure(110)])
+    assert found["images_s"] == 110
+    assert found["spread"] == pytest.approx(30 / 110)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "limit"])
+def test_our_contenders_give_whole_batches_and_resume_where_they_were(
+    mixed_squares: Path, name: str
+) -> None:
+    side = check_squares(mixed_squares)
+    where = Where(dataset=mixed_squares, formats=mixed_squares, side=side)
+    source, state_of = OURS[name](where, None)
+    first = pixels_of(next(source)).copy()
+    second = pixels_of(next(source)).copy()
+    assert first.shape == (BATCH, side, side, 3)
+    assert (first != second).any()
+    assert state_of is not None
+    again, _ = OURS[name](where, 1)
+    assert np.array_equal(pixels_of(next(again)), second)
+
+
+def pixels_of(batch: object) -> np.ndarray:
+    micros = getattr(batch, "micro_batches", None)
+    return (micros[0] if micros else batch).pixels.numpy()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def mixed_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 emoji of 32 px."""
+    from tests.trainer.datasets import preprocess, slices
+
+    folder = tmp_path_factory.mktemp("squares")
+    (table_path,) = slices(folder, 160)
+    return preprocess(
+        folder / "shards", f"--input={table_path}", tokenizer=Path("train:600")
+    )
+
+
+def test_placement_measures_and_writes(tmp_path: Path) -> None:
+    output = tmp_path / "placement.json"
+    words = ["--ranks=16", "--shards=400", "--samples=50", "--global_batch=64"]
+    placement.main([*words, "--places=3", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert found["ranks"] == 16
+    assert 0 < found["warm_ms"] <= found["cold_worst_ms"]
