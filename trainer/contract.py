@@ -27,6 +27,8 @@ METRIC_NAMES = (
     "pairs_per_s",
     "tokens_per_s",
     "data_wait_frac",
+    "read_s",
+    "decode_s",
     "padding_frac",
     "replaced",
     "sample_digest",

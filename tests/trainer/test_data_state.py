@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from pipeline.manifest import load_manifest
 from tests.trainer.datasets import growing_copy, preprocess, show, slices
-from tests.trainer.tiny import column, config, launch, metrics
+from tests.trainer.tiny import column, config, launch
 from trainer.data_state import MOST_FROZEN, DataState, difference, resumed
 from trainer.dataset import Dataset
+from trainer.engine import World
 from trainer.epochs import Frozen
-from trainer.loader import Loader
+from trainer.feed import STEPS_BEYOND, Feed
+from trainer.growth import freeze_until
+from trainer.loader import Loader, StepBatch
 from trainer.order import Began
 from trainer.sources import sources_of
 
@@ -174,31 +178,39 @@ def test_a_run_follows_a_growing_dataset_and_is_a_function_of_its_epochs(
 
 
 def test_a_mixture_grows_source_by_source(mixed: Path, tmp_path: Path) -> None:
-    copy, run = tmp_path / "copy", tmp_path / "run"
+    copy = tmp_path / "copy"
     whole = growing_copy(mixed, copy)
-    # 10 draws of each lane a step: a block is 100 steps.
-    more = ("--schedule.steps=130", "--global_batch=40", "--micro_batch=40")
-    words = grow(copy, run, *more, "--model.layers=1")
     show(copy, whole, 8)
-    launch(2, *words, "--max_steps=5")
-    show(copy, whole, len(whole.shards))
-    launch(1, *words)
-    (marker,) = sorted((run / "checkpoints").glob("*130/complete.json"))
-    state = json.loads(marker.read_text())
-    faces, flags = ([shards for _, shards, _ in entries] for entries in state["frozen"])
+    # 10 draws of each lane a step: a block is 100 steps.
+    keys = config(copy, Path("unused"), "--lanes=4", "--global_batch=40")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    dataset = Dataset(copy, "train", growing=True)
+    loader = Loader(dataset, keys, rank=0, world_size=1)
+    digests = []
+    for batch in steps_of(loader, world, 130):
+        digests.append(batch.counts.digest_text)
+        if batch.step == 5:
+            show(copy, whole, len(whole.shards))
+        assert sum(batch.counts.sources) == 40
+    state = DataState.of(dataset, loader.order, step=130)
+    faces, flags = ([entry.shards for entry in source] for source in state.frozen)
     assert (faces, flags) == ([6], [2, 5])
-    counted = np.array([list(row["sources"].values()) for row in metrics(run)])
-    assert (counted.sum(axis=1) == 40).all()
-    keys = config(mixed, Path("unused"), *SMALL, *more)
-    loader = Loader(
+    later = Loader(
         Dataset(mixed, "train"),
         keys,
         rank=0,
         world_size=1,
-        state=DataState.from_plain(state),
+        state=DataState.from_plain(json.loads(json.dumps(state.to_plain()))),
     )
-    digests = [batch.counts.digest_text for batch in loader.steps(0, 130)]
-    assert digests == column(run, "sample_digest")
+    assert [b.counts.digest_text for b in later.steps(0, 130)] == digests
+
+
+def steps_of(loader: Loader, world: World, count: int) -> Iterator[StepBatch]:
+    """Steps as the training loop takes them, epochs frozen ahead."""
+    with Feed(loader.steps(0, count), world.device) as feed:
+        for step in range(count):
+            freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=None)
+            yield feed.next()
 
 
 def test_an_unfinished_dataset_is_refused_unless_it_may_grow(
