@@ -96,6 +96,18 @@ def decode_into(
         out[:] = out[:, ::-1].copy()
 
 
+def decode_whole(out: np.ndarray, jpeg: memoryview) -> bool:
+    """Decode an upright JPEG that is to be shown whole and has just the size of `out`
+    (S, S, 3). False for another one, and where `decode_into` has to say more.
+    """
+    try:
+        # Into memory of the right size: one that claims more is refused.
+        pixels = simplejpeg.decode_jpeg(jpeg, buffer=out)
+    except ValueError:
+        return False
+    return pixels.shape == out.shape
+
+
 def _fast(out: np.ndarray, jpeg: memoryview, size: tuple[int, int], box: Box) -> bool:
     """`decode_into` for most JPEGs; False for one with inks instead of colours, or
     damage that a strict decoder refuses.
@@ -113,10 +125,8 @@ def _decode_jpeg_into(
     width, height = size
     side = out.shape[0]
     if box == (0, 0, width, height) == (0, 0, side, side):
-        # Into memory of the right size: one that claims more is refused.
-        pixels = simplejpeg.decode_jpeg(jpeg, buffer=out)
-        if pixels.shape != out.shape:
-            raise ValueError(f"claims {pixels.shape[1::-1]}, not {size}")
+        if not decode_whole(out, jpeg):
+            raise ValueError(f"does not decode, or not to {size}")
         return
     claimed = simplejpeg.decode_jpeg_header(jpeg)[1::-1]
     if claimed != size:

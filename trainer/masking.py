@@ -138,8 +138,14 @@ def drawn_modes(
     config: MaskConfig, *, seed: int, epoch: int | Tensor, uids: Tensor
 ) -> Tensor:
     """Mode (B,) that each pair draws."""
-    zero = torch.zeros_like(uids)
-    word = draw(seed=seed, use=Use.MODE, epoch=epoch, uid=uids, index=zero)[0]
+    if uids.device.type == "cpu":
+        # Generators are a hundred small operations, which cost numpy a third.
+        of_each = epoch.numpy() if isinstance(epoch, Tensor) else epoch
+        words = draw(seed=seed, use=Use.MODE, epoch=of_each, uid=uids.numpy(), index=0)
+        word = torch.from_numpy(words[0])
+    else:
+        zero = torch.zeros_like(uids)
+        word = draw(seed=seed, use=Use.MODE, epoch=epoch, uid=uids, index=zero)[0]
     return _choose(word, config.mode_probabilities)
 
 

@@ -18,31 +18,20 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import crc32c
 import numpy as np
 
 from pipeline.manifest import token_ids
 from trainer.dataset import Dataset
-from trainer.geometry import box_of, decode_into
+from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
 
 _CHUNK = 16
 # Members of a sample lie side by side; with more between them two reads are cheaper.
 _GAP = 1 << 16
-_FIELDS = (
-    "ids_offset",
-    "ids_size",
-    "ids_crc32c",
-    "jpg_offset",
-    "jpg_size",
-    "jpg_crc32c",
-    "width",
-    "height",
-    "n_tokens",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +46,26 @@ class Texts:
     """(C,) place of every separator."""
     first_end: np.ndarray
     """(B,) which of `ends` is the first of each sample."""
+
+
+class _Plan(NamedTuple):
+    """How one read gets a sample; numbers, because there is one for each sample."""
+
+    tar: int
+    """Descriptor; -1 where one read does not do."""
+    at: int
+    size: int
+    ids_size: int
+    """Bytes of the read that are the ids' member, at its beginning."""
+    jpg_start: int
+    """Where the image begins in the read; it ends with it."""
+    ids_crc32c: int
+    jpg_crc32c: int
+    put: int
+    """Where in all ids this sample's go, in bytes."""
+    put_end: int
+    whole: bool
+    """The image is shown as it is."""
 
 
 class Reading:
@@ -83,14 +92,13 @@ class Reading:
         self._dataset, self._places, self._records = dataset, places, records
         self._image, self._pixels = image, pixels
         self._crops, self._flips = crops, flips.tolist()
-        columns = (records[name].tolist() for name in _FIELDS)
-        self._rows = list(zip(*columns, strict=True))
         self._shards = places[:, 0].tolist()
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
         self._n_tokens = records["n_tokens"].astype(np.int64)
         self._starts = np.cumsum(self._n_tokens) - self._n_tokens
         dtype = dataset.tokenizer.dtype
         self._ids = np.zeros(int(self._n_tokens.sum()), dtype=dtype)
+        self._plans = self._planned(flips)
         self._chunks: Sequence[Future[tuple[float, float]]] = [
             decoders.submit(self._fill, first)
             for first in range(0, len(places), _CHUNK)
@@ -110,15 +118,69 @@ class Reading:
         texts = self._texts()
         return texts, sum(read for read, _ in spent), sum(done for _, done in spent)
 
+    def _planned(self, flips: np.ndarray) -> list[_Plan]:
+        """The fast way of each sample."""
+        records, of_shard = self._records, self._places[:, 0]
+        at, ids_size, jpg_at, jpg_size = (
+            records[name].astype(np.int64)
+            for name in ("ids_offset", "ids_size", "jpg_offset", "jpg_size")
+        )
+        tar = np.empty(len(records), dtype=np.int64)
+        side = self._pixels.shape[1]
+        whole = (records["width"] == side) & (records["height"] == side) & ~flips
+        whole &= self._image.geometry != "random_resized_crop"
+        for shard, files in self._files.items():
+            mine = of_shard == shard
+            alone = files is not None and files[1] is None
+            tar[mine] = files[0].fileno() if files and alone else -1
+            if self._dataset.indexed(shard):
+                whole[mine] = False
+        id_bytes, start = self._n_tokens * self._ids.itemsize, jpg_at - at
+        gap = start - ids_size
+        tar[(gap < 0) | (gap > _GAP) | (id_bytes > ids_size)] = -1
+        size = np.where(tar < 0, 0, start + jpg_size)
+        put = self._starts * self._ids.itemsize
+        columns = (
+            tar,
+            at,
+            size,
+            ids_size,
+            start,
+            records["ids_crc32c"],
+            records["jpg_crc32c"],
+            put,
+            put + id_bytes,
+            whole,
+        )
+        return list(
+            map(_Plan._make, zip(*(column.tolist() for column in columns), strict=True))
+        )
+
     def _fill(self, first: int) -> tuple[float, float]:
         """Fill the rows of one chunk; seconds of reading and of decoding."""
-        rows = range(first, min(first + _CHUNK, len(self._shards)))
+        plans = self._plans[first : first + _CHUNK]
+        memory = _memory(max(plan.size for plan in plans))
+        all_ids = self._ids.view(np.uint8).data
         reading = decoding = 0.0
-        for row in rows:
+        # Flat, because calls and look-ups for a sample add up to a part of decoding it.
+        for row, plan in enumerate(plans, first):
+            tar, at, size, ids_size, start, ids_crc, jpg_crc, put, end, whole = plan
             begun = time.perf_counter()
-            jpeg = self._read(row)
+            try:
+                span = memory[:size]
+                got = tar >= 0 and len(_read_into(span, tar, at)) == size
+            except OSError:
+                got = False
             have = time.perf_counter()
-            self._decode(row, jpeg)
+            ids, jpeg = span[:ids_size], span[start:]
+            got = got and crc32c.crc32c(jpeg) == jpg_crc
+            if got and crc32c.crc32c(ids) == ids_crc:
+                all_ids[put:end] = ids[ids_size - (end - put) :]
+            else:
+                jpeg = self._read(row)
+                have = time.perf_counter()
+            if not (whole and decode_whole(self._pixels[row], jpeg)):
+                self._decode(row, jpeg)
             reading += have - begun
             decoding += time.perf_counter() - have
         return reading, decoding
@@ -127,22 +189,20 @@ class Reading:
         """The image's checked bytes, until this thread reads again; its sample's ids
         are put in their place.
         """
-        fields = self._rows[row]
-        ids_at, ids_size, ids_crc, jpg_at, jpg_size, jpg_crc, _, _, n_tokens = fields
-        shard = self._shards[row]
+        shard, record = self._shards[row], self._records[row]
         files = self._files[shard]
         if files is not None:
             try:
-                ids, jpeg = _members(files, ids_at, ids_size, jpg_at, jpg_size)
+                ids, jpeg = _members(files, record)
             except OSError:
                 ids = jpeg = memoryview(b"")
-            sound = len(ids) == ids_size and len(jpeg) == jpg_size
-            sound = sound and crc32c.crc32c(jpeg) == jpg_crc
-            if sound and crc32c.crc32c(ids) == ids_crc:
+            sound = len(ids) == record["ids_size"] and len(jpeg) == record["jpg_size"]
+            sound = sound and crc32c.crc32c(jpeg) == record["jpg_crc32c"]
+            if sound and crc32c.crc32c(ids) == record["ids_crc32c"]:
+                n_tokens = int(self._n_tokens[row])
                 self._put_ids(row, token_ids(ids, n_tokens, self._ids.dtype))
                 return jpeg
         # Once more, with the care and the words of whom it is the business of.
-        record = self._records[row]
         self._put_ids(row, np.concatenate(self._dataset.captions(shard, record)))
         return self._dataset.jpeg(shard, record)
 
@@ -151,10 +211,9 @@ class Reading:
         self._ids[start : start + len(ids)] = ids
 
     def _decode(self, row: int, jpeg: memoryview) -> None:
-        *_, width, height, _ = self._rows[row]
-        size = width, height
-        shard = self._shards[row]
-        box = box_of(self._image, width, height, self._crops[row])
+        shard, record = self._shards[row], self._records[row]
+        size = int(record["width"]), int(record["height"])
+        box = box_of(self._image, *size, self._crops[row])
         try:
             decode_into(
                 self._pixels[row],
@@ -165,7 +224,6 @@ class Reading:
                 upright=not self._dataset.indexed(shard),
             )
         except ValueError as error:
-            record = self._records[row]
             raise self._dataset.undecodable(shard, record, error) from error
 
     def _texts(self) -> Texts:
@@ -192,19 +250,16 @@ def _opened(dataset: Dataset, shard: int) -> _Files | None:
         return None
 
 
-def _members(
-    files: _Files, ids_at: int, ids_size: int, jpg_at: int, jpg_size: int
-) -> tuple[memoryview, memoryview]:
+def _members(files: _Files, record: np.void) -> tuple[memoryview, memoryview]:
     """Bytes of both members, in this thread's memory; short where a file ends."""
     tar, ids_file = files
-    gap = jpg_at - (ids_at + ids_size)
-    if ids_file is None and 0 <= gap <= _GAP:
-        size = jpg_at + jpg_size - ids_at
-        both = _read_into(_memory(size), tar.fileno(), ids_at)
-        return both[:ids_size], both[jpg_at - ids_at :]
+    ids_size, jpg_size = int(record["ids_size"]), int(record["jpg_size"])
     memory = _memory(ids_size + jpg_size)
-    ids = _read_into(memory[:ids_size], (ids_file or tar).fileno(), ids_at)
-    return ids, _read_into(memory[ids_size:], tar.fileno(), jpg_at)
+    ids = _read_into(
+        memory[:ids_size], (ids_file or tar).fileno(), int(record["ids_offset"])
+    )
+    jpeg = _read_into(memory[ids_size:], tar.fileno(), int(record["jpg_offset"]))
+    return ids, jpeg
 
 
 _local = threading.local()

@@ -103,16 +103,25 @@ def lay_out(text_lengths: np.ndarray, n_image: int) -> Stream:
     starts = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
     text_row = np.append(starts[pair] + position, total - padding + np.arange(padding))
-    image_row = (starts[:pairs] + text_lengths)[:, None] + np.arange(n_image)
-    source = np.empty(total, dtype=np.int64)
-    source[text_row] = np.arange(text_capacity)
-    source[image_row.ravel()] = text_capacity + np.arange(pairs * n_image)
+    image_starts = starts[:pairs] + text_lengths
+    image_row = image_starts[:, None] + np.arange(n_image)
+    # Text and image of each pair in turn, then padding: runs of rows in order.
+    first_of_run = np.empty(2 * pairs + 1, dtype=np.int64)
+    first_of_run[:-1:2] = text_starts - starts[:pairs]
+    first_of_run[1::2] = text_capacity + np.arange(pairs) * n_image - image_starts
+    first_of_run[-1] = used + padding - total
+    runs = np.full(2 * pairs + 1, n_image)
+    runs[:-1:2], runs[-1] = text_lengths, padding
+    rows = np.arange(total)
+    source = np.repeat(first_of_run, runs)
+    source += rows
 
     place = np.arange(longest)
     inside = place < lengths[:, None]
-    dense = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
-    flat = np.empty(total, dtype=np.int64)
-    flat[dense[inside]] = np.flatnonzero(inside)
+    dense = np.minimum(place, lengths[:, None] - 1)
+    dense += starts[:, None]
+    flat = np.repeat(np.arange(len(lengths)) * longest - starts, lengths)
+    flat += rows
     pad = (0, padding)
     return Stream(
         pairs=pairs,
