@@ -258,14 +258,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="for their formats")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=8, help="batches before the clock")
-    parser.add_argument("--batches", type=int, default=32, help="batches timed")
+    parser.add_argument("--batches", type=int, default=60, help="batches timed")
     parser.add_argument("--resume_after", type=int, default=20, help="batches")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--s3", action="store_true", help="against S3 on loopback too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.loader", *(argv or sys.argv[1:])]),
+        "command": "python -m benchmarks.loader --data DATASET --peers PYTHON "
+        f"--work DIR --rounds {given.rounds} --batches {given.batches} "
+        f"--warm {given.warm}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),
         "versions": _versions(given.peers),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +140,8 @@ def main(argv: Sequence[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     plot(curve, output.with_suffix(".png"), title=title)
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", PROG, *argv]),
+        "command": f"python -m {PROG} DATASET --epochs {config.epochs} "
+        f"--size {config.size} --geometry {config.geometry} --batch {config.batch}",
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "seconds": round(time.perf_counter() - begun, 1),

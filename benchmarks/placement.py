@@ -15,7 +15,6 @@ import platform
 import random
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,9 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"the next ones   {ms['warm_ms']}, worst {ms['warm_worst_ms']}\n"
         f"memory          {found['memory_mib']:.0f} MiB"
     )
-    words = list(argv) if argv is not None else sys.argv[1:]
     result = {
-        "command": " ".join(["python -m benchmarks.placement", *words]),
+        "command": "python -m benchmarks.placement",
         "machine": platform.machine(),
         "python": platform.python_version(),
         **{key: value for key, value in vars(given).items() if key != "output"},
