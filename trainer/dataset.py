@@ -202,11 +202,19 @@ class Dataset:
         """Is a shard one of anybody's tars, which `pipeline.index` described?"""
         return self._of(shard)[0].manifest.indexed
 
-    def appended(self) -> list[list[Shard]]:
-        """Of each directory, the shards committed since they were last appended. Does
-        not append them.
+    def appended(self) -> tuple[list[list[Shard]], list[str]]:
+        """Of each directory, the shards committed since this was last asked; and what
+        is wrong with directories that could not say. Does not append them.
         """
-        return [folder.appended() for folder in self.folders]
+        found: list[list[Shard]] = []
+        problems = []
+        for folder in self.folders:
+            try:
+                found.append(folder.appended())
+            except (ValueError, OSError) as error:
+                found.append([])
+                problems.append(str(error))
+        return found, problems
 
     def append(self, shards: Sequence[Sequence[Shard]]) -> None:
         """Take in what `appended` gave, here or on another rank."""

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.manifest import Shard
 from trainer.data_state import MOST_FROZEN, DataState, records_hash
 from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.loader import Loader
 from trainer.order import SampleOrder, Source
 from trainer.sources import grown
-
-Appended = list[list[Shard]]
 
 
 class _Tells(Protocol):
@@ -48,27 +45,19 @@ def freeze_until(
     """
     dataset, order = loader.dataset, loader.order
     while order.undecided <= step:
-        appended, complete, problem = world.broadcast(
-            _look(dataset) if world.first else None
+        appended, problems, complete = world.broadcast(
+            (*dataset.appended(), dataset.complete) if world.first else None
         )
-        dataset.append(appended)
+        if any(appended):
+            dataset.append(appended)
+            loader.quarantine.resize(len(dataset))
         larger = order.decide(_grown(dataset, order, complete=complete))
         if tell is None:
             continue
-        if problem:
+        for problem in problems:
             tell.note(f"no new shards are taken in: {problem}")
         for number in larger:
             tell.note(_larger(order, number))
-
-
-def _look(dataset: Dataset) -> tuple[Appended, bool, str]:
-    """Shards appended since the last look, whether that is all, and what is wrong: a
-    run goes on with the shards that it knows.
-    """
-    try:
-        return dataset.appended(), dataset.complete, ""
-    except (ValueError, OSError) as error:
-        return [[] for _ in dataset.folders], False, str(error)
 
 
 def _larger(order: SampleOrder, number: int) -> str:

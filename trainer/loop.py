@@ -122,6 +122,8 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     config, world, loader = parts.config, parts.world, parts.loader
     engine, metrics = parts.engine, parts.metrics
     stop, spent = StopFlag(), Spent()
+    # The feed asks for the first steps as soon as it is made.
+    freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
     with Feed(loader.steps(step, config.last_step), world.device) as feed:
         while step < config.last_step:
             freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)

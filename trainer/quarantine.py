@@ -47,13 +47,17 @@ class Quarantine:
         max_share: float,
         entries: Iterable[Quarantined] = (),
     ) -> None:
-        self._most = int(samples * max_share)
-        self._samples = samples
+        self._max_share = max_share
+        self.resize(samples)
         self._entries = {int(entry.uid, 16): entry for entry in entries}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def resize(self, samples: int) -> None:
+        """The dataset has so many samples by now."""
+        self._samples, self._most = samples, int(samples * self._max_share)
 
     def holds(self, uid: int, step: int) -> bool:
         """Is a sample quarantined in a step?"""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.manifest import load_manifest
+from pipeline.manifest import Accounting, load_manifest, manifest_seal
 from tests.trainer.datasets import growing_copy, preprocess, show, slices
 from tests.trainer.tiny import column, config, launch
 from trainer.data_state import MOST_FROZEN, DataState, difference, resumed
@@ -220,3 +221,42 @@ def test_an_unfinished_dataset_is_refused_unless_it_may_grow(
     show(copy, growing_copy(mixed, copy), 4)
     with pytest.raises(ValueError, match="--grow"):
         Dataset(copy, "train")
+
+
+def test_one_directory_made_anew_does_not_hold_up_the_growth_of_another(
+    mixed: Path, extra: Path, tmp_path: Path
+) -> None:
+    """And the run bears as much damage as its share of what there is by now."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    whole = growing_copy(mixed, one)
+    show(one, whole, 8)
+    shutil.copytree(extra, other)
+    dataset = Dataset([str(one), str(other)], "train", growing=True)
+    keys = config(one, Path("unused"), "--lanes=4", "--global_batch=40")
+    loader = Loader(dataset, keys, rank=0, world_size=1)
+    show(one, whole, len(whole.shards))
+    damaged = load_manifest(other)
+    turned = dataclasses.replace(damaged, shards=damaged.shards[:1], complete=False)
+    written = turned.shards[0].samples
+    turned = dataclasses.replace(
+        turned, accounting=Accounting(inputs=written, written=written), rows=written
+    )
+    (other / "manifest.json").write_text(turned.to_json())
+    (other / "manifest.json.sha256").write_text(
+        manifest_seal(turned.to_json().encode())
+    )
+    told: list[str] = []
+
+    class Teller:
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    before = len(dataset)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    freeze_until(0, loader=loader, world=world, tell=Teller())
+    assert len(dataset) == before + sum(shard.samples for shard in whole.shards[8:])
+    assert any("was made anew while a run reads it" in line for line in told)
+    assert any("source flags will take in" in line for line in told)
+    few = loader.quarantine
+    few.resize(1_000_000)
+    assert "of 1000000 samples" in few._too_many([])
