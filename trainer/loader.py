@@ -298,8 +298,9 @@ class Loader:
             reason=damage.reason,
             shard=damage.shard,
         )
+        self.quarantine.add([found])
         try:
-            self.quarantine.add([found])
+            self.quarantine.check(step)
         except ValueError as error:
             raise ValueError(f"{error}; the last: {damage}") from damage
 

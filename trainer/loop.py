@@ -171,6 +171,9 @@ def check(config: PretrainConfig) -> Checked:
     if found:
         stored = yaml.safe_load((run / CONFIG).read_text())
         changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
+        if config.changed_data == "new_epoch":
+            # Sources may have come or gone.
+            changed = [line for line in changed if not line.startswith("mixture")]
         if changed:
             raise ValueError(
                 f"{run} was started with another configuration: {'; '.join(changed)}. "
@@ -200,11 +203,13 @@ def check(config: PretrainConfig) -> Checked:
         checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
+    # What was damaged of other data says nothing of this.
+    same = found is not None and state.began == DataState.from_plain(found[1]).began
     return Checked(
         dataset=dataset,
         checkpoint=found[0] if found else None,
         state=state,
-        quarantined=tuple(from_plain(found[1]["quarantine"]) if found else ()),
+        quarantined=tuple(from_plain(found[1]["quarantine"]) if found and same else ()),
     )
 
 
@@ -417,9 +422,10 @@ def tell_replaced(
         ValueError: that is more than the run bears.
     """
     quarantine = loader.quarantine
+    for entries in world.gather(to_plain(quarantine.until(step + 1))):
+        quarantine.add(from_plain(entries))
     try:
-        for entries in world.gather(to_plain(quarantine.until(step + 1))):
-            quarantine.add(from_plain(entries))
+        quarantine.check(step)
     except ValueError:
         # All ranks count alike; one of them tells.
         world.leave()

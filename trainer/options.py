@@ -211,6 +211,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if not self.data:
+            raise ValueError("data names no dataset: give a directory, or several")
         at_least("", self, lanes=1, global_batch=1, micro_batch=1, threads=1)
         at_least("", self, shuffle_shards=1, max_steps=1)
         if self.image.size % self.model.patch_size:

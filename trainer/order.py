@@ -237,7 +237,13 @@ class SampleOrder:
                 source, records = grown
                 self.sources[number] = source
                 entries = table.grown(epoch, shards=len(source.shards), records=records)
-                self.epochs[number] = self._table(number, entries)
+                with self._lock:
+                    self.epochs[number] = self._table(number, entries)
+                    # Whoever has looked ahead has seen the epoch as it was.
+                    first = epoch + self.began.epoch
+                    stale = [k for k in self._built if k[0] == number and k[1] >= first]
+                    for key in stale:
+                        del self._built[key]
                 larger.append(number)
             self._decided[number] = epoch
         return larger

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pipeline.config import parse, run
 
 PROG = "trainer.pretrain"
 RECIPES = Path(__file__).parent / "recipes"
-_SECONDS_TO_TELL = 5.0
+_SECONDS_TO_TELL = 60.0
 DESCRIPTION = """\
 Train a masked vision-language model on shards made by pipeline.preprocess.
 
@@ -42,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
         checked = check(config)
     except (ValueError, OSError):
         # Every rank of a node finds the same mistake; one of them tells, and the others
-        # wait, because the launcher ends all ranks when the first one exits.
+        # wait, because the launcher ends all ranks when the first one exits. Who alone
+        # has failed tells in the end.
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_TO_TELL)
-            sys.exit(1)
         raise
     if checked.first_step >= config.last_step:
         if os.environ.get("RANK", "0") == "0":

@@ -65,19 +65,24 @@ class Quarantine:
         return entry is not None and entry.step <= step
 
     def add(self, entries: Iterable[Quarantined]) -> None:
-        """Put samples on the list; of two entries of one sample the earlier stays.
-
-        Raises:
-            ValueError: more of the dataset is damaged than the run was told to bear.
-                The message names the shards.
-        """
+        """Put samples on the list; of two entries of one sample the earlier stays."""
         with self._lock:
             for entry in entries:
                 uid = int(entry.uid, 16)
                 known = self._entries.get(uid)
                 if known is None or entry.step < known.step:
                     self._entries[uid] = entry
-            damaged = list(self._entries.values())
+
+    def check(self, step: int) -> None:
+        """Whether the run bears what is damaged in the steps up to `step`. Those after
+        it do not count: ranks that have shared their lists come to the same answer,
+        however far ahead each has read.
+
+        Raises:
+            ValueError: more of the dataset is damaged than the run was told to bear.
+                The message names the shards.
+        """
+        damaged = self.until(step + 1)
         if len(damaged) > self._most:
             raise ValueError(self._too_many(damaged))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import launch_environment, python
+from tests.conftest import deepspeed_command, launch_environment, python
 from tests.pipeline.damage import rewrite_first
-from tests.trainer.tiny import TINY, column, config, launch, metrics, steps_per_epoch
+from tests.trainer.tiny import (
+    LAUNCH_LIMIT_S,
+    TINY,
+    column,
+    config,
+    launch,
+    metrics,
+    steps_per_epoch,
+)
 from trainer.contract import complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.loader import Loader
@@ -228,8 +237,42 @@ def test_the_earlier_entry_of_a_sample_stays() -> None:
         True,
         False,
     )
+    held.add([entry(6, uid=uid) for uid in range(10, 14)])
+    held.check(5)
     with pytest.raises(ValueError, match="6 of 100 samples"):
-        held.add([entry(6, uid=uid) for uid in range(10, 14)])
+        held.check(6)
+
+
+def test_ranks_that_have_read_ahead_unequally_stop_together(
+    copy: Path, tmp_path: Path
+) -> None:
+    """One rank has met more damage in coming steps than the run bears; the other has
+    not, and must not be left waiting.
+    """
+    reader = loader(copy, "--lanes=12")
+    halves = range(6), range(6, 12)
+    for step, lanes in ((0, halves[0]), *((step, halves[1]) for step in range(3))):
+        shard, sample = reader.order.samples_of(step, lanes).places[0].tolist()
+        flip(copy, index_of(copy, shard)[sample], "jpg", shard)
+    bears = 3.5 / len(reader.dataset)
+    done = subprocess.run(
+        deepspeed_command(
+            2,
+            *TINY,
+            f"--data={copy}",
+            f"--output={tmp_path / 'run'}",
+            f"--damage.max_share={bears}",
+        ),
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "4 of " in done.stdout
+    assert "more than the 3 that damage.max_share bears" in done.stdout
 
 
 def test_ranks_share_the_list_and_a_resumed_run_of_any_size_goes_on_with_it(
