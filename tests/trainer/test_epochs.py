@@ -85,3 +85,16 @@ def test_after_other_data_steps_count_anew_in_epochs_that_none_has_had() -> None
     per_epoch = sum(counts) // BATCH
     same = plain.samples_of(5 * per_epoch, lanes)
     assert np.array_equal(other.places, same.places)
+
+
+def test_an_epoch_looked_at_before_it_was_frozen_is_worked_out_anew() -> None:
+    counts = [20, 30, 11, 24]
+    ahead, fresh = (build(counts[:2]) for _ in range(2))
+    first = sum(counts[:2]) // BATCH
+    lanes = range(LANES)
+    ahead.samples_of(first, lanes)
+    for order in (ahead, fresh):
+        order.decide({0: (Source.of(counts), "later")})
+    for step in range(first, first + sum(counts) // BATCH):
+        ours, theirs = (one.samples_of(step, lanes) for one in (ahead, fresh))
+        assert np.array_equal(ours.places, theirs.places)
