@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,36 +119,65 @@ def limit(where: Where, state: Any) -> Resumable:
     """
     import simplejpeg
 
+    photos, out = _photos(where), _batch(where)
+
+    def fill(number: int) -> None:
+        simplejpeg.decode_jpeg(photos[number % len(photos)], buffer=out[number % BATCH])
+
+    return _decoded(fill, out), None
+
+
+def limit_crops(where: Where, state: Any) -> Resumable:
+    """The same with a random box of each, resampled as `trainer.geometry` does."""
+    from trainer.geometry import box_of, decode_into
+    from trainer.options import ImageConfig
+
+    photos, out = [memoryview(photo) for photo in _photos(where)], _batch(where)
+    config = ImageConfig(size=where.side, geometry="random_resized_crop")
+    size = (where.side, where.side)
+    words = np.random.default_rng(0).integers(0, 1 << 32, (len(photos), 4))
+    boxes = [box_of(config, *size, row) for row in words]
+
+    def fill(number: int) -> None:
+        which = number % len(photos)
+        decode_into(
+            out[number % BATCH], photos[which], size, boxes[which], upright=True
+        )
+
+    return _decoded(fill, out), None
+
+
+def _decoded(fill: Callable[[int], None], out: np.ndarray) -> Iterator[Any]:
+    """`out`, whenever another batch of images has been filled in."""
+
+    def chunk(first: int) -> None:
+        for number in range(first, first + _CHUNK):
+            fill(number)
+
+    with ThreadPoolExecutor(WORKERS) as threads:
+        ahead: deque[Any] = deque()
+        first = 0
+        while True:
+            while len(ahead) < 4 * BATCH // _CHUNK:
+                ahead.append(threads.submit(chunk, first))
+                first += _CHUNK
+            for _ in range(BATCH // _CHUNK):
+                ahead.popleft().result()
+            yield out
+
+
+def _photos(where: Where) -> list[bytes]:
+    """JPEGs in memory, shuffled."""
     from benchmarks.loader_data import samples
 
-    photos: list[bytes] = []
-    for one in samples([str(path) for path in where.tars()]):
-        photos.append(one.jpeg)
-        if len(photos) >= 32 * BATCH:
-            break
+    paths = [str(path) for path in where.tars()]
+    photos = [one.jpeg for one in islice(samples(paths), 32 * BATCH)]
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
-    photos = [photos[number] for number in order]
-    out = np.empty((BATCH, where.side, where.side, 3), dtype=np.uint8)
+    return [photos[number] for number in order]
 
-    def fill(first: int) -> None:
-        for number in range(first, first + _CHUNK):
-            simplejpeg.decode_jpeg(
-                photos[number % len(photos)], buffer=out[number % BATCH]
-            )
 
-    def batches() -> Iterator[Any]:
-        with ThreadPoolExecutor(WORKERS) as threads:
-            ahead: deque[Any] = deque()
-            first = 0
-            while True:
-                while len(ahead) < 4 * BATCH // _CHUNK:
-                    ahead.append(threads.submit(fill, first))
-                    first += _CHUNK
-                for _ in range(BATCH // _CHUNK):
-                    ahead.popleft().result()
-                yield out
-
-    return batches(), None
+def _batch(where: Where) -> np.ndarray:
+    return np.empty((BATCH, where.side, where.side, 3), dtype=np.uint8)
 
 
 OURS: dict[str, Callable[[Where, Any], Resumable]] = {
@@ -155,4 +185,5 @@ OURS: dict[str, Callable[[Where, Any], Resumable]] = {
     "Palimpsest, crops": ours_crops,
     "Palimpsest, masks": ours_masks,
     "limit": limit,
+    "limit, crops": limit_crops,
 }

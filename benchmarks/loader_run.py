@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.loader_ours import OURS
@@ -30,34 +33,60 @@ def contenders() -> dict[str, Any]:
 
 
 def measure(name: str, where: Where, *, warm: int, batches: int) -> dict[str, float]:
-    """First batch in seconds, then images a second, then memory in MiB."""
+    """First batch in seconds, since construction and since the process began; images a
+    second; memory in MiB.
+    """
     _import(name)
     begun = time.perf_counter()
     source, _ = contenders()[name](where, None)
     next(source)
     first = time.perf_counter() - begun
+    start = time.time() - psutil.Process().create_time()
     _take(source, warm)
     begun = time.perf_counter()
     _take(source, batches)
     took = time.perf_counter() - begun
-    return {"first_s": first, "images_s": batches * BATCH / took, "pss_mib": _memory()}
+    return {
+        "first_s": first,
+        "start_s": start,
+        "images_s": batches * BATCH / took,
+        "pss_mib": _memory(),
+    }
 
 
-def resume(name: str, where: Where, *, after: int) -> dict[str, float]:
-    """Seconds from the construction of a loader that goes on after some batches to the
-    first that it gives.
+def save(name: str, where: Where, *, after: int, file: Path) -> dict[str, int]:
+    """Write the state after some batches to a file; the digest of the batch that
+    follows them.
     """
-    _import(name)
     source, state_of = contenders()[name](where, None)
     if state_of is None:
         raise NotImplementedError("has no state to resume from")
     _take(source, after)
-    state = state_of()
-    del source
+    file.write_bytes(pickle.dumps(state_of()))
+    return {"digest": _digest(next(source))}
+
+
+def resume(name: str, where: Where, *, file: Path) -> dict[str, float]:
+    """Seconds from the construction of a loader that goes on from a state to the first
+    batch that it gives, and the digest of that batch.
+    """
+    _import(name)
+    state = pickle.loads(file.read_bytes())
     begun = time.perf_counter()
-    again, _ = contenders()[name](where, state)
-    next(again)
-    return {"resume_s": time.perf_counter() - begun}
+    source, _ = contenders()[name](where, state)
+    batch = next(source)
+    return {"resume_s": time.perf_counter() - begun, "digest": _digest(batch)}
+
+
+def _digest(batch: Any) -> int:
+    """Of the images of a batch, in any order."""
+    if isinstance(batch, tuple | list):
+        images = batch[0]
+    else:
+        (images,) = (
+            micro.pixels for micro in getattr(batch, "micro_batches", None) or [batch]
+        )
+    return sum(zlib.crc32(np.ascontiguousarray(image)) for image in images)
 
 
 def _take(source: Iterator[Any], count: int) -> None:
@@ -104,7 +133,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--warm", type=int, default=10)
     parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--resume", type=int)
+    parser.add_argument("--after", type=int, help="batches before --save")
+    parser.add_argument("--save", type=Path, help="file for the state")
+    parser.add_argument("--resume", type=Path, help="file with the state")
     given = parser.parse_args()
     where = Where(
         dataset=given.dataset,
@@ -114,8 +145,12 @@ def main() -> None:
         scratch=given.scratch,
     )
     try:
-        if given.resume:
-            found: dict[str, Any] = resume(given.name, where, after=given.resume)
+        if given.save:
+            found: dict[str, Any] = save(
+                given.name, where, after=given.after, file=given.save
+            )
+        elif given.resume:
+            found = resume(given.name, where, file=given.resume)
         else:
             found = measure(given.name, where, warm=given.warm, batches=given.batches)
     except Exception as error:  # a peer that fails is a result, not the end

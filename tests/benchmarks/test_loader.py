@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,14 @@ from benchmarks.loader_ours import OURS
 from benchmarks.loader_peers import BATCH, Where
 
 
-def figure(rate: float) -> dict[str, float]:
-    return {"images_s": rate, "first_s": 1.0, "pss_mib": 100.0, "spread": 0.0}
+def figure(rate: float) -> dict[str, Any]:
+    return {
+        "images_s": rate,
+        "first_s": 1.0,
+        "start_s": 3.0,
+        "pss_mib": 100.0,
+        "spread": 0.0,
+    }
 
 
 def test_ratios_are_to_webdataset_the_fastest_peer_and_the_limit() -> None:
@@ -39,10 +46,17 @@ def test_ratios_are_to_webdataset_the_fastest_peer_and_the_limit() -> None:
     text = "\n".join(table({"contenders": figures, "errors": errors, "ratios": found}))
     assert text.count("reached") == 3
     assert "Energon                   not measured: ImportError" in text
+    assert "cannot" in text
+    figures["LitData"] |= {"resume_s": 0.5, "same_batch": True}
+    figures["webdataset"] |= {"resume_s": 0.6, "same_batch": False}
+    figures["Palimpsest, crops"] |= {"resume_error": "TypeError: no such thing"}
     figures["limit"] = figure(1_200)
     found = ratios(figures)
     text = "\n".join(table({"contenders": figures, "errors": {}, "ratios": found}))
     assert "of limit                       0.75   target 0.9: MISSED" in text
+    assert "0.50 s " in text
+    assert "0.60 s +" in text
+    assert "failed" in text
 
 
 def test_medians_and_the_spread_of_the_rates() -> None:
@@ -51,7 +65,7 @@ def test_medians_and_the_spread_of_the_rates() -> None:
     assert found["spread"] == pytest.approx(30 / 110)
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name != "limit"])
+@pytest.mark.parametrize("name", [name for name in OURS if "limit" not in name])
 def test_our_contenders_give_whole_batches_and_resume_where_they_were(
     mixed_squares: Path, name: str
 ) -> None:
