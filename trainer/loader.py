@@ -31,7 +31,7 @@ from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.philox import Use, below, draw, philox, signed_uids
 from trainer.quarantine import Quarantine, Quarantined
-from trainer.reading import Reading, Slots, chosen_texts
+from trainer.reading import Reading, Slots, chosen_texts, give_way
 from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
 
@@ -349,10 +349,12 @@ class Loader:
         config = self.config
         read = self.read(places, epochs, decoders, pixels)
         stream, token_ids = pack(read.lengths, read.ids, self.n_image)
+        give_way()
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
         uids, epoch_of = torch.from_numpy(read.uids), torch.from_numpy(epochs)
         masked = self._mask_counts(uids, stream, epoch_of, text_capacity)
+        give_way()
         n_words = int(masked.text.sum())
         digest = sample_digest(read.uids, read.captions, read.crops)
         if config.image.flip:
@@ -401,10 +403,12 @@ class Loader:
     ) -> Samples:
         """Images and texts of samples at `places`, as `micro`, without masks."""
         config = self.config
+        give_way()
         begun = time.perf_counter()
         records = self.dataset.records(places)
         # No thread can read before the indexes are there.
         indexes_s = (time.perf_counter() - begun) * config.threads
+        give_way()
         uids = signed_uids(records["uid"])
         crops, flips = self.crop_draws(uids, epochs), self.flip_draws(uids, epochs)
         side = config.image.size
@@ -422,6 +426,7 @@ class Loader:
         )
         captions = caption_choice(records, uids, seed=config.seed, epoch=epochs)
         texts, read_s, decode_s = reading.finish()
+        give_way()
         special = self.dataset.tokenizer.special_ids
         ids, lengths, cut = chosen_texts(
             texts,
@@ -430,6 +435,7 @@ class Loader:
             sep=special["sep"],
             max_tokens=config.text.max_tokens,
         )
+        give_way()
         return Samples(
             pixels=pixels,
             ids=ids,
