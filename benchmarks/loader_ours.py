@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.loader_peers import BATCH, WORKERS, Resumable, Where
 
 _CHUNK = 16
 _LANES = 32
+_ENDLESS = 1 << 40
 
 
 def _loader(where: Where, geometry: str) -> Any:
@@ -69,7 +71,7 @@ def ours_masks(where: Where, state: Any) -> Resumable:
 
     def batches() -> Iterator[Any]:
         nonlocal taken
-        for batch in loader.steps(first, 1 << 40):
+        for batch in loader.steps(first, _ENDLESS):
             taken += 1
             yield batch
 
@@ -77,7 +79,7 @@ def ours_masks(where: Where, state: Any) -> Resumable:
 
 
 def _read(where: Where, state: Any, geometry: str) -> Resumable:
-    from trainer.loader import STEPS_AHEAD
+    from trainer.loader import STEPS_AHEAD, in_advance
     from trainer.reading import Slots
 
     loader = _loader(where, geometry)
@@ -87,28 +89,18 @@ def _read(where: Where, state: Any, geometry: str) -> Resumable:
 
     def batches() -> Iterator[Any]:
         nonlocal taken
-        with (
-            ThreadPoolExecutor(2) as assemblers,
-            ThreadPoolExecutor(WORKERS) as decoders,
-        ):
+        with ThreadPoolExecutor(WORKERS) as decoders:
 
             def load(step: int) -> Any:
-                if loader.dataset.remote:
-                    loader.dataset.ahead(
-                        loader.order.shards_ahead(step, loader.lanes, windows=2)
-                    )
+                loader.hint(step)
                 drawn = loader.order.samples_of(step, loader.lanes)
                 pixels = slots.of(step)
                 return loader.read(drawn.places, drawn.epochs, decoders, pixels)
 
-            ahead: deque[Any] = deque()
-            step = first
-            while True:
-                while len(ahead) <= STEPS_AHEAD:
-                    ahead.append(assemblers.submit(load, step))
-                    step += 1
-                taken += 1
-                yield ahead.popleft().result()
+            with closing(in_advance(load, range(first, _ENDLESS))) as made:
+                for read in made:
+                    taken += 1
+                    yield read
 
     return batches(), lambda: first + taken
 

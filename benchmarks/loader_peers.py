@@ -60,6 +60,28 @@ def _collated(samples: Sequence[tuple[Any, Any]]) -> tuple[Any, list[Any]]:
     return torch.from_numpy(images), [tokens for _, tokens in samples]
 
 
+def _collating(
+    image: str, tokens: str, decode: Callable[[Any], Any] | None = None
+) -> Callable[[Sequence[dict[str, Any]]], Any]:
+    """Batches of samples that have an image and tokens under these names."""
+
+    def collate(samples: Sequence[dict[str, Any]]) -> Any:
+        return _collated(
+            [
+                (decode(one[image]) if decode else one[image], one[tokens])
+                for one in samples
+            ]
+        )
+
+    return collate
+
+
+def _endless(loader: Any) -> Batches:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
 def _simplejpeg(data: bytes) -> np.ndarray:
     import simplejpeg
 
@@ -112,25 +134,21 @@ def _mosaicml(where: Where, state: Any, name: str, decode: Any) -> Resumable:
         source = {"local": str(where.formats / name)}
     dataset = StreamingDataset(**source, shuffle=True, batch_size=BATCH)
 
-    def collate(samples: list[dict[str, Any]]) -> Any:
-        pairs = [(one["image"], one["tokens"]) for one in samples]
-        if decode:
-            pairs = [(decode(image), tokens) for image, tokens in pairs]
-        return _collated(pairs)
-
     if state is not None:
         dataset.load_state_dict(state)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate
+        dataset,
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        collate_fn=_collating("image", "tokens", decode),
     )
     taken = 0
 
     def batches() -> Batches:
         nonlocal taken
-        while True:
-            for batch in loader:
-                taken += BATCH
-                yield batch
+        for batch in _endless(loader):
+            taken += BATCH
+            yield batch
 
     return batches(), lambda: dataset.state_dict(taken, from_beginning=False)
 
@@ -161,23 +179,16 @@ def _litdata(where: Where, state: Any, name: str, decode: Any) -> Resumable:
         downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     dataset = litdata.StreamingDataset(folder, shuffle=True, **options)
 
-    def collate(samples: list[dict[str, Any]]) -> Any:
-        pairs = [(one["image"], one["tokens"]) for one in samples]
-        if decode:
-            pairs = [(decode(image), tokens) for image, tokens in pairs]
-        return _collated(pairs)
-
     loader = litdata.StreamingDataLoader(
-        dataset, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate
+        dataset,
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        collate_fn=_collating("image", "tokens", decode),
     )
     if state is not None:
         loader.load_state_dict(state)
 
-    def batches() -> Batches:
-        while True:
-            yield from loader
-
-    return batches(), loader.state_dict
+    return _endless(loader), loader.state_dict
 
 
 def litdata(where: Where, state: Any) -> Resumable:
@@ -205,20 +216,16 @@ def hf_datasets(where: Where, state: Any) -> Resumable:
     )
     dataset = dataset.shuffle(seed=0, buffer_size=_BUFFER)
 
-    def collate(samples: list[dict[str, Any]]) -> Any:
-        return _collated([(one["jpg"], one["input_ids.npy"]) for one in samples])
-
     loader = StatefulDataLoader(
-        dataset, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate
+        dataset,
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        collate_fn=_collating("jpg", "input_ids.npy"),
     )
     if state is not None:
         loader.load_state_dict(state)
 
-    def batches() -> Batches:
-        while True:
-            yield from loader
-
-    return batches(), loader.state_dict
+    return _endless(loader), loader.state_dict
 
 
 def energon(where: Where, state: Any) -> Resumable:

@@ -31,6 +31,22 @@ def python(*words: str | Path, **options: object) -> subprocess.CompletedProcess
     )
 
 
+def emoji_shards(output: Path, *words: str) -> Path:
+    """Shards of the bundled corpus at 32 px, made by the real command."""
+    done = python(
+        "-m",
+        "pipeline.preprocess",
+        "--config",
+        ROOT / "examples" / "emoji.yaml",
+        "--output",
+        output,
+        "--image.size=32",
+        *words,
+    )
+    assert done.returncode == 0, done.stdout
+    return output
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,20 +76,11 @@ def launch_environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 240 emoji at 32 px in train and val shards, made by the pipeline."""
-    output = tmp_path_factory.mktemp("emoji") / "shards"
-    done = python(
-        "-m",
-        "pipeline.preprocess",
-        "--config",
-        ROOT / "examples" / "emoji.yaml",
-        "--output",
-        output,
+    return emoji_shards(
+        tmp_path_factory.mktemp("emoji") / "shards",
         "--limit=240",
         "--shard.samples=64",
-        "--image.size=32",
         "--tokenizer=train:600",
         "--split.val=0.25",
         "--workers=2",
     )
-    assert done.returncode == 0, done.stdout
-    return output

@@ -50,6 +50,11 @@ class Epochs:
         epochs, within = np.divmod(turns - self._firsts[entry], self._lengths[entry])
         return epochs + self._bases[entry], within
 
+    def at(self, turn: int) -> tuple[int, int]:
+        """Epoch and turn within it of one turn."""
+        epochs, within = self.locate(np.array([turn]))
+        return int(epochs[0]), int(within[0])
+
     def shards(self, epoch: int) -> int:
         """Shards that an epoch covers."""
         entry = int(np.searchsorted(self._bases, epoch, side="right")) - 1

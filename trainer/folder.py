@@ -174,7 +174,7 @@ class Folder:
             DamagedError: they are not what the index says, twice.
             OSError: storage failed.
         """
-        return self._member(shard, record, "jpg")
+        return self._bytes(shard, record, "jpg")
 
     def undecodable(
         self, shard: int, record: np.void, error: Exception
@@ -190,7 +190,7 @@ class Folder:
             DamagedError, OSError: as `jpeg`.
         """
         info = self.manifest.tokenizer
-        member = self._member(shard, record, "ids")
+        member = self._bytes(shard, record, "ids")
         ids = token_ids(member, int(record["n_tokens"]), info.dtype)
         captions = captions_of(ids, info.special_ids["sep"])
         if len(captions) != record["n_captions"]:
@@ -261,10 +261,7 @@ class Folder:
             ) from error
         return path.parent
 
-    def _member(self, shard: int, record: np.void, kind: str) -> memoryview:
-        return memoryview(self._bytes(shard, record, kind))
-
-    def _bytes(self, shard: int, record: np.void, kind: str) -> bytes:
+    def _bytes(self, shard: int, record: np.void, kind: str) -> memoryview:
         """Bytes with the CRC of the index, read twice before they are called wrong."""
         sidecar = kind == "ids" and bool(self.shards[shard].ids)
         files = self._ids if sidecar else self._tars
@@ -355,21 +352,25 @@ class Folder:
             )
 
 
-def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> bytes:
+def read_into(memory: memoryview, descriptor: int, offset: int) -> memoryview:
+    """As much of `memory` as the file has from `offset` on."""
+    have = os.preadv(descriptor, [memory], offset)
+    while 0 < have < len(memory):
+        more = os.preadv(descriptor, [memory[have:]], offset + have)
+        if not more:
+            break
+        have += more
+    return memory[:have]
+
+
+def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> memoryview:
     """`size` bytes from `offset` of a file, fewer where it ends; tried again where
     storage may have failed for a moment.
     """
     for left in reversed(range(_READS)):
         try:
-            file = opened()
-            parts, have = [], 0
-            while have < size:
-                part = os.pread(file.fileno(), size - have, offset + have)
-                if not part:
-                    break
-                parts.append(part)
-                have += len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            memory = memoryview(bytearray(size))
+            return read_into(memory, opened().fileno(), offset)
         except (*_GONE, StorageError):
             raise
         except OSError:

@@ -44,20 +44,22 @@ def freeze_until(
     calls it for the same steps. What there is to say goes to `tell`.
     """
     dataset, order = loader.dataset, loader.order
+    if order.undecided > step:
+        return
+    appended, problems, complete = world.broadcast(
+        (*dataset.appended(), dataset.complete) if world.first else None
+    )
+    if any(appended):
+        dataset.append(appended)
+        loader.quarantine.resize(len(dataset))
+    found = _grown(dataset, order, complete=complete)
+    notes = [f"no new shards are taken in: {problem}" for problem in problems]
+    # Short epochs of a small source may all begin within these steps.
     while order.undecided <= step:
-        appended, problems, complete = world.broadcast(
-            (*dataset.appended(), dataset.complete) if world.first else None
-        )
-        if any(appended):
-            dataset.append(appended)
-            loader.quarantine.resize(len(dataset))
-        larger = order.decide(_grown(dataset, order, complete=complete))
-        if tell is None:
-            continue
-        for problem in problems:
-            tell.note(f"no new shards are taken in: {problem}")
-        for number in larger:
-            tell.note(_larger(order, number))
+        notes += [_larger(order, number) for number in order.decide(found)]
+    if tell:
+        for note in notes:
+            tell.note(note)
 
 
 def _larger(order: SampleOrder, number: int) -> str:
@@ -79,8 +81,8 @@ def _grown(
     if entries >= MOST_FROZEN and not complete:
         return {}
     found = {}
-    for number, table in enumerate(order.epochs):
-        source = grown(dataset, order.sources[number])
+    sources = grown(dataset, order.sources)
+    for number, (table, source) in enumerate(zip(order.epochs, sources, strict=True)):
         if len(source.shards) > table.frozen[-1].shards:
             found[number] = source, records_hash(dataset, source, len(source.shards))
     return found

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.folder import DamagedError
 from trainer.geometry import flipped
-from trainer.masking import MaskCounts, Masks, mam, mam_counts
+from trainer.masking import Masks, mam, mam_counts
 from trainer.models.mlim import recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
@@ -34,6 +35,8 @@ from trainer.quarantine import Quarantine, Quarantined
 from trainer.reading import Reading, Slots, chosen_texts, give_way
 from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
+
+Item = TypeVar("Item")
 
 STEPS_AHEAD = 2
 # Of each lane: the one that it is in and the next.
@@ -214,42 +217,25 @@ class Loader:
         side = self.config.image.size
         share = len(self.lanes) * self.order.per_lane
         slots = Slots(STEPS_AHEAD + 2, (share, side, side, 3))
-        with (
-            # Two: decoders have work of the next step while one is finished.
-            ThreadPoolExecutor(2, "assemble") as assemblers,
-            ThreadPoolExecutor(self.config.threads, "decode") as decoders,
-        ):
+        with ThreadPoolExecutor(self.config.threads, "decode") as decoders:
 
             def load(step: int) -> tuple[int, StepBatch]:
                 known = len(self.quarantine)
                 return known, self.load(step, decoders, slots.of(step))
 
-            def settled(future: Future[tuple[int, StepBatch]]) -> StepBatch:
-                known, batch = future.result()
-                if known == len(self.quarantine):
-                    return batch
-                # Made before damage was known that an earlier step has found.
-                return self.load(batch.step, decoders, slots.of(batch.step))
-
-            ahead: deque[Future[tuple[int, StepBatch]]] = deque()
-            try:
-                for step in range(start, stop):
-                    ahead.append(assemblers.submit(load, step))
-                    if len(ahead) > STEPS_AHEAD:
-                        yield settled(ahead.popleft())
-                while ahead:
-                    yield settled(ahead.popleft())
-            finally:
-                for future in ahead:
-                    future.cancel()
+            with closing(in_advance(load, range(start, stop))) as made:
+                for known, batch in made:
+                    if known == len(self.quarantine):
+                        yield batch
+                    else:
+                        # Made before damage was known that an earlier step has found.
+                        yield self.load(batch.step, decoders, slots.of(batch.step))
 
     def load(
         self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
     ) -> StepBatch:
         """This rank's share of one step; its images in `pixels`, if given."""
-        if self.dataset.remote:
-            ahead = self.order.shards_ahead(step, self.lanes, windows=_WINDOWS_AHEAD)
-            self.dataset.ahead(ahead)
+        self.hint(step)
         parts = list(self.micros(step, decoders, pixels))
         return StepBatch(
             step=step,
@@ -259,6 +245,14 @@ class Loader:
             read_s=sum(part.read_s for part in parts),
             decode_s=sum(part.decode_s for part in parts),
         )
+
+    def hint(self, step: int) -> None:
+        """Have the shards fetched that are needed from a step on, where they are not on
+        a disk here.
+        """
+        if self.dataset.remote:
+            ahead = self.order.shards_ahead(step, self.lanes, windows=_WINDOWS_AHEAD)
+            self.dataset.ahead(ahead)
 
     def micros(
         self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
@@ -353,14 +347,15 @@ class Loader:
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
         uids, epoch_of = torch.from_numpy(read.uids), torch.from_numpy(epochs)
-        masked = self._mask_counts(uids, stream, epoch_of, text_capacity)
+        drawn = (uids, stream, epoch_of, text_capacity)
+        masks = self.masks(*drawn) if config.digest == "full" else None
+        masked = masks.counts if masks else self._masked(mam_counts, *drawn)
         give_way()
         n_words = int(masked.text.sum())
         digest = sample_digest(read.uids, read.captions, read.crops)
         if config.image.flip:
             digest = _wrap(digest + flip_digest(read.uids, read.flips))
-        if config.digest == "full":
-            masks = self.masks(uids, stream, epoch_of, text_capacity)
+        if masks:
             digest = _wrap(digest + mask_digest(read.uids, masks))
         batch = MicroBatch(
             stream=stream,
@@ -453,21 +448,18 @@ class Loader:
         self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
     ) -> Masks:
         """Masks of a micro-batch, on the device that its tensors are on."""
-        return mam(
-            self.config.mask,
-            seed=self.config.seed,
-            epoch=epochs,
-            uids=uids,
-            n_text=stream.n_words,
-            text_capacity=text_capacity,
-            n_image=self.n_image,
-        )
+        return self._masked(mam, uids, stream, epochs, text_capacity)
 
-    def _mask_counts(
-        self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
-    ) -> MaskCounts:
-        """How much `masks` will mask of each pair."""
-        return mam_counts(
+    def _masked(
+        self,
+        draws: Callable[..., Item],
+        uids: Tensor,
+        stream: Stream,
+        epochs: Tensor,
+        text_capacity: int,
+    ) -> Item:
+        """What `mam` or `mam_counts` says of a micro-batch."""
+        return draws(
             self.config.mask,
             seed=self.config.seed,
             epoch=epochs,
@@ -493,6 +485,25 @@ class Loader:
         return draw(
             seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=1
         )[0]
+
+
+def in_advance(make: Callable[[int], Item], steps: range) -> Generator[Item]:
+    """What `make` gives for each step, in order; it is called in threads, for
+    `STEPS_AHEAD` steps beyond the one that is asked for.
+    """
+    # Two: decoders have work of the next step while one is finished.
+    with ThreadPoolExecutor(2, "assemble") as assemblers:
+        ahead: deque[Future[Item]] = deque()
+        try:
+            for step in steps:
+                ahead.append(assemblers.submit(make, step))
+                if len(ahead) > STEPS_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def caption_choice(

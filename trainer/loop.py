@@ -189,27 +189,26 @@ def check(config: PretrainConfig) -> Checked:
         storage=config.storage,
     )
     sources = sources_of(dataset, config.mixture)
-    state = DataState.fresh(dataset, sources, seed=config.seed)
+    quarantined: list[Quarantined] = []
     if found:
         path, marker = found
-        state = resumed(
-            DataState.from_plain(marker),
-            dataset,
-            sources,
-            changed=config.changed_data,
-            run=str(run),
-        )
+        before = DataState.from_plain(marker)
+        changed_data = config.changed_data
+        state = resumed(before, dataset, sources, changed=changed_data, run=str(run))
+        if state.began == before.began:
+            # What was damaged of other data says nothing of this.
+            quarantined = from_plain(marker["quarantine"])
         stage = config.deepspeed.zero_stage
         checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
+    else:
+        state = DataState.fresh(dataset, sources, seed=config.seed)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
-    # What was damaged of other data says nothing of this.
-    same = found is not None and state.began == DataState.from_plain(found[1]).began
     return Checked(
         dataset=dataset,
         checkpoint=found[0] if found else None,
         state=state,
-        quarantined=tuple(from_plain(found[1]["quarantine"]) if found and same else ()),
+        quarantined=tuple(quarantined),
     )
 
 

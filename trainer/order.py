@@ -136,12 +136,8 @@ class SampleOrder:
         """Epoch that a step belongs to; of a mixture, that of the source which has had
         the fewest, at the beginning of the step's block of draws.
         """
-        turns = self._turns_begun(step)
-        each = [
-            int(table.locate(np.array([turn]))[0][0])
-            for table, turn in zip(self.epochs, turns, strict=True)
-        ]
-        return min(each) + self.began.epoch
+        begun = zip(self.epochs, self._turns_begun(step), strict=True)
+        return min(table.at(turn)[0] for table, turn in begun) + self.began.epoch
 
     def epoch_steps(self, step: int) -> tuple[int, int] | None:
         """(step within its epoch, steps of that epoch); None in a mixture, whose
@@ -149,9 +145,9 @@ class SampleOrder:
         """
         if self.mixture:
             return None
-        table, turn = self.epochs[0], np.array([step - self.began.step])
-        epoch, within = table.locate(turn)
-        return int(within[0]), table.turns(int(epoch[0]))
+        table = self.epochs[0]
+        epoch, within = table.at(step - self.began.step)
+        return within, table.turns(epoch)
 
     def samples_of(self, step: int, lanes: range) -> Drawn:
         """What `lanes` give to a step, lane by lane, `per_lane` samples each.
@@ -202,10 +198,10 @@ class SampleOrder:
         turns = self._turns_begun(step)
         rounds: list[list[int]] = []
         for number, table in enumerate(self.epochs):
-            located = table.locate(np.array([turns[number]]))
-            epoch, at = int(located[0][0]), int(located[1][0]) * self._turn
+            epoch, within = table.at(turns[number])
             built = self.lanes_of(number, epoch + self.began.epoch)
-            ahead = [built.shards_ahead(lane, at, windows) for lane in lanes]
+            start = within * self._turn
+            ahead = [built.shards_ahead(lane, start, windows) for lane in lanes]
             if epoch < self._decided[number]:
                 after = self.lanes_of(number, epoch + 1 + self.began.epoch)
                 wanted = windows * self.shuffle_shards
@@ -251,18 +247,15 @@ class SampleOrder:
     def decided_before(self, step: int) -> None:
         """Take as frozen what a run that has taken `step` steps had frozen."""
         for number, table in enumerate(self.epochs):
-            turns = [table.frozen[-1].first, max(self._last_turn(number, step), 0)]
-            self._decided[number] = int(table.locate(np.array(turns))[0].max())
+            turn = max(table.frozen[-1].first, self._last_turn(number, step))
+            self._decided[number] = table.at(turn)[0]
 
     def last_epoch(self, step: int) -> int:
         """The highest epoch of any source in the steps before `step`."""
-        turns = (
-            max(self._last_turn(number, step), 0) for number in range(len(self.epochs))
+        each = (
+            table.at(max(self._last_turn(number, step), 0))[0]
+            for number, table in enumerate(self.epochs)
         )
-        each = [
-            int(table.locate(np.array([turn]))[0][0])
-            for table, turn in zip(self.epochs, turns, strict=True)
-        ]
         return max(each) + self.began.epoch
 
     def decided(self, number: int) -> int:
@@ -274,10 +267,9 @@ class SampleOrder:
         return float(self.mixture.per_block[number]) / BLOCK if self.mixture else 1.0
 
     def _of_one(self, first: int, lanes: range) -> Drawn:
-        turn = np.array([first // self.per_lane])
-        epoch, within = self.epochs[0].locate(turn)
-        number = int(epoch[0]) + self.began.epoch
-        start = int(within[0]) * self.per_lane
+        epoch, within = self.epochs[0].at(first // self.per_lane)
+        number = epoch + self.began.epoch
+        start = within * self.per_lane
         built = self.lanes_of(0, number)
         found = [built.between(lane, start, start + self.per_lane) for lane in lanes]
         places = np.concatenate(found).astype(np.int64)

@@ -12,7 +12,6 @@ sample. Shapes: B pairs, S side of the images in pixels.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import numpy as np
 
 from pipeline.manifest import token_ids
 from trainer.dataset import Dataset
+from trainer.folder import read_into
 from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
@@ -170,7 +170,7 @@ class Reading:
             begun = time.perf_counter()
             try:
                 span = memory[:size]
-                got = tar >= 0 and len(_read_into(span, tar, at)) == size
+                got = tar >= 0 and len(read_into(span, tar, at)) == size
             except OSError:
                 got = False
             have = time.perf_counter()
@@ -257,10 +257,10 @@ def _members(files: _Files, record: np.void) -> tuple[memoryview, memoryview]:
     tar, ids_file = files
     ids_size, jpg_size = int(record["ids_size"]), int(record["jpg_size"])
     memory = _memory(ids_size + jpg_size)
-    ids = _read_into(
+    ids = read_into(
         memory[:ids_size], (ids_file or tar).fileno(), int(record["ids_offset"])
     )
-    jpeg = _read_into(memory[ids_size:], tar.fileno(), int(record["jpg_offset"]))
+    jpeg = read_into(memory[ids_size:], tar.fileno(), int(record["jpg_offset"]))
     return ids, jpeg
 
 
@@ -273,17 +273,6 @@ def _memory(size: int) -> memoryview:
     if buffer is None or len(buffer) < size:
         buffer = _local.buffer = bytearray(2 * size)
     return memoryview(buffer)[:size]
-
-
-def _read_into(memory: memoryview, descriptor: int, offset: int) -> memoryview:
-    """As much of `memory` as the file has from `offset` on."""
-    have = os.preadv(descriptor, [memory], offset)
-    while 0 < have < len(memory):
-        more = os.preadv(descriptor, [memory[have:]], offset + have)
-        if not more:
-            break
-        have += more
-    return memory[:have]
 
 
 def chosen_texts(

@@ -57,13 +57,16 @@ def sources_of(dataset: Dataset, mixture: MixtureKey) -> list[Source]:
     ]
 
 
-def grown(dataset: Dataset, source: Source) -> Source:
-    """A source with the shards that `dataset` has by now."""
-    if source.name == EVERYTHING:
-        shards = list(dataset.numbered())
+def grown(dataset: Dataset, sources: Sequence[Source]) -> list[Source]:
+    """The sources with the shards that `dataset` has by now."""
+    if [source.name for source in sources] == [EVERYTHING]:
+        grouped = {EVERYTHING: list(dataset.numbered())}
     else:
-        shards = _grouped(dataset)[source.name]
-    return _source(shards, name=source.name, weight=source.weight)
+        grouped = _grouped(dataset)
+    return [
+        _source(grouped[source.name], name=source.name, weight=source.weight)
+        for source in sources
+    ]
 
 
 def _grouped(dataset: Dataset) -> dict[str, list[tuple[int, Shard]]]:

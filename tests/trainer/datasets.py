@@ -16,7 +16,7 @@ from pipeline.manifest import (
     load_manifest,
     manifest_seal,
 )
-from tests.conftest import EMOJI, ROOT, python
+from tests.conftest import EMOJI, emoji_shards
 
 
 def slices(folder: Path, *rows: int) -> list[Path]:
@@ -32,22 +32,14 @@ def slices(folder: Path, *rows: int) -> list[Path]:
 
 def preprocess(output: Path, *words: str, tokenizer: Path) -> Path:
     """Shards of 16 samples at 32 px, all in `train`."""
-    done = python(
-        "-m",
-        "pipeline.preprocess",
-        "--config",
-        ROOT / "examples" / "emoji.yaml",
-        "--output",
+    return emoji_shards(
         output,
         "--shard.samples=16",
-        "--image.size=32",
         f"--tokenizer={tokenizer}",
         "--split.val=0",
         "--workers=1",
         *words,
     )
-    assert done.returncode == 0, done.stdout
-    return output
 
 
 def growing_copy(dataset: Path, copy: Path) -> Manifest:

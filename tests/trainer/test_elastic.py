@@ -6,11 +6,18 @@ import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from tests.conftest import deepspeed_command, launch_environment
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config, launch, metrics
+from tests.trainer.tiny import (
+    TINY,
+    column,
+    config,
+    launch,
+    metrics,
+    steps_taken,
+    wait_until,
+)
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 
@@ -39,17 +46,9 @@ def launch_and_kill(ranks: int, at_step: int, run: Path, *more: str) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as launcher:
-        deadline = time.monotonic() + LAUNCH_LIMIT_S
-        while not (run / "metrics.jsonl").exists() or len(lines(run)) < at_step:
-            assert launcher.poll() is None, "ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: steps_taken(run) >= at_step, launcher)
         os.killpg(launcher.pid, signal.SIGKILL)
         assert launcher.wait() == -signal.SIGKILL
-
-
-def lines(run: Path) -> list[bytes]:
-    return (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
 
 
 def test_ranks_4_2_1_4_with_two_kills_take_the_steps_of_an_uninterrupted_run(

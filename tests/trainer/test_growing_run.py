@@ -7,26 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.manifest import load_manifest
 from tests.conftest import EMOJI, ROOT, deepspeed_command, launch_environment
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config
+from tests.trainer.tiny import (
+    LAUNCH_LIMIT_S,
+    TINY,
+    column,
+    config,
+    steps_taken,
+    wait_until,
+)
 from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 
 STEPS = 400
-
-
-def until(true: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + LAUNCH_LIMIT_S
-    while not true():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
 
 
 def shards_of(dataset: Path) -> int:
@@ -58,7 +55,7 @@ def test_training_follows_a_job_that_is_committing_shards(tmp_path: Path) -> Non
             preprocess, cwd=ROOT, text=True, stdout=job_file, stderr=job_file
         ) as job,
     ):
-        until(lambda: shards_of(dataset) > 0, job, job_log)
+        wait_until(lambda: shards_of(dataset) > 0, job, job_log.read_text)
         os.kill(job.pid, signal.SIGSTOP)
         try:
             first = shards_of(dataset)
@@ -69,12 +66,7 @@ def test_training_follows_a_job_that_is_committing_shards(tmp_path: Path) -> Non
                 stdout=train_file,
                 stderr=train_file,
             ) as trainer:
-                metrics = run / "metrics.jsonl"
-                until(
-                    lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 9,
-                    trainer,
-                    train_log,
-                )
+                wait_until(lambda: steps_taken(run) > 9, trainer, train_log.read_text)
                 os.kill(job.pid, signal.SIGCONT)
                 assert job.wait(LAUNCH_LIMIT_S) == 0, job_log.read_text()
                 assert trainer.wait(LAUNCH_LIMIT_S) == 0, train_log.read_text()

@@ -78,6 +78,6 @@ def test_a_real_run_that_computes_decodes_or_reads_is_told_so(
         time.sleep(0.01)
         return read(memory, descriptor, offset)
 
-    read = reading._read_into
-    monkeypatch.setattr(reading, "_read_into", slow)
+    read = reading.read_into
+    monkeypatch.setattr(reading, "read_into", slow)
     assert steps_of(shards, 0.0).startswith("storage limits the run")

@@ -6,14 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tests.conftest import deepspeed_command, launch_environment
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config
+from tests.trainer.tiny import (
+    LAUNCH_LIMIT_S,
+    TINY,
+    column,
+    config,
+    steps_taken,
+    wait_until,
+)
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.quarantine import from_plain
@@ -98,13 +104,10 @@ def run_and_damage(
             stderr=subprocess.STDOUT,
         ) as launcher,
     ):
-        deadline = time.monotonic() + LAUNCH_LIMIT_S
         for step, act in sorted(damage.items()):
-            metrics = run / "metrics.jsonl"
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
-                assert launcher.poll() is None, output.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(
+                lambda step=step: steps_taken(run) >= step, launcher, output.read_text
+            )
             damaged |= act()
         status = launcher.wait(LAUNCH_LIMIT_S)
     return status, output.read_text(), damaged

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.tiny import again
 from trainer.contract import valid_world_sizes
 from trainer.mixture import BLOCK, Mixture, shares
 from trainer.order import SampleOrder, Source
@@ -68,16 +69,6 @@ def orders(draw: st.DrawFn) -> SampleOrder:
         lanes=lanes,
         global_batch=lanes * per_lane,
         shuffle_shards=draw(st.integers(1, 4)),
-    )
-
-
-def again(order: SampleOrder) -> SampleOrder:
-    return SampleOrder(
-        order.sources,
-        seed=order.seed,
-        lanes=order.lanes,
-        global_batch=order.lanes * order.per_lane,
-        shuffle_shards=order.shuffle_shards,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.tiny import again, steps_per_epoch
 from trainer.contract import valid_world_sizes
 from trainer.order import SampleOrder, Source
 
@@ -29,28 +30,11 @@ def orders(draw: st.DrawFn) -> SampleOrder:
     )
 
 
-def again(order: SampleOrder) -> SampleOrder:
-    """The same order, that has worked out nothing yet."""
-    return SampleOrder(
-        order.sources,
-        seed=order.seed,
-        lanes=order.lanes,
-        global_batch=order.lanes * order.per_lane,
-        shuffle_shards=order.shuffle_shards,
-    )
-
-
-def length(order: SampleOrder) -> int:
-    found = order.epoch_steps(0)
-    assert found
-    return found[1]
-
-
 def epoch_places(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
-    first = epoch * length(order)
+    first = epoch * steps_per_epoch(order)
     rows = [
         order.samples_of(step, range(order.lanes)).places
-        for step in range(first, first + length(order))
+        for step in range(first, first + steps_per_epoch(order))
     ]
     return [(int(shard), int(sample)) for shard, sample in np.concatenate(rows)]
 
@@ -93,7 +77,11 @@ def test_any_step_can_be_asked_for_in_any_order(
     for step in steps:
         asked, fresh = (one.samples_of(step, lanes) for one in (order, again(order)))
         assert np.array_equal(asked.places, fresh.places)
-        assert set(asked.epochs) == {order.epoch_of(step)} == {step // length(order)}
+        assert (
+            set(asked.epochs)
+            == {order.epoch_of(step)}
+            == {step // steps_per_epoch(order)}
+        )
 
 
 def lane_sizes(order: SampleOrder, epoch: int) -> list[int]:

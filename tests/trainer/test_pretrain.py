@@ -24,7 +24,7 @@ from tests.conftest import (
     launch_environment,
     python,
 )
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, launch, metrics
+from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, launch, metrics, wait_until
 from trainer.contract import METRIC_NAMES, complete_checkpoints, read_metrics
 
 
@@ -41,11 +41,7 @@ def start_until(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + LAUNCH_LIMIT_S
-    while not reached():
-        assert process.poll() is None, "the run ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(reached, process, lambda: "the run ended before it could be disturbed")
     return process
 
 

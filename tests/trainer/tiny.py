@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,43 @@ def steps_per_epoch(order: SampleOrder) -> int:
     return found[1]
 
 
+def again(order: SampleOrder) -> SampleOrder:
+    """The same order, that has worked out nothing yet."""
+    return SampleOrder(
+        order.sources,
+        seed=order.seed,
+        lanes=order.lanes,
+        global_batch=order.lanes * order.per_lane,
+        shuffle_shards=order.shuffle_shards,
+    )
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics; fails on a torn one."""
     return [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+def steps_taken(run: Path) -> int:
+    """Steps that a run, which may be going on, has written down."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(
+    reached: Callable[[], bool],
+    process: subprocess.Popen[Any],
+    said: Callable[[], str] = str,
+) -> None:
+    """Wait for something that a process does; fails with what it `said` if it ends
+    before.
+    """
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while not reached():
+        assert process.poll() is None, said()
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.02)
 
 
 def column(run: Path, name: str) -> list[Any]:
