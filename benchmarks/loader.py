@@ -128,7 +128,7 @@ class Bench:
                 found = [] if "error" in saved else self._loaded(name, file)
                 errors = [one["error"] for one in (saved, *found) if "error" in one]
                 if errors:
-                    resumed[name] = {"resume_error": errors[0]}
+                    resumed[name] = {"resume_error": errors[0].splitlines()[-1]}
                     continue
                 resumed[name] = {
                     "resume_s": statistics.median(one["resume_s"] for one in found),

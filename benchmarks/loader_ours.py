@@ -79,6 +79,7 @@ def ours_masks(where: Where, state: Any) -> Resumable:
 
 
 def _read(where: Where, state: Any, geometry: str) -> Resumable:
+    from trainer.feed import STEPS_BEYOND
     from trainer.loader import STEPS_AHEAD, in_advance
     from trainer.reading import Slots
 
@@ -93,9 +94,11 @@ def _read(where: Where, state: Any, geometry: str) -> Resumable:
 
             def load(step: int) -> Any:
                 loader.hint(step)
-                drawn = loader.order.samples_of(step, loader.lanes)
-                pixels = slots.of(step)
-                return loader.read(drawn.places, drawn.epochs, decoders, pixels)
+                # As the trainer does before each step.
+                while loader.order.undecided <= step + STEPS_BEYOND:
+                    loader.order.decide({})
+                _, rows = loader.ahead.of(step)
+                return loader.read(rows, decoders, slots.of(step))
 
             with closing(in_advance(load, range(first, _ENDLESS))) as made:
                 for read in made:

@@ -1,8 +1,8 @@
 """Batches: from the places of a step to tensors on the host, ahead of time.
 
-Owns which caption and crop a sample gets, micro-batches, the counts that normalise the
-losses, the sample digest, and which sample takes the place of a damaged one. Does not
-own sample order (`trainer.order`), sources (`trainer.sources`), bytes
+Owns micro-batches, the counts that normalise the losses, the sample digest, and which
+sample takes the place of a damaged one. Does not own sample order (`trainer.order`),
+what is drawn for a sample (`trainer.rows`), sources (`trainer.sources`), bytes
 (`trainer.dataset`), the list of damaged samples (`trainer.quarantine`) or masks
 (`trainer.masking`).
 """
@@ -30,9 +30,10 @@ from trainer.masking import Masks, mam, mam_counts
 from trainer.models.mlim import recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
-from trainer.philox import Use, below, draw, philox, signed_uids
+from trainer.philox import philox
 from trainer.quarantine import Quarantine, Quarantined
 from trainer.reading import Reading, Slots, chosen_texts, give_way
+from trainer.rows import Rows, RowsAhead, rows_of
 from trainer.sources import sources_of
 from trainer.stream import Stream, capacity, pack
 
@@ -135,14 +136,6 @@ class Samples:
     """(K,) int64, [CLS] words [SEP] of every sample, end to end."""
     lengths: np.ndarray
     """(B,) ids of each."""
-    uids: np.ndarray
-    """(B,) int64, the bits of the uint64 uids."""
-    captions: np.ndarray
-    """(B,) which of its captions each shows."""
-    crops: np.ndarray
-    """(B, 4) words of each one's crop."""
-    flips: np.ndarray
-    """(B,) words of each one's flip."""
     cut: int
     """Captions that were cut."""
     read_s: float
@@ -208,6 +201,7 @@ class Loader:
             world_size=world_size,
             ceiling=config.micro_batch,
         )
+        self.ahead = RowsAhead(dataset, config, self.order, self.lanes)
         self.n_image = (config.image.size // config.model.patch_size) ** 2
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatch]:
@@ -236,13 +230,17 @@ class Loader:
     ) -> StepBatch:
         """This rank's share of one step; its images in `pixels`, if given."""
         self.hint(step)
+        begun = time.perf_counter()
+        self.ahead.of(step)
+        # No thread can read before the indexes are there.
+        indexes_s = (time.perf_counter() - begun) * self.config.threads
         parts = list(self.micros(step, decoders, pixels))
         return StepBatch(
             step=step,
             epoch=self.order.epoch_of(step),
             micro_batches=[part.batch for part in parts],
             counts=sum_counts([part.counts for part in parts]),
-            read_s=sum(part.read_s for part in parts),
+            read_s=indexes_s + sum(part.read_s for part in parts),
             decode_s=sum(part.decode_s for part in parts),
         )
 
@@ -258,24 +256,25 @@ class Loader:
         self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
     ) -> Iterator[Made]:
         """This rank's share of one step, a micro-batch at a time."""
-        drawn = self.order.samples_of(step, self.lanes)
+        drawn, rows = self.ahead.of(step)
         for first in range(0, len(drawn), self.micro_batch):
-            rows = slice(first, first + self.micro_batch)
-            mine = None if pixels is None else pixels[rows]
-            yield self._sound(step, drawn.rows(rows), decoders, mine)
+            part = slice(first, first + self.micro_batch)
+            mine = None if pixels is None else pixels[part]
+            yield self._sound(step, drawn.rows(part), rows.part(part), decoders, mine)
 
     def _sound(
         self,
         step: int,
         drawn: Drawn,
+        rows: Rows,
         decoders: ThreadPoolExecutor,
         pixels: Tensor | None,
     ) -> Made:
         """The micro-batch of some samples of a step, none of them damaged."""
         while True:
-            places, replaced = self._places(step, drawn)
+            sound, replaced = self._replaced(step, drawn, rows)
             try:
-                made = self.micro(places, drawn.epochs, decoders, pixels)
+                made = self.micro(sound, decoders, pixels)
             except DamagedError as damage:
                 self._quarantine(damage, step)
                 continue
@@ -298,16 +297,20 @@ class Loader:
         except ValueError as error:
             raise ValueError(f"{error}; the last: {damage}") from damage
 
-    def _places(self, step: int, drawn: Drawn) -> tuple[np.ndarray, int]:
-        """Places of some samples of a step, quarantined ones replaced, and how many."""
+    def _replaced(self, step: int, drawn: Drawn, rows: Rows) -> tuple[Rows, int]:
+        """Some samples of a step, quarantined ones replaced, and how many."""
         if not len(self.quarantine):
-            return drawn.places, 0
-        places, replaced = drawn.places.copy(), 0
-        for row, uid in enumerate(self.dataset.records(places)["uid"].tolist()):
+            return rows, 0
+        places, replaced = rows.places.copy(), 0
+        for row, uid in enumerate(rows.records["uid"].tolist()):
             if self.quarantine.holds(uid, step):
                 places[row] = self._stand_in(step, drawn, row)
                 replaced += 1
-        return places, replaced
+        return self.rows(places, rows.epochs) if replaced else rows, replaced
+
+    def rows(self, places: np.ndarray, epochs: np.ndarray) -> Rows:
+        """Samples at `places` (B, 2), each in its epoch (B,)."""
+        return rows_of(self.dataset, self.config, places, epochs)
 
     def _stand_in(self, step: int, drawn: Drawn, row: int) -> np.ndarray:
         """Place of the next sample of a row's lane that is not quarantined, cyclically:
@@ -328,53 +331,52 @@ class Loader:
 
     def micro(
         self,
-        places: np.ndarray,
-        epochs: np.ndarray,
+        rows: Rows,
         decoders: ThreadPoolExecutor,
         pixels: Tensor | None = None,
     ) -> Made:
-        """The micro-batch of samples at `places` (B, 2), each in its epoch (B,); its
-        images in `pixels` (B, S, S, 3), if given.
+        """The micro-batch of some samples; its images in `pixels` (B, S, S, 3), if
+        given.
 
         Raises:
             DamagedError: a sample is damaged.
             OSError: storage failed.
         """
         config = self.config
-        read = self.read(places, epochs, decoders, pixels)
+        read = self.read(rows, decoders, pixels)
         stream, token_ids = pack(read.lengths, read.ids, self.n_image)
         give_way()
         text_capacity = -(-int(stream.n_words.max()) // _WORDS_GRAIN) * _WORDS_GRAIN
         text_capacity = max(text_capacity, _WORDS_GRAIN)
-        uids, epoch_of = torch.from_numpy(read.uids), torch.from_numpy(epochs)
+        uids, epoch_of = torch.from_numpy(rows.uids), torch.from_numpy(rows.epochs)
         drawn = (uids, stream, epoch_of, text_capacity)
         masks = self.masks(*drawn) if config.digest == "full" else None
         masked = masks.counts if masks else self._masked(mam_counts, *drawn)
         give_way()
         n_words = int(masked.text.sum())
-        digest = sample_digest(read.uids, read.captions, read.crops)
+        digest = sample_digest(rows.uids, rows.captions, rows.crops)
         if config.image.flip:
-            digest = _wrap(digest + flip_digest(read.uids, read.flips))
+            digest = _wrap(digest + flip_digest(rows.uids, rows.flips))
         if masks:
-            digest = _wrap(digest + mask_digest(read.uids, masks))
+            digest = _wrap(digest + mask_digest(rows.uids, masks))
         batch = MicroBatch(
             stream=stream,
             token_ids=token_ids,
             pixels=read.pixels,
             uids=uids,
             epochs=epoch_of,
-            captions=read.captions,
+            captions=rows.captions,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
             n_recon_images=capacity(int((masked.image > 0).sum())),
         )
         counts = Counts(
-            pairs=len(places),
+            pairs=len(rows),
             masked_words=n_words,
             recon_pixels=int(
                 recon_pixels(masked.image, self.n_image, config.model).sum()
             ),
-            tokens=stream.text_used + len(places) * self.n_image,
+            tokens=stream.text_used + len(rows) * self.n_image,
             rows=len(stream.source),
             cut_captions=read.cut,
             replaced=0,
@@ -382,7 +384,7 @@ class Loader:
             digest=digest,
         )
         return Made(
-            places=places,
+            places=rows.places,
             batch=batch,
             counts=counts,
             read_s=read.read_s,
@@ -391,41 +393,32 @@ class Loader:
 
     def read(
         self,
-        places: np.ndarray,
-        epochs: np.ndarray,
+        rows: Rows,
         decoders: ThreadPoolExecutor,
         pixels: Tensor | None = None,
     ) -> Samples:
-        """Images and texts of samples at `places`, as `micro`, without masks."""
+        """Images and texts of some samples, as `micro`, without masks."""
         config = self.config
         give_way()
-        begun = time.perf_counter()
-        records = self.dataset.records(places)
-        # No thread can read before the indexes are there.
-        indexes_s = (time.perf_counter() - begun) * config.threads
-        give_way()
-        uids = signed_uids(records["uid"])
-        crops, flips = self.crop_draws(uids, epochs), self.flip_draws(uids, epochs)
         side = config.image.size
         if pixels is None:
-            pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
+            pixels = torch.empty((len(rows), side, side, 3), dtype=torch.uint8)
         reading = Reading(
             self.dataset,
-            places,
-            records,
+            rows.places,
+            rows.records,
             image=config.image,
-            crops=crops,
-            flips=flipped(flips),
+            crops=rows.crops,
+            flips=flipped(rows.flips),
             pixels=pixels.numpy(),
             decoders=decoders,
         )
-        captions = caption_choice(records, uids, seed=config.seed, epoch=epochs)
         texts, read_s, decode_s = reading.finish()
         give_way()
         special = self.dataset.tokenizer.special_ids
         ids, lengths, cut = chosen_texts(
             texts,
-            captions,
+            rows.captions,
             cls=special["cls"],
             sep=special["sep"],
             max_tokens=config.text.max_tokens,
@@ -435,12 +428,8 @@ class Loader:
             pixels=pixels,
             ids=ids,
             lengths=lengths,
-            uids=uids,
-            captions=captions,
-            crops=crops,
-            flips=flips,
             cut=cut,
-            read_s=read_s + indexes_s,
+            read_s=read_s,
             decode_s=decode_s,
         )
 
@@ -469,23 +458,6 @@ class Loader:
             n_image=self.n_image,
         )
 
-    def crop_draws(self, uids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """(B, 4) words of each sample's crop, zero where the geometry draws nothing."""
-        if self.config.image.geometry != "random_resized_crop":
-            return np.zeros((len(uids), 4), dtype=np.int64)
-        words = draw(
-            seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=0
-        )
-        return np.stack(words, axis=1)
-
-    def flip_draws(self, uids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """(B,) word of each sample's flip, zero where none is asked for."""
-        if not self.config.image.flip:
-            return np.zeros(len(uids), dtype=np.int64)
-        return draw(
-            seed=self.config.seed, use=Use.CROP, epoch=epochs, uid=uids, index=1
-        )[0]
-
 
 def in_advance(make: Callable[[int], Item], steps: range) -> Generator[Item]:
     """What `make` gives for each step, in order; it is called in threads, for
@@ -504,14 +476,6 @@ def in_advance(make: Callable[[int], Item], steps: range) -> Generator[Item]:
         finally:
             for future in ahead:
                 future.cancel()
-
-
-def caption_choice(
-    records: np.ndarray, uids: np.ndarray, *, seed: int, epoch: int | np.ndarray
-) -> np.ndarray:
-    """Which of its captions (B,) each sample shows in an epoch, one or its own (B,)."""
-    words = draw(seed=seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0)
-    return below(words[0], records["n_captions"].astype(np.int64))
 
 
 def sum_counts(parts: list[Counts]) -> Counts:

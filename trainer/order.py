@@ -155,17 +155,26 @@ class SampleOrder:
         Raises:
             ValueError: a step before the data was changed.
         """
-        if step < self.began.step:
-            raise ValueError(
-                f"step {step} was before step {self.began.step}, at which the run was "
-                "told to go on with other data: only later ones can be worked out"
-            )
+        self._require_placed(step)
         first = (step - self.began.step) * self.per_lane
         with self._lock:
             self._lanes_asked = max(self._lanes_asked, len(lanes))
             if self.mixture is None:
-                return self._of_one(first, lanes)
+                return self._of_one(first, lanes, 1)
             return self._of_mixture(self.mixture, first, lanes)
+
+    def samples_ahead(self, step: int, lanes: range, *, most: int) -> Drawn:
+        """What `lanes` give to the steps from `step` on, step by step: up to `most` of
+        them, as many as lie in its epoch and are frozen, and at least that one.
+        """
+        most = max(min(most, self.undecided - step), 1)
+        if self.mixture or most == 1:
+            steps = range(step, step + most)
+            return _joined([self.samples_of(one, lanes) for one in steps])
+        self._require_placed(step)
+        with self._lock:
+            self._lanes_asked = max(self._lanes_asked, len(lanes))
+            return self._of_one((step - self.began.step) * self.per_lane, lanes, most)
 
     def following(self, drawn: Drawn, row: int) -> Iterator[np.ndarray]:
         """Places (2,) of the samples after a drawn one in its lane and epoch,
@@ -266,21 +275,36 @@ class SampleOrder:
         """Share of a source in the run's draws."""
         return float(self.mixture.per_block[number]) / BLOCK if self.mixture else 1.0
 
-    def _of_one(self, first: int, lanes: range) -> Drawn:
-        epoch, within = self.epochs[0].at(first // self.per_lane)
+    def _require_placed(self, step: int) -> None:
+        if step < self.began.step:
+            raise ValueError(
+                f"step {step} was before step {self.began.step}, at which the run was "
+                "told to go on with other data: only later ones can be worked out"
+            )
+
+    def _of_one(self, first: int, lanes: range, most: int) -> Drawn:
+        """Of a single source: up to `most` steps, as many as its epoch has."""
+        table = self.epochs[0]
+        epoch, within = table.at(first // self.per_lane)
         number = epoch + self.began.epoch
-        start = within * self.per_lane
+        steps = min(most, table.turns(epoch) - within)
+        start, per_lane = within * self.per_lane, self.per_lane
+        stop = start + steps * per_lane
         built = self.lanes_of(0, number)
-        found = [built.between(lane, start, start + self.per_lane) for lane in lanes]
-        places = np.concatenate(found).astype(np.int64)
+        found = np.concatenate([built.between(lane, start, stop) for lane in lanes])
+        # Of every lane all steps; wanted is of every step all lanes.
+        by_lane = found.reshape(len(lanes), steps, per_lane, 2)
+        places = by_lane.swapaxes(0, 1).reshape(-1, 2).astype(np.int64)
         places[:, 0] = self.sources[0].shards[places[:, 0]]
         n = len(places)
+        positions = np.arange(start, stop).reshape(steps, 1, per_lane)
+        lane_of = np.repeat(np.arange(lanes.start, lanes.stop), per_lane)
         return Drawn(
             places=places,
             sources=np.zeros(n, dtype=np.int64),
             epochs=np.full(n, number, dtype=np.int64),
-            positions=np.tile(np.arange(start, start + self.per_lane), len(lanes)),
-            lanes=np.repeat(np.arange(lanes.start, lanes.stop), self.per_lane),
+            positions=positions.repeat(len(lanes), axis=1).ravel(),
+            lanes=np.tile(lane_of, steps),
         )
 
     def _of_mixture(self, mixture: Mixture, first: int, lanes: range) -> Drawn:
@@ -396,3 +420,10 @@ class SampleOrder:
             return self.began.step + turn
         block = turn // int(self.mixture.per_block[number])
         return self.began.step + block * BLOCK // self.per_lane
+
+
+def _joined(parts: Sequence[Drawn]) -> Drawn:
+    names = Drawn.__dataclass_fields__
+    return Drawn(
+        **{n: np.concatenate([getattr(part, n) for part in parts]) for n in names}
+    )

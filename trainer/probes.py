@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from trainer.dataset import Dataset
 from trainer.geometry import box_of, decode_into
-from trainer.loader import caption_choice
 from trainer.masking import Masks, Mode, mam
 from trainer.models.mlim import (
     MlimForPreTraining,
@@ -33,6 +32,7 @@ from trainer.models.mlim import (
 )
 from trainer.options import ImageConfig, PretrainConfig
 from trainer.philox import Use, permutation, signed_uids
+from trainer.rows import caption_choice
 from trainer.stream import pack
 
 _BLANK = 255

@@ -20,6 +20,7 @@ from trainer.geometry import Box, box_of, flipped
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
 from trainer.order import Drawn
+from trainer.rows import crop_draws, flip_draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class Made:
         size = int(record["width"]), int(record["height"])
         uids = self.batch.uids[row : row + 1].numpy()
         epochs = self.batch.epochs[row : row + 1].numpy()
-        crop = self.loader.crop_draws(uids, epochs)[0]
+        crop = crop_draws(config, uids, epochs)[0]
         stream = self.batch.stream
         mine = stream.text_pair[: stream.text_used] == row
         ids = self.batch.token_ids[: stream.text_used][mine].tolist()
@@ -135,7 +136,7 @@ class Made:
             cut=len(stored[chosen]) - 1 - n_words,
             size=size,
             box=box_of(config.image, *size, crop),
-            flip=bool(flipped(self.loader.flip_draws(uids, epochs))[0]),
+            flip=bool(flipped(flip_draws(config, uids, epochs))[0]),
             mode=Mode(int(self.masks.mode[row])),
             squares=self.masks.image[row].tolist(),
             hidden=pixel_mask(self.masks, row, config),

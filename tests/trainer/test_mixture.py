@@ -90,6 +90,23 @@ def test_a_step_is_pure_and_the_same_at_every_world_size(
 
 
 @settings(deadline=None, max_examples=25)
+@given(orders(), st.integers(0, 3_000), st.integers(1, 6))
+def test_steps_worked_out_together_are_those_worked_out_alone(
+    order: SampleOrder, step: int, most: int
+) -> None:
+    order.decided_before(step + 1)
+    lanes = range(order.lanes)
+    together = order.samples_ahead(step, lanes, most=most)
+    steps, rest = divmod(len(together), order.lanes * order.per_lane)
+    assert rest == 0
+    assert 1 <= steps <= max(min(most, order.undecided - step), 1)
+    alone = [again(order).samples_of(step + n, lanes) for n in range(steps)]
+    for name in ("places", "sources", "epochs", "positions", "lanes"):
+        parts = np.concatenate([getattr(one, name) for one in alone])
+        assert np.array_equal(getattr(together, name), parts)
+
+
+@settings(deadline=None, max_examples=25)
 @given(orders())
 def test_each_source_takes_each_sample_at_most_once_an_epoch_and_wraps_at_its_lanes(
     order: SampleOrder,

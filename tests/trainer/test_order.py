@@ -84,6 +84,24 @@ def test_any_step_can_be_asked_for_in_any_order(
         )
 
 
+@settings(deadline=None, max_examples=60)
+@given(orders(), st.integers(0, 60), st.integers(1, 9))
+def test_steps_worked_out_together_are_those_worked_out_alone(
+    order: SampleOrder, step: int, most: int
+) -> None:
+    order.decided_before(step + 1)
+    lanes = range(order.lanes)
+    together = order.samples_ahead(step, lanes, most=most)
+    steps, rest = divmod(len(together), order.lanes * PER_LANE)
+    within, per_epoch = order.epoch_steps(step) or (0, 0)
+    assert rest == 0
+    assert steps == min(most, per_epoch - within)
+    alone = [again(order).samples_of(step + n, lanes) for n in range(steps)]
+    for name in ("places", "sources", "epochs", "positions", "lanes"):
+        parts = np.concatenate([getattr(one, name) for one in alone])
+        assert np.array_equal(getattr(together, name), parts)
+
+
 def lane_sizes(order: SampleOrder, epoch: int) -> list[int]:
     built = order.lanes_of(0, epoch)
     pieces = [built.pieces(lane) for lane in range(order.lanes)]

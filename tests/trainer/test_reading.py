@@ -23,6 +23,7 @@ from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of, decode_into, flipped
 from trainer.loader import STEPS_AHEAD, Loader
 from trainer.reading import Slots, Texts, chosen_texts
+from trainer.rows import crop_draws, flip_draws
 
 GEOMETRIES = ("resize", "center_crop", "random_resized_crop")
 
@@ -37,7 +38,7 @@ def careful(reader: Loader, places: np.ndarray, epochs: np.ndarray) -> list[np.n
     dataset, keys = reader.dataset, reader.config
     records = dataset.records(places)
     uids = records["uid"].view(np.int64)
-    crops, flips = reader.crop_draws(uids, epochs), reader.flip_draws(uids, epochs)
+    crops, flips = crop_draws(keys, uids, epochs), flip_draws(keys, uids, epochs)
     found = []
     for row, record in enumerate(records):
         shard, size = int(places[row, 0]), (int(record["width"]), int(record["height"]))
@@ -56,9 +57,9 @@ def test_a_batch_is_what_its_samples_are_one_by_one(
 ) -> None:
     keys = (f"--image.geometry={geometry}", f"--image.size={size}", "--image.flip=true")
     reader = loader(mixed, *keys, "--text.max_tokens=9")
-    drawn = reader.order.samples_of(11, reader.lanes)
+    drawn, rows = reader.ahead.of(11)
     with ThreadPoolExecutor(3) as pool:
-        read = reader.read(drawn.places, drawn.epochs, pool)
+        read = reader.read(rows, pool)
     expected = careful(reader, drawn.places, drawn.epochs)
     assert np.array_equal(read.pixels.numpy(), np.stack(expected))
     records = reader.dataset.records(drawn.places)
@@ -66,7 +67,7 @@ def test_a_batch_is_what_its_samples_are_one_by_one(
     cut = 0
     for row, record in enumerate(records):
         text, was_cut = reader.dataset.text(
-            int(drawn.places[row, 0]), record, int(read.captions[row]), max_tokens=9
+            int(drawn.places[row, 0]), record, int(rows.captions[row]), max_tokens=9
         )
         mine = read.ids[starts[row] : starts[row] + read.lengths[row]]
         assert mine.tolist() == text.tolist()
@@ -115,10 +116,9 @@ def test_half_of_the_images_are_mirrored_and_only_when_asked_for(mixed: Path) ->
     same = turned = 0
     with ThreadPoolExecutor(2) as pool:
         for step in range(6):
-            drawn = plain.order.samples_of(step, plain.lanes)
             for ours, theirs in zip(
-                plain.read(drawn.places, drawn.epochs, pool).pixels.numpy(),
-                mirrored.read(drawn.places, drawn.epochs, pool).pixels.numpy(),
+                plain.read(plain.ahead.of(step)[1], pool).pixels.numpy(),
+                mirrored.read(mirrored.ahead.of(step)[1], pool).pixels.numpy(),
                 strict=True,
             ):
                 same += np.array_equal(ours, theirs)
@@ -142,15 +142,16 @@ def test_an_indexed_folder_with_ids_in_a_sidecar_reads_the_same(
     reader = loader(tmp_path, "--image.size=32", "--image.geometry=resize")
     places = reader.dataset.places()
     epochs = np.zeros(len(places), dtype=np.int64)
+    rows = reader.rows(places, epochs)
     with ThreadPoolExecutor(2) as pool:
-        read = reader.read(places, epochs, pool)
+        read = reader.read(rows, pool)
     expected = np.stack(careful(reader, places, epochs))
     assert np.array_equal(read.pixels.numpy(), expected)
     shard = int(places[0, 0])
     assert reader.dataset.files(shard)[1] is not None
     record = reader.dataset.records(places[:1])[0]
     text, _ = reader.dataset.text(
-        shard, record, int(read.captions[0]), max_tokens=reader.config.text.max_tokens
+        shard, record, int(rows.captions[0]), max_tokens=reader.config.text.max_tokens
     )
     assert read.ids[: read.lengths[0]].tolist() == text.tolist()
 
@@ -165,18 +166,18 @@ def test_a_deleted_or_replaced_shard_is_noticed_though_it_is_open(
     epochs = np.zeros(16, dtype=np.int64)
     tar, other = (copy / f"train/shard-{n:06d}.tar" for n in (0, 1))
     with ThreadPoolExecutor(2) as pool:
-        reader.read(places, epochs, pool)
+        reader.read(reader.rows(places, epochs), pool)
         kept = tar.read_bytes()
         os.replace(shutil.copy(other, tmp_path / "x"), tar)
         with pytest.raises(DamagedError) as caught:
-            reader.read(places, epochs, pool)
+            reader.read(reader.rows(places, epochs), pool)
         assert caught.value.reason in ("crc", "truncated")
         tar.unlink()
         with pytest.raises(DamagedError) as caught:
-            reader.read(places, epochs, pool)
+            reader.read(reader.rows(places, epochs), pool)
         assert caught.value.reason == "missing"
         tar.write_bytes(kept)
-        reader.read(places, epochs, pool)
+        reader.read(reader.rows(places, epochs), pool)
 
 
 def test_buffers_are_used_again_but_not_while_they_are_valid(mixed: Path) -> None:
