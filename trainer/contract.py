@@ -33,6 +33,17 @@ METRIC_NAMES = (
     "replaced",
     "sample_digest",
 )
+# Only of steps that have something to measure: masked words of such pairs, pixels that
+# RECON scores.
+MODE_METRIC_NAMES = (
+    "psnr",
+    "mlm_loss_image_heavy",
+    "mlm_loss_text_heavy",
+    "mlm_loss_light",
+    "recon_loss_image_heavy",
+    "recon_loss_text_heavy",
+    "recon_loss_light",
+)
 
 
 def check_world_size(world_size: int, *, lanes: int) -> None:

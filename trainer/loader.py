@@ -43,7 +43,8 @@ STEPS_AHEAD = 2
 # Of each lane: the one that it is in and the next.
 _WINDOWS_AHEAD = 2
 _WORDS_GRAIN = 16
-_FLIPS = 2
+# What a hash of the digest is of; 0 and 1 are masked words and image positions.
+_FLIPS, _KEPT, _SWAPPED = 2, 3, 4
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
 
 
@@ -68,6 +69,8 @@ class MicroBatch:
     """Capacity for masked words."""
     n_recon_images: int
     """Capacity for images with a masked position."""
+    step: int
+    """Step that it belongs to, from 0: mask rates may depend on it."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`, copied without blocking the host from pinned memory."""
@@ -274,7 +277,7 @@ class Loader:
         while True:
             sound, replaced = self._replaced(step, drawn, rows)
             try:
-                made = self.micro(sound, decoders, pixels)
+                made = self.micro(sound, decoders, pixels, step=step)
             except DamagedError as damage:
                 self._quarantine(damage, step)
                 continue
@@ -334,9 +337,11 @@ class Loader:
         rows: Rows,
         decoders: ThreadPoolExecutor,
         pixels: Tensor | None = None,
+        *,
+        step: int,
     ) -> Made:
-        """The micro-batch of some samples; its images in `pixels` (B, S, S, 3), if
-        given.
+        """The micro-batch of some samples, masked as in `step`; its images in `pixels`
+        (B, S, S, 3), if given.
 
         Raises:
             DamagedError: a sample is damaged.
@@ -350,8 +355,8 @@ class Loader:
         text_capacity = max(text_capacity, _WORDS_GRAIN)
         uids, epoch_of = torch.from_numpy(rows.uids), torch.from_numpy(rows.epochs)
         drawn = (uids, stream, epoch_of, text_capacity)
-        masks = self.masks(*drawn) if config.digest == "full" else None
-        masked = masks.counts if masks else self._masked(mam_counts, *drawn)
+        masks = self.masks(*drawn, step=step) if config.digest == "full" else None
+        masked = masks.counts if masks else self._masked(mam_counts, *drawn, step=step)
         give_way()
         n_words = int(masked.text.sum())
         digest = sample_digest(rows.uids, rows.captions, rows.crops)
@@ -369,6 +374,7 @@ class Loader:
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
             n_recon_images=capacity(int((masked.image > 0).sum())),
+            step=step,
         )
         counts = Counts(
             pairs=len(rows),
@@ -434,10 +440,16 @@ class Loader:
         )
 
     def masks(
-        self, uids: Tensor, stream: Stream, epochs: Tensor, text_capacity: int
+        self,
+        uids: Tensor,
+        stream: Stream,
+        epochs: Tensor,
+        text_capacity: int,
+        *,
+        step: int,
     ) -> Masks:
-        """Masks of a micro-batch, on the device that its tensors are on."""
-        return self._masked(mam, uids, stream, epochs, text_capacity)
+        """Masks of a micro-batch of a step, on the device that its tensors are on."""
+        return self._masked(mam, uids, stream, epochs, text_capacity, step=step)
 
     def _masked(
         self,
@@ -446,10 +458,12 @@ class Loader:
         stream: Stream,
         epochs: Tensor,
         text_capacity: int,
+        *,
+        step: int,
     ) -> Item:
         """What `mam` or `mam_counts` says of a micro-batch."""
         return draws(
-            self.config.mask,
+            self.config.mask.at(step),
             seed=self.config.seed,
             epoch=epochs,
             uids=uids,
@@ -505,11 +519,20 @@ def flip_digest(uids: np.ndarray, flips: np.ndarray) -> int:
 
 
 def mask_digest(uids: np.ndarray, masks: Masks) -> int:
-    """Order-free digest of every masked position of every sample."""
+    """Order-free digest of every masked position of every sample, and of the words that
+    are shown at some of them.
+    """
     total = 0
     for kind, mask in enumerate((masks.text, masks.image)):
         pair, position = np.nonzero(mask.numpy())
         total += int(_hash(uids[pair], position, np.full(len(pair), kind)).sum())
+    if masks.replacement:
+        kept, swapped, word = (part.numpy() for part in masks.replacement)
+        pair, position = np.nonzero(kept)
+        total += int(_hash(uids[pair], position, np.full(len(pair), _KEPT)).sum())
+        pair, position = np.nonzero(swapped)
+        shown = word[pair, position]
+        total += int(_hash(uids[pair], shown, position << 8 | _SWAPPED).sum())
     return _wrap(total)
 
 

@@ -24,7 +24,7 @@ import yaml
 
 from pipeline.config import to_yaml
 from pipeline.manifest import TokenizerInfo
-from trainer import checkpoint
+from trainer import by_mode, checkpoint
 from trainer.contract import COMPLETE, CONFIG, check_world_size
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
@@ -298,9 +298,9 @@ def global_counts(counts: Counts, world: World) -> Counts:
 
 def run_micro_batches(
     engine: Any, loader: Loader, batch: StepBatch, totals: Counts, world: World
-) -> tuple[float, float, float]:
+) -> list[float]:
     """Forward and backward of a rank's micro-batches; its sums of MLM loss, RECON loss
-    and correct words.
+    and correct words, and `by_mode.SIZE` more by masking mode.
 
     DeepSpeed divides gradients by ranks and by accumulation, so a local sum times both,
     over the global count, gives the gradient of the global mean however it was split.
@@ -309,16 +309,15 @@ def run_micro_batches(
     split = world.size * len(batch.micro_batches)
     word_scale = config.model.mlm_weight * split / max(totals.masked_words, 1)
     pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
-    sums = torch.zeros(3, device=world.device)
+    sums = torch.zeros(3 + by_mode.SIZE, device=world.device)
     for number, micro in enumerate(batch.micro_batches):
         inputs, masks = model_inputs(loader, micro)
         output = engine(inputs, masks)
         engine.backward(output.mlm_sum * word_scale + output.recon_sum * pixel_scale)
-        sums += torch.stack([part.detach().float() for part in output])
+        sums += torch.cat([part.detach().float().flatten() for part in output])
         if number + 1 < len(batch.micro_batches):
             engine.step()
-    mlm, recon, correct = sums.tolist()
-    return mlm, recon, correct
+    return sums.tolist()
 
 
 def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
@@ -330,8 +329,8 @@ def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
         n_masked_words=micro.n_masked_words,
         n_recon_images=micro.n_recon_images,
     )
-    masks = loader.masks(micro.uids, micro.stream, micro.epochs, micro.text_capacity)
-    return inputs, masks
+    drawn = (micro.uids, micro.stream, micro.epochs, micro.text_capacity)
+    return inputs, loader.masks(*drawn, step=micro.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +340,7 @@ class Summed:
     mlm: float
     recon: float
     correct: float
+    by_mode: list[float]
     spent: Spent
     stop: bool
     """Some rank was asked to stop."""
@@ -358,17 +358,19 @@ def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
 
 
 def summed_over_ranks(
-    result: tuple[float, float, float], spent: Spent, stop: StopFlag, world: World
+    result: list[float], spent: Spent, stop: StopFlag, world: World
 ) -> Summed:
     """One all-reduce for all that is to be known of a step."""
     local = [*result, *dataclasses.astuple(spent), float(stop.asked)]
     values = torch.tensor(local, dtype=torch.float64, device=world.device)
-    mlm, recon, correct, *seconds, asked = world.sum(values).tolist()
+    mlm, recon, correct, *rest = world.sum(values).tolist()
+    modes, (*seconds, asked) = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
     names = [field.name for field in dataclasses.fields(Spent)]
     return Summed(
         mlm=mlm,
         recon=recon,
         correct=correct,
+        by_mode=modes,
         spent=Spent(**dict(zip(names, seconds, strict=True))),
         stop=asked > 0,
     )
@@ -406,6 +408,9 @@ def metrics_row(
         "step_s": elapsed,
         "sample_digest": totals.digest_text,
     }
+    row |= by_mode.mode_metrics(summed.by_mode, patch_size=config.model.patch_size)
+    if (decibels := by_mode.psnr(recon)) is not None:
+        row["psnr"] = decibels
     if order.mixture:
         names = [source.name for source in order.sources]
         row["sources"] = dict(zip(names, totals.sources, strict=True))

@@ -2,77 +2,29 @@
 
 A pure function of (seed, epoch, uid, position), the same integers on every device, with
 shapes fixed by (pairs, capacity) alone. The loader calls it on the host to count, the
-model on the device to mask. Does not own what replaces a masked embedding
+model on the device to mask. Does not own modes and rates (`trainer.mask_config`), which
+masked words show a word (`trainer.replacement`) or what replaces a masked embedding
 (`trainer.models`).
-
-MLIM (Arici et al., 2021): each pair gets one of three modes, a third each: image-heavy
-(80 % of image positions, text clean), text-heavy (80 % of text, image clean) and light
-(both lightly). The paper states neither the light rates nor whether counts are exact;
-both are keys here.
 
 Shapes: B pairs, L text positions (capacity), P image positions.
 """
 
 from __future__ import annotations
 
-import enum
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainer.mask_config import MaskConfig, Mode
 from trainer.philox import Use, draw
+from trainer.replacement import Replacement, drawn_replacement
 
 # Rates and probabilities are counted in millionths, so that every comparison is one of
 # integers and comes out the same on every device.
 _UNIT = 1_000_000
-
-
-class Mode(enum.IntEnum):
-    """Masking mode of a pair."""
-
-    IMAGE_HEAVY = 0
-    TEXT_HEAVY = 1
-    LIGHT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """Modality Aware Masking."""
-
-    mode_probabilities: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
-    """Shares of image-heavy, text-heavy and light pairs; they add up to 1."""
-    heavy_rate: float = 0.8
-    """Share of positions masked in the modality that a heavy mode masks."""
-    light_text_rate: float = 0.15
-    """Share of text positions masked in light mode (the paper does not say)."""
-    light_image_rate: float = 0.15
-    """Share of image positions masked in light mode (the paper does not say)."""
-    count: Literal["exact", "bernoulli"] = "exact"
-    """Exact: round half up of rate x positions, at least 1; or a coin a position."""
-
-    def __post_init__(self) -> None:
-        for name in ("heavy_rate", "light_text_rate", "light_image_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"mask.{name} must lie between 0 and 1")
-        if min(self.mode_probabilities) < 0:
-            raise ValueError("mask.mode_probabilities must lie between 0 and 1")
-        if abs(sum(self.mode_probabilities) - 1) > 1e-6:
-            raise ValueError(
-                f"mask.mode_probabilities add up to {sum(self.mode_probabilities)}, "
-                "not to 1"
-            )
-
-    @property
-    def text_rates(self) -> tuple[float, float, float]:
-        """Text rate of each `Mode`."""
-        return (0.0, self.heavy_rate, self.light_text_rate)
-
-    @property
-    def image_rates(self) -> tuple[float, float, float]:
-        """Image rate of each `Mode`."""
-        return (self.heavy_rate, 0.0, self.light_image_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +37,8 @@ class Masks:
     """(B, L) bool, False beyond a pair's own words."""
     image: Tensor
     """(B, P) bool."""
+    replacement: Replacement | None = None
+    """What masked words show; None: all of them the mask."""
 
     @property
     def counts(self) -> MaskCounts:
@@ -113,31 +67,30 @@ def mam_counts(
     n_image: int,
 ) -> MaskCounts:
     """What the masks of `mam` with the same arguments count, without drawing a position
-    where counts are exact.
+    where counts are exact and all blocks of image positions are of one size.
     """
+    modes = drawn_modes(config, seed=seed, epoch=epoch, uids=uids)
+    sample = _Sample(seed, epoch, uids)
+    blocks = Blocks.of(n_image, config.image_block)
     if config.count == "exact":
-        modes = drawn_modes(config, seed=seed, epoch=epoch, uids=uids)
-        n_images = torch.zeros_like(uids) + n_image
-        return MaskCounts(
-            text=_wanted(n_text, _per_mode(config.text_rates, modes)),
-            image=_wanted(n_images, _per_mode(config.image_rates, modes)),
-        )
-    masks = mam(
-        config,
-        seed=seed,
-        epoch=epoch,
-        uids=uids,
-        n_text=n_text,
-        text_capacity=text_capacity,
-        n_image=n_image,
-    )
-    return masks.counts
+        text = _wanted(n_text, _per_mode(config.text_rates, modes))
+    else:
+        text = _text_mask(config, sample, modes, n_text, text_capacity).sum(1)
+    if config.count == "exact" and blocks.even:
+        n_blocks = torch.full_like(uids, blocks.count)
+        image = _wanted(n_blocks, _per_mode(config.image_rates, modes))
+        image = image * blocks.side**2
+    else:
+        image = _image_mask(config, sample, modes, blocks).sum(1)
+    return MaskCounts(text=text, image=image)
 
 
 def drawn_modes(
     config: MaskConfig, *, seed: int, epoch: int | Tensor, uids: Tensor
 ) -> Tensor:
-    """Mode (B,) that each pair draws."""
+    """Mode (B,) of each pair."""
+    if config.policy != "mam":
+        return torch.full_like(uids, int(Mode.LIGHT))
     if uids.device.type == "cpu":
         # Generators are a hundred small operations, which cost numpy a third.
         of_each = epoch.numpy() if isinstance(epoch, Tensor) else epoch
@@ -170,49 +123,109 @@ def mam(
         n_image: P, image positions of every pair.
         mode: the same mode for all pairs instead of a drawn one (evaluation).
     """
-    zero = torch.zeros_like(uids)
     if mode is None:
         modes = drawn_modes(config, seed=seed, epoch=epoch, uids=uids)
     else:
-        modes = zero + int(mode)
-    n_images = zero + n_image
-    text, image = (
-        _mask(
-            config,
-            seed=seed,
-            use=use,
-            epoch=epoch,
-            uids=uids,
-            n_valid=n_valid,
-            capacity=capacity,
-            millionths=_per_mode(rates, modes),
-        )
-        for use, n_valid, capacity, rates in (
-            (Use.TEXT_MASK, n_text, text_capacity, config.text_rates),
-            (Use.IMAGE_MASK, n_images, n_image, config.image_rates),
-        )
+        modes = torch.full_like(uids, int(mode))
+    sample = _Sample(seed, epoch, uids)
+    blocks = Blocks.of(n_image, config.image_block)
+    text = _text_mask(config, sample, modes, n_text, text_capacity)
+    return Masks(
+        mode=modes,
+        text=text,
+        image=_image_mask(config, sample, modes, blocks),
+        replacement=drawn_replacement(config, text, seed=seed, epoch=epoch, uids=uids),
     )
-    return Masks(mode=modes, text=text, image=image)
 
 
-def _mask(
-    config: MaskConfig,
-    *,
-    seed: int,
-    use: Use,
-    epoch: int | Tensor,
-    uids: Tensor,
-    n_valid: Tensor,
-    capacity: int,
-    millionths: Tensor,
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The squares of image positions that are masked together."""
+
+    grid: int
+    """Positions on a side of the image."""
+    side: int
+    """Positions on a side of a block."""
+
+    @classmethod
+    def of(cls, n_image: int, side: int) -> Blocks:
+        """Blocks of an image of `n_image` positions.
+
+        Raises:
+            ValueError: the positions form no square.
+        """
+        grid = math.isqrt(n_image)
+        if grid**2 != n_image:
+            raise ValueError(f"{n_image} image positions form no square: take one")
+        return cls(grid=grid, side=side)
+
+    @property
+    def across(self) -> int:
+        """Blocks in a row; the last one may be smaller."""
+        return -(-self.grid // self.side)
+
+    @property
+    def count(self) -> int:
+        """All blocks."""
+        return self.across**2
+
+    @property
+    def even(self) -> bool:
+        """All blocks are of one size."""
+        return self.grid % self.side == 0
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """Mask (B, P) of the positions whose block is in `mask` (B, blocks)."""
+        if self.side == 1:
+            return mask
+        line = torch.arange(self.grid, device=mask.device) // self.side
+        block = line[:, None] * self.across + line
+        return mask.index_select(1, block.flatten())
+
+
+class _Sample(NamedTuple):
+    """What all draws of B pairs depend on."""
+
+    seed: int
+    epoch: int | Tensor
+    uids: Tensor
+
+
+def _text_mask(
+    config: MaskConfig, sample: _Sample, modes: Tensor, n_text: Tensor, capacity: int
 ) -> Tensor:
-    """Mask (B, capacity) of the first `n_valid` positions at each pair's rate."""
+    """Mask (B, capacity) of words."""
+    rates = _per_mode(config.text_rates, modes)
+    drawn = _draws(sample, Use.TEXT_MASK, capacity)
+    return _mask(drawn, n_text, rates, exact=config.count == "exact")
+
+
+def _image_mask(
+    config: MaskConfig, sample: _Sample, modes: Tensor, blocks: Blocks
+) -> Tensor:
+    """Mask (B, P) of image positions."""
+    rates = _per_mode(config.image_rates, modes)
+    drawn = _draws(sample, Use.IMAGE_MASK, blocks.count)
+    n_valid = torch.full_like(modes, blocks.count)
+    return blocks.spread(_mask(drawn, n_valid, rates, exact=config.count == "exact"))
+
+
+def _draws(sample: _Sample, use: Use, capacity: int) -> Tensor:
+    """A word (B, capacity) for each place."""
+    seed, epoch, uids = sample
     index = torch.arange(capacity, device=uids.device)
     if isinstance(epoch, Tensor):
         epoch = epoch[:, None]
-    word = draw(seed=seed, use=use, epoch=epoch, uid=uids[:, None], index=index)[0]
+    return draw(seed=seed, use=use, epoch=epoch, uid=uids[:, None], index=index)[0]
+
+
+def _mask(word: Tensor, n_valid: Tensor, millionths: Tensor, *, exact: bool) -> Tensor:
+    """Mask (B, capacity) of the first `n_valid` places at each pair's rate, by the word
+    (B, capacity) of each.
+    """
+    index = torch.arange(word.shape[1], device=word.device)
     valid = index < n_valid[:, None]
-    if config.count == "bernoulli":
+    if not exact:
         return valid & (word * _UNIT < millionths[:, None] << 32)
     wanted = _wanted(n_valid, millionths)[:, None]
     # The position breaks ties, so the smallest `wanted` keys are the same everywhere.

@@ -1,7 +1,7 @@
 """Every key of a pretraining run: the typed form of `trainer/recipes/*.yaml`.
 
 Owns names, defaults and checks that need no data. Masking keys live with masking
-(`trainer.masking`), model keys with the model (`trainer.models.mlim`), storage keys
+(`trainer.mask_config`), model keys with the model (`trainer.models.mlim`), storage keys
 with storage (`trainer.storage`).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.masking import MaskConfig
+from trainer.mask_config import MaskConfig
 from trainer.models.mlim import MlimConfig
 from trainer.philox import check_seed
 from trainer.storage import StorageConfig
@@ -220,6 +220,12 @@ class PretrainConfig:
                 f"image.size {self.image.size} is not a multiple of the "
                 f"{self.model.patch_size} px that an image token covers "
                 "(2 to the number of model.embedder_widths)"
+            )
+        side = self.image.size // self.model.patch_size
+        if self.mask.image_block > side:
+            raise ValueError(
+                f"mask.image_block {self.mask.image_block} is more than the {side} "
+                "tokens on a side of the image: lower it"
             )
 
     @property

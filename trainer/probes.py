@@ -250,6 +250,7 @@ def make_inputs(
         n_masked_words=max(int(masked_words(stream, masks).sum()), 1),
         n_recon_images=max(int(masks.image.any(1).sum()), 1),
     )
+    # Every masked word is hidden, also where training shows some (`mask.keep_share`).
     moved = Masks(
         mode=masks.mode.to(device),
         text=masks.text.to(device),

@@ -24,6 +24,7 @@ from trainer.replay_text import (
     before,
     composition,
     crop,
+    instead,
     mixture,
     part,
     place,
@@ -168,10 +169,10 @@ def _captions(pair: Pair) -> str:
 
 def _tokens(pair: Pair) -> str:
     words = "".join(
-        f'<b class="masked" title="{MASK}">{escape(token)}</b>'
-        if masked
+        f'<b class="masked" title="{escape(instead(pair, number))}">{escape(token)}</b>'
+        if pair.masked[number]
         else f"<b>{escape(token)}</b>"
-        for token, masked in zip(pair.tokens, pair.masked, strict=True)
+        for number, token in enumerate(pair.tokens)
     )
     note = f"{share(sum(pair.masked), pair.words)} words masked"
     note += f", {pair.cut} more cut by text.max_tokens" if pair.cut else ""

@@ -6,7 +6,7 @@ own (`trainer.loader`), bytes the dataset's (`trainer.dataset`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from trainer.geometry import Box, box_of, flipped
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
 from trainer.order import Drawn
+from trainer.replacement import random_words
 from trainer.rows import crop_draws, flip_draws
 
 
@@ -47,6 +48,9 @@ class Pair:
     """The text as the model gets it, but for the masks: [CLS] words [SEP]."""
     masked: Sequence[bool]
     """Which of `tokens` are masked."""
+    shown: Mapping[int, str]
+    """Token that the model is shown instead of the mask, at such of their places: the
+    same (`mask.keep_share`) or a random one (`mask.random_share`)."""
     cut: int
     """Tokens of the caption that `text.max_tokens` cut off."""
     size: tuple[int, int]
@@ -99,7 +103,11 @@ class Made:
             places=places,
             batch=batch,
             masks=loader.masks(
-                batch.uids, batch.stream, batch.epochs, batch.text_capacity
+                batch.uids,
+                batch.stream,
+                batch.epochs,
+                batch.text_capacity,
+                step=batch.step,
             ),
         )
 
@@ -133,6 +141,7 @@ class Made:
             chosen=chosen,
             tokens=[self.tokenizer.id_to_token(token) or "?" for token in ids],
             masked=[False, *self.masks.text[row, :n_words].tolist(), False],
+            shown=self._shown(row, ids),
             cut=len(stored[chosen]) - 1 - n_words,
             size=size,
             box=box_of(config.image, *size, crop),
@@ -142,6 +151,18 @@ class Made:
             hidden=pixel_mask(self.masks, row, config),
             pixels=self.batch.pixels[row].numpy().copy() if pictures else None,
         )
+
+    def _shown(self, row: int, ids: list[int]) -> dict[int, str]:
+        replacement = self.masks.replacement
+        if replacement is None:
+            return {}
+        info = self.loader.dataset.tokenizer
+        kept, swapped, word = (part[row] for part in replacement)
+        special = info.special_ids.values()
+        random = random_words(word, info.vocab_size, special).tolist()
+        places = (kept | swapped).nonzero().flatten().tolist()
+        shown = {n + 1: random[n] if swapped[n] else ids[n + 1] for n in places}
+        return {n: self.tokenizer.id_to_token(i) or "?" for n, i in shown.items()}
 
     def _stood(self, row: int) -> str:
         first = self.ordered.places[row]
@@ -176,6 +197,7 @@ def pair_as_json(pair: Pair) -> dict[str, Any]:
         "mode": mode_name(pair.mode),
         "words": pair.words,
         "masked_tokens": np.flatnonzero(pair.masked).tolist(),
+        "shown_tokens": dict(pair.shown),
         "squares": len(pair.squares),
         "masked_squares": np.flatnonzero(pair.squares).tolist(),
     }

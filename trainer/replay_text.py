@@ -138,13 +138,19 @@ def _pair(found: ReplayedStep, pair: Pair) -> Iterator[str]:
         mark = ">" if number == pair.chosen else " "
         yield f"  {mark} caption {number + 1} of {count}  {printable(caption)}"
     tokens = [
-        MASK if masked else token
-        for token, masked in zip(pair.tokens, pair.masked, strict=True)
+        instead(pair, number) if masked else pair.tokens[number]
+        for number, masked in enumerate(pair.masked)
     ]
     cut = f"  ({pair.cut} more cut by text.max_tokens)" if pair.cut else ""
     yield f"    tokens  {printable(' '.join(tokens))}{cut}"
     yield f"    image   {crop(found, pair)}"
     yield f"    masks   {masks(pair)}"
+
+
+def instead(pair: Pair, number: int) -> str:
+    """What the model is shown in the place of a masked token."""
+    shown = pair.shown.get(number)
+    return MASK if shown is None else f"[MASK: shows {shown}]"
 
 
 def masks(pair: Pair) -> str:

@@ -20,7 +20,9 @@ from trainer.dataset import Dataset
 from trainer.folder import _Kept
 from trainer.geometry import Box, box_of, decode_into
 from trainer.loader import Loader, StepBatch, sum_counts
+from trainer.loop import model_inputs
 from trainer.masking import Mode
+from trainer.models.mlim import recon_pixels
 from trainer.options import ImageConfig
 
 
@@ -114,11 +116,61 @@ def test_capacities_hold_what_the_model_will_mask(shards: Path) -> None:
             batch = reader.load(step, pool)
             for micro in batch.micro_batches:
                 masks = reader.masks(
-                    micro.uids, micro.stream, micro.epochs, micro.text_capacity
+                    micro.uids,
+                    micro.stream,
+                    micro.epochs,
+                    micro.text_capacity,
+                    step=micro.step,
                 )
                 assert int(masks.text.sum()) <= micro.n_masked_words
                 assert int(masks.image.any(1).sum()) <= micro.n_recon_images
                 assert set(masks.mode.tolist()) <= set(Mode)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--mask.policy=uniform", "--model.recon_region=whole"),
+        ("--mask.count=bernoulli", "--mask.image_block=3"),
+        ("--mask.image_block=3", "--digest=samples"),
+        ("--mask.schedule.steps=9", "--mask.schedule.heavy_start=0.3"),
+    ],
+)
+def test_what_the_loader_counts_is_what_the_model_masks(
+    shards: Path, more: tuple[str, ...]
+) -> None:
+    reader = loader(shards, *more)
+    with ThreadPoolExecutor(1) as pool:
+        for step in (0, 4):
+            batch = reader.load(step, pool)
+            words = pixels = 0
+            for micro in batch.micro_batches:
+                _, masks = model_inputs(reader, micro)
+                words += int(masks.text.sum())
+                counts = masks.counts.image
+                pixels += int(
+                    recon_pixels(counts, reader.n_image, reader.config.model).sum()
+                )
+            assert (words, pixels) == (
+                batch.counts.masked_words,
+                batch.counts.recon_pixels,
+            )
+
+
+def test_a_schedule_of_rates_masks_more_from_step_to_step(shards: Path) -> None:
+    words = ("--mask.schedule.steps=6", "--mask.schedule.heavy_start=0.2")
+    early, late = (load(shards, step, *words)[0].counts for step in (0, 6))
+    plain = [load(shards, step)[0].counts for step in (0, 6)]
+    assert early.masked_words < plain[0].masked_words
+    assert early.recon_pixels < plain[0].recon_pixels
+    assert early.digest != plain[0].digest
+    assert late == plain[1]
+
+
+def test_the_full_digest_covers_which_words_are_shown(shards: Path) -> None:
+    keys = ((), ("--mask.keep_share=0.5",), ("--mask.random_share=0.5",))
+    digests = {load(shards, 3, *more)[0].counts.digest for more in keys}
+    assert len(digests) == 3
 
 
 def test_a_damaged_member_stops_with_shard_and_offset(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.masking import MaskConfig, Masks, mam
+from trainer.masking import MaskConfig, Masks, Mode, mam
 from trainer.models.mlim import (
     MlimConfig,
     MlimForPreTraining,
@@ -17,6 +17,7 @@ from trainer.models.mlim import (
     masked_words,
     recon_pixels,
 )
+from trainer.replacement import Replacement, random_words
 from trainer.stream import capacity, lay_out
 
 SIZE, V, MASK = 16, 50, 4
@@ -206,6 +207,102 @@ def test_capacities_do_not_change_losses_or_gradients() -> None:
     assert len(g_tight) == len(list(build().parameters()))
     for a, b in zip(g_tight, g_wide, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_losses_by_mode_are_those_of_the_pairs_of_each_mode() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    output = model(inputs, masks)
+    assert set(masks.mode.tolist()) == set(Mode)
+    expected = torch.zeros(4, 3)
+    for pair, mode in enumerate(masks.mode.tolist()):
+        alone = model(*one(inputs, masks, pair))
+        counts = masks.counts
+        expected[:, mode] += torch.stack(
+            [
+                alone.mlm_sum.detach(),
+                alone.recon_sum.detach(),
+                counts.text[pair],
+                counts.image[pair],
+            ]
+        )
+    torch.testing.assert_close(output.by_mode, expected, rtol=1e-4, atol=1e-4)
+    assert output.by_mode[2, Mode.IMAGE_HEAVY] == 0
+    assert output.by_mode[3, Mode.TEXT_HEAVY] == 0
+
+
+def replaced(masks: Masks, *, kept: Tensor, swapped: Tensor) -> Masks:
+    word = torch.randint(
+        0, 1 << 32, masks.text.shape, generator=torch.Generator().manual_seed(1)
+    )
+    shown = Replacement(kept & masks.text, swapped & masks.text, word)
+    return dataclasses.replace(masks, replacement=shown)
+
+
+def test_kept_words_are_seen_and_scored() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    nothing = torch.zeros_like(masks.text)
+    keep = replaced(masks, kept=masks.text, swapped=nothing)
+    bare = dataclasses.replace(masks, text=nothing)
+    hidden = model.encode(inputs, keep)
+    assert torch.equal(hidden, model.encode(inputs, bare))
+    assert not torch.equal(hidden, model.encode(inputs, masks))
+    scores = model.score_words(hidden, inputs, keep)
+    n_masked = int(masks.text.sum())
+    assert int((scores.nll > 0).sum()) == n_masked
+    places = masked_words(inputs.stream, masks).nonzero().flatten()
+    assert torch.equal(scores.text[:n_masked], places)
+
+
+def test_swapped_words_show_another_word_and_the_true_one_is_asked_for() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    nothing = torch.zeros_like(masks.text)
+    swap = replaced(masks, kept=nothing, swapped=masks.text)
+    assert swap.replacement is not None
+    others = random_words(swap.replacement.word, V, [MASK])
+    ids = inputs.token_ids.clone()
+    for row in masked_words(inputs.stream, masks).nonzero().flatten().tolist():
+        pair = int(inputs.stream.text_pair[row])
+        ids[row] = others[pair, int(inputs.stream.text_position[row]) - 1]
+    bare = dataclasses.replace(masks, text=nothing)
+    hidden = model.encode(inputs, swap)
+    assert torch.equal(hidden, model.encode(inputs._replace(token_ids=ids), bare))
+    true = model.score_words(hidden, inputs, swap).nll.sum()
+    wrong = model.score_words(hidden, inputs._replace(token_ids=ids), swap).nll.sum()
+    assert float(true) == pytest.approx(float(model(inputs, swap).mlm_sum))
+    assert float(true) != pytest.approx(float(wrong))
+
+
+def test_words_that_are_not_replaced_are_hidden_as_before() -> None:
+    model = build()
+    inputs, masks = batch(LENGTHS)
+    nothing = torch.zeros_like(masks.text)
+    none = replaced(masks, kept=nothing, swapped=nothing)
+    assert torch.equal(model.encode(inputs, none), model.encode(inputs, masks))
+
+
+def test_a_micro_batch_needs_no_value_on_the_host() -> None:
+    """On the meta device there are no values, only shapes."""
+    inputs, masks = batch(LENGTHS)
+    masks = replaced(masks, kept=masks.text, swapped=masks.text)
+    assert masks.replacement is not None
+    away = torch.device("meta")
+    output = build().to(away)(
+        inputs._replace(
+            stream=inputs.stream.to(away),
+            token_ids=inputs.token_ids.to(away),
+            pixels=inputs.pixels.to(away),
+        ),
+        Masks(
+            mode=masks.mode.to(away),
+            text=masks.text.to(away),
+            image=masks.image.to(away),
+            replacement=Replacement(*(part.to(away) for part in masks.replacement)),
+        ),
+    )
+    assert output.by_mode.shape == (4, 3)
 
 
 def test_nothing_masked_gives_loss_zero_and_finite_gradients() -> None:

@@ -25,7 +25,12 @@ from tests.conftest import (
     python,
 )
 from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, launch, metrics, wait_until
-from trainer.contract import METRIC_NAMES, complete_checkpoints, read_metrics
+from trainer.contract import (
+    METRIC_NAMES,
+    MODE_METRIC_NAMES,
+    complete_checkpoints,
+    read_metrics,
+)
 
 
 def start_until(
@@ -111,8 +116,11 @@ def test_one_rank_takes_the_same_steps_as_two(
     assert column(alone, "sample_digest") == column(whole, "sample_digest")
     # One micro-batch of 24 against 2 ranks x 2 of 6: fp32 sums in another order, which
     # twelve steps of AdamW amplify a little.
-    for name in ("loss", "mlm_loss", "recon_loss", "grad_norm"):
-        assert column(alone, name) == pytest.approx(column(whole, name), rel=2e-3)
+    measured = set(MODE_METRIC_NAMES) & {name for row in metrics(whole) for name in row}
+    assert {"psnr", "mlm_loss_light", "recon_loss_image_heavy"} <= measured
+    for name in ("loss", "mlm_loss", "recon_loss", "grad_norm", *measured):
+        for one, two in zip(metrics(alone), metrics(whole), strict=True):
+            assert one.get(name) == pytest.approx(two.get(name), rel=2e-3), name
 
 
 def test_a_finished_run_is_left_alone(whole: Path, shards: Path) -> None:

@@ -118,7 +118,7 @@ def loaded(
     rows = []
     for micro in batch.micro_batches:
         masks = loader.masks(
-            micro.uids, micro.stream, micro.epochs, micro.text_capacity
+            micro.uids, micro.stream, micro.epochs, micro.text_capacity, step=micro.step
         )
         for pair, uid in enumerate(micro.uids.tolist()):
             ids = ids_of(micro.stream, micro.token_ids.tolist(), pair)
@@ -172,6 +172,42 @@ def test_each_rank_is_shown_the_pairs_its_loader_gives(
             assert pair["masked_tokens"] == words.tolist()
             assert pair["masked_squares"] == np.flatnonzero(row.image_mask).tolist()
             assert pair["mode"] == row.mode.name.lower().replace("_", "-")
+
+
+def test_a_step_of_a_schedule_is_shown_with_its_own_rates_and_words(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        "--mask.schedule.steps=12",
+        "--mask.schedule.heavy_start=0.25",
+        "--mask.image_block=2",
+        "--mask.keep_share=0.3",
+        "--mask.random_share=0.3",
+    )
+    run = young(tmp_path / "run", shards, *words)
+    counts = []
+    for step in (1, 13):
+        rows = loaded(shards, step, *words)
+        found = replayed(run, step)
+        for pair, row in zip(found["pairs"], rows, strict=True):
+            masked = (np.flatnonzero(row.text_mask) + 1).tolist()
+            assert pair["masked_tokens"] == masked
+            assert pair["masked_squares"] == np.flatnonzero(row.image_mask).tolist()
+            shown = {int(place): token for place, token in pair["shown_tokens"].items()}
+            assert set(shown) <= set(masked)
+        printed = capsys.readouterr().out
+        n_shown = sum(len(pair["shown_tokens"]) for pair in found["pairs"])
+        assert printed.count("[MASK: shows ") == n_shown > 0
+        assert printed.count("[MASK]") == found["masked_words"] - n_shown > 0
+        heavy = [row for row in rows if row.mode == Mode.TEXT_HEAVY]
+        counts.append(sum(sum(row.text_mask) for row in heavy))
+    kept = [
+        pair["tokens"][int(place)] == token
+        for pair in found["pairs"]
+        for place, token in pair["shown_tokens"].items()
+    ]
+    assert 0 < sum(kept) < len(kept)
+    assert 0 < counts[0] < counts[1]
 
 
 @pytest.mark.parametrize("step", [1, 7, 8, STEPS])

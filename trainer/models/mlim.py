@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.by_mode import sums_of_modes
 from trainer.masking import Masks
 from trainer.models.layers import Block
+from trainer.replacement import random_words
 from trainer.stream import Stream
 
 
@@ -95,6 +97,9 @@ class MlimOutput(NamedTuple):
     """Squared error over scored pixels, summed over channels, fp32."""
     mlm_correct: Tensor
     """Masked words whose most likely token is the true one."""
+    by_mode: Tensor
+    """(4, 3) fp32, for metrics: NLL, squared error, masked words and scored image
+    positions of each masking mode."""
 
 
 class WordScores(NamedTuple):
@@ -130,7 +135,8 @@ class MlimForPreTraining(nn.Module):
     Args:
         config: the model keys of a recipe.
         vocab_size: V, from the dataset's tokenizer.
-        special_ids: ids by name; `mask` is needed.
+        special_ids: ids by name; `mask` is needed. None of them is shown as a random
+            word (`mask.random_share`).
         max_text: longest text in tokens.
         image_size: side of the input square in pixels.
     """
@@ -147,6 +153,7 @@ class MlimForPreTraining(nn.Module):
         super().__init__()
         self.config = config
         self.mask_id = special_ids["mask"]
+        self.special_ids = tuple(special_ids.values())
         self.grid = image_size // config.patch_size
         width, eps = config.width, config.norm_eps
         self.words = nn.Embedding(vocab_size, width)
@@ -176,16 +183,29 @@ class MlimForPreTraining(nn.Module):
         """Losses of a micro-batch under `masks`."""
         hidden_td = self.encode(inputs, masks)
         words = self.score_words(hidden_td, inputs, masks)
-        _, recon_r = self.score_images(hidden_td, inputs, masks)
-        return MlimOutput(words.nll.sum(), recon_r.sum(), words.correct.sum())
+        image, recon_r = self.score_images(hidden_td, inputs, masks)
+        counts = masks.counts
+        positions = recon_pixels(counts.image, masks.image.shape[1], self.config)
+        pairs = torch.arange(len(masks.mode), device=masks.mode.device)
+        by_mode = sums_of_modes(
+            masks.mode,
+            [
+                (inputs.stream.text_pair[words.text], words.nll),
+                (image, recon_r),
+                (pairs, counts.text),
+                (pairs, positions // self.config.patch_size**2),
+            ],
+        )
+        mlm, correct = words.nll.sum(), words.correct.sum()
+        return MlimOutput(mlm, recon_r.sum(), correct, by_mode)
 
     def encode(self, inputs: MlimInputs, masks: Masks) -> Tensor:
         """Hidden states (T, D) of the stream, masked embeddings replaced."""
         stream = inputs.stream
         # One vector stands for what is hidden in either modality (MLIM, section 3).
         mask_vector = self.words.weight[self.mask_id]
-        text_kd = self.words(inputs.token_ids)
-        hidden_k = masked_words(stream, masks)
+        shown_k, hidden_k = self.shown_words(inputs, masks)
+        text_kd = self.words(shown_k)
         text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
         text_kd = text_kd + self.text_positions(stream.text_position)
         image_bpd = self.embed_pixels(inputs.pixels)
@@ -196,6 +216,20 @@ class MlimForPreTraining(nn.Module):
         for block in self.blocks:
             x_td = block(x_td, stream)
         return self.final_norm(x_td)
+
+    def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Token id (K,) at each text row, and which of them (K,) the mask vector hides:
+        all masked words but those that BERT's 80/10/10 leaves or swaps.
+        """
+        stream, replacement = inputs.stream, masks.replacement
+        hidden_k = masked_words(stream, masks)
+        if replacement is None:
+            return inputs.token_ids, hidden_k
+        kept_k, swapped_k, word_k = (at_words(stream, each) for each in replacement)
+        swapped_k = swapped_k & hidden_k
+        random_k = random_words(word_k, self.words.num_embeddings, self.special_ids)
+        shown_k = torch.where(swapped_k, random_k, inputs.token_ids)
+        return shown_k, hidden_k & ~kept_k & ~swapped_k
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> image embeddings (B, P, D)."""
@@ -269,8 +303,15 @@ class MlimForPreTraining(nn.Module):
 
 def masked_words(stream: Stream, masks: Masks) -> Tensor:
     """Which text rows (K,) of the stream are masked words."""
-    word = (stream.text_position - 1).clamp(0, masks.text.shape[1] - 1)
-    return masks.text[stream.text_pair, word] & stream.maskable
+    return at_words(stream, masks.text) & stream.maskable
+
+
+def at_words(stream: Stream, table: Tensor) -> Tensor:
+    """What `table` (B, L) has for the word at each text row (K,); anything in rows that
+    are none.
+    """
+    word = (stream.text_position - 1).clamp(0, table.shape[1] - 1)
+    return table[stream.text_pair, word]
 
 
 def compact(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
