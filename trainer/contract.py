@@ -12,6 +12,7 @@ from typing import Any
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 COMPLETE = "complete.json"
 CHECKPOINTS = "checkpoints"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
@@ -31,6 +32,7 @@ METRIC_NAMES = (
     "decode_s",
     "padding_frac",
     "replaced",
+    "peak_memory_gib",
     "sample_digest",
 )
 # Only of steps that have something to measure: masked words of such pairs, pixels that
@@ -43,6 +45,14 @@ MODE_METRIC_NAMES = (
     "recon_loss_image_heavy",
     "recon_loss_text_heavy",
     "recon_loss_light",
+)
+VALIDATION_NAMES = (
+    "step",
+    "val_loss",
+    "val_mlm_loss",
+    "val_recon_loss",
+    "val_mlm_accuracy",
+    "val_pairs",
 )
 
 
@@ -95,7 +105,18 @@ def complete_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`, one a step; a torn last line is left out."""
-    path = Path(run) / METRICS
+    return _read_rows(Path(run) / METRICS)
+
+
+def read_validation(run: str | Path) -> list[dict[str, Any]]:
+    """Lines of `validation.jsonl`, one a step at which a run looked at held-out pairs,
+    with `VALIDATION_NAMES`, or names that begin with `probe_`, or both; a torn last
+    line is left out.
+    """
+    return _read_rows(Path(run) / VALIDATION)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []

@@ -10,15 +10,19 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.options import OptimizerConfig, PretrainConfig, ScheduleConfig
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,26 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def together(self, make: Callable[[], Item]) -> Item:
+        """What `make` gives on this rank. When it fails on any, that rank raises and
+        the others exit, instead of waiting for it in a collective.
+
+        Raises:
+            ValueError, OSError: what `make` raised here.
+        """
+        failure: ValueError | OSError | None = None
+        try:
+            found = make()
+        except (ValueError, OSError) as error:
+            failure = error
+        failed = torch.tensor([failure is not None], dtype=torch.int64)
+        if self.sum(failed.to(self.device)).item():
+            self.leave()
+            if failure:
+                raise failure
+            sys.exit(1)
+        return found
 
     def barrier(self) -> None:
         """Wait for every rank."""

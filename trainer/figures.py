@@ -48,8 +48,8 @@ class Artist:
         count = min(self.examples, len(self.pairs))
         own = np.arange(count)
         wrong = partners(self.pairs, seed=self.seed)[:count]
-        with_own, masks = self._restore(own, own)
-        with_wrong, _ = self._restore(own, wrong)
+        with_own, masks = self.restore(own, own)
+        with_wrong, _ = self.restore(own, wrong)
         figure, axes = plt.subplots(
             count, 4, figsize=(8.4, 2.35 * count), squeeze=False
         )
@@ -60,8 +60,8 @@ class Artist:
             shown = [
                 (original, "original", ""),
                 (np.where(hidden, np.uint8(GREY), original), share, ""),
-                (with_own[row], "with its caption", self._caption(row)),
-                (with_wrong[row], "with another", self._caption(int(wrong[row]))),
+                (with_own[row], "with its caption", self.caption(row)),
+                (with_wrong[row], "with another", self.caption(int(wrong[row]))),
             ]
             for axis, (image, title, caption) in zip(axes[row], shown, strict=True):
                 axis.imshow(np.where(hidden, image, original))
@@ -110,7 +110,7 @@ class Artist:
             for place, token in enumerate(self.pairs.texts[row][1:-1], start=1)
         ]
 
-    def _restore(
+    def restore(
         self, images: np.ndarray, texts: np.ndarray
     ) -> tuple[np.ndarray, Masks]:
         """Restored pixels (n, S, S, 3) uint8 of `images`, told captions `texts`."""
@@ -139,7 +139,8 @@ class Artist:
     def _word(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or "?"
 
-    def _caption(self, row: int) -> str:
+    def caption(self, row: int) -> str:
+        """The words that a pair shows, wrapped."""
         words = self.tokenizer.decode(self.pairs.texts[row][1:-1].tolist())
         short = textwrap.shorten(words, _MAX_CAPTION, placeholder=" ...")
         # Dollars would start mathematics.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import math
 import signal
 import sys
@@ -46,8 +47,13 @@ from trainer.masking import Masks
 from trainer.metrics import Metrics
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
+from trainer.panels import drop_panels
+from trainer.parameters import parameter_norm
+from trainer.profiling import Profiler, peak_memory_gib, span
 from trainer.quarantine import Quarantined, from_plain, to_plain
 from trainer.sources import sources_of
+from trainer.tracking import check_installed
+from trainer.validation import HeldOut, held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,10 @@ class Parts:
     engine: Any
     metrics: Metrics | None
     """Only where something is printed and written: on rank 0."""
+    held_out: HeldOut | None = None
+    """Pairs to measure on, if the run has any."""
+    profiler: Profiler | None = None
+    """On rank 0."""
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -92,7 +102,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     _require_agreement(checked, world)
     loader = agreed_loader(checked, config, world)
     torch.manual_seed(config.seed % (1 << 63))
-    model = build_model(config, loader.dataset.tokenizer)
+    build = functools.partial(build_model, config, loader.dataset.tokenizer)
+    model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = prepare_run(config, run) if world.first else None
@@ -103,9 +114,17 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
     parts = Parts(
-        config=config, world=world, loader=loader, engine=engine, metrics=metrics
+        config=config,
+        world=world,
+        loader=loader,
+        engine=engine,
+        metrics=metrics,
+        held_out=held_out(loader, world, build, metrics),
+        profiler=Profiler(config.profile, run, metrics.note) if metrics else None,
     )
     step, stopped = take_steps(parts, first_step)
+    if parts.profiler:
+        parts.profiler.close()
     if metrics:
         finish(metrics, config, run, step, interrupted=stopped)
     if lock:
@@ -120,13 +139,15 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     that is because somebody asked to stop.
     """
     config, world, loader = parts.config, parts.world, parts.loader
-    engine, metrics = parts.engine, parts.metrics
+    engine, metrics, profiler = parts.engine, parts.metrics, parts.profiler
     stop, spent = StopFlag(), Spent()
     # The feed asks for the first steps as soon as it is made.
     freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
     with Feed(loader.steps(step, config.last_step), world.device) as feed:
         while step < config.last_step:
             freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
+            if profiler:
+                profiler.before_step(step)
             started = time.perf_counter()
             batch = next_batch(feed, world)
             totals = global_counts(batch.counts, world)
@@ -134,7 +155,8 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
                 tell_replaced(loader, totals, step, world, metrics)
             result = run_micro_batches(engine, loader, batch, totals, world)
             lr = learning_rate(step, config.optimizer, config.schedule)
-            grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
+            with span("optimizer"):
+                grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
             feed.ended()
             step += 1
             elapsed = time.perf_counter() - started
@@ -142,10 +164,15 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
             summed = summed_over_ranks(result, took, stop, world)
             row = metrics_row(batch, totals, summed, loader, world, elapsed)
             row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
+            row["peak_memory_gib"] = peak_memory_gib(world.device)
+            if config.log.norms_every and step % config.log.norms_every == 0:
+                row["param_norm"] = parameter_norm(engine.module, world)
             _require_finite(row)
             spent += summed.spent
             if metrics:
                 metrics.write(row)
+            if parts.held_out and not summed.stop:
+                parts.held_out.look(engine, step, metrics)
             every = config.checkpoint.every_steps
             if summed.stop or step == config.last_step or step % every == 0:
                 save(engine, loader, step, world)
@@ -167,6 +194,7 @@ def check(config: PretrainConfig) -> Checked:
     run = Path(config.output)
     _, world_size = world_from_environment()
     check_world_size(world_size, lanes=config.lanes)
+    check_installed(config.log.wandb)
     found = checkpoint.newest(run)
     if found:
         stored = yaml.safe_load((run / CONFIG).read_text())
@@ -267,23 +295,10 @@ def _require_agreement(checked: Checked, world: World) -> None:
         )
 
 
+@span("data")
 def next_batch(feed: Feed, world: World) -> StepBatch:
-    """The next batch, on the device. When any rank cannot make its own, that rank
-    raises and the others exit, instead of waiting for it in a collective.
-    """
-    found, failure = None, None
-    try:
-        found = feed.next()
-    except (ValueError, OSError) as error:
-        failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int64, device=world.device)
-    if world.sum(failed).item():
-        world.leave()
-        if failure:
-            raise failure
-        sys.exit(1)
-    assert found is not None
-    return found
+    """The next batch, on the device, once every rank has its own."""
+    return world.together(feed.next)
 
 
 def global_counts(counts: Counts, world: World) -> Counts:
@@ -312,8 +327,11 @@ def run_micro_batches(
     sums = torch.zeros(3 + by_mode.SIZE, device=world.device)
     for number, micro in enumerate(batch.micro_batches):
         inputs, masks = model_inputs(loader, micro)
-        output = engine(inputs, masks)
-        engine.backward(output.mlm_sum * word_scale + output.recon_sum * pixel_scale)
+        with span("forward"):
+            output = engine(inputs, masks)
+        loss = output.mlm_sum * word_scale + output.recon_sum * pixel_scale
+        with span("backward"):
+            engine.backward(loss)
         sums += torch.cat([part.detach().float().flatten() for part in output])
         if number + 1 < len(batch.micro_batches):
             engine.step()
@@ -515,11 +533,15 @@ def _require_finite(row: dict[str, Any]) -> None:
 
 
 def _metrics(config: PretrainConfig, first_step: int) -> Metrics:
+    run = Path(config.output)
+    drop_panels(run, first_step)
     return Metrics(
-        Path(config.output),
+        run,
         first_step=first_step,
         last_step=config.last_step,
         tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        config=yaml.safe_load(to_yaml(config)),
     )
 
 

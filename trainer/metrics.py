@@ -1,6 +1,7 @@
-"""What a run writes and shows: `metrics.jsonl`, TensorBoard, a live line.
+"""What a run writes and shows: `metrics.jsonl`, `validation.jsonl`, a live line.
 
-Owns the files and the terminal of rank 0. Names of metrics are in `trainer.contract`.
+Owns the files and the terminal of rank 0. Names of metrics are in `trainer.contract`;
+TensorBoard and the like are told through `trainer.tracking`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
-from trainer.contract import METRICS
+from trainer.contract import METRICS, VALIDATION, read_validation
 from trainer.files import write_text
+from trainer.tracking import trackers
 
 _PLAIN_LINE_EVERY_S = 10.0
 
@@ -29,26 +30,54 @@ class Metrics:
         run: run directory.
         first_step: number of steps already taken; later lines are dropped.
         last_step: where this call stops, for the ETA.
+        tensorboard, wandb, config: as `trainer.tracking.trackers`.
     """
 
     def __init__(
-        self, run: Path, *, first_step: int, last_step: int, tensorboard: bool
+        self,
+        run: Path,
+        *,
+        first_step: int,
+        last_step: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
-        path = run / METRICS
-        keep_steps(path, first_step)
-        self._file = open(path, "a")  # noqa: SIM115
-        self._events = _event_writer(run, first_step) if tensorboard else None
+        keep_steps(run / METRICS, first_step)
+        self._file = open(run / METRICS, "a")  # noqa: SIM115
+        self._validation = run / VALIDATION
+        keep_steps(self._validation, first_step)
+        self._trackers = trackers(
+            run,
+            first_step=first_step,
+            tensorboard=tensorboard,
+            wandb=wandb,
+            config=config,
+        )
         self._line = _LiveLine(first_step, last_step)
+        for row in read_validation(run):
+            self._line.validated(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one step's metrics everywhere."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        _append(self._file, row)
         self._line.show(row)
-        if self._events:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.scalars(row)
+
+    def validation(self, row: dict[str, Any]) -> None:
+        """Write what was measured on held-out pairs after a step, everywhere."""
+        # Seldom, and in many runs never.
+        with open(self._validation, "a") as file:
+            _append(file, row)
+        self._line.validated(row)
+        for tracker in self._trackers:
+            tracker.scalars(row)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG file of a step wherever pictures can be shown."""
+        for tracker in self._trackers:
+            tracker.picture(name, path, step)
 
     def note(self, text: str) -> None:
         """Print a line without breaking the live one."""
@@ -59,8 +88,8 @@ class Metrics:
         self._line.close()
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._events:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def keep_steps(path: Path, last: int) -> None:
@@ -78,23 +107,21 @@ def keep_steps(path: Path, last: int) -> None:
     write_text(path, "".join(kept))
 
 
-class _Events(Protocol):
-    def add_scalar(self, name: str, value: float, step: int) -> None: ...
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `3:20`, `2:03:20` or `4d 02:03`."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}:{minute:02d}"
+    if hours:
+        return f"{hours}:{minute:02d}:{second:02d}"
+    return f"{minute}:{second:02d}"
 
-    def close(self) -> None: ...
 
-
-def _event_writer(run: Path, first_step: int) -> _Events | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        warnings.warn(
-            "tensorboard is not installed: no events are written "
-            "(pip install tensorboard, or log.tensorboard: false)",
-            stacklevel=2,
-        )
-        return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+def _append(file: IO[str], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
 
 
 class _LiveLine:
@@ -104,6 +131,13 @@ class _LiveLine:
         self._first, self._last = first, last
         self._start = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._held_out = ""
+
+    def validated(self, row: dict[str, Any]) -> None:
+        if "val_loss" in row:
+            self._held_out = f"val {row['val_loss']:.4f}  "
+            if row["step"] == self._last:
+                self.note(f"held-out loss {row['val_loss']:.4f} after the last step")
 
     def show(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
@@ -116,8 +150,9 @@ class _LiveLine:
         text = (
             f"step {step}/{self._last}  loss {row['loss']:.4f}  "
             f"mlm {row['mlm_loss']:.4f}  recon {row['recon_loss']:.5f}  "
+            f"{self._held_out}"
             f"{row['pairs_per_s']:.0f} pairs/s  data wait "
-            f"{row['data_wait_frac']:.1%}  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
+            f"{row['data_wait_frac']:.1%}  ETA {duration(eta)}"
         )
         end = "" if self._terminal else "\n"
         start = "\r\x1b[K" if self._terminal else ""

@@ -28,8 +28,13 @@ MAY_CHANGE = (
     "tokenizer",
     "grow",
     "changed_data",
+    # Not which pairs and masks: one curve would be of two measurements.
+    "eval.every_steps",
+    "eval.probes_every_steps",
+    "eval.probe_pairs",
+    "eval.panel_pairs",
 )
-MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.")
+MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
@@ -141,6 +146,60 @@ class LogConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well, if it is installed; offline with
+    WANDB_MODE=offline. A resumed run goes on under its id (RUN/wandb.json)."""
+    norms_every: int = 10
+    """Steps between measurements of the norm of all parameters; 0: never."""
+
+    def __post_init__(self) -> None:
+        at_least("log.", self, norms_every=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What a run measures on held-out pairs while it trains."""
+
+    every_steps: int = 200
+    """Steps between validations; one more is made at the last step. 0: never. A
+    multiple of checkpoint.every_steps, or a divisor, gives checkpoints a loss."""
+    split: str = "val"
+    """Split to measure on."""
+    max_pairs: int | None = 1024
+    """Measure on at most this many pairs, drawn by eval.seed; null for all. They stay
+    in memory, divided over ranks."""
+    seed: int = 0
+    """Seed of the pairs, their captions and masks: not the run's, so that runs of
+    different seeds are measured alike."""
+    probes_every_steps: int = 0
+    """Steps between the two probes, with a panel of reconstructions in RUN/panels, by
+    rank 0 while the others wait. 0: never."""
+    probe_pairs: int = 256
+    """Pairs that the probes are measured on."""
+    panel_pairs: int = 6
+    """Pairs shown in a panel."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        at_least("eval.", self, every_steps=0, max_pairs=1, probes_every_steps=0)
+        at_least("eval.", self, probe_pairs=2, panel_pairs=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Steps that rank 0 records for a look at where their time and memory go."""
+
+    steps: int = 0
+    """How many steps to record, in RUN/profile/rank-0.trace.json.gz (for
+    ui.perfetto.dev or chrome://tracing). 0: none."""
+    first_step: int = 10
+    """Steps taken before the first one that is recorded."""
+    memory: bool = False
+    """Record allocations as well; on a GPU also RUN/profile/rank-0.memory.pickle, for
+    pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        at_least("profile.", self, steps=0, first_step=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +265,8 @@ class PretrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 

@@ -82,9 +82,32 @@ def load_pairs(
     Raises:
         ValueError: the samples have no json key `group`.
     """
+    places = drawn_places(dataset, seed=seed, limit=limit)
+    return read_pairs(dataset, config, places, seed=seed, group=group)
+
+
+def drawn_places(dataset: Dataset, *, seed: int, limit: int | None) -> np.ndarray:
+    """Places (N, 2) of the first `limit` pairs of a split in an order drawn by
+    `seed`.
+    """
     places = dataset.places()
     order = permutation(len(places), seed=seed, use=Use.EVALUATION, epoch=0, place=0)
-    places = places[order[:limit]]
+    return places[order[:limit]]
+
+
+def read_pairs(
+    dataset: Dataset,
+    config: PretrainConfig,
+    places: np.ndarray,
+    *,
+    seed: int,
+    group: str | None = None,
+) -> Pairs:
+    """The pairs at `places` (N, 2), the caption of each drawn by `seed`.
+
+    Raises:
+        ValueError: a damaged pair, or no json key `group`.
+    """
     dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     records = dataset.records(places)
     uids = signed_uids(records["uid"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.contract import read_metrics
-from trainer.metrics import Metrics, keep_steps
+from trainer.contract import read_metrics, read_validation
+from trainer.metrics import Metrics, duration, keep_steps
 
 
 def row(step: int) -> dict[str, object]:
@@ -57,9 +57,32 @@ def test_a_log_that_is_no_terminal_gets_whole_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = Metrics(tmp_path, first_step=0, last_step=2, tensorboard=False)
-    for step in (1, 2):
-        metrics.write(row(step))
+    metrics.write(row(1))
+    metrics.validation({"step": 1, "val_loss": 0.875})
+    metrics.write(row(2))
     metrics.close()
     printed = capsys.readouterr().err
     assert "step 2/2" in printed
+    assert "val 0.8750" in printed
     assert "\r" not in printed
+
+
+def test_validation_of_steps_that_are_taken_again_is_dropped(tmp_path: Path) -> None:
+    for first in (0, 3):
+        metrics = Metrics(tmp_path, first_step=first, last_step=6, tensorboard=False)
+        for step in (2, 4):
+            if step > first:
+                metrics.validation({"step": step, "val_loss": float(first)})
+        metrics.close()
+    assert [(each["step"], each["val_loss"]) for each in read_validation(tmp_path)] == [
+        (2, 0.0),
+        (4, 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0:00"), (200.9, "3:20"), (7400, "2:03:20"), (353000, "4d 02:03")],
+)
+def test_durations_are_short_and_unambiguous(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

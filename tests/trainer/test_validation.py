@@ -1,0 +1,259 @@
+"""Held-out pairs while a run trains: with real ranks, and in one process."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import deepspeed_command, launch_environment, python
+from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config, launch, metrics
+from trainer.contract import VALIDATION_NAMES, read_validation
+from trainer.dataset import Dataset
+from trainer.engine import World
+from trainer.loader import Loader
+from trainer.loop import build_model
+from trainer.masking import Mode
+from trainer.metrics import Metrics
+from trainer.validation import HeldOut, held_out, share_of
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+# Wide enough that ZeRO 3 really takes parameters apart.
+WIDE = ("--model.width=256", "--model.ffn_width=512", "--checkpoint.every_steps=2")
+SEEING = (
+    "--eval.every_steps=2",
+    "--eval.probes_every_steps=2",
+    "--eval.probe_pairs=12",
+    "--eval.panel_pairs=3",
+    "--log.norms_every=2",
+    "--log.tensorboard=true",
+    "--profile.first_step=2",
+    "--profile.steps=1",
+    "--profile.memory=true",
+)
+
+
+def train_alone(*words: str | Path) -> str:
+    """One rank to its end; what it printed."""
+    line = ("-m", "trainer.pretrain", *TINY, *WIDE, "--deepspeed.zero_stage=0", *words)
+    done = python(*line, env=launch_environment())
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def seeing(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank that looks at held-out pairs, stopped and continued; between,
+    files of a step that it has lost.
+    """
+    run = tmp_path_factory.mktemp("seeing") / "run"
+    words = (f"--data={shards}", f"--output={run}", *SEEING)
+    train_alone(*words, "--max_steps=2")
+    with open(run / "validation.jsonl", "a") as file:
+        file.write('{"step": 3, "val_loss": 0.5}\n{"step": 4, "val_')
+    shutil.copy(
+        run / "panels" / "step-00000002.png", run / "panels" / "step-00000003.png"
+    )
+    assert "  val " in train_alone(*words, "--max_steps=4")
+    return run
+
+
+def test_looking_at_held_out_pairs_changes_no_bit_of_training(
+    seeing: Path, shards: Path, tmp_path: Path
+) -> None:
+    blind = tmp_path / "run"
+    train_alone(
+        *(f"--data={shards}", f"--output={blind}", "--max_steps=4"),
+        *("--eval.every_steps=0", "--log.norms_every=0"),
+    )
+    for name in ("step", "sample_digest", "loss", "grad_norm"):
+        assert column(seeing, name) == column(blind, name)
+    assert read_validation(blind) == []
+
+
+def test_each_look_is_written_once(seeing: Path, shards: Path) -> None:
+    rows = read_validation(seeing)
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        assert set(VALIDATION_NAMES) <= set(row)
+        assert row["val_pairs"] == len(Dataset(shards, "val"))
+        for probe, partner in (("mlm", "blank"), ("recon", "empty")):
+            assert row[f"probe_{probe}_true"] > 0
+            low, high = row[f"probe_{probe}_{partner}_gap_ci95"]
+            assert low <= row[f"probe_{probe}_{partner}_gap"] <= high
+    panels = sorted(path.name for path in (seeing / "panels").iterdir())
+    assert panels == ["step-00000002.png", "step-00000004.png"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(seeing / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("val_loss")] == [2, 4]
+    assert [event.step for event in events.Images("reconstructions")] == [2, 4]
+
+
+def test_a_panel_shows_its_pairs(seeing: Path) -> None:
+    with Image.open(seeing / "panels" / "step-00000004.png") as image:
+        pixels = np.asarray(image.convert("L")).astype(int)
+    height, width = pixels.shape
+    assert width > 400
+    assert height > 400
+    assert pixels.std() > 10
+
+
+def test_ranks_that_share_the_work_measure_what_one_measures(
+    seeing: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data={shards}", f"--output={run}", *WIDE, *SEEING, "--max_steps=4")
+    launch(2, *words, "--deepspeed.zero_stage=3")
+    expected = read_validation(seeing)
+    # Two ranks and ZeRO 3 sum in another order, in training too.
+    for row, other in zip(read_validation(run), expected, strict=True):
+        assert set(row) == set(other)
+        for name in row:
+            if name.startswith("val_") and "accuracy" not in name:
+                assert row[name] == pytest.approx(other[name], rel=1e-3)
+        assert row["probe_mlm_true"] == pytest.approx(other["probe_mlm_true"], rel=1e-3)
+    for row, other in zip(metrics(run), metrics(seeing), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert ("param_norm" in row) == (row["step"] % 2 == 0)
+        assert row.get("param_norm") == pytest.approx(other.get("param_norm"), rel=1e-4)
+        assert 0.01 < row["peak_memory_gib"] < 100
+
+
+def test_a_trace_holds_the_steps_asked_for_by_the_names_of_their_parts(
+    seeing: Path,
+) -> None:
+    with gzip.open(seeing / "profile" / "rank-0.trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event.get("name") for event in events]
+    for name in ("data", "forward", "backward", "optimizer"):
+        assert name in names
+    # Four micro-batches a step; one step was asked for.
+    assert names.count("forward") == 4
+    assert "aten::addmm" in names
+    assert "[memory]" in names
+    assert [path.name for path in (seeing / "profile").iterdir()] == [
+        "rank-0.trace.json.gz"
+    ]
+
+
+def test_a_damaged_held_out_pair_ends_every_rank_with_one_clear_line(
+    shards: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    tar = damaged / "val" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    record = np.load(damaged / "val" / "shard-000000.index.npy")[0]
+    content[int(record["jpg_offset"]) + 30] ^= 4
+    tar.write_bytes(content)
+    done = subprocess.run(
+        deepspeed_command(2, *TINY, f"--data={damaged}", f"--output={tmp_path / 'r'}"),
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stdout
+    assert f"{int(record['uid']):016x} is damaged" in lines[0]
+
+
+def held(shards: Path, *words: str, metrics: Metrics | None = None) -> HeldOut | None:
+    """The held-out pairs of a tiny configuration, in this process."""
+    keys = config(shards, Path("unused"), *words)
+    loader = Loader(Dataset(keys.data, "train"), keys, rank=0, world_size=1)
+    build = partial(build_model, keys, loader.dataset.tokenizer)
+    return held_out(loader, ALONE, build, metrics)
+
+
+def losses(shards: Path, *words: str) -> dict[str, Any]:
+    """Losses that one and the same fresh model has."""
+    torch.manual_seed(0)
+    keys = config(shards, Path("unused"))
+    model = build_model(keys, Dataset(keys.data, "train").tokenizer)
+    found = held(shards, *words)
+    assert found
+    return found.losses(model)
+
+
+def test_validation_depends_on_its_own_seed_and_on_nothing_else(shards: Path) -> None:
+    one = losses(shards)
+    assert losses(shards) == one
+    assert losses(shards, "--seed=5") == one
+    # Micro-batches of 1 and of 6 sum in another order.
+    assert losses(shards, "--micro_batch=1") == pytest.approx(one, rel=1e-5)
+    other = losses(shards, "--eval.seed=1")
+    assert other["val_pairs"] == one["val_pairs"]
+    assert other["val_mlm_loss"] != pytest.approx(one["val_mlm_loss"], rel=1e-4)
+    assert losses(shards, "--eval.max_pairs=7")["val_pairs"] == 7
+
+
+def test_losses_by_mode_are_of_the_modalities_that_the_mode_masks(shards: Path) -> None:
+    row = losses(shards)
+    assert "val_mlm_loss_image_heavy" not in row
+    assert "val_recon_loss_text_heavy" not in row
+    ends = sorted((row["val_mlm_loss_text_heavy"], row["val_mlm_loss_light"]))
+    assert ends[0] <= row["val_mlm_loss"] <= ends[1]
+    text_only = losses(shards, "--mask.mode_probabilities=[0,1,0]")
+    assert text_only["val_recon_loss"] == 0
+    assert text_only["val_loss"] == pytest.approx(text_only["val_mlm_loss"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("pairs", [0, 1, 5, 40])
+def test_every_pair_counts_once_and_ranks_have_as_many_batches(
+    size: int, pairs: int
+) -> None:
+    modes = np.random.default_rng(pairs).integers(0, 3, pairs)
+    shares = [
+        share_of(modes, rank=rank, size=size, micro_batch=4) for rank in range(size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    counted = []
+    for share in shares:
+        for mode, rows, counts in share:
+            assert 0 < len(rows) <= 4
+            assert (modes[rows] == mode).all()
+            counted += rows.tolist() if counts else []
+    assert sorted(counted) == list(range(pairs))
+    assert [mode for mode, _, _ in shares[0]] == [mode for mode, _, _ in shares[-1]]
+    assert set(np.unique(modes)) == {int(mode) for mode, _, _ in shares[0]} <= set(Mode)
+
+
+def test_a_dataset_without_the_split_is_trained_on_with_a_note(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = Metrics(tmp_path, first_step=0, last_step=1, tensorboard=False)
+    assert held(mixed, metrics=shown) is None
+    assert held(mixed, "--eval.every_steps=0", metrics=shown) is None
+    shown.close()
+    printed = capsys.readouterr().err
+    assert printed.count("no validation") == 1
+    assert "--split.val" in printed
+
+
+def test_another_measurement_is_refused_on_resume_and_a_rarer_one_is_not(
+    seeing: Path, shards: Path
+) -> None:
+    words = (*TINY, *WIDE, *SEEING, "--deepspeed.zero_stage=0", "--max_steps=4")
+    words = (*words, f"--data={shards}", f"--output={seeing}")
+    done = python("-m", "trainer.pretrain", *words, "--eval.seed=1")
+    assert done.returncode == 1
+    assert "eval.seed: 0 -> 1" in done.stdout
+    done = python("-m", "trainer.pretrain", *words, "--eval.every_steps=3")
+    assert "nothing left to do" in done.stdout

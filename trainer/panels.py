@@ -1,0 +1,209 @@
+"""Probes and pictures of held-out pairs while a run trains, on one rank.
+
+Owns the panel of reconstructions, RUN/panels/step-XXXXXXXX.png, and the names of probe
+results in `validation.jsonl`. Does not own what the probes measure (`trainer.probes`),
+what a model restores (`trainer.figures`) or when it is asked (`trainer.validation`).
+
+Pairs and masks depend on `eval.seed` alone, so panels of two steps or runs show the
+same squares.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+from trainer.dataset import Dataset
+from trainer.figures import GREY, Artist, pixel_mask
+from trainer.options import PretrainConfig
+from trainer.probes import Pairs, drawn_places, measure, read_pairs, summarise
+
+PANELS = "panels"
+_NAME = re.compile(r"step-(\d{8})\.png")
+_SIDE_INCHES = 1.7
+_CAPTION_INCHES = 0.75
+_DPI = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """The pairs that probes and panels are made of, in memory."""
+
+    config: PretrainConfig
+    pairs: Pairs
+    tokenizer: Tokenizer
+    device: torch.device
+    batch: int
+    """Pairs that go through the model at once."""
+
+    @staticmethod
+    def read(
+        dataset: Dataset,
+        config: PretrainConfig,
+        *,
+        device: torch.device,
+        batch: int,
+    ) -> Panels:
+        """The first pairs of the order that `trainer.evaluate` draws.
+
+        Raises:
+            ValueError: a damaged pair, or fewer than two.
+        """
+        keys = config.eval
+        limit = max(keys.probe_pairs, keys.panel_pairs)
+        places = drawn_places(dataset, seed=keys.seed, limit=limit)
+        if len(places) < 2:
+            raise ValueError(
+                f"split {dataset.folders[0].split!r} has fewer than two pairs to "
+                "compare: hold more out, or set eval.probes_every_steps 0"
+            )
+        pairs = read_pairs(dataset, config, places, seed=keys.seed)
+        tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+        return Panels(
+            config=config,
+            pairs=pairs,
+            tokenizer=tokenizer,
+            device=device,
+            batch=batch,
+        )
+
+    def make(self, model: nn.Module, step: int) -> tuple[dict[str, Any], Path]:
+        """Measure the probes and draw the panel of a step; results by name and the
+        panel's file.
+        """
+        training = model.training
+        model.eval()
+        try:
+            return self._probes(model), self._panel(model, step)
+        finally:
+            model.train(training)
+
+    def _probes(self, model: nn.Module) -> dict[str, Any]:
+        pairs = first_pairs(self.pairs, self.config.eval.probe_pairs)
+        with tqdm(disable=True) as silent:
+            losses = measure(
+                model,  # type: ignore[arg-type]
+                self.config,
+                pairs,
+                seed=self.config.eval.seed,
+                draws=1,
+                batch=self.batch,
+                device=self.device,
+                progress=silent,
+            )
+        seed = self.config.eval.seed
+        return probe_row(
+            {name: summarise(of, pairs.groups, seed) for name, of in losses.items()}
+        )
+
+    def _panel(self, model: nn.Module, step: int) -> Path:
+        artist = Artist(
+            model=model,  # type: ignore[arg-type]
+            config=self.config,
+            pairs=first_pairs(self.pairs, self.config.eval.panel_pairs),
+            tokenizer=self.tokenizer,
+            seed=self.config.eval.seed,
+            device=self.device,
+            examples=self.config.eval.panel_pairs,
+        )
+        folder = Path(self.config.output) / PANELS
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.png"
+        draw_panel(artist, path, title=f"step {step:,}")
+        return path
+
+
+def probe_row(probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Flat names of `trainer.probes.summarise` of each probe: `probe_mlm_true` and, for
+    each wrong partner, `probe_mlm_blank_gap` with `probe_mlm_blank_gap_ci95`.
+    """
+    row: dict[str, Any] = {}
+    for probe, found in probes.items():
+        row[f"probe_{probe}_true"] = found["conditions"]["true"]["mean"]
+        for partner, gap in found["gaps"].items():
+            row[f"probe_{probe}_{partner}_gap"] = gap["mean"]
+            row[f"probe_{probe}_{partner}_gap_ci95"] = gap["ci95"]
+    return row
+
+
+def first_pairs(pairs: Pairs, count: int) -> Pairs:
+    """The first `count` of some pairs."""
+    return replace(
+        pairs,
+        uids=pairs.uids[:count],
+        pixels=pairs.pixels[:count],
+        texts=pairs.texts[:count],
+        groups=pairs.groups[:count],
+    )
+
+
+def draw_panel(artist: Artist, path: Path, *, title: str) -> None:
+    """Write a PNG with a column for each pair: the original, what the model sees, what
+    it restores of it, and the caption that it is told.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    own = np.arange(len(artist.pairs))
+    restored, masks = artist.restore(own, own)
+    height = 3 * _SIDE_INCHES + _CAPTION_INCHES
+    figure, axes = plt.subplots(
+        3,
+        len(own),
+        figsize=(_SIDE_INCHES * len(own), height),
+        squeeze=False,
+        gridspec_kw={"wspace": 0.04, "hspace": 0.04},
+    )
+    figure.subplots_adjust(
+        left=0.25 / (_SIDE_INCHES * len(own)),
+        right=1 - 0.05 / (_SIDE_INCHES * len(own)),
+        top=1 - 0.3 / height,
+        bottom=(_CAPTION_INCHES - 0.15) / height,
+    )
+    for column in own:
+        original = artist.pairs.pixels[column]
+        hidden = pixel_mask(masks, int(column), artist.config)
+        shown = (
+            original,
+            np.where(hidden, np.uint8(GREY), original),
+            np.where(hidden, restored[column], original),
+        )
+        _column(axes[:, column], shown, artist.caption(int(column)))
+    for axis, name in zip(axes[:, 0], ("original", "masked", "restored"), strict=True):
+        axis.set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
+    with warnings.catch_warnings():
+        # Captions may have characters that the font lacks; they become boxes.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def drop_panels(run: Path, last: int) -> None:
+    """Delete panels of later steps than `last`, which will be taken again."""
+    for path in (run / PANELS).glob("step-*.png"):
+        match = _NAME.fullmatch(path.name)
+        if match and int(match[1]) > last:
+            path.unlink()
+
+
+def _column(axes: Any, images: Sequence[np.ndarray], caption: str) -> None:
+    for axis, image in zip(axes, images, strict=True):
+        # Squares of a few pixels must not be smoothed into each other.
+        axis.imshow(image, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    axes[-1].set_xlabel(caption, fontsize=7)

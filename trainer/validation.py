@@ -1,0 +1,260 @@
+"""What a run measures on held-out pairs while it trains.
+
+Owns the fixed set of pairs, its division over ranks, and its losses. Does not own the
+pairs' bytes and masks (`trainer.probes`), the probes and panels of the same pairs
+(`trainer.panels`) or where results are written (`trainer.metrics`).
+
+Pairs, captions and masks depend on `eval.seed` alone, so runs of other seeds, ranks and
+micro-batches are measured alike. A micro-batch holds pairs of one masking mode: losses
+by mode are then sums that the model gives anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.dataset import Dataset
+from trainer.engine import World
+from trainer.loader import Loader
+from trainer.masking import Mode, drawn_modes
+from trainer.metrics import Metrics
+from trainer.models.mlim import recon_pixels
+from trainer.options import PretrainConfig
+from trainer.panels import Panels
+from trainer.parameters import whole_model
+from trainer.philox import signed_uids
+from trainer.probes import Pairs, drawn_places, make_inputs, read_pairs
+from trainer.profiling import span
+
+Build = Callable[[], nn.Module]
+
+# What is summed for each mode: MLM loss, RECON loss, correct words, words, pixels.
+_SUMS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's micro-batches of the fixed set: as many as any other rank has."""
+
+    pairs: Pairs
+    """The rank's own pairs."""
+    batches: list[tuple[Mode, np.ndarray, bool]]
+    """Mode, rows of `pairs`, and whether they count: a rank that has fewer pairs goes
+    through one that does not, because ZeRO 3 gathers parameters from all ranks."""
+    total: int
+    """Pairs of the whole set."""
+
+
+class HeldOut:
+    """Looks at held-out pairs at chosen steps.
+
+    Args:
+        share: this rank's part of the fixed set.
+        panels: probes and panels, on the rank that makes them, if they are asked for.
+        build: makes a model like the engine's.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        world: World,
+        *,
+        share: Share,
+        panels: Panels | None,
+        build: Build,
+    ) -> None:
+        self._config, self._world = config, world
+        self._share, self._panels, self._build = share, panels, build
+
+    def look(self, engine: Any, step: int, metrics: Metrics | None) -> float | None:
+        """Measure what is due after `step` steps and write it down. Every rank calls
+        this with the same step. The validation loss, if it was due.
+        """
+        keys = self._config.eval
+        every, probes_every = keys.every_steps, keys.probes_every_steps
+        row: dict[str, Any] = {}
+        if every and (step % every == 0 or step == self._config.last_step):
+            row |= self.losses(engine)
+        if probes_every and step % probes_every == 0:
+            model = whole_model(engine.module, self._build, first=self._world.first)
+            if model is not None and self._panels and metrics:
+                found, picture = self._panels.make(model, step)
+                row |= found
+                metrics.picture("reconstructions", picture, step)
+            # Or the others would seem to hang in the next step.
+            self._world.barrier()
+        if row and metrics:
+            metrics.validation({"step": step, **row})
+        return row.get("val_loss")
+
+    @span("validation")
+    def losses(self, engine: Any) -> dict[str, Any]:
+        """Losses of the whole set, the same on every rank: `VALIDATION_NAMES` but for
+        the step, and each loss by mode.
+        """
+        sums = torch.zeros(
+            len(Mode), _SUMS, dtype=torch.float64, device=self._world.device
+        )
+        engine.eval()
+        try:
+            with torch.no_grad():
+                for mode, rows, counts in self._share.batches:
+                    found = self._batch_sums(engine, mode, rows)
+                    if counts:
+                        sums[mode] += found
+        finally:
+            engine.train()
+        return losses_row(
+            self._world.sum(sums).cpu().numpy(), self._config, self._share.total
+        )
+
+    def _batch_sums(self, engine: Any, mode: Mode, rows: np.ndarray) -> Tensor:
+        pairs, config = self._share.pairs, self._config
+        inputs, masks = make_inputs(
+            config,
+            uids=pairs.uids[rows],
+            pixels=pairs.pixels[rows],
+            texts=[pairs.texts[row] for row in rows],
+            seed=config.eval.seed,
+            draw_number=0,
+            mode=mode,
+            device=self._world.device,
+        )
+        output = engine(inputs, masks)
+        n_image = masks.image.shape[1]
+        pixels = recon_pixels(masks.counts.image, n_image, config.model)
+        found = (
+            output.mlm_sum,
+            output.recon_sum,
+            output.mlm_correct,
+            masks.text.sum(),
+            pixels.sum(),
+        )
+        return torch.stack([value.double() for value in found])
+
+
+def held_out(
+    loader: Loader, world: World, build: Build, metrics: Metrics | None = None
+) -> HeldOut | None:
+    """The fixed set that a run is measured on, read into memory; None where nothing is
+    to be measured. Every rank calls this.
+
+    Raises:
+        ValueError: a damaged pair, on the rank that read it; the others exit.
+    """
+    config = loader.config
+    if not (config.eval.every_steps or config.eval.probes_every_steps):
+        return None
+    shards = world.broadcast(_shards(loader.dataset, config))
+    if not any(shards):
+        if metrics:
+            metrics.note(
+                f"no validation: {loader.dataset.name} has no split "
+                f"{config.eval.split!r}; preprocess with --split.val 0.05 to hold "
+                "pairs out (--eval.every_steps 0 hides this line)"
+            )
+        return None
+    return world.together(lambda: _read(loader, shards, world, build))
+
+
+def share_of(
+    modes: np.ndarray, *, rank: int, size: int, micro_batch: int
+) -> list[tuple[Mode, np.ndarray, bool]]:
+    """Micro-batches of a rank as `Share.batches`, rows counted in the whole set, whose
+    pairs have `modes` (N,). Each pair counts on one rank, and all ranks have as many
+    micro-batches.
+    """
+    batches = []
+    for mode in Mode:
+        rows = np.flatnonzero(modes == mode)
+        mine = rows[rank::size]
+        count = -(-len(rows[::size]) // micro_batch)
+        for part in np.array_split(mine, count) if count else []:
+            batches.append((mode, part if len(part) else rows[:1], len(part) > 0))
+    return batches
+
+
+def losses_row(
+    sums: np.ndarray, config: PretrainConfig, pairs: int
+) -> dict[str, float | int]:
+    """Means of the sums (modes, `_SUMS`) of `pairs` pairs."""
+
+    def means(suffix: str, of: np.ndarray) -> dict[str, float]:
+        mlm, recon, correct, words, pixels = of.tolist()
+        row = {}
+        if words:
+            row[f"val_mlm_loss{suffix}"] = mlm / words
+            row[f"val_mlm_accuracy{suffix}"] = correct / words
+        if pixels:
+            row[f"val_recon_loss{suffix}"] = recon / pixels
+        return row
+
+    # Like a step's: an empty count gives loss 0.
+    nothing = dict.fromkeys(("val_mlm_loss", "val_mlm_accuracy", "val_recon_loss"), 0.0)
+    row = nothing | means("", sums.sum(0))
+    weights = config.model.mlm_weight, config.model.recon_weight
+    loss = weights[0] * row["val_mlm_loss"] + weights[1] * row["val_recon_loss"]
+    by_mode: dict[str, float] = {}
+    for mode in Mode:
+        by_mode |= means(f"_{mode.name.lower()}", sums[mode])
+    return {"val_loss": loss, **row, **by_mode, "val_pairs": pairs}
+
+
+def _shards(dataset: Dataset, config: PretrainConfig) -> list[int]:
+    """Shards of the split in each directory that a run reads, as far as it knows."""
+    split = config.eval.split
+    return [
+        sum(shard.split == split for shard in folder.manifest.shards)
+        for folder in dataset.folders
+    ]
+
+
+def _read(loader: Loader, shards: list[int], world: World, build: Build) -> HeldOut:
+    """The set in the first `shards` shards of the split in each directory: what rank 0
+    has seen, where a dataset grows.
+    """
+    config = loader.config
+    split, storage = config.eval.split, config.storage
+    given = [config.data] if isinstance(config.data, str) else config.data
+    roots = [root for root, count in zip(given, shards, strict=True) if count]
+    dataset = Dataset(roots, split, growing=True, storage=storage)
+    for folder, count in zip(dataset.folders, filter(None, shards), strict=True):
+        del folder.shards[count:]
+    with closing(dataset):
+        share = _share(dataset, loader, world)
+        wanted = world.first and config.eval.probes_every_steps > 0
+        panels = None
+        if wanted:
+            panels = Panels.read(
+                dataset, config, device=world.device, batch=loader.micro_batch
+            )
+    return HeldOut(config, world, share=share, panels=panels, build=build)
+
+
+def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
+    config, seed = loader.config, loader.config.eval.seed
+    places = drawn_places(dataset, seed=seed, limit=config.eval.max_pairs)
+    uids = signed_uids(dataset.records(places)["uid"])
+    modes = drawn_modes(config.mask, seed=seed, epoch=0, uids=torch.from_numpy(uids))
+    batches = share_of(
+        modes.numpy(),
+        rank=world.rank,
+        size=world.size,
+        micro_batch=loader.micro_batch,
+    )
+    mine = np.unique(np.concatenate([rows for _, rows, _ in batches]))
+    return Share(
+        pairs=read_pairs(dataset, config, places[mine], seed=seed),
+        batches=[
+            (mode, np.searchsorted(mine, rows), counts)
+            for mode, rows, counts in batches
+        ],
+        total=len(places),
+    )
