@@ -1,8 +1,8 @@
 """A replayed step as one page that opens offline.
 
-Owns what is shown and in which order. Elements are in `trainer.report_html`, the chart
-in `trainer.report_charts`, words in `trainer.replay_text`, looks in `report.css` and
-`replay.css`.
+Owns what is shown and in which order. Elements are in `trainer.report.elements`, the
+chart in `trainer.report.charts`, words in `trainer.replay_text`, looks in `report.css`
+and `replay.css`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from trainer.replay_text import (
     verdict,
     where,
 )
-from trainer.report_charts import Series, curves
-from trainer.report_html import card, document, grid, header, image, section
+from trainer.report.charts import Series, curves
+from trainer.report.elements import card, document, grid, header, image, section
 
 # Steps on either side of the one that is shown.
 _AROUND = 100

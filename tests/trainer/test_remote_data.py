@@ -18,7 +18,7 @@ from tests.trainer.tiny import column, config, launch
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.loop import check
-from trainer.report_data import read_datasets, read_runs
+from trainer.report.data import read_datasets, read_runs
 from trainer.storage import StorageConfig
 
 

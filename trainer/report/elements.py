@@ -8,20 +8,21 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.report_charts import SERIES_COLOURS
+from trainer.report.charts import colour_class
 
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
-def document(title: str, *body: str, style: str = "") -> str:
-    """The whole page; `style` is CSS besides the report's."""
+def document(title: str, *body: str, style: str = "", script: str = "") -> str:
+    """The whole page; `style` is CSS besides the report's, `script` JavaScript."""
     looks = Path(__file__).with_name("report.css").read_text() + style
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>Palimpsest: {escape(title)}</title><style>{looks}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<body><main>{''.join(body)}</main>"
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
@@ -78,15 +79,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1)
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def legend(names: Sequence[str]) -> str:
+def legend(names: Sequence[str], *, classes: str = "") -> str:
     """Names of the runs beside their colours; nothing for a single one."""
     if len(names) < 2:
         return ""
     keys = [
-        f'<span class="s{place % SERIES_COLOURS}"><i></i>{escape(name)}</span>'
+        f'<span class="{colour_class(place)}"><i></i>{escape(name)}</span>'
         for place, name in enumerate(names)
     ]
-    return f'<p class="legend">{"".join(keys)}</p>'
+    return f'<p class="legend {classes}">{"".join(keys)}</p>'
 
 
 def missing(what: str, cure: str) -> str:

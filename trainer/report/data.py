@@ -2,14 +2,16 @@
 
 Owns reading them. Nothing but the run directory itself has to exist: a part that is
 missing is None or empty, or carries the reason. Does not own how anything looks
-(`trainer.report_page`).
+(`trainer.report.page`).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -21,12 +23,18 @@ from tokenizers import Tokenizer
 
 from pipeline.config import flat
 from pipeline.manifest import Manifest
-from trainer.contract import COMPLETE, CONFIG, METRICS, read_metrics
+from trainer.contract import COMPLETE, CONFIG, METRICS, complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.storage import StorageConfig
 
 COMMANDS = "commands.txt"
 PROBES = "probes.json"
+VALIDATION = "validation.jsonl"
+ENVIRONMENT = "environment.json"
+PANELS = "panels"
+_PANEL = re.compile(r"step-(\d+)\.png")
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +46,15 @@ class Run:
     """Last part of the path, or all of it where two runs share that."""
     config: Mapping[str, Any]
     """Flat: dotted keys."""
-    metrics: Sequence[Mapping[str, Any]]
+    metrics: Sequence[Row]
+    """A row for each step, in order."""
+    validation: Sequence[Row]
+    """A row for each step at which held-out pairs were looked at, in order."""
     probes: Mapping[str, Any] | None
+    panels: Sequence[tuple[int, Path]]
+    """(step, picture) of reconstructions while it trained, in order."""
+    facts: Mapping[str, Any]
+    """Where it ran, as far as that was written down. Flat: dotted keys."""
     commands: Sequence[str]
     complete: bool
 
@@ -67,14 +82,47 @@ class Run:
         """Steps taken."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
+    @property
+    def scheduled(self) -> int:
+        """Steps it is to take, or 0 where that is not known."""
+        steps = self.config.get("schedule.steps")
+        return steps if isinstance(steps, int) else 0
+
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and finite values of a metric, as long as it was written."""
-        pairs = [
-            (float(row["step"]), float(row[name]))
-            for row in self.metrics
-            if isinstance(row.get(name), int | float) and math.isfinite(row[name])
-        ]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+        """Steps and finite values of a metric, of training or validation, as long as it
+        was written.
+        """
+        for rows in (self.metrics, self.validation):
+            pairs = [
+                (float(row["step"]), float(row[name]))
+                for row in rows
+                if _is_number(row.get(name))
+            ]
+            if pairs:
+                return [step for step, _ in pairs], [value for _, value in pairs]
+        return [], []
+
+    def names(self) -> list[str]:
+        """Every metric that has a number, but for the step."""
+        found = {
+            name: None
+            for rows in (self.metrics, self.validation)
+            for row in rows
+            for name, value in row.items()
+            if name != "step" and _is_number(value)
+        }
+        return list(found)
+
+    def clock(self) -> tuple[list[float], list[float]]:
+        """Steps, and the seconds that all steps until then took together. Pauses,
+        checkpoints and validations between them are not in it.
+        """
+        steps, seconds = self.curve("step_s")
+        total, summed = 0.0, []
+        for value in seconds:
+            total += value
+            summed.append(total)
+        return steps, summed
 
     def typical(self, name: str) -> float | None:
         """Median of a metric over the steps."""
@@ -159,11 +207,62 @@ def _read_run(path: Path, name: str) -> Run:
         path=path,
         name=name,
         config=_read_config(path / CONFIG),
-        metrics=[row for row in read_metrics(path) if "step" in row],
+        metrics=_read_rows(path / METRICS),
+        validation=_read_rows(path / VALIDATION),
         probes=_read_probes(path / PROBES),
+        panels=_panels(path),
+        facts=_read_facts(path),
         commands=commands.read_text().splitlines() if commands.is_file() else (),
         complete=(path / COMPLETE).is_file(),
     )
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Rows up to the first torn one, which a killed or running trainer leaves last."""
+    rows: list[Row] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict) and _is_number(row.get("step")):
+            rows.append(row)
+    return rows
+
+
+def _panels(run: Path) -> list[tuple[int, Path]]:
+    found = [
+        (int(match[1]), path)
+        for path in (run / PANELS).glob("step-*.png")
+        if (match := _PANEL.fullmatch(path.name)) and path.is_file()
+    ]
+    return sorted(found)
+
+
+def _read_facts(run: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    path = run / ENVIRONMENT
+    if path.is_file():
+        try:
+            facts |= flat(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it") from error
+    # A run that is going on may delete a checkpoint that was just listed.
+    for step, folder in reversed(complete_checkpoints(run)):
+        with suppress(OSError, ValueError):
+            marker = json.loads((folder / COMPLETE).read_text())
+            return facts | {
+                "newest checkpoint": f"step {step:,}",
+                "ranks at that step": marker.get("world_size", ""),
+            }
+    return facts
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -171,7 +270,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         return flat(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

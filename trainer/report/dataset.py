@@ -7,9 +7,9 @@ from html import escape
 
 from pipeline.config import flat
 from pipeline.manifest import Manifest
-from trainer.report_charts import number
-from trainer.report_data import DatasetView, SamplePair
-from trainer.report_html import card, folded, grid, image, missing, section, table
+from trainer.report.charts import number
+from trainer.report.data import DatasetView, SamplePair
+from trainer.report.elements import card, folded, grid, image, missing, section, table
 
 _PREPROCESS = "python -m pipeline.preprocess --input CORPUS --output "
 

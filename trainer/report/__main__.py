@@ -1,7 +1,7 @@
-"""`python -m trainer.report RUN [RUN ...] --output FILE`: runs as one page to show.
+"""`python -m trainer.report RUN [RUN ...]`: runs as one page to show.
 
-Owns the command. What is read is in `trainer.report_data`, the page in
-`trainer.report_page`, its charts in `trainer.report_charts`.
+Owns the command. What is read is in `trainer.report.data`, the page in
+`trainer.report.page`, its charts in `trainer.report.charts`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pipeline.config import parse, run
 
 PROG = "trainer.report"
 DESCRIPTION = """\
-Write one HTML file about one or several runs that opens offline: data, losses, probes,
-reconstructions, speeds, configurations and commands.
+Write one HTML file that compares runs and opens offline: final numbers, data, curves,
+probes, reconstructions, speeds, what differs in their configurations, and commands.
 
   python -m trainer.report runs/first runs/second --output report.html
 
-Whatever a run does not have yet is named, with the command that makes it.
+Whatever a run does not have yet is named, with the command that makes it. Runs that are
+still going, or were killed, are shown as far as they got.
 """
 
 
@@ -33,20 +34,28 @@ class ReportConfig:
 
     runs: list[str]
     """Run directories that trainer.pretrain wrote (the first words of the command)."""
-    output: str
+    output: str = "report.html"
     """The HTML file to write; an old one is replaced."""
     samples: int = 9
     """Sample pairs shown of each dataset."""
+    panels: int = 8
+    """Panels of reconstructions kept of each run, evenly spaced over its steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "panels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0")
 
 
 def main(argv: Sequence[str]) -> None:
     """Read the runs, write the page."""
     config = parse(ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION)
-    from trainer.report_data import read_datasets, read_runs
-    from trainer.report_page import page
+    from trainer.report.data import read_datasets, read_runs
+    from trainer.report.page import page
 
     runs = read_runs([Path(path) for path in config.runs])
-    text = page(runs, read_datasets(runs, samples=config.samples))
+    datasets = read_datasets(runs, samples=config.samples)
+    text = page(runs, datasets, panels=config.panels)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")

@@ -2,7 +2,7 @@
 
 Owns scales, ticks and marks. Colours come from the page's style sheet by class, `s0`
 to `s7` for runs, so that charts follow the reader's light or dark theme. Does not own
-what is drawn (`trainer.report_page`).
+what is drawn (`trainer.report.page`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ _POINTS = 320
 # Sizes of the drawing; the page scales it to its column, text with it.
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+FRAME = {
+    "width": _WIDTH,
+    "left": _LEFT,
+    "right": _RIGHT,
+    "top": _TOP,
+    "bottom": _BOTTOM,
+}
+"""The same for the script that draws curves anew."""
 _INTERVALS_WIDTH, _INTERVALS_LEFT, _INTERVALS_RIGHT, _ROW = 520, 134, 76, 26
 
 
@@ -55,6 +63,12 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
 
+def colour_class(place: int) -> str:
+    """Style of the run at `place`; beyond the last colour they begin again, dashed."""
+    again = " again" if place >= SERIES_COLOURS else ""
+    return f"s{place % SERIES_COLOURS}{again}"
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers in [low, high]."""
     rough = (high - low) / max(count, 1)
@@ -90,6 +104,11 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return smoothed
 
 
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A curve smoothed over a fiftieth of its length, as charts show it."""
+    return smooth(values, len(values) / 50)
+
+
 def thin(
     steps: Sequence[float], values: Sequence[float], *, extremes: bool
 ) -> list[tuple[float, float]]:
@@ -115,37 +134,43 @@ def curves(
     series: Sequence[Series],
     *,
     label: str,
-    height: int = _HEIGHT,
+    height: int | None = None,
     raw: bool = True,
     zero: bool = False,
+    key: str = "",
 ) -> str:
     """Lines over steps: each series smoothed, and faint as it was written (`raw`).
 
     Args:
         label: what the chart shows, for screen readers.
         zero: start the axis at 0.
+        key: name by which a script finds the chart.
     """
+    height = height or _HEIGHT
     drawn = [one for one in series if one.values]
     if not drawn:
         return ""
     last = max(one.steps[-1] for one in drawn)
     first = min(one.steps[0] for one in drawn)
-    # Smoothed over a fiftieth of the run; without raw lines a curve is exact.
-    lines = [smooth(one.values, len(one.values) / 50 if raw else 1) for one in drawn]
-    low, high = _range(drawn, lines, zero=zero)
+    # Without raw lines a curve is exact.
+    lines = [smoothed(one.values) if raw else one.values for one in drawn]
+    low, high = _range(
+        [span(one, line) for one, line in zip(drawn, lines, strict=True)], zero=zero
+    )
     x = Scale(low=first, high=max(last, first + 1), start=_LEFT, end=_WIDTH - _RIGHT)
     y = Scale(low=low, high=high, start=height - _BOTTOM, end=_TOP)
     marks = []
     for one, line in zip(drawn, lines, strict=True):
-        colour = f"s{one.colour % SERIES_COLOURS}"
+        colour = colour_class(one.colour)
         if raw:
             points = thin(one.steps, one.values, extremes=True)
             marks.append(_path(points, x, y, f"raw {colour}"))
         points = thin(one.steps, line, extremes=False)
         marks.append(_path(points, x, y, f"line {colour}", escape(one.name)))
     frame = _y_grid(y, _WIDTH) + _x_axis(x, height, "step")
+    found = f' data-curve="{escape(key)}"' if key else ""
     return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img"{found} '
         f'aria-label="{escape(label)}">{frame}'
         f'<svg x="0" y="{_TOP - 4}" width="{_WIDTH}" '
         f'height="{height - _BOTTOM - _TOP + 8}" viewBox="0 {_TOP - 4} {_WIDTH} '
@@ -176,7 +201,7 @@ def intervals(estimates: Sequence[Estimate], *, label: str, zero: bool = False) 
         # Runs under one condition stand together; its name stands once.
         known = place > 0 and estimates[place - 1].label == one.label
         rows.append(
-            f'<g class="s{one.colour % SERIES_COLOURS}">'
+            f'<g class="{colour_class(one.colour)}">'
             f"<title>{escape(one.label)}: {title}</title>"
             f'<text class="row" x="{left - 12}" y="{y + 4}">'
             f"{'' if known else escape(one.label)}</text>"
@@ -215,16 +240,20 @@ def _value(point: tuple[float, float]) -> float:
     return point[1]
 
 
-def _range(
-    series: Sequence[Series], lines: Sequence[Sequence[float]], *, zero: bool
-) -> tuple[float, float]:
-    """Of the smoothed lines past the first hundredth, and of nearly all raw values: the
-    first steps of a run would press the rest flat.
+def span(series: Series, line: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest value worth an axis: of the smoothed line past its first
+    hundredth, and of nearly all raw values. A run's first steps and single spikes would
+    press the rest flat.
     """
-    settled = [value for line in lines for value in line[len(line) // 100 :]]
-    raw = sorted(value for one in series for value in one.values)
-    low = min([*settled, raw[len(raw) // 200]])
-    high = max([*settled, raw[-1 - len(raw) // 50]])
+    settled = line[len(line) // 100 :]
+    raw = sorted(series.values)
+    low = min(*settled, raw[len(raw) // 200])
+    return low, max(*settled, raw[-1 - len(raw) // 50])
+
+
+def _range(spans: Sequence[tuple[float, float]], *, zero: bool) -> tuple[float, float]:
+    low = min(low for low, _ in spans)
+    high = max(high for _, high in spans)
     low = min(low, 0.0) if zero else low
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
     return (low if zero and low == 0 else low - margin), high + margin

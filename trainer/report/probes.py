@@ -9,9 +9,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from trainer.report_charts import Estimate, intervals, number
-from trainer.report_data import Run
-from trainer.report_html import card, folded, grid, legend, missing, picture, section
+from trainer.report.charts import Estimate, intervals, number
+from trainer.report.data import Run
+from trainer.report.elements import (
+    card,
+    folded,
+    grid,
+    legend,
+    missing,
+    picture,
+    section,
+)
 
 # probe, what it is called, its unit, what the partner is
 PROBES = (
@@ -41,9 +49,9 @@ def probe_sections(runs: Sequence[Run]) -> list[str]:
             "model that reads its partner loses when the partner is wrong.",
         )
     ]
-    figures = _of_each_run(runs, _figures)
+    figures = grid(*(part for run in runs for part in _figures(run, named=runs[1:])))
     words = _of_each_run(runs, _words)
-    if figures:
+    if any((run.probes or {}).get("figures") for run in runs):
         sections.append(section("Reconstructions", figures))
     if words:
         lead = "Every boxed word was masked. Below it what the model would put there."
@@ -135,18 +143,20 @@ def _of_each_run(runs: Sequence[Run], part: Any) -> str:
     return name + made[0][1] + "".join(rest)
 
 
-def _figures(run: Run) -> str:
+def _figures(run: Run, *, named: object) -> list[str]:
+    """A run's figures, under its name where there are others beside it."""
     figures = (run.probes or {}).get("figures", ())
-    return "".join(
+    # A single figure is what the section is called after.
+    titles = [one.get("title", "") if len(figures) > 1 else "" for one in figures]
+    return [
         card(
             picture(run.path, figure["file"], figure.get("title", "")),
-            # A single figure is what the section is called after.
-            title=figure.get("title", "") if len(figures) > 1 else "",
+            title=": ".join(filter(None, [run.name if named else "", title])),
             note=figure.get("caption", ""),
             classes="figure",
         )
-        for figure in figures
-    )
+        for figure, title in zip(figures, titles, strict=True)
+    ]
 
 
 def _words(run: Run) -> str:
