@@ -1,7 +1,13 @@
-"""Checkpoints: weights, optimizer and the data state, atomic by a completion marker.
+"""Checkpoints on disk: finding, reading, deleting.
 
-Owns saving, finding, loading and deleting. The layout that others rely on is in
-`trainer.contract`.
+Owns what lies in a checkpoint's directory and which of them are kept. Does not own
+writing one while training goes on (`trainer.saving`), what of the training state lies
+on which rank (`trainer.partition`), or the names that others rely on
+(`trainer.contract`).
+
+A checkpoint holds pieces of named parameters, in fp32, and both moments of Adam: one
+safetensors file of each rank that wrote it. Any number of ranks in any ZeRO stage reads
+what it needs out of all of them, so nothing is ever converted.
 
 How a run starts (the order matters):
 1. the newest complete checkpoint in RUN, if there is one, with everything in it;
@@ -11,56 +17,22 @@ How a run starts (the order matters):
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import uuid
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.contract import (
-    CHECKPOINTS,
-    COMPLETE,
-    checkpoint_name,
-    complete_checkpoints,
-)
-from trainer.engine import World, quiet_deepspeed
+from trainer.contract import CHECKPOINTS, COMPLETE, complete_checkpoints
 from trainer.files import write_text
+from trainer.partition import KINDS, pieces, publish, set_adam_steps
 
-_TEMPORARY = "tmp-"
-
-
-def save(
-    engine: Any, run: Path, *, data_state: dict[str, Any], world: World, keep: int
-) -> None:
-    """Write a checkpoint after step `data_state["step"]`, and delete the oldest.
-
-    It is written under a name of its own attempt, marked complete and renamed, so that
-    a kill at any moment leaves either a whole checkpoint or none.
-    """
-    folder = run / CHECKPOINTS
-    tag = world.broadcast(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}")
-    engine.save_checkpoint(
-        str(folder), tag=tag, client_state={"data_state": data_state}, save_latest=False
-    )
-    world.barrier()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        # The marker must not outlive what it marks when a node loses power.
-        for path in (folder / tag).iterdir():
-            _fsync(path)
-    world.barrier()
-    if world.first:
-        write_json(folder / tag / COMPLETE, {**data_state, "world_size": world.size})
-        target = folder / checkpoint_name(data_state["step"])
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(folder / tag, target)
-        _fsync(folder)
-        _prune(run, keep)
-    world.barrier()
+TEMPORARY = "tmp-"
+VAL_LOSS = "val_loss"
+"""Key of a marker: validation loss after that step, where it was measured."""
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -69,51 +41,107 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     if not found:
         return None
     path = found[-1][1]
-    return path, json.loads((path / COMPLETE).read_text())
+    return path, read_marker(path)
 
 
-def check_loads(
-    path: Path, marker: dict[str, Any], *, world_size: int, zero_stage: int
-) -> None:
-    """Raise ValueError for optimizer shards of another world size."""
-    if marker["world_size"] != world_size and zero_stage > 0:
-        raise ValueError(
-            f"{path} was written by {marker['world_size']} ranks with ZeRO stage "
-            f"{zero_stage}, which shards the optimizer over them; this call has "
-            f"{world_size}: start {marker['world_size']} ranks, or use "
-            "deepspeed.zero_stage 0 in runs that change size"
-        )
+def best(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Directory and marker of the checkpoint with the lowest validation loss (of equal
+    ones the oldest), if any was measured.
+    """
+    found = [(path, read_marker(path)) for _, path in complete_checkpoints(run)]
+    measured = [one for one in found if VAL_LOSS in one[1]]
+    return min(measured, key=lambda one: one[1][VAL_LOSS]) if measured else None
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """What the completion marker of a checkpoint says."""
+    marker: dict[str, Any] = json.loads((path / COMPLETE).read_text())
+    return marker
 
 
 def load(engine: Any, path: Path) -> None:
-    """Load weights and optimizer from the checkpoint at `path`, which `check_loads`
-    has passed.
+    """Load weights and optimizer from the checkpoint at `path`, at any time, written
+    by any number of ranks in any ZeRO stage. Every rank calls it.
+
+    Raises:
+        ValueError: it lacks something that the model has.
     """
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise ValueError(f"{path} is complete but DeepSpeed could not load it")
+    stored = Stored(path)
+    for piece in pieces(engine):
+        for kind, tensor in piece.tensors.items():
+            stored.read(kind, piece.name, piece.start, tensor)
+    set_adam_steps(engine, int(read_marker(path)["adam_steps"]))
+    publish(engine)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """fp32 weights by name from a checkpoint of any ZeRO stage, on the CPU."""
-    quiet_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import (
-        get_fp32_state_dict_from_zero_checkpoint,
-    )
+    """fp32 weights by name from the checkpoint at `path`, on the CPU."""
+    stored, weights = Stored(path), {}
+    for name, shape in stored.shapes.items():
+        flat = torch.empty(math.prod(shape))
+        stored.read("weight", name, 0, flat)
+        weights[name] = flat.view(shape)
+    return weights
 
-    if any(path.glob("*optim_states.pt")):
-        # It tells each of its steps to the terminal.
-        with (
-            open(os.devnull, "w") as null,
-            redirect_stdout(null),
-            redirect_stderr(null),
-        ):
-            return dict(
-                get_fp32_state_dict_from_zero_checkpoint(str(path.parent), path.name)
-            )
-    file = path / "mp_rank_00_model_states.pt"
-    states = torch.load(file, map_location="cpu", weights_only=False)
-    return {name: value.float() for name, value in states["module"].items()}
+
+class Stored:
+    """Files of a complete checkpoint, mapped into memory and read by the range.
+
+    Raises:
+        ValueError: a file is missing or shorter than it was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self.path = path
+        self.shapes: dict[str, list[int]] = {}
+        self._files = []
+        self._found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        for number in range(int(read_marker(path)["world_size"])):
+            try:
+                file = safe_open(path / part_name(number), framework="pt")
+            except Exception as error:
+                raise ValueError(self._damaged(f"{error}")) from error
+            self.shapes |= json.loads(file.metadata()["shapes"])
+            for key in file.keys():  # noqa: SIM118
+                kind, start, name = key.split("/", 2)
+                (size,) = file.get_slice(key).get_shape()
+                self._found.setdefault((kind, name), []).append(
+                    (int(start), size, number)
+                )
+            self._files.append(file)
+
+    def read(self, kind: str, name: str, start: int, into: Tensor) -> None:
+        """Fill the 1-D `into` with elements from `start` on of a parameter."""
+        missing, end = into.numel(), start + into.numel()
+        for first, size, number in self._found.get((kind, name), ()):
+            low, high = max(start, first), min(end, first + size)
+            if low >= high:
+                continue
+            piece = self._files[number].get_slice(f"{kind}/{first}/{name}")
+            part = piece[low - first : high - first]
+            into[low - start : high - start].copy_(part)
+            missing -= high - low
+        if missing:
+            raise ValueError(self._damaged(f"{missing} elements of {name} are missing"))
+
+    def _damaged(self, what: str) -> str:
+        return (
+            f"{self.path} is not whole, or was written for another model ({what}): "
+            "delete it to continue from the checkpoint before"
+        )
+
+
+def part_name(rank: int) -> str:
+    """File of a checkpoint that a rank wrote."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def piece_key(kind: str, name: str, start: int) -> str:
+    """Key of a piece in such a file."""
+    assert kind in KINDS
+    return f"{kind}/{start}/{name}"
 
 
 def discard_unfinished(run: Path) -> None:
@@ -121,10 +149,27 @@ def discard_unfinished(run: Path) -> None:
     before any rank saves.
     """
     complete = {path for _, path in complete_checkpoints(run)}
-    for pattern in (f"{_TEMPORARY}*", "step-*"):
+    for pattern in (f"{TEMPORARY}*", "step-*"):
         for path in (run / CHECKPOINTS).glob(pattern):
             if path not in complete:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint. Without its marker it no longer exists; then its bytes may
+    go one by one.
+    """
+    (path / COMPLETE).unlink(missing_ok=True)
+    fsync(path)
+    shutil.rmtree(path)
+
+
+def prune(run: Path, *, keep: int, keep_best: bool) -> None:
+    """Delete all but the newest `keep` checkpoints and, if wanted, the best."""
+    lowest = best(run) if keep_best else None
+    for _, path in complete_checkpoints(run)[:-keep]:
+        if lowest is None or path != lowest[0]:
+            delete(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -132,14 +177,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _prune(run: Path, keep: int) -> None:
-    for _, path in complete_checkpoints(run)[:-keep]:
-        # Without its marker it no longer exists; then its bytes may go one by one.
-        (path / COMPLETE).unlink()
-        shutil.rmtree(path)
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,7 @@
 Owns a run from its checks to its completion marker. Everything it uses has an owner of
 its own: order and batches (`trainer.loader`), masks (`trainer.masking`), the model
 (`trainer.models`), DeepSpeed (`trainer.engine`), files (`trainer.checkpoint`,
-`trainer.metrics`).
+`trainer.saving`, `trainer.metrics`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from trainer.panels import drop_panels
 from trainer.parameters import parameter_norm
 from trainer.profiling import Profiler, peak_memory_gib, span
 from trainer.quarantine import Quarantined, from_plain, to_plain
+from trainer.saving import Checkpoints
 from trainer.sources import sources_of
 from trainer.tracking import check_installed
 from trainer.validation import HeldOut, held_out
@@ -143,7 +144,10 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     stop, spent = StopFlag(), Spent()
     # The feed asks for the first steps as soon as it is made.
     freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
-    with Feed(loader.steps(step, config.last_step), world.device) as feed:
+    with (
+        Checkpoints(Path(config.output), config.checkpoint, world) as checkpoints,
+        Feed(loader.steps(step, config.last_step), world.device) as feed,
+    ):
         while step < config.last_step:
             freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
             if profiler:
@@ -161,7 +165,8 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
             step += 1
             elapsed = time.perf_counter() - started
             took = spent_on(batch, feed, elapsed)
-            summed = summed_over_ranks(result, took, stop, world)
+            asked = (stop.asked, checkpoints.due, checkpoints.failed)
+            summed = summed_over_ranks(result, took, asked, world)
             row = metrics_row(batch, totals, summed, loader, world, elapsed)
             row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
             row["peak_memory_gib"] = peak_memory_gib(world.device)
@@ -171,11 +176,15 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
             spent += summed.spent
             if metrics:
                 metrics.write(row)
+            val_loss = None
             if parts.held_out and not summed.stop:
-                parts.held_out.look(engine, step, metrics)
-            every = config.checkpoint.every_steps
-            if summed.stop or step == config.last_step or step % every == 0:
-                save(engine, loader, step, world)
+                val_loss = parts.held_out.look(engine, step, metrics)
+            best = val_loss is not None and checkpoints.is_best(val_loss)
+            if summed.write_failed:
+                checkpoints.wait()
+            due = summed.save_due or best or step % config.checkpoint.every_steps == 0
+            if due or summed.stop or step == config.last_step:
+                checkpoints.save(engine, data_state(loader, step), val_loss=val_loss)
                 if metrics:
                     metrics.note(verdict(spent, threads=config.threads))
                 spent = Spent()
@@ -219,15 +228,13 @@ def check(config: PretrainConfig) -> Checked:
     sources = sources_of(dataset, config.mixture)
     quarantined: list[Quarantined] = []
     if found:
-        path, marker = found
+        _, marker = found
         before = DataState.from_plain(marker)
         changed_data = config.changed_data
         state = resumed(before, dataset, sources, changed=changed_data, run=str(run))
         if state.began == before.began:
             # What was damaged of other data says nothing of this.
             quarantined = from_plain(marker["quarantine"])
-        stage = config.deepspeed.zero_stage
-        checkpoint.check_loads(path, marker, world_size=world_size, zero_stage=stage)
     else:
         state = DataState.fresh(dataset, sources, seed=config.seed)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
@@ -362,6 +369,10 @@ class Summed:
     spent: Spent
     stop: bool
     """Some rank was asked to stop."""
+    save_due: bool
+    """The clock of rank 0 asks for a checkpoint."""
+    write_failed: bool
+    """Some rank could not write its part of the one before."""
 
 
 def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
@@ -376,13 +387,19 @@ def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
 
 
 def summed_over_ranks(
-    result: list[float], spent: Spent, stop: StopFlag, world: World
+    result: list[float],
+    spent: Spent,
+    asked: tuple[bool, bool, bool],
+    world: World,
 ) -> Summed:
-    """One all-reduce for all that is to be known of a step."""
-    local = [*result, *dataclasses.astuple(spent), float(stop.asked)]
+    """One all-reduce for all that is to be known of a step; `asked` as the last three
+    fields of what it gives.
+    """
+    local = [*result, *dataclasses.astuple(spent), *map(float, asked)]
     values = torch.tensor(local, dtype=torch.float64, device=world.device)
     mlm, recon, correct, *rest = world.sum(values).tolist()
-    modes, (*seconds, asked) = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
+    modes, rest = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
+    *seconds, stop, due, failed = rest
     names = [field.name for field in dataclasses.fields(Spent)]
     return Summed(
         mlm=mlm,
@@ -390,7 +407,9 @@ def summed_over_ranks(
         correct=correct,
         by_mode=modes,
         spent=Spent(**dict(zip(names, seconds, strict=True))),
-        stop=asked > 0,
+        stop=stop > 0,
+        save_due=due > 0,
+        write_failed=failed > 0,
     )
 
 
@@ -464,14 +483,10 @@ def tell_replaced(
     metrics.note(line)
 
 
-def save(engine: Any, loader: Loader, step: int, world: World) -> None:
-    """Checkpoint after `step` steps, with the data state of law 1."""
+def data_state(loader: Loader, step: int) -> dict[str, Any]:
+    """What a checkpoint after `step` steps says of data (law 1)."""
     state = DataState.of(loader.dataset, loader.order, step=step).to_plain()
-    state["quarantine"] = to_plain(loader.quarantine.until(step))
-    config = loader.config
-    keep = max(config.checkpoint.keep, 1)
-    run = Path(config.output)
-    checkpoint.save(engine, run, data_state=state, world=world, keep=keep)
+    return state | {"quarantine": to_plain(loader.quarantine.until(step))}
 
 
 def finish(

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "eval.probes_every_steps",
     "eval.probe_pairs",
     "eval.panel_pairs",
+    "deepspeed.zero_stage",
 )
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
 
@@ -133,11 +134,16 @@ class CheckpointConfig:
 
     every_steps: int = 200
     """Steps between checkpoints; one more is taken when the run stops."""
+    every_minutes: float | None = 30
+    """Most minutes between checkpoints, by the clock of rank 0; null for no limit."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss too; one is taken whenever
+    validation finds a lower loss."""
 
     def __post_init__(self) -> None:
-        at_least("checkpoint.", self, every_steps=1, keep=1)
+        at_least("checkpoint.", self, every_steps=1, every_minutes=0, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,34 +208,6 @@ def alone(*words: str | Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_zero_stage_3_takes_the_same_steps_and_resumes(
-    shards: Path, tmp_path: Path
-) -> None:
-    # Wide enough that parameters really are taken apart and gathered.
-    wide = (f"--data={shards}", "--model.width=256", "--model.ffn_width=512")
-    run, reference = tmp_path / "run", tmp_path / "reference"
-    words = (*wide, f"--output={run}", "--deepspeed.zero_stage=3")
-    launch(2, *words, "--max_steps=2")
-    launch(2, *words, "--max_steps=4")
-    alone(*wide, f"--output={reference}", "--max_steps=4")
-    for name in ("loss", "grad_norm"):
-        expected = column(reference, name)
-        assert column(run, name) == pytest.approx(expected, rel=1e-3)
-
-
-def test_zero_stage_0_takes_the_same_steps_and_resumes_with_fewer_ranks(
-    whole: Path, shards: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    words = (f"--data={shards}", f"--output={run}", "--deepspeed.zero_stage=0")
-    launch(2, *words, "--max_steps=2")
-    alone(*words, "--max_steps=4")
-    for name in ("loss", "grad_norm"):
-        expected = column(whole, name)[:4]
-        assert column(run, name) == pytest.approx(expected, rel=1e-3)
-    assert column(run, "sample_digest") == column(whole, "sample_digest")[:4]
-
-
 def test_bf16_follows_fp32(whole: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = (f"--data={shards}", f"--output={run}", "--max_steps=3")
@@ -346,7 +318,7 @@ def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
     assert not run.exists()
 
 
-def test_a_run_refuses_another_configuration_dataset_or_world_size(
+def test_a_run_refuses_another_configuration_or_dataset(
     whole: Path, shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -367,8 +339,6 @@ def test_a_run_refuses_another_configuration_dataset_or_world_size(
     (other / "manifest.json.sha256").write_text(f"{manifest.sha256}  manifest.json\n")
     line = refused(f"--data={other}", f"--output={run}")
     assert manifest.sha256 in line
-    line = refused(*words, "--schedule.steps=12")
-    assert "2 ranks" in line
     assert (run / "config.yaml").read_text() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline.config import parse
 from tests.conftest import deepspeed_command, launch_environment
+from trainer.contract import CHECKPOINTS, COMPLETE
 from trainer.options import PretrainConfig
 from trainer.order import SampleOrder
 
@@ -74,6 +76,18 @@ def steps_taken(run: Path) -> int:
     """Steps that a run, which may be going on, has written down."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def half_written(run: Path) -> dict[Path, int]:
+    """Checkpoints with data and no marker, and their bytes of data."""
+    found = {}
+    for path in (run / CHECKPOINTS).glob("tmp-*"):
+        # It may get its final name while we look.
+        with contextlib.suppress(FileNotFoundError):
+            size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+            if size and not (path / COMPLETE).exists() and path.exists():
+                found[path] = size
+    return found
 
 
 def wait_until(

@@ -1,0 +1,97 @@
+"""Every ZeRO stage takes the same steps, on any number of ranks, also when stages or
+ranks change on the way. Real launches over gloo, each for many tiny runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.sequence import launch_all
+from tests.trainer.tiny import column
+
+STAGES = (0, 1, 2, 3)
+STEPS = 6
+# fp32 sums in another order, which six steps of AdamW amplify a little.
+CLOSE = 1e-4
+# Wide enough that stage 3 really takes parameters apart and gathers them.
+WIDE = ("--model.width=256", "--model.ffn_width=512", "--model.layers=1")
+EIGHT = "--micro_batch=3"
+"""Micro-batches of 3 of 24 pairs: ranks times accumulation is eight."""
+
+
+class Runs:
+    """Calls of runs below a folder."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder, self._shards = folder, shards
+
+    def call(self, name: str, steps: int, *words: str) -> list[str]:
+        """Arguments that take the run `name` to `steps` steps."""
+        where = (f"--data={self._shards}", f"--output={self.folder / name}")
+        return [*WIDE, *where, f"--max_steps={steps}", *words]
+
+    def losses(self, name: str) -> list[float]:
+        """Losses and gradient norms of all its steps."""
+        assert column(self.folder / name, "step") == list(range(1, STEPS + 1))
+        return [
+            value
+            for metric in ("loss", "mlm_loss", "recon_loss", "grad_norm")
+            for value in column(self.folder / name, metric)
+        ]
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs of this file: launches of 2, 1, 2 and 4 ranks."""
+    folder = tmp_path_factory.mktemp("zero")
+    made = Runs(folder, shards)
+
+    def every(name: str, steps: int, *words: str) -> list[list[str]]:
+        return [
+            made.call(f"{name}-{n}", steps, f"--deepspeed.zero_stage={n}", *words)
+            for n in STAGES
+        ]
+
+    def moving(steps: int, stage: int) -> list[str]:
+        return made.call("moving", steps, f"--deepspeed.zero_stage={stage}")
+
+    two = [*every("whole", STEPS), *every("same", 3), *every("cross", 2)]
+    two += [moving(2, 1), made.call("split-2", STEPS, EIGHT)]
+    launch_all(2, two, folder / "two.json")
+    one = [*every("cross", 4), moving(4, 3), made.call("split-1", STEPS, EIGHT)]
+    launch_all(1, one, folder / "one.json")
+    again = [*every("same", STEPS), *every("cross", STEPS), moving(STEPS, 0)]
+    launch_all(2, again, folder / "again.json")
+    launch_all(4, [made.call("split-4", STEPS, EIGHT)], folder / "four.json")
+    return made
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_the_losses_of_stage_0(runs: Runs, stage: int) -> None:
+    expected = pytest.approx(runs.losses("whole-0"), rel=CLOSE)
+    assert runs.losses(f"whole-{stage}") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_resumes_bitwise_on_as_many_ranks(runs: Runs, stage: int) -> None:
+    assert runs.losses(f"same-{stage}") == runs.losses(f"whole-{stage}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_from_2_ranks_to_1_and_back(runs: Runs, stage: int) -> None:
+    expected = pytest.approx(runs.losses(f"whole-{stage}"), rel=CLOSE)
+    assert runs.losses(f"cross-{stage}") == expected
+
+
+def test_stage_and_ranks_may_change_together(runs: Runs) -> None:
+    assert runs.losses("moving") == pytest.approx(runs.losses("whole-1"), rel=CLOSE)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_1x8_2x4_and_4x2_take_the_same_steps(runs: Runs, ranks: int) -> None:
+    expected = pytest.approx(runs.losses("split-1"), rel=CLOSE)
+    assert runs.losses(f"split-{ranks}") == expected
+    digests = column(runs.folder / f"split-{ranks}", "sample_digest")
+    assert digests == column(runs.folder / "split-1", "sample_digest")

@@ -1,0 +1,201 @@
+"""Writing checkpoints while training goes on.
+
+Owns when one is due by the clock, the copy that is taken of the training state, and the
+threads that write it. Does not own what lies in its directory (`trainer.checkpoint`).
+
+A save stops training for a copy to the host's memory. Each rank then writes its part in
+a thread and puts a record beside it once the bytes are on disk; rank 0's thread waits
+for all records, writes the completion marker, renames and prunes. One checkpoint is in
+flight at most. A kill at any moment leaves it whole or without a marker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.contract import CHECKPOINTS, COMPLETE, checkpoint_name
+from trainer.engine import World
+from trainer.files import write_text
+from trainer.options import CheckpointConfig
+from trainer.partition import adam_steps, shapes, shares
+
+_POLL_S = 0.02
+# How long a rank that ends with an error lets a checkpoint finish.
+_PATIENCE_S = 20.0
+_ON_DISK = ".written"
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run. Every rank has one and calls it alike.
+
+    Args:
+        run: run directory, seen by every rank.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, world: World) -> None:
+        self._run, self._config, self._world = run, config, world
+        self._host: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._written = threading.Event()
+        self._abandoned = threading.Event()
+        self._failure: Exception | None = None
+        self._last = time.monotonic()
+        found = checkpoint.best(run) if world.first else None
+        self._lowest = found[1][checkpoint.VAL_LOSS] if found else None
+
+    @property
+    def due(self) -> bool:
+        """Have `every_minutes` gone by since the last one, by the clock of rank 0?"""
+        minutes = self._config.every_minutes
+        if minutes is None or not self._world.first:
+            return False
+        return time.monotonic() - self._last >= 60 * minutes
+
+    @property
+    def failed(self) -> bool:
+        """Could this rank not write its part? Then every rank calls `wait`."""
+        return self._failure is not None
+
+    def is_best(self, val_loss: float) -> bool:
+        """Is `val_loss` lower than that of any checkpoint, and is the best to be kept?
+        Then save one, with it. Rank 0 decides for all.
+        """
+        if not self._config.keep_best:
+            return False
+        lower = self._lowest is None or val_loss < self._lowest
+        return bool(self._world.broadcast(lower))
+
+    def save(
+        self, engine: Any, data_state: dict[str, Any], *, val_loss: float | None = None
+    ) -> None:
+        """Take a checkpoint after step `data_state["step"]`: copy what this rank holds
+        and begin to write it. Waits for the one before.
+
+        Raises:
+            ValueError, OSError: the one before could not be written.
+        """
+        self.wait()
+        marker = {**data_state, "world_size": self._world.size}
+        marker["adam_steps"] = adam_steps(engine)
+        if val_loss is not None:
+            marker[checkpoint.VAL_LOSS] = val_loss
+            lower = self._lowest is None or val_loss < self._lowest
+            self._lowest = val_loss if lower else self._lowest
+        self._copy(engine)
+        attempt = f"{checkpoint.TEMPORARY}{uuid.uuid4().hex[:12]}"
+        folder = self._run / CHECKPOINTS / self._world.broadcast(attempt)
+        self._written.clear()
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, marker, shapes(engine)), daemon=True
+        )
+        self._thread.start()
+        self._last = time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in flight is complete. When any rank could not
+        write its part, that rank raises and the others exit.
+        """
+        if self._thread is None:
+            return
+        self._written.wait()
+        self._agree()
+        # Rank 0 goes on to complete it.
+        self._thread.join()
+        self._agree()
+        self._thread = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread:
+            # No collectives: other ranks may be anywhere.
+            self._thread.join(_PATIENCE_S)
+
+    def _agree(self) -> None:
+        failed = torch.tensor([self.failed], dtype=torch.int64)
+        if not self._world.sum(failed.to(self._world.device)).item():
+            return
+        self._abandoned.set()
+        self._world.leave()
+        if self._failure:
+            raise self._failure
+        sys.exit(1)
+
+    def _copy(self, engine: Any) -> None:
+        """Copy to buffers that are kept for the next time; pinned where a GPU fills
+        them.
+        """
+        held = {
+            checkpoint.piece_key(kind, piece.name, piece.start): tensor
+            for piece in shares(engine, self._world)
+            for kind, tensor in piece.tensors.items()
+        }
+        for key, tensor in held.items():
+            if key not in self._host:
+                pinned = tensor.is_cuda
+                self._host[key] = torch.empty(tensor.shape, pin_memory=pinned)
+            self._host[key].copy_(tensor, non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _write(
+        self, folder: Path, marker: dict[str, Any], whole: dict[str, list[int]]
+    ) -> None:
+        try:
+            self._write_part(folder, whole)
+            self._written.set()
+            if self._world.first:
+                self._complete(folder, marker)
+        except Exception as error:
+            self._failure = error
+            self._written.set()
+
+    def _write_part(self, folder: Path, whole: dict[str, list[int]]) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / checkpoint.part_name(self._world.rank)
+        save_file(self._host, part, metadata={"shapes": json.dumps(whole)})
+        checkpoint.fsync(part)
+        write_text(part.with_suffix(_ON_DISK), "")
+
+    def _complete(self, folder: Path, marker: dict[str, Any]) -> None:
+        """Rank 0: the marker, once every part is on disk."""
+        parts = [
+            folder / checkpoint.part_name(rank) for rank in range(self._world.size)
+        ]
+        while not all(part.with_suffix(_ON_DISK).exists() for part in parts):
+            if self._abandoned.wait(_POLL_S):
+                return
+        # The marker must not outlive what it marks when a node loses power.
+        checkpoint.fsync(folder)
+        checkpoint.write_json(folder / COMPLETE, marker)
+        checkpoint.fsync(folder)
+        target = self._run / CHECKPOINTS / checkpoint_name(marker["step"])
+        if target.exists():
+            checkpoint.delete(target)
+        os.replace(folder, target)
+        checkpoint.fsync(target.parent)
+        checkpoint.prune(
+            self._run, keep=self._config.keep, keep_best=self._config.keep_best
+        )
