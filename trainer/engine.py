@@ -20,7 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.options import OptimizerConfig, PretrainConfig, ScheduleConfig
+from trainer.options import (
+    DeepSpeedConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+)
 
 Item = TypeVar("Item")
 
@@ -190,7 +195,7 @@ def build_engine(
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": config.optimizer.clip,
-            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+            "zero_optimization": zero_optimization(config.deepspeed),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": bf16},
@@ -200,6 +205,15 @@ def build_engine(
         },
     )
     return engine
+
+
+def zero_optimization(config: DeepSpeedConfig) -> dict[str, Any]:
+    """What is sharded and where it lies, in DeepSpeed's words."""
+    found: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload == "cpu":
+        pinned = torch.cuda.is_available()
+        found["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    return found
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -106,6 +106,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     build = functools.partial(build_model, config, loader.dataset.tokenizer)
     model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    model.recompute = config.deepspeed.activation_checkpointing
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = prepare_run(config, run) if world.first else None
     world.barrier()

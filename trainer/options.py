@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "eval.probe_pairs",
     "eval.panel_pairs",
     "deepspeed.zero_stage",
+    "deepspeed.offload",
+    "deepspeed.activation_checkpointing",
 )
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
 
@@ -124,8 +126,20 @@ class DeepSpeedConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: what is sharded over ranks (nothing, optimizer, gradients, all)."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: fp32 weights and Adam's moments in the host's memory, and the step on its
+    cores."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each transformer layer and compute the rest again in the
+    backward pass: less memory, a third more time."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 master weights on GPUs, fp32 on CPUs."""
+
+    def __post_init__(self) -> None:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"deepspeed.offload {self.offload} needs deepspeed.zero_stage 1 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,8 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         return made.call("moving", steps, f"--deepspeed.zero_stage={stage}")
 
     two = [*every("whole", STEPS), *every("same", 3), *every("cross", 2)]
+    two += every("offload", STEPS, "--deepspeed.offload=cpu")[1:]
+    two += every("recompute", STEPS, "--deepspeed.activation_checkpointing=true")
     two += [moving(2, 1), made.call("split-2", STEPS, EIGHT)]
     launch_all(2, two, folder / "two.json")
     one = [*every("cross", 4), moving(4, 3), made.call("split-1", STEPS, EIGHT)]
@@ -83,6 +85,17 @@ def test_a_stage_resumes_bitwise_on_as_many_ranks(runs: Runs, stage: int) -> Non
 def test_a_run_goes_from_2_ranks_to_1_and_back(runs: Runs, stage: int) -> None:
     expected = pytest.approx(runs.losses(f"whole-{stage}"), rel=CLOSE)
     assert runs.losses(f"cross-{stage}") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_offload_changes_no_loss(runs: Runs, stage: int) -> None:
+    expected = pytest.approx(runs.losses(f"whole-{stage}"), rel=CLOSE)
+    assert runs.losses(f"offload-{stage}") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing_changes_no_bit(runs: Runs, stage: int) -> None:
+    assert runs.losses(f"recompute-{stage}") == runs.losses(f"whole-{stage}")
 
 
 def test_stage_and_ranks_may_change_together(runs: Runs) -> None:

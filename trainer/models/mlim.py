@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
 from trainer.masking import Masks
@@ -130,7 +131,8 @@ class MlimInputs(NamedTuple):
 
 
 class MlimForPreTraining(nn.Module):
-    """Embeddings, transformer, MLM head and RECON decoder.
+    """Embeddings, transformer, MLM head and RECON decoder. With `recompute`, layers
+    keep only their inputs for the backward pass.
 
     Args:
         config: the model keys of a recipe.
@@ -152,6 +154,7 @@ class MlimForPreTraining(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.mask_id = special_ids["mask"]
         self.special_ids = tuple(special_ids.values())
         self.grid = image_size // config.patch_size
@@ -214,7 +217,12 @@ class MlimForPreTraining(nn.Module):
         both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
         x_td = self.embedding_norm(both.index_select(0, stream.source))
         for block in self.blocks:
-            x_td = block(x_td, stream)
+            if self.recompute and torch.is_grad_enabled():
+                x_td = checkpoint(
+                    block, x_td, stream, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_td = block(x_td, stream)
         return self.final_norm(x_td)
 
     def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
