@@ -232,11 +232,16 @@ def learning_rate(
     """Learning rate of the step numbered `step` from 0: a pure function of it."""
     if step < schedule.warmup:
         return optimizer.lr * (step + 1) / schedule.warmup
-    left = max(schedule.steps - schedule.warmup, 1)
-    progress = min((step - schedule.warmup) / left, 1.0)
+    down = schedule.warmup
+    if schedule.shape == "wsd":
+        down = max(down, round(schedule.steps * (1 - schedule.decay_share)))
+    progress = (step - down) / max(schedule.steps - down, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    left = 1 - progress
+    if schedule.shape == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
     floor = schedule.final_lr_fraction
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return optimizer.lr * (floor + (1 - floor) * cosine)
+    return optimizer.lr * (floor + (1 - floor) * left)
 
 
 def apply_step(engine: Any, *, lr: float, clip: float) -> float:

@@ -107,17 +107,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up, then cosine to a floor."""
+    """Learning rate over the run: linear warm-up, then down to a floor."""
 
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Way down: a cosine; a line; or none until a last share of the steps, then a line
+    (warm-up, stable, decay)."""
     steps: int = 1000
     """Length of the schedule in steps; `--max_steps` stops earlier, unbent."""
     warmup: int = 100
     """Steps of linear warm-up."""
     final_lr_fraction: float = 0.05
     """Share of the peak at the end."""
+    decay_share: float = 0.1
+    """Share of the steps, at the end, in which wsd comes down."""
 
     def __post_init__(self) -> None:
         at_least("schedule.", self, steps=1, warmup=0, final_lr_fraction=0)
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(
+                f"schedule.decay_share is {self.decay_share}: above 0, at most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

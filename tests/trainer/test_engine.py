@@ -31,6 +31,28 @@ def test_a_schedule_without_warm_up_starts_at_the_peak() -> None:
     assert learning_rate(0, OptimizerConfig(lr=1.0), schedule) == pytest.approx(1.0)
 
 
+def test_a_linear_schedule_comes_down_in_equal_steps() -> None:
+    schedule = ScheduleConfig(
+        shape="linear", steps=100, warmup=20, final_lr_fraction=0.2
+    )
+    rates = [learning_rate(n, OptimizerConfig(lr=1.0), schedule) for n in range(101)]
+    assert rates[9] == pytest.approx(0.5)
+    falls = [a - b for a, b in itertools.pairwise(rates[20:])]
+    assert falls == pytest.approx([0.01] * 80)
+    assert rates[100] == pytest.approx(0.2)
+
+
+def test_wsd_holds_the_peak_and_comes_down_in_its_last_share() -> None:
+    schedule = ScheduleConfig(
+        shape="wsd", steps=100, warmup=10, decay_share=0.2, final_lr_fraction=0
+    )
+    rates = [learning_rate(n, OptimizerConfig(lr=1.0), schedule) for n in range(101)]
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[9:81] == [1.0] * 72
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0.0
+
+
 def test_norms_and_biases_do_not_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(1, 1, 2))
     decay, plain = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
