@@ -41,6 +41,7 @@ from trainer.engine import (
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
 from trainer.growth import agreed_state, freeze_until
+from trainer.initial import read_weights, require_fit
 from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
@@ -106,6 +107,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     build = functools.partial(build_model, config, loader.dataset.tokenizer)
     model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    if config.init and not checked.checkpoint:
+        model.load_state_dict(_initial(config, loader.dataset), strict=False)
     model.recompute = config.deepspeed.activation_checkpointing
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = prepare_run(config, run) if world.first else None
@@ -115,6 +118,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     metrics = _metrics(config, first_step) if world.first else None
     if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
+        if config.init and checked.checkpoint:
+            metrics.note(f"--init {config.init} is not looked at: the run is resumed")
     parts = Parts(
         config=config,
         world=world,
@@ -238,6 +243,10 @@ def check(config: PretrainConfig) -> Checked:
             quarantined = from_plain(marker["quarantine"])
     else:
         state = DataState.fresh(dataset, sources, seed=config.seed)
+        if config.init:
+            with torch.device("meta"):
+                model = build_model(config, dataset.tokenizer)
+            require_fit(model, _initial(config, dataset), source=config.init)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
     return Checked(
@@ -269,6 +278,11 @@ def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> MlimForPreT
         max_text=config.text.max_tokens,
         image_size=config.image.size,
     )
+
+
+def _initial(config: PretrainConfig, dataset: Dataset) -> dict[str, torch.Tensor]:
+    assert config.init
+    return read_weights(config.init, tokenizer_sha256=dataset.tokenizer.sha256)
 
 
 def prepare_run(config: PretrainConfig, run: Path) -> IO[str]:

@@ -21,6 +21,7 @@ from trainer.storage import StorageConfig
 MAY_CHANGE = (
     "data",
     "output",
+    "init",
     "max_steps",
     "micro_batch",
     "threads",
@@ -256,6 +257,9 @@ class PretrainConfig:
     """Run directory; one that holds a checkpoint is resumed."""
     seed: int = 0
     """Seed of weights, order, captions, crops and masks."""
+    init: str | None = None
+    """Start from the weights in this directory: a run, a checkpoint, or an export. Step
+    0 and a fresh optimizer; not looked at when a run is resumed."""
     max_steps: int | None = None
     """Stop after this many steps of the run; a later call with more continues."""
     split: str = "train"

@@ -1,0 +1,87 @@
+"""`--init DIR` starts from weights alone, wherever they lie."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.sequence import launch_all
+from tests.trainer.tiny import column, config
+from trainer import checkpoint
+from trainer.contract import complete_checkpoints
+from trainer.loop import check
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run `a` of three steps, runs from its weights, and an export."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("init")
+    data = f"--data={shards}"
+    first = [data, f"--output={folder / 'a'}", "--max_steps=3"]
+    launch_all(1, [first], folder / "first.json")
+    newest = complete_checkpoints(folder / "a")[-1][1]
+    (folder / "export").mkdir()
+    weights = checkpoint.load_weights(newest)
+    save_file(weights, folder / "export" / "model.safetensors")
+    sources = {"run": folder / "a", "checkpoint": newest, "export": folder / "export"}
+    # Without a learning rate the weights stay as they were given.
+    still = [data, "--optimizer.lr=0", "--max_steps=1"]
+    calls = [
+        [*still, f"--output={folder / name}", f"--init={source}"]
+        for name, source in sources.items()
+    ]
+    resumed = [*still, f"--output={folder / 'run'}", "--max_steps=2", "--init=gone"]
+    printed = launch_all(1, [*calls, resumed], folder / "from.json")
+    assert "--init gone is not looked at" in printed
+    return folder
+
+
+@pytest.mark.parametrize("name", ["run", "checkpoint", "export"])
+def test_a_run_starts_from_given_weights_at_step_0(trained: Path, name: str) -> None:
+    given = checkpoint.load_weights(complete_checkpoints(trained / "a")[-1][1])
+    _, path = complete_checkpoints(trained / name)[-1]
+    taken = checkpoint.load_weights(path)
+    assert given.keys() == taken.keys()
+    assert all(torch.equal(given[key], taken[key]) for key in given)
+    assert column(trained / name, "step")[0] == 1
+    first = column(trained / name, "sample_digest")[0]
+    assert first == column(trained / "a", "sample_digest")[0]
+    assert checkpoint.read_marker(path)["adam_steps"] <= 2
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    init = f"--init={trained / 'a'}"
+    deeper = config(shards, tmp_path / "new", init, "--model.layers=3")
+    with pytest.raises(ValueError, match=r"lacks blocks\.2\..*Take the recipe"):
+        check(deeper)
+    longer = config(shards, tmp_path / "new", init, "--text.max_tokens=32")
+    with pytest.raises(ValueError, match=r"text_positions\S* is \[48, 32\], .*\[32, 3"):
+        check(longer)
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_for_other_tokens_are_refused(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "a", run)
+    path, marker = checkpoint.newest(run) or (run, {})
+    checkpoint.write_json(
+        path / "complete.json", marker | {"tokenizer_sha256": "f" * 64}
+    )
+    with pytest.raises(
+        ValueError, match="preprocess the data with the run's tokenizer"
+    ):
+        check(config(shards, tmp_path / "new", f"--init={run}"))
+
+
+def test_a_directory_without_weights_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no weights: give a run directory"):
+        check(config(shards, tmp_path / "new", f"--init={tmp_path}"))

@@ -1,0 +1,95 @@
+"""`--init DIR`: the weights that a run starts from, when they are not drawn.
+
+Owns where weights are looked for and whether they fit the model. Does not own
+checkpoints (`trainer.checkpoint`) or export (`trainer.export`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint
+from trainer.contract import COMPLETE
+
+_SHOWN = 5
+
+
+def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tensor]:
+    """fp32 weights by name, on the CPU, from a run directory (its newest checkpoint), a
+    checkpoint, or a directory with safetensors files of an export.
+
+    Args:
+        tokenizer_sha256: of the dataset; a run trained with another is refused.
+
+    Raises:
+        ValueError: nothing there that could be loaded, or words numbered differently.
+    """
+    folder = Path(folder)
+    found = checkpoint.newest(folder)
+    path = found[0] if found else folder
+    if (path / COMPLETE).is_file() and (path / checkpoint.part_name(0)).is_file():
+        _require_tokenizer(path, tokenizer_sha256)
+        return checkpoint.load_weights(path)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"--init {folder} holds no weights: give a run directory with a complete "
+            "checkpoint, a checkpoint (RUN/checkpoints/step-...), or a directory that "
+            "trainer.export made"
+        )
+    return _read_files(files)
+
+
+def require_fit(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
+    """Raise ValueError, naming what differs, unless `weights` are all that `model`
+    needs. It may lie on the meta device.
+    """
+    own = model.state_dict(keep_vars=True)
+    # Of a tensor under several names, a file holds one.
+    present = {id(own[name]) for name in own.keys() & weights.keys()}
+    missing = [
+        name for name in own if name not in weights and id(own[name]) not in present
+    ]
+    wrong = [
+        f"{name} is {list(weights[name].shape)}, the model's {list(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    unknown = sorted(weights.keys() - own.keys())
+    problems = _some("lacks", missing) + _some("also has", unknown)
+    problems += _some("differs in shape:", sorted(wrong))
+    if problems:
+        raise ValueError(
+            f"--init {source} does not fit the model of this recipe: "
+            f"{'; '.join(problems)}. Take the recipe that it was trained with (model.*,"
+            " image.size, text.max_tokens and the tokenizer give the shapes)"
+        )
+
+
+def _some(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"it {what} {', '.join(names[:_SHOWN])}{more}"]
+
+
+def _require_tokenizer(path: Path, tokenizer_sha256: str) -> None:
+    trained = checkpoint.read_marker(path)["tokenizer_sha256"]
+    if trained != tokenizer_sha256:
+        raise ValueError(
+            f"--init {path} was trained on tokens of tokenizer {trained}, and the "
+            f"dataset's were made with {tokenizer_sha256}: preprocess the data with "
+            "the run's tokenizer, --tokenizer DATASET/tokenizer"
+        )
+
+
+def _read_files(files: list[Path]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return {name: value.to(torch.float32) for name, value in weights.items()}
