@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import ConfigError
 from tests.trainer.tiny import config
+from trainer.options import blocking_changes
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,9 @@ from tests.trainer.tiny import config
         "--model.width=0",
         "--model.recon_weight=-1",
         "--mask.heavy_rate=1.5",
+        "--schedule.decay_share=0",
+        "--schedule.shape=steps",
+        "--checkpoint.every_minutes=-1",
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(flag: str) -> None:
@@ -41,6 +46,49 @@ def test_an_impossible_value_is_refused_by_its_key(flag: str) -> None:
         config(Path("data"), Path("out"), flag)
     assert "\n" not in str(caught.value)
     assert key in str(caught.value)
+
+
+def test_offload_without_zero_is_refused_with_the_cure() -> None:
+    words = ("--deepspeed.offload=cpu", "--deepspeed.zero_stage=0")
+    with pytest.raises(ConfigError, match="zero_stage 1 or more"):
+        config(Path("d"), Path("o"), *words)
+
+
+def test_what_may_change_on_resume() -> None:
+    allowed = (
+        "--data=e",
+        "--output=p",
+        "--max_steps=5",
+        "--init=q",
+        "--micro_batch=12",
+        "--threads=3",
+        "--deepspeed.zero_stage=3",
+        "--deepspeed.offload=cpu",
+        "--deepspeed.activation_checkpointing=true",
+        "--checkpoint.every_minutes=1",
+        "--checkpoint.keep_best=false",
+        "--log.tensorboard=true",
+    )
+    old = asdict(config(Path("d"), Path("o")))
+    assert blocking_changes(old, asdict(config(Path("d"), Path("o"), *allowed))) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown"),
+    [
+        ("--optimizer.lr=0.5", "optimizer.lr: 0.002 -> 0.5"),
+        ("--schedule.shape=wsd", "schedule.shape: 'cosine' -> 'wsd'"),
+        ("--deepspeed.precision=bf16", "deepspeed.precision: 'auto' -> 'bf16'"),
+        ("--global_batch=48", "global_batch: 24 -> 48"),
+        ("--seed=1", "seed: 0 -> 1"),
+        ("--mask.light_text_rate=0.3", "mask.light_text_rate: 0.15 -> 0.3"),
+        ("--model.norm=post", "model.norm: 'pre' -> 'post'"),
+    ],
+)
+def test_other_keys_may_not_and_the_difference_is_shown(flag: str, shown: str) -> None:
+    old = asdict(config(Path("d"), Path("o")))
+    new = asdict(config(Path("d"), Path("o"), flag))
+    assert blocking_changes(old, new) == [shown]
 
 
 def test_no_gradient_limit_can_be_asked_for() -> None:
