@@ -27,6 +27,7 @@ METRIC_NAMES = (
     "grad_norm",
     "pairs_per_s",
     "tokens_per_s",
+    "model_tflops",
     "data_wait_frac",
     "read_s",
     "decode_s",

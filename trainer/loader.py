@@ -98,6 +98,10 @@ class Counts:
     recon_pixels: int
     tokens: int
     """Real tokens, text and image."""
+    squared_lengths: int
+    """Sum over pairs of the square of their tokens."""
+    recon_images: int
+    """Images with a masked position."""
     rows: int
     """Stream rows, padding included."""
     cut_captions: int
@@ -359,6 +363,7 @@ class Loader:
         masked = masks.counts if masks else self._masked(mam_counts, *drawn, step=step)
         give_way()
         n_words = int(masked.text.sum())
+        n_images = int((masked.image > 0).sum())
         digest = sample_digest(rows.uids, rows.captions, rows.crops)
         if config.image.flip:
             digest = _wrap(digest + flip_digest(rows.uids, rows.flips))
@@ -373,7 +378,7 @@ class Loader:
             captions=rows.captions,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
-            n_recon_images=capacity(int((masked.image > 0).sum())),
+            n_recon_images=capacity(n_images),
             step=step,
         )
         counts = Counts(
@@ -383,6 +388,8 @@ class Loader:
                 recon_pixels(masked.image, self.n_image, config.model).sum()
             ),
             tokens=stream.text_used + len(rows) * self.n_image,
+            squared_lengths=int(((read.lengths + self.n_image) ** 2).sum()),
+            recon_images=n_images,
             rows=len(stream.source),
             cut_captions=read.cut,
             replaced=0,

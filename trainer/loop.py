@@ -40,6 +40,8 @@ from trainer.engine import (
 )
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
+from trainer.flops import step_flops, utilisation
+from trainer.gpus import device_peak
 from trainer.growth import agreed_state, freeze_until
 from trainer.initial import read_weights, require_fit
 from trainer.limits import Spent, verdict
@@ -463,6 +465,7 @@ def metrics_row(
     row |= by_mode.mode_metrics(summed.by_mode, patch_size=config.model.patch_size)
     if (decibels := by_mode.psnr(recon)) is not None:
         row["psnr"] = decibels
+    row |= _utilisation(totals, loader, world, elapsed)
     if order.mixture:
         names = [source.name for source in order.sources]
         row["sources"] = dict(zip(names, totals.sources, strict=True))
@@ -560,6 +563,25 @@ def _require_finite(row: dict[str, Any]) -> None:
                 "start anew; or, if the newest checkpoint is bad already, delete it "
                 "and continue from the one before"
             )
+
+
+def _utilisation(
+    totals: Counts, loader: Loader, world: World, elapsed: float
+) -> dict[str, float]:
+    """What a step's model FLOPs say of the devices."""
+    config = loader.config
+    flops = step_flops(
+        config.model,
+        totals,
+        vocab_size=loader.dataset.tokenizer.vocab_size,
+        image_size=config.image.size,
+    )
+    peak = device_peak(
+        world.device,
+        precision=chosen_precision(config),
+        tflops=config.log.peak_tflops,
+    )
+    return utilisation(flops, seconds=elapsed, devices=world.size, peak=peak)
 
 
 def _metrics(config: PretrainConfig, first_step: int) -> Metrics:

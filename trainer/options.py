@@ -181,9 +181,17 @@ class LogConfig:
     WANDB_MODE=offline. A resumed run goes on under its id (RUN/wandb.json)."""
     norms_every: int = 10
     """Steps between measurements of the norm of all parameters; 0: never."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device, which mfu is a share of. null: that of known GPUs in
+    bf16 (trainer.gpus); for other devices mfu is left out."""
 
     def __post_init__(self) -> None:
         at_least("log.", self, norms_every=0)
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(
+                f"log.peak_tflops is {self.peak_tflops}: give the TFLOP/s of one "
+                "device, or null for those of known GPUs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
