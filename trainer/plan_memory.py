@@ -1,0 +1,219 @@
+"""What a training step keeps in a device's memory, estimated before there is a device.
+
+Owns the estimate, by ZeRO stage. Does not own how large a batch is
+(`trainer.plan_data`) or how much a device has (`trainer.gpus`).
+
+It follows what DeepSpeed 0.19 and autograd hold, tensor by tensor; what it leaves out
+is the CUDA context, NCCL's buffers, workspaces of kernels and fragmentation, for which
+`trainer.plan` leaves headroom.
+
+Bytes. Shapes: B pairs, T stream rows, M masked words, R images to reconstruct, P
+parameters, W ranks, e bytes of a number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.models.mlim import MlimConfig
+
+# DeepSpeed's defaults, in elements: gradients are reduced in a buffer of this size, and
+# stage 3 keeps gathered weights that are used again within so many.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+_FP32 = 4
+_ADAM = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes of a micro-batch as the model sees it."""
+
+    pairs: int
+    """B."""
+    rows: int
+    """T, padding included."""
+    table: int
+    """Places of the padded table that attention uses without flash kernels, in fp32."""
+    masked_words: int
+    """M, a capacity."""
+    recon_images: int
+    """R, a capacity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What one micro-batch keeps for its backward pass, and what that takes besides."""
+
+    embedder: int
+    """Of the convolutions on the images."""
+    blocks: int
+    """Of all transformer layers."""
+    checkpointed: int
+    """The same where each layer is computed again: its input, and one layer whole."""
+    ends: int
+    """MLM head and decoder at their worst moment, the logits' gradients included."""
+
+    def total(self, *, checkpointing: bool) -> int:
+        """At the worst moment of forward and backward."""
+        blocks = self.checkpointed if checkpointing else self.blocks
+        return self.embedder + blocks + self.ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What a rank holds besides activations, while gradients are made."""
+
+    weights: int
+    gradients: int
+    buckets: int
+    """Buffers that gradients are reduced in."""
+    master: int
+    """fp32 weights beside those that the model computes with."""
+    moments: int
+    """The two of AdamW."""
+    step: int
+    """What the optimizer step takes for a moment; activations are gone by then."""
+
+    @property
+    def held(self) -> int:
+        """All of it, but for what only the optimizer step takes."""
+        return self.weights + self.gradients + self.buckets + self.master + self.moments
+
+    def peak(self, activations: int) -> int:
+        """The larger of backward and optimizer step."""
+        return max(self.held + activations, self.held - self.buckets + self.step)
+
+
+def states(
+    parameters: int, *, stage: int, ranks: int, bf16: bool, lazy: bool = False
+) -> States:
+    """Weights, gradients and optimizer states of a rank.
+
+    Args:
+        parameters: P.
+        stage: ZeRO stage.
+        ranks: W.
+        bf16: the model computes in bf16, else in fp32.
+        lazy: memory counts once it is written to, as on a CPU: a buffer of fixed size
+            counts as far as it is used.
+    """
+    size = 2 if bf16 else _FP32
+    share = -(-parameters // ranks)
+    bucket = min(parameters, REDUCE_BUCKET) if lazy else REDUCE_BUCKET
+    if stage == 0:
+        return States(
+            weights=size * parameters,
+            gradients=size * parameters,
+            # Alone there is nothing to reduce.
+            buckets=size * min(parameters, REDUCE_BUCKET) if ranks > 1 else 0,
+            master=_FP32 * parameters if bf16 else 0,
+            moments=_ADAM * parameters,
+            step=_FP32 * parameters,
+        )
+    # Gradients of bf16 are added up in fp32, in a copy of what is in the buffer.
+    widened = _FP32 * min(parameters, REDUCE_BUCKET) if bf16 and ranks > 1 else 0
+    gathered = size * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
+    return States(
+        weights=gathered + size * share if stage == 3 else size * parameters,
+        gradients=size * (parameters if stage == 1 else share),
+        buckets=size * bucket + widened,
+        # In fp32 stage 3 steps on the weights themselves; 1 and 2 on a copy.
+        master=_FP32 * share if bf16 or stage < 3 else 0,
+        moments=_ADAM * share,
+        # Its gradients in fp32, flattened, and the root of the second moment.
+        step=(size + _FP32 + _FP32) * share,
+    )
+
+
+def activations(
+    config: MlimConfig, shapes: Shapes, *, vocab_size: int, image_size: int, bf16: bool
+) -> Activations:
+    """What autograd keeps of a micro-batch (`tests/trainer/test_plan_memory.py` counts
+    it).
+    """
+    layer = _layer(config, shapes, bf16=bf16)
+    size = 2 if bf16 else _FP32
+    stream = size * shapes.rows * config.width
+    # The norm before the first layer keeps its input, and so does pre-norm's last one.
+    around = stream * (2 if config.norm == "pre" else 1)
+    return Activations(
+        embedder=_embedder(config, image_size, size) * shapes.pairs,
+        blocks=config.layers * layer + around,
+        checkpointed=config.layers * stream + layer + around,
+        ends=_ends(
+            config, shapes, vocab_size=vocab_size, image_size=image_size, e=size
+        ),
+    )
+
+
+def saved_ends(
+    config: MlimConfig, shapes: Shapes, *, vocab_size: int, image_size: int, e: int
+) -> tuple[int, int]:
+    """What MLM head and decoder keep for their backward passes."""
+    width = config.width
+    # Hidden states, dense layer, its GELU and norm; log-softmax always in fp32.
+    head = shapes.masked_words * (4 * width * e + _FP32 * vocab_size)
+    maps = _decoder_maps(config, image_size)
+    inner = 2 * sum(maps[1:-1]) + maps[0]
+    # Sigmoid and the error that is squared, in fp32.
+    decoder = shapes.recon_images * (inner * e + 2 * maps[-1] * _FP32)
+    return head, decoder
+
+
+def _layer(config: MlimConfig, shapes: Shapes, *, bf16: bool) -> int:
+    """A transformer layer: inputs of both norms or their results, of the four linear
+    layers and of GELU; queries, keys, values and mixed values of attention.
+    """
+    width, rows = config.width, shapes.rows
+    outside = rows * (5 * width + 2 * config.ffn_width)
+    statistics = 4 * rows * _FP32
+    if bf16:
+        # The mixed values are the input of the output layer.
+        inside = rows * 3 * width * 2
+        return outside * 2 + inside + rows * config.heads * _FP32 + statistics
+    inside = shapes.table * (4 * width + config.heads) * _FP32
+    return outside * _FP32 + inside + statistics
+
+
+def _embedder(config: MlimConfig, image_size: int, size: int) -> int:
+    """An image's pixels, and each convolution's result before and after its GELU."""
+    kept, side = 3 * image_size**2, image_size
+    for width in config.embedder_widths:
+        side //= 2
+        kept += 2 * width * side**2
+    return size * (kept + 2 * config.embedder_hidden * side**2)
+
+
+def _decoder_maps(config: MlimConfig, image_size: int) -> list[int]:
+    """Numbers in the decoder's input and in each layer's result, for one image."""
+    side = image_size // config.patch_size
+    found = [config.width * side**2]
+    for number, width in enumerate((*config.decoder_widths, 3)):
+        side *= 2 if number % 2 else 1
+        found.append(width * side**2)
+    return found
+
+
+def _ends(
+    config: MlimConfig, shapes: Shapes, *, vocab_size: int, image_size: int, e: int
+) -> int:
+    """MLM head and decoder at the worst of three moments."""
+    head, decoder = saved_ends(
+        config, shapes, vocab_size=vocab_size, image_size=image_size, e=e
+    )
+    logits = shapes.masked_words * vocab_size
+    maps = _decoder_maps(config, image_size)
+    largest = max(a + b for a, b in itertools.pairwise(maps))
+    moments = (
+        # The forward pass ends: the logits are still there, and the target's pixels.
+        head + decoder + logits * e + shapes.recon_images * maps[-1] * _FP32,
+        # The decoder's backward pass: gradients of a layer's input and result.
+        head + decoder + shapes.recon_images * largest * e,
+        # The head's: gradients of log-softmax's result and input.
+        head + 2 * logits * _FP32,
+    )
+    return max(moments)
