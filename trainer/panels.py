@@ -205,5 +205,5 @@ def _column(axes: Any, images: Sequence[np.ndarray], caption: str) -> None:
         axis.imshow(image, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         for side in axis.spines.values():
-            side.set_visible(False)
+            side.set(color="0.8", linewidth=0.5)
     axes[-1].set_xlabel(caption, fontsize=7)

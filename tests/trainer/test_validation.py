@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from tests.conftest import deepspeed_command, launch_environment, python
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config, launch, metrics
+from tests.conftest import launch_environment, python
+from tests.trainer.tiny import TINY, column, config, launch, metrics
 from trainer.contract import VALIDATION_NAMES, read_validation
 from trainer.dataset import Dataset
 from trainer.engine import World
@@ -24,6 +24,7 @@ from trainer.loader import Loader
 from trainer.loop import build_model
 from trainer.masking import Mode
 from trainer.metrics import Metrics
+from trainer.options import may_change
 from trainer.validation import HeldOut, held_out, share_of
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -126,7 +127,8 @@ def test_ranks_that_share_the_work_measure_what_one_measures(
     for row, other in zip(metrics(run), metrics(seeing), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert ("param_norm" in row) == (row["step"] % 2 == 0)
-        assert row.get("param_norm") == pytest.approx(other.get("param_norm"), rel=1e-4)
+        if "param_norm" in row:
+            assert row["param_norm"] == pytest.approx(other["param_norm"], rel=1e-5)
         assert 0.01 < row["peak_memory_gib"] < 100
 
 
@@ -145,32 +147,6 @@ def test_a_trace_holds_the_steps_asked_for_by_the_names_of_their_parts(
     assert [path.name for path in (seeing / "profile").iterdir()] == [
         "rank-0.trace.json.gz"
     ]
-
-
-def test_a_damaged_held_out_pair_ends_every_rank_with_one_clear_line(
-    shards: Path, tmp_path: Path
-) -> None:
-    damaged = tmp_path / "shards"
-    shutil.copytree(shards, damaged)
-    tar = damaged / "val" / "shard-000000.tar"
-    content = bytearray(tar.read_bytes())
-    record = np.load(damaged / "val" / "shard-000000.index.npy")[0]
-    content[int(record["jpg_offset"]) + 30] ^= 4
-    tar.write_bytes(content)
-    done = subprocess.run(
-        deepspeed_command(2, *TINY, f"--data={damaged}", f"--output={tmp_path / 'r'}"),
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LAUNCH_LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout
-    lines = [line for line in done.stdout.splitlines() if "error: " in line]
-    assert len(lines) == 1, done.stdout
-    assert f"{int(record['uid']):016x} is damaged" in lines[0]
 
 
 def held(shards: Path, *words: str, metrics: Metrics | None = None) -> HeldOut | None:
@@ -247,13 +223,26 @@ def test_a_dataset_without_the_split_is_trained_on_with_a_note(
     assert "--split.val" in printed
 
 
-def test_another_measurement_is_refused_on_resume_and_a_rarer_one_is_not(
-    seeing: Path, shards: Path
+def test_a_damaged_held_out_pair_is_told_before_the_first_step(
+    shards: Path, tmp_path: Path
 ) -> None:
-    words = (*TINY, *WIDE, *SEEING, "--deepspeed.zero_stage=0", "--max_steps=4")
-    words = (*words, f"--data={shards}", f"--output={seeing}")
-    done = python("-m", "trainer.pretrain", *words, "--eval.seed=1")
-    assert done.returncode == 1
-    assert "eval.seed: 0 -> 1" in done.stdout
-    done = python("-m", "trainer.pretrain", *words, "--eval.every_steps=3")
-    assert "nothing left to do" in done.stdout
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    tar = damaged / "val" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    record = np.load(damaged / "val" / "shard-000000.index.npy")[0]
+    content[int(record["jpg_offset"]) + 30] ^= 4
+    tar.write_bytes(content)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(ValueError, match=f"{int(record['uid']):016x} is damaged"):
+        held(damaged)
+    assert not dist.is_initialized(), "the rank must have left its group"
+
+
+@pytest.mark.parametrize("key", ["seed", "split", "max_pairs"])
+def test_one_run_has_one_measurement_and_may_make_it_more_or_less_often(
+    key: str,
+) -> None:
+    assert not may_change(f"eval.{key}")
+    assert may_change("eval.every_steps")
+    assert may_change("profile.steps")
