@@ -52,7 +52,7 @@ class AblationsConfig:
     """Dataset directory (the first word of the command)."""
     work: str
     """Directory for the runs."""
-    config: str = "mlim-tiny"
+    recipe: str = "mlim-tiny"
     """Recipe."""
     seeds: int = 3
     """Runs of each variant: seeds 0, 1, ..."""
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(
         AblationsConfig, argv, prog=PROG, description=DESCRIPTION, positional="data"
     )
-    words = (f"--config={config.config}", f"--data={config.data}")
+    words = (f"--config={config.recipe}", f"--data={config.data}")
     places = {
         (variant, seed): Path(config.work) / f"{number}-seed{seed}"
         for number, variant in enumerate(VARIANTS)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
     group = f" --group {config.group}" if config.group else ""
     result: dict[str, Any] = {
         "command": f"python -m {PROG} SHARDS --work DIR --seeds {config.seeds}{group}",
-        "config": config.config,
+        "recipe": config.recipe,
         "variants": found,
     }
     write_json(Path(config.output), result)

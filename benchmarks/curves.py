@@ -45,7 +45,7 @@ class CurvesConfig:
     """Dataset directory (the first word of the command)."""
     work: str
     """Directory for the runs."""
-    config: str = "mlim-tiny"
+    recipe: str = "mlim-tiny"
     """Recipe."""
     seeds: int = 5
     """Runs: seeds 0, 1, ..."""
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(
         CurvesConfig, argv, prog=PROG, description=DESCRIPTION, positional="data"
     )
-    words = (f"--config={config.config}", f"--data={config.data}")
+    words = (f"--config={config.recipe}", f"--data={config.data}")
     runs = {
         Path(config.work) / f"seed{seed}": (*words, f"--seed={seed}")
         for seed in range(config.seeds)
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     output = Path(config.output)
     result = {
         "command": f"python -m {PROG} SHARDS --work DIR --seeds {config.seeds}",
-        "config": config.config,
+        "recipe": config.recipe,
         "seeds": config.seeds,
         "window": WINDOW,
         "curves": curves,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -208,9 +207,9 @@ def _decode_seconds(loader: Loader, places: np.ndarray, count: int) -> float | N
     chosen = places[
         np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)
     ]
-    epochs = np.zeros(len(chosen), dtype=np.int64)
+    rows = loader.rows(chosen, np.zeros(len(chosen), dtype=np.int64))
     with ThreadPoolExecutor(1) as decoders:
-        # Indexes are mapped and libraries loaded by the first ones.
-        loader.read(chosen[:8], epochs[:8], decoders)
-        samples: Any = loader.read(chosen, epochs, decoders)
+        # Libraries are loaded by the first ones.
+        loader.read(rows.part(slice(8)), decoders)
+        samples = loader.read(rows, decoders)
     return float(samples.read_s + samples.decode_s) / len(chosen)
