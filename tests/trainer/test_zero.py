@@ -4,12 +4,15 @@ ranks change on the way. Real launches over gloo, each for many tiny runs.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import column
+from trainer.contract import METRICS, complete_checkpoints
+from trainer.metrics import keep_steps
 
 STAGES = (0, 1, 2, 3)
 STEPS = 6
@@ -17,8 +20,10 @@ STEPS = 6
 CLOSE = 1e-4
 # Wide enough that stage 3 really takes parameters apart and gathers them.
 WIDE = ("--model.width=256", "--model.ffn_width=512", "--model.layers=1")
+# Micro-batches of 3 of 24 pairs: ranks times accumulation is eight.
 EIGHT = "--micro_batch=3"
-"""Micro-batches of 3 of 24 pairs: ranks times accumulation is eight."""
+OFFLOAD, OFFLOADED = "--deepspeed.offload=cpu", (2, 3)
+RECOMPUTE, RECOMPUTED = "--deepspeed.activation_checkpointing=true", (1, 3)
 
 
 class Runs:
@@ -27,10 +32,20 @@ class Runs:
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder, self._shards = folder, shards
 
-    def call(self, name: str, steps: int, *words: str) -> list[str]:
-        """Arguments that take the run `name` to `steps` steps."""
+    def call(self, name: str, stage: int, *words: str) -> list[str]:
+        """Arguments that take the run `name` to its end, or to other `--max_steps`."""
         where = (f"--data={self._shards}", f"--output={self.folder / name}")
-        return [*WIDE, *where, f"--max_steps={steps}", *words]
+        zero = f"--deepspeed.zero_stage={stage}"
+        often = ("--checkpoint.every_steps=2", "--checkpoint.keep=9")
+        return [*WIDE, *where, zero, *often, f"--max_steps={STEPS}", *words]
+
+    def cut(self, name: str, to: str, step: int) -> None:
+        """Make the run `to`: `name` as it was killed after the checkpoint at `step`."""
+        shutil.copytree(self.folder / name, self.folder / to)
+        for later, path in complete_checkpoints(self.folder / to):
+            if later > step:
+                shutil.rmtree(path)
+        keep_steps(self.folder / to / METRICS, step)
 
     def losses(self, name: str) -> list[float]:
         """Losses and gradient norms of all its steps."""
@@ -47,26 +62,23 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All runs of this file: launches of 2, 1, 2 and 4 ranks."""
     folder = tmp_path_factory.mktemp("zero")
     made = Runs(folder, shards)
-
-    def every(name: str, steps: int, *words: str) -> list[list[str]]:
-        return [
-            made.call(f"{name}-{n}", steps, f"--deepspeed.zero_stage={n}", *words)
-            for n in STAGES
-        ]
-
-    def moving(steps: int, stage: int) -> list[str]:
-        return made.call("moving", steps, f"--deepspeed.zero_stage={stage}")
-
-    two = [*every("whole", STEPS), *every("same", 3), *every("cross", 2)]
-    two += every("offload", STEPS, "--deepspeed.offload=cpu")[1:]
-    two += every("recompute", STEPS, "--deepspeed.activation_checkpointing=true")
-    two += [moving(2, 1), made.call("split-2", STEPS, EIGHT)]
-    launch_all(2, two, folder / "two.json")
-    one = [*every("cross", 4), moving(4, 3), made.call("split-1", STEPS, EIGHT)]
+    call = made.call
+    two = [call(f"whole-{stage}", stage) for stage in STAGES]
+    two += [call(f"offload-{stage}", stage, OFFLOAD) for stage in OFFLOADED]
+    two += [call(f"recompute-{stage}", stage, RECOMPUTE) for stage in RECOMPUTED]
+    launch_all(2, [*two, call("split-2", 1, EIGHT)], folder / "two.json")
+    for stage in STAGES:
+        made.cut(f"whole-{stage}", f"same-{stage}", 4)
+        made.cut(f"whole-{stage}", f"cross-{stage}", 2)
+    made.cut("whole-1", "moving", 2)
+    middle = "--max_steps=4"
+    one = [call(f"cross-{stage}", stage, middle) for stage in STAGES]
+    one += [call("moving", 3, middle), call("split-1", 1, EIGHT)]
     launch_all(1, one, folder / "one.json")
-    again = [*every("same", STEPS), *every("cross", STEPS), moving(STEPS, 0)]
-    launch_all(2, again, folder / "again.json")
-    launch_all(4, [made.call("split-4", STEPS, EIGHT)], folder / "four.json")
+    again = [call(f"same-{stage}", stage) for stage in STAGES]
+    again += [call(f"cross-{stage}", stage) for stage in STAGES]
+    launch_all(2, [*again, call("moving", 0)], folder / "again.json")
+    launch_all(4, [call("split-4", 1, EIGHT)], folder / "four.json")
     return made
 
 
@@ -87,13 +99,13 @@ def test_a_run_goes_from_2_ranks_to_1_and_back(runs: Runs, stage: int) -> None:
     assert runs.losses(f"cross-{stage}") == expected
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", OFFLOADED)
 def test_offload_changes_no_loss(runs: Runs, stage: int) -> None:
     expected = pytest.approx(runs.losses(f"whole-{stage}"), rel=CLOSE)
     assert runs.losses(f"offload-{stage}") == expected
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", RECOMPUTED)
 def test_activation_checkpointing_changes_no_bit(runs: Runs, stage: int) -> None:
     assert runs.losses(f"recompute-{stage}") == runs.losses(f"whole-{stage}")
 
