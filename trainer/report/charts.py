@@ -104,9 +104,12 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return smoothed
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """A curve smoothed over a fiftieth of its length, as charts show it."""
-    return smooth(values, len(values) / 50)
+def smoothed(series: Sequence[Series]) -> list[list[float]]:
+    """Curves as a chart shows them: all smoothed over a fiftieth of the longest, or a
+    young run would look noisier than an old one.
+    """
+    width = max((len(one.values) for one in series), default=0) / 50
+    return [smooth(one.values, width) for one in series]
 
 
 def thin(
@@ -153,7 +156,7 @@ def curves(
     last = max(one.steps[-1] for one in drawn)
     first = min(one.steps[0] for one in drawn)
     # Without raw lines a curve is exact.
-    lines = [smoothed(one.values) if raw else one.values for one in drawn]
+    lines = smoothed(drawn) if raw else [one.values for one in drawn]
     low, high = _range(
         [span(one, line) for one, line in zip(drawn, lines, strict=True)], zero=zero
     )

@@ -45,15 +45,14 @@ GROUPS = (
     Group(title="Losses", pattern=r"(?!val_|probe_)(\w+_)?loss"),
     Group(
         title="On held-out pairs",
-        pattern=r"val_loss|val_(mlm|recon|itm)_(loss|accuracy)",
+        pattern=r"val_((mlm|recon|itm)_)?loss",
         lead="The same pairs and masks in all runs that share eval.seed and data.",
     ),
-    Group(title="Words and pixels", pattern=r"(mlm|itm)_accuracy|psnr"),
+    Group(title="Words and pixels", pattern=r"(val_)?(mlm|itm)_accuracy|psnr"),
     Group(title="Optimizer", pattern=r"lr|(?!val_|probe_)\w*norm"),
     Group(
         title="By masking mode",
         pattern=r"\w*_(image_heavy|text_heavy|light)",
-        folded=True,
     ),
     Group(title="Probes while training", pattern=r"probe_\w+", folded=True),
     Group(
@@ -84,6 +83,16 @@ _TITLES = {
     "peak_memory_gib": "Peak memory, GiB",
     "mfu": "Model FLOPs utilisation",
     "model_tflops": "Model TFLOP/s",
+    "read_s": "Seconds of reading",
+    "decode_s": "Seconds of decoding",
+    "cut_captions_frac": "Share of captions cut",
+    "replaced": "Damaged samples replaced",
+    "probe_mlm_true": "MLM probe: loss with its own image",
+    "probe_mlm_shuffled_gap": "MLM probe: another's image costs",
+    "probe_mlm_blank_gap": "MLM probe: a blank image costs",
+    "probe_recon_true": "RECON probe: loss with its own caption",
+    "probe_recon_shuffled_gap": "RECON probe: another's caption costs",
+    "probe_recon_empty_gap": "RECON probe: an empty caption costs",
 }
 _MODES = re.compile(r"(\w+)_(image_heavy|text_heavy|light)")
 # Measured exactly or seldom: nothing to smooth.
@@ -227,9 +236,10 @@ def _run_data(run: Run) -> dict[str, Any]:
 
 
 def _curve_data(metric: Metric) -> dict[str, Any]:
-    series = []
-    for one in metric.series:
-        line = smoothed(one.values) if metric.noisy else one.values
+    series, lines = [], [one.values for one in metric.series]
+    for one, line in zip(
+        metric.series, smoothed(metric.series) if metric.noisy else lines, strict=True
+    ):
         raw = thin(one.steps, one.values, extremes=True) if metric.noisy else []
         series.append(
             {
@@ -251,13 +261,14 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Known metrics in the order of their titles, then the others."""
+def _order(name: str) -> tuple[bool, int, str]:
+    """Metrics in the order of their titles, then the others; held-out ones last."""
     known = list(_TITLES)
     base = name.removeprefix("val_")
     mode = _MODES.fullmatch(base)
     base = mode[1] if mode else base
-    return (known.index(base) if base in known else len(known)), name
+    place = known.index(base) if base in known else len(known)
+    return name.startswith("val_"), place, name
 
 
 def _lower(text: str) -> str:

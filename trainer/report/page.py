@@ -110,7 +110,7 @@ def _training(runs: Sequence[Run], curves: str) -> str:
         for run in runs
         if not run.metrics
     ]
-    lead = "Smoothed over a fiftieth of the run; faint, every step as it was."
+    lead = "Smoothed over a fiftieth of the longest run; faint, every step as it was."
     return section("Training", curves, *waiting, lead=lead if curves else "")
 
 

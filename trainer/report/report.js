@@ -63,8 +63,8 @@
   }
 
   function timeUnit(seconds) {
-    const units = [[86400, "d"], [3600, "h"], [60, "min"]];
-    return units.find(([size]) => seconds >= 2 * size) || [1, "s"];
+    const units = [[86400, "days"], [3600, "hours"], [60, "minutes"]];
+    return units.find(([size]) => seconds >= 2 * size) || [1, "seconds"];
   }
 
   // Text of a value on the horizontal axis whose largest value is `last`.
@@ -190,7 +190,7 @@
     for (const mark of ticks(plan.first / size, last / size, 5)) {
       const x = plan.x(mark * size);
       // The name of the axis stands in the corner.
-      if (x < left + 45) continue;
+      if (x < left + 52) continue;
       node(svg, "text", { class: "tick mid", x, y: base + 16 },
         place(axis, mark * size, last));
     }

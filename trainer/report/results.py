@@ -168,4 +168,4 @@ def _last(values: Sequence[float]) -> float | None:
 
 
 def _text(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 100 else number(value)
+    return f"{value:.4f}" if abs(value) < 10 else number(value)
