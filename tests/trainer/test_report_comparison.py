@@ -31,6 +31,7 @@ from trainer.report.configs import differing_keys
 
 CSS = Path(page.__file__).with_name("report.css")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ABSENT = "\N{EN DASH}"
 # Below this distance in CIELAB two lines of a chart are taken for one.
 TOLD_APART = 15
 # Machado, Oliveira, Fernandes 2009: full severity, linear RGB.
@@ -221,7 +222,7 @@ def test_differences_show_both_values_and_what_a_run_lacks(
     text = report(*runs)
     listed = text[text.index("Differences") : text.index("Every key")]
     cells = re.findall(r"<td>(.*?)</td>", listed)
-    assert cells == ["optimizer.lr", "0.001", "0.004", "max_steps", "–", "null"]
+    assert cells == ["optimizer.lr", "0.001", "0.004", "max_steps", ABSENT, "null"]
 
 
 def test_names_and_paths_are_escaped_where_scripts_read_them(
@@ -338,7 +339,7 @@ def browser(text: str, folder: Path, script: str) -> str:
     """
     page = folder / "page.html"
     failed = (
-        "addEventListener('error', (e) => { document.title = 'FAILED ' + e.message })"
+        "addEventListener('error', e => { document.title = 'FAILED ' + e.message })"
     )
     text = text.replace("<title>", f"<script>{failed}</script><title>", 1)
     page.write_text(text.replace("</body>", f"<script>{{{script}}}</script></body>"))
