@@ -26,6 +26,7 @@ from trainer.options import (
     PretrainConfig,
     ScheduleConfig,
 )
+from trainer.refusal import combined_norm, refusing
 
 Item = TypeVar("Item")
 
@@ -244,9 +245,10 @@ def learning_rate(
     return optimizer.lr * (floor + (1 - floor) * left)
 
 
-def apply_step(engine: Any, *, lr: float, clip: float) -> float:
+def apply_step(engine: Any, *, lr: float, clip: float, take: bool = True) -> float:
     """Take the optimizer step at the end of accumulation; the gradient norm before
-    clipping.
+    clipping. Where that is not finite, or unless `take`, the gradients are dropped and
+    weights, moments and Adam's count of steps stay as they are on every rank.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -254,8 +256,14 @@ def apply_step(engine: Any, *, lr: float, clip: float) -> float:
     if own_norm:
         # Stage 0 in fp32 is a bare torch optimizer; DeepSpeed keeps no norm there.
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip)
-    engine.step()
-    return float(norm if own_norm else engine.get_global_grad_norm())
+        take = take and bool(norm.isfinite())
+    if take:
+        # ZeRO optimizers refuse a norm that is not finite by themselves.
+        engine.step()
+        return float(norm if own_norm else engine.get_global_grad_norm())
+    with refusing(engine.optimizer) as measured:
+        engine.step()
+    return float(norm) if own_norm else combined_norm(measured)
 
 
 def _skip_shared_memory_op() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
-import math
 import signal
 import sys
 import time
@@ -31,10 +30,8 @@ from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import (
     World,
-    apply_step,
     build_engine,
     chosen_precision,
-    learning_rate,
     start_world,
     world_from_environment,
 )
@@ -57,7 +54,9 @@ from trainer.quarantine import Quarantined, from_plain, to_plain
 from trainer.saving import Checkpoints
 from trainer.sources import sources_of
 from trainer.tracking import check_installed
+from trainer.update import Updates
 from trainer.validation import HeldOut, held_out
+from trainer.watchdog import Fed, Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,8 @@ class Checked:
     """Where its data stands."""
     quarantined: tuple[Quarantined, ...] = ()
     """Damaged samples that were found before."""
+    safety: dict[str, Any] | None = None
+    """What was known of the losses before."""
 
     @property
     def first_step(self) -> int:
@@ -85,6 +86,7 @@ class Parts:
     world: World
     loader: Loader
     engine: Any
+    updates: Updates
     metrics: Metrics | None
     """Only where something is printed and written: on rank 0."""
     held_out: HeldOut | None = None
@@ -127,6 +129,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         world=world,
         loader=loader,
         engine=engine,
+        updates=Updates(config, world, checked.safety),
         metrics=metrics,
         held_out=held_out(loader, world, build, metrics),
         profiler=Profiler(config.profile, run, metrics.note) if metrics else None,
@@ -148,57 +151,94 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     that is because somebody asked to stop.
     """
     config, world, loader = parts.config, parts.world, parts.loader
-    engine, metrics, profiler = parts.engine, parts.metrics, parts.profiler
-    stop, spent = StopFlag(), Spent()
+    engine, updates, metrics = parts.engine, parts.updates, parts.metrics
+    profiler, stop, spent = parts.profiler, StopFlag(), Spent()
+    if step == 0:
+        updates.save_point(engine, 0)
     # The feed asks for the first steps as soon as it is made.
     freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
     with (
+        Watchdog(config, rank=world.rank, world_size=world.size) as watch,
         Checkpoints(Path(config.output), config.checkpoint, world) as checkpoints,
         Feed(loader.steps(step, config.last_step), world.device) as feed,
     ):
         while step < config.last_step:
+            watch.at("freeze of shards", step + 1)
             freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
             if profiler:
                 profiler.before_step(step)
             started = time.perf_counter()
-            batch = next_batch(feed, world)
+            batch = next_batch(watch.feed(feed), world)
             totals = global_counts(batch.counts, world)
             if totals.replaced:
                 tell_replaced(loader, totals, step, world, metrics)
+            watch.at("forward and backward")
             result = run_micro_batches(engine, loader, batch, totals, world)
-            lr = learning_rate(step, config.optimizer, config.schedule)
             with span("optimizer"):
-                grad_norm = apply_step(engine, lr=lr, clip=config.optimizer.clip)
+                updated = updates.update(engine, result, totals, step=step, watch=watch)
             feed.ended()
             step += 1
             elapsed = time.perf_counter() - started
             took = spent_on(batch, feed, elapsed)
+            watch.at("all-reduce of metrics")
             asked = (stop.asked, checkpoints.due, checkpoints.failed)
             summed = summed_over_ranks(result, took, asked, world)
             row = metrics_row(batch, totals, summed, loader, world, elapsed)
-            row |= {"step": step, "lr": lr, "grad_norm": grad_norm}
-            row["peak_memory_gib"] = peak_memory_gib(world.device)
-            if config.log.norms_every and step % config.log.norms_every == 0:
-                row["param_norm"] = parameter_norm(engine.module, world)
-            _require_finite(row)
+            row |= {"step": step, **updated.row, **_of_model(parts, step)}
             spent += summed.spent
             if metrics:
                 metrics.write(row)
-            val_loss = None
-            if parts.held_out and not summed.stop:
-                val_loss = parts.held_out.look(engine, step, metrics)
-            best = val_loss is not None and checkpoints.is_best(val_loss)
-            if summed.write_failed:
-                checkpoints.wait()
-            due = summed.save_due or best or step % config.checkpoint.every_steps == 0
-            if due or summed.stop or step == config.last_step:
-                checkpoints.save(engine, data_state(loader, step), val_loss=val_loss)
+                if updated.note:
+                    metrics.note(updated.note)
+            due = summed.save_due or "rolled_back_to" in row
+            if _look_and_save(parts, checkpoints, watch, step, summed, due=due):
                 if metrics:
                     metrics.note(verdict(spent, threads=config.threads))
                 spent = Spent()
             if summed.stop:
                 return step, True
     return step, False
+
+
+def _of_model(parts: Parts, step: int) -> dict[str, float]:
+    """Metrics of the model after `step` steps."""
+    row = {"peak_memory_gib": peak_memory_gib(parts.world.device)}
+    every = parts.config.log.norms_every
+    if every and step % every == 0:
+        row["param_norm"] = parameter_norm(parts.engine.module, parts.world)
+    return row
+
+
+def _look_and_save(
+    parts: Parts,
+    checkpoints: Checkpoints,
+    watch: Watchdog,
+    step: int,
+    summed: Summed,
+    *,
+    due: bool,
+) -> bool:
+    """After `step` steps, measure held-out pairs and save what is due; whether a
+    checkpoint was, which is also so when it is `due` for reasons of the caller's.
+    """
+    config, updates = parts.config, parts.updates
+    val_loss = None
+    if parts.held_out and not summed.stop:
+        watch.at("validation")
+        val_loss = parts.held_out.look(parts.engine, step, parts.metrics)
+    watch.at("checkpoint")
+    best = val_loss is not None and checkpoints.is_best(val_loss)
+    point = updates.point_due(step)
+    if summed.write_failed or point:
+        checkpoints.wait()
+    if point:
+        updates.save_point(parts.engine, step)
+    due = due or best or point or step % config.checkpoint.every_steps == 0
+    due = due or summed.stop or step == config.last_step
+    if due:
+        state = data_state(parts.loader, updates, step)
+        checkpoints.save(parts.engine, state, val_loss=val_loss)
+    return due
 
 
 def check(config: PretrainConfig) -> Checked:
@@ -256,6 +296,7 @@ def check(config: PretrainConfig) -> Checked:
         checkpoint=found[0] if found else None,
         state=state,
         quarantined=tuple(quarantined),
+        safety=found[1]["safety"] if found else None,
     )
 
 
@@ -320,9 +361,10 @@ def _require_agreement(checked: Checked, world: World) -> None:
 
 
 @span("data")
-def next_batch(feed: Feed, world: World) -> StepBatch:
+def next_batch(feed: Fed, world: World) -> StepBatch:
     """The next batch, on the device, once every rank has its own."""
-    return world.together(feed.next)
+    found: StepBatch = world.together(feed.next)
+    return found
 
 
 def global_counts(counts: Counts, world: World) -> Counts:
@@ -501,9 +543,10 @@ def tell_replaced(
     metrics.note(line)
 
 
-def data_state(loader: Loader, step: int) -> dict[str, Any]:
-    """What a checkpoint after `step` steps says of data (law 1)."""
+def data_state(loader: Loader, updates: Updates, step: int) -> dict[str, Any]:
+    """What a checkpoint after `step` steps says of data (law 1) and of losses."""
     state = DataState.of(loader.dataset, loader.order, step=step).to_plain()
+    state["safety"] = updates.guard.to_plain()
     return state | {"quarantine": to_plain(loader.quarantine.until(step))}
 
 
@@ -553,16 +596,6 @@ class StopFlag:
         elif time.monotonic() - self._first > self._ONE_REQUEST_S:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def _require_finite(row: dict[str, Any]) -> None:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(row[name]):
-            raise ValueError(
-                f"{name} is {row[name]} at step {row['step']}: lower optimizer.lr and "
-                "start anew; or, if the newest checkpoint is bad already, delete it "
-                "and continue from the one before"
-            )
 
 
 def _utilisation(

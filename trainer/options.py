@@ -37,6 +37,12 @@ MAY_CHANGE = (
     "deepspeed.zero_stage",
     "deepspeed.offload",
     "deepspeed.activation_checkpointing",
+    # When a run stops, not what it computes until then.
+    "safety.nonfinite",
+    "safety.max_nonfinite",
+    "safety.max_spikes",
+    "safety.hang_minutes",
+    "safety.hang_action",
 )
 MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
 
@@ -255,6 +261,41 @@ class DamageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What a run does about a step that goes wrong (`trainer.safety`,
+    `trainer.watchdog`).
+    """
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """When a loss or gradient of any rank is not finite, no weight changes on any:
+    drop the step's update and go on, or stop the run."""
+    max_nonfinite: int = 3
+    """Most such steps in a row that are passed over; then the run stops."""
+    spike_action: Literal["log", "skip", "roll_back"] = "log"
+    """When a loss spikes: say so; drop the step's update; or go back to the weights of
+    the newest roll-back point and on with the data after the spike."""
+    spike_window: int = 100
+    """Steps that a loss is compared with, and that must pass before the first spike."""
+    spike_threshold: float = 8.0
+    """Standard deviations above its running mean that make a loss a spike."""
+    max_spikes: int = 10
+    """Most spikes that are skipped or rolled back with fewer than `spike_window` steps
+    between them; then the run stops."""
+    roll_back_steps: int = 500
+    """Steps between roll-back points, in RUN/roll_back; two of them stay on disk."""
+    hang_minutes: float | None = 15.0
+    """Minutes in one stage of a step (data, backward, checkpoint, ...) after which a
+    rank is said to hang; null for never."""
+    hang_action: Literal["abort", "warn"] = "abort"
+    """End the rank, so that the launcher ends the run and the same command can resume
+    it; or only say so."""
+
+    def __post_init__(self) -> None:
+        at_least("safety.", self, max_nonfinite=0, spike_window=2, spike_threshold=1)
+        at_least("safety.", self, max_spikes=0, roll_back_steps=1, hang_minutes=0.001)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Masked vision-language pretraining on a dataset of shards."""
 
@@ -309,6 +350,7 @@ class PretrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:

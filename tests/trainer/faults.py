@@ -1,0 +1,124 @@
+"""trainer.pretrain with faults put in from outside: `faults.py JSON [words ...]`.
+
+Keys of the JSON, steps counted from 1 as in metrics.jsonl:
+- `nan_gradient`, `nan_loss`, `spike`: lists of steps in which `rank` has one;
+- `rank`: the rank with the fault (default 1);
+- `fingerprints`: file to which each rank appends a line about each update;
+- `kill`: step in which this process gets SIGKILL;
+- `hang`: step before which `rank` reads from `fifo`, into which nobody writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from pipeline.config import run
+from trainer import loop, pretrain, update
+from trainer.feed import Feed
+
+
+class Poison(torch.autograd.Function):
+    """A value as it is, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+FAULTS = {
+    "nan_gradient": Poison.apply,
+    "nan_loss": lambda loss: loss * float("nan"),
+    "spike": lambda loss: loss * 100,
+}
+
+
+def fingerprint(engine: Any) -> str:
+    """Of what this rank holds of weights, fp32 masters, moments and step counts."""
+    digest = sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous().numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else str(value).encode())
+
+    for parameter in engine.module.parameters():
+        take(getattr(parameter, "ds_tensor", parameter))
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for parameter, state in inner.state.items():
+        take(parameter)
+        for name in sorted(state):
+            take(name)
+            take(state[name])
+    return digest.hexdigest()
+
+
+def install(spec: dict[str, Any]) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    faulty = rank == spec.get("rank", 1)
+    now = {"step": 0}
+    build, backward = loop.build_model, loop.run_micro_batches
+    apply, following = update.apply_step, Feed.next
+
+    def damaged(module: Any, inputs: Any, output: Any) -> Any:
+        for name, fault in FAULTS.items():
+            if faulty and module.training and now["step"] in spec.get(name, ()):
+                output = output._replace(mlm_sum=fault(output.mlm_sum))
+        return output
+
+    def build_model(*args: Any) -> Any:
+        model = build(*args)
+        model.register_forward_hook(damaged)
+        return model
+
+    def run_micro_batches(*args: Any) -> Any:
+        now["step"] = args[2].step + 1
+        if spec.get("kill") == now["step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*args)
+
+    def apply_step(engine: Any, **options: Any) -> float:
+        before = fingerprint(engine)
+        norm = apply(engine, **options)
+        line = {
+            "rank": rank,
+            "step": now["step"],
+            "before": before,
+            "after": fingerprint(engine),
+        }
+        with open(spec["fingerprints"], "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return norm
+
+    def next_batch(feed: Feed) -> Any:
+        now["asked"] = now.get("asked", 0) + 1
+        if faulty and now["asked"] == spec["hang"]:
+            Path(spec["fifo"]).read_bytes()
+        return following(feed)
+
+    loop.build_model, loop.run_micro_batches = build_model, run_micro_batches
+    if "fingerprints" in spec:
+        update.apply_step = apply_step
+    if "hang" in spec:
+        Feed.next = next_batch
+
+
+if __name__ == "__main__":
+    # The launcher puts its own word first.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    install(json.loads(words[0]))
+    sys.argv[1:] = words[1:]
+    run(pretrain.main, pretrain.PROG)
