@@ -12,6 +12,7 @@ flight at most. A kill at any moment leaves it whole or without a marker.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -74,8 +75,7 @@ class Checkpoints:
         """
         if not self._config.keep_best:
             return False
-        lower = self._lowest is None or val_loss < self._lowest
-        return bool(self._world.broadcast(lower))
+        return bool(self._world.broadcast(self._is_lowest(val_loss)))
 
     def save(
         self, engine: Any, data_state: dict[str, Any], *, val_loss: float | None = None
@@ -89,10 +89,10 @@ class Checkpoints:
         self.wait()
         marker = {**data_state, "world_size": self._world.size}
         marker["adam_steps"] = adam_steps(engine)
-        if val_loss is not None:
+        if val_loss is not None and math.isfinite(val_loss):
             marker[checkpoint.VAL_LOSS] = val_loss
-            lower = self._lowest is None or val_loss < self._lowest
-            self._lowest = val_loss if lower else self._lowest
+            if self._is_lowest(val_loss):
+                self._lowest = val_loss
         self._copy(engine)
         attempt = f"{checkpoint.TEMPORARY}{uuid.uuid4().hex[:12]}"
         folder = self._run / CHECKPOINTS / self._world.broadcast(attempt)
@@ -130,6 +130,10 @@ class Checkpoints:
         elif self._thread:
             # No collectives: other ranks may be anywhere.
             self._thread.join(_PATIENCE_S)
+
+    def _is_lowest(self, val_loss: float) -> bool:
+        known = self._lowest
+        return math.isfinite(val_loss) and (known is None or val_loss < known)
 
     def _agree(self) -> None:
         failed = torch.tensor([self.failed], dtype=torch.int64)
