@@ -34,6 +34,7 @@ METRIC_NAMES = (
     "padding_frac",
     "replaced",
     "peak_memory_gib",
+    "skipped",
     "sample_digest",
 )
 # Only of steps that have something to measure: masked words of such pairs, pixels that

@@ -75,7 +75,6 @@ class Watchdog:
         self._beat = Heartbeat(
             rank=rank, step=0, stage="start", begun=0, since=time.time()
         )
-        self._moved = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang", daemon=True)
 
@@ -94,7 +93,8 @@ class Watchdog:
     ) -> None:
         self._closed.set()
         if self._limit_s:
-            self._thread.join()
+            # Not longer: it may be writing to storage that hangs.
+            self._thread.join(timeout=1)
 
     def at(self, stage: str, step: int | None = None) -> None:
         """The main thread begins a stage, of the step that is given or the last one."""
@@ -105,7 +105,6 @@ class Watchdog:
             begun=self._beat.begun + 1,
             since=time.time(),
         )
-        self._moved = time.monotonic()
 
     def feed(self, steps: Steps) -> Fed:
         """`steps`, with their reading told apart from the wait for other ranks."""
@@ -113,19 +112,22 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll_s = min(self._limit_s / _POLLS, _LONGEST_POLL_S)
-        told = warned = self._beat
+        told, stuck_s, warned = self._beat, 0.0, False
         while not self._closed.wait(poll_s):
             beat = self._beat
             if beat is not told:
+                told, stuck_s, warned = beat, 0.0, False
                 self._tell(beat)
-                told = beat
-            hangs = time.monotonic() - self._moved > self._limit_s
-            if hangs and beat is not warned and beat is self._beat:
-                warned = beat
-                self._report(beat)
-                # The other ranks find out within two polls; they have a say too.
-                if self._abort and not self._closed.wait(2 * poll_s + 1):
-                    os._exit(EXIT_STATUS)
+                continue
+            # Not by the clock: it goes on while the process is suspended.
+            stuck_s += poll_s
+            if stuck_s < self._limit_s or warned:
+                continue
+            warned = True
+            self._report(beat)
+            # The other ranks find out within two polls; they have a say too.
+            if self._abort and not self._closed.wait(2 * poll_s + 1):
+                os._exit(EXIT_STATUS)
 
     def _tell(self, beat: Heartbeat) -> None:
         path = self._folder / f"rank-{beat.rank:05d}.json"

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.trainer.test_safety import with_faults
-from tests.trainer.tiny import metrics
-from trainer.watchdog import Heartbeat, waiting
+from tests.trainer.tiny import config
+from trainer.contract import complete_checkpoints
+from trainer.watchdog import Heartbeat, Watchdog, waiting
 
 
 def beat(rank: int, begun: int, stage: str = "data") -> Heartbeat:
@@ -22,23 +26,41 @@ def test_who_has_begun_the_fewest_stages_is_waited_for() -> None:
     assert "no rank is behind" in waiting(beat(0, 12), [beat(1, 12)])
 
 
-def test_a_hanging_rank_and_its_stage_are_named_and_the_run_can_go_on(
+def test_a_hanging_rank_and_its_stage_are_named_and_the_run_ends(
     shards: Path, tmp_path: Path
 ) -> None:
     run, fifo = tmp_path / "run", tmp_path / "fifo"
     os.mkfifo(fifo)
-    words = (
+    done = with_faults(
+        2,
+        {"hang": 3, "rank": 1, "fifo": str(fifo)},
         f"--data={shards}",
         f"--output={run}",
-        "--max_steps=4",
         "--checkpoint.every_steps=1",
+        "--safety.hang_minutes=0.1",
     )
-    hang = {"hang": 3, "rank": 1, "fifo": str(fifo)}
-    done = with_faults(2, hang, *words, "--safety.hang_minutes=0.05")
     assert done.returncode != 0
-    assert "rank 1 has been in data of step 3 for 0.0" in done.stdout
+    assert "rank 1 has been in data of step 3 for 0.1" in done.stdout
     assert "read_bytes" in done.stdout, "the stack of its main thread"
     assert "it waits: rank 1 has been in data of step 3" in done.stdout
     assert "rank 0 has been in all-reduce after data of step 3" in done.stdout
-    assert "resuming after step 2" in with_faults(2, {}, *words).stdout
-    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    assert [step for step, _ in complete_checkpoints(run)] == [1, 2]
+
+
+def test_a_slow_rank_is_left_alone_and_a_warning_does_not_end_it(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--safety.hang_minutes=0.002", "--safety.hang_action=warn")
+    watched = config(shards, tmp_path / "run", *words)
+    with Watchdog(watched, rank=0, world_size=1) as watch:
+        for step in range(200):
+            watch.at("data", step)
+            time.sleep(0.002)
+        assert "has been in" not in capfd.readouterr().err
+        watch.at("checkpoint", 7)
+        time.sleep(1)
+    said = capfd.readouterr().err
+    assert said.count("rank 0 has been in checkpoint of step 7") == 1
+    assert "test_watchdog.py" in said
+    beat = json.loads((tmp_path / "run" / "watchdog" / "rank-00000.json").read_text())
+    assert (beat["stage"], beat["step"]) == ("checkpoint", 7)
