@@ -70,13 +70,14 @@ class States:
     weights: int
     gradients: int
     buckets: int
-    """Buffers that gradients are reduced in."""
+    """The buffer that gradients are reduced in, where it is there all the time."""
     master: int
     """fp32 weights beside those that the model computes with."""
     moments: int
     """The two of AdamW."""
     step: int
-    """What the optimizer step takes for a moment; activations are gone by then."""
+    """What reducing gradients or the optimizer step takes, whichever is more, when
+    activations are gone."""
 
     @property
     def held(self) -> int:
@@ -84,7 +85,7 @@ class States:
         return self.weights + self.gradients + self.buckets + self.master + self.moments
 
     def peak(self, activations: int) -> int:
-        """The larger of backward and optimizer step."""
+        """The larger of the backward pass and of what comes after it."""
         return max(self.held + activations, self.held - self.buckets + self.step)
 
 
@@ -98,34 +99,39 @@ def states(
         stage: ZeRO stage.
         ranks: W.
         bf16: the model computes in bf16, else in fp32.
-        lazy: memory counts once it is written to, as on a CPU: a buffer of fixed size
-            counts as far as it is used.
+        lazy: memory counts once it is written to, as on a CPU, and not once there is a
+            buffer for it.
     """
     size = 2 if bf16 else _FP32
     share = -(-parameters // ranks)
-    bucket = min(parameters, REDUCE_BUCKET) if lazy else REDUCE_BUCKET
+    reduced = min(parameters, REDUCE_BUCKET)
+    # Gradients of bf16 are added up in fp32, in a copy of what is in the buffer.
+    widened = _FP32 * reduced if bf16 and ranks > 1 else 0
     if stage == 0:
+        # They are flattened for it once the backward pass has ended.
+        flattened = size * reduced + widened if ranks > 1 else 0
         return States(
             weights=size * parameters,
             gradients=size * parameters,
-            # Alone there is nothing to reduce.
-            buckets=size * min(parameters, REDUCE_BUCKET) if ranks > 1 else 0,
+            buckets=0,
             master=_FP32 * parameters if bf16 else 0,
             moments=_ADAM * parameters,
-            step=_FP32 * parameters,
+            step=max(flattened, _FP32 * parameters),
         )
-    # Gradients of bf16 are added up in fp32, in a copy of what is in the buffer.
-    widened = _FP32 * min(parameters, REDUCE_BUCKET) if bf16 and ranks > 1 else 0
+    bucket = size * REDUCE_BUCKET
     gathered = size * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
     return States(
         weights=gathered + size * share if stage == 3 else size * parameters,
         gradients=size * (parameters if stage == 1 else share),
-        buckets=size * bucket + widened,
+        buckets=0 if lazy else bucket,
         # In fp32 stage 3 steps on the weights themselves; 1 and 2 on a copy.
         master=_FP32 * share if bf16 or stage < 3 else 0,
         moments=_ADAM * share,
-        # Its gradients in fp32, flattened, and the root of the second moment.
-        step=(size + _FP32 + _FP32) * share,
+        # Its gradients flattened, in fp32, and the root of the second moment.
+        step=max(
+            (size * reduced if lazy else bucket) + widened,
+            (size + _FP32 + _FP32) * share,
+        ),
     )
 
 
