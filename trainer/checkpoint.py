@@ -12,7 +12,8 @@ what it needs out of all of them, so nothing is ever converted.
 How a run starts (the order matters):
 1. the newest complete checkpoint in RUN, if there is one, with everything in it;
 2. else the weights of `--init` (`trainer.initial`);
-3. else fresh weights from the seed.
+3. else, over fresh weights from the seed, those of `model.body`
+   (`trainer.models.bert`).
 """
 
 from __future__ import annotations

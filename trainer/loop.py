@@ -45,6 +45,7 @@ from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
+from trainer.models.bert import read_body, require_body_fit
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
 from trainer.options import PretrainConfig, blocking_changes
 from trainer.panels import drop_panels
@@ -111,7 +112,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     build = functools.partial(build_model, config, loader.dataset.tokenizer)
     model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if config.init and not checked.checkpoint:
+    given = config.init or config.model.body
+    if given and not checked.checkpoint:
         model.load_state_dict(_initial(config, loader.dataset), strict=False)
     model.recompute = config.deepspeed.activation_checkpointing
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
@@ -122,8 +124,9 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     metrics = _metrics(config, first_step) if world.first else None
     if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
-        if config.init and checked.checkpoint:
-            metrics.note(f"--init {config.init} is not looked at: the run is resumed")
+        if given and checked.checkpoint:
+            key = "--init" if config.init else "model.body"
+            metrics.note(f"{key} {given} is not looked at: the run is resumed")
     parts = Parts(
         config=config,
         world=world,
@@ -289,6 +292,14 @@ def check(config: PretrainConfig) -> Checked:
             with torch.device("meta"):
                 model = build_model(config, dataset.tokenizer)
             require_fit(model, _initial(config, dataset), source=config.init)
+        if config.model.body:
+            require_body_fit(
+                config.model.body,
+                config.model,
+                vocab_size=dataset.tokenizer.vocab_size,
+                max_text=config.text.max_tokens,
+                tokenizer_file=dataset.tokenizer_file,
+            )
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
     return Checked(
@@ -324,6 +335,8 @@ def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> MlimForPreT
 
 
 def _initial(config: PretrainConfig, dataset: Dataset) -> dict[str, torch.Tensor]:
+    if config.model.body:
+        return read_body(config.model.body, max_text=config.text.max_tokens)
     assert config.init
     return read_weights(config.init, tokenizer_sha256=dataset.tokenizer.sha256)
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "data",
     "output",
     "init",
+    "model.body",
     "max_steps",
     "micro_batch",
     "threads",
@@ -359,6 +360,11 @@ class PretrainConfig:
             raise ValueError("data names no dataset: give a directory, or several")
         at_least("", self, lanes=1, global_batch=1, micro_batch=1, threads=1)
         at_least("", self, shuffle_shards=1, max_steps=1)
+        if self.init and self.model.body:
+            raise ValueError(
+                f"the weights of --init {self.init} replace those of model.body "
+                f"{self.model.body}: give --model.body null with it"
+            )
         if self.image.size % self.model.patch_size:
             raise ValueError(
                 f"image.size {self.image.size} is not a multiple of the "

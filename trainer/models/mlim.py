@@ -61,6 +61,10 @@ class MlimConfig:
     """Weight of the RECON loss."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
+    body: str | None = None
+    """BERT checkpoint of Hugging Face (a directory, or a hub name such as
+    bert-base-uncased) that words, text positions, layers and the MLM head start from;
+    null: from the seed. Not looked at when a run is resumed."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "ffn_width", "embedder_hidden"):
@@ -75,6 +79,11 @@ class MlimConfig:
         if self.width % self.heads:
             raise ValueError(
                 f"model.heads {self.heads} does not divide model.width {self.width}"
+            )
+        if self.body and self.norm == "pre":
+            raise ValueError(
+                f"model.body {self.body} is a BERT, which is post-norm: give "
+                "--model.norm post, or --model.body null to start from the seed"
             )
         layers = 2 * len(self.embedder_widths)
         if len(self.decoder_widths) != layers - 1:
@@ -130,9 +139,9 @@ class MlimInputs(NamedTuple):
     """R: capacity for images with a masked position."""
 
 
-class MlimForPreTraining(nn.Module):
-    """Embeddings, transformer, MLM head and RECON decoder. With `recompute`, layers
-    keep only their inputs for the backward pass.
+class MlimEncoder(nn.Module):
+    """Embeddings and transformer. With `recompute`, layers keep only their inputs for
+    the backward pass. Weights are drawn by `apply(initialise)`.
 
     Args:
         config: the model keys of a recipe.
@@ -176,34 +185,11 @@ class MlimForPreTraining(nn.Module):
         )
         pre = config.norm == "pre"
         self.final_norm = nn.LayerNorm(width, eps=eps) if pre else nn.Identity()
-        self.mlm_dense = nn.Linear(width, width)
-        self.mlm_norm = nn.LayerNorm(width, eps=eps)
-        self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.decoder = _decoder(config)
-        self.apply(self._init)
-
-    def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
-        """Losses of a micro-batch under `masks`."""
-        hidden_td = self.encode(inputs, masks)
-        words = self.score_words(hidden_td, inputs, masks)
-        image, recon_r = self.score_images(hidden_td, inputs, masks)
-        counts = masks.counts
-        positions = recon_pixels(counts.image, masks.image.shape[1], self.config)
-        pairs = torch.arange(len(masks.mode), device=masks.mode.device)
-        by_mode = sums_of_modes(
-            masks.mode,
-            [
-                (inputs.stream.text_pair[words.text], words.nll),
-                (image, recon_r),
-                (pairs, counts.text),
-                (pairs, positions // self.config.patch_size**2),
-            ],
-        )
-        mlm, correct = words.nll.sum(), words.correct.sum()
-        return MlimOutput(mlm, recon_r.sum(), correct, by_mode)
 
     def encode(self, inputs: MlimInputs, masks: Masks) -> Tensor:
-        """Hidden states (T, D) of the stream, masked embeddings replaced."""
+        """Hidden states (T, D) of the stream, masked embeddings replaced. Pixels are
+        not looked at where the stream has no image tokens.
+        """
         stream = inputs.stream
         # One vector stands for what is hidden in either modality (MLIM, section 3).
         mask_vector = self.words.weight[self.mask_id]
@@ -211,10 +197,12 @@ class MlimForPreTraining(nn.Module):
         text_kd = self.words(shown_k)
         text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
         text_kd = text_kd + self.text_positions(stream.text_position)
-        image_bpd = self.embed_pixels(inputs.pixels)
-        image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
-        image_bpd = image_bpd + self.image_positions.weight
-        both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
+        both = text_kd
+        if stream.n_image:
+            image_bpd = self.embed_pixels(inputs.pixels)
+            image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
+            image_bpd = image_bpd + self.image_positions.weight
+            both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
         x_td = self.embedding_norm(both.index_select(0, stream.source))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -240,9 +228,77 @@ class MlimForPreTraining(nn.Module):
         return shown_k, hidden_k & ~kept_k & ~swapped_k
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> image embeddings (B, P, D)."""
-        x = pixels.permute(0, 3, 1, 2).to(self.mlm_bias.dtype) / 127.5 - 1
-        return self.embedder(x).flatten(2).transpose(1, 2)
+        """uint8 (B, H, W, 3), or floats (B, 3, H, W) from -1 to 1, -> image embeddings
+        (B, P, D).
+        """
+        dtype = self.words.weight.dtype
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
+        return self.embedder(pixels.to(dtype)).flatten(2).transpose(1, 2)
+
+    def initialise(self, module: nn.Module) -> None:
+        """Draw the weights of a module: BERT's way; He et al. (2015) for convolutions,
+        because the signal of eight layers with the framework's default fades before it
+        reaches the pixels.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            # What one output sums over: a stride of 2 spreads a transposed kernel.
+            taps: float = math.prod(module.kernel_size)
+            if isinstance(module, nn.ConvTranspose2d):
+                taps /= math.prod(module.stride)
+            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+
+
+class MlimForPreTraining(MlimEncoder):
+    """The encoder with an MLM head and a RECON decoder; arguments as there."""
+
+    def __init__(
+        self,
+        config: MlimConfig,
+        *,
+        vocab_size: int,
+        special_ids: Mapping[str, int],
+        max_text: int,
+        image_size: int,
+    ) -> None:
+        super().__init__(
+            config,
+            vocab_size=vocab_size,
+            special_ids=special_ids,
+            max_text=max_text,
+            image_size=image_size,
+        )
+        width, eps = config.width, config.norm_eps
+        self.mlm_dense = nn.Linear(width, width)
+        self.mlm_norm = nn.LayerNorm(width, eps=eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.decoder = _decoder(config)
+        self.apply(self.initialise)
+
+    def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
+        """Losses of a micro-batch under `masks`."""
+        hidden_td = self.encode(inputs, masks)
+        words = self.score_words(hidden_td, inputs, masks)
+        image, recon_r = self.score_images(hidden_td, inputs, masks)
+        counts = masks.counts
+        positions = recon_pixels(counts.image, masks.image.shape[1], self.config)
+        pairs = torch.arange(len(masks.mode), device=masks.mode.device)
+        by_mode = sums_of_modes(
+            masks.mode,
+            [
+                (inputs.stream.text_pair[words.text], words.nll),
+                (image, recon_r),
+                (pairs, counts.text),
+                (pairs, positions // self.config.patch_size**2),
+            ],
+        )
+        mlm, correct = words.nll.sum(), words.correct.sum()
+        return MlimOutput(mlm, recon_r.sum(), correct, by_mode)
 
     def word_logits(self, hidden_md: Tensor) -> Tensor:
         """(M, D) -> (M, V): BERT's two-layer head, its output tied to the words."""
@@ -291,22 +347,6 @@ class MlimForPreTraining(nn.Module):
         side = self.config.patch_size
         tiles = pixels_rhw.unflatten(2, (self.grid, side))
         return tiles.unflatten(1, (self.grid, side)).sum((2, 4)).flatten(1)
-
-    def _init(self, module: nn.Module) -> None:
-        """BERT's initialisation; He et al. (2015) for convolutions, because the signal
-        of eight layers with the framework's default fades before it reaches the pixels.
-        """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            # What one output sums over: a stride of 2 spreads a transposed kernel.
-            taps: float = math.prod(module.kernel_size)
-            if isinstance(module, nn.ConvTranspose2d):
-                taps /= math.prod(module.stride)
-            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
 
 
 def masked_words(stream: Stream, masks: Masks) -> Tensor:
