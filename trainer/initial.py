@@ -92,4 +92,8 @@ def _read_files(files: list[Path]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= load_file(file)
-    return {name: value.to(torch.float32) for name, value in weights.items()}
+    # An export's names begin with that of the model in its `transformers` class.
+    return {
+        name.removeprefix("mlim."): value.to(torch.float32)
+        for name, value in weights.items()
+    }

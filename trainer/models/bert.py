@@ -76,6 +76,15 @@ def require_body_fit(
     _require_words(body, found.vocab_size, vocab_size, tokenizer_file)
 
 
+def require_bert(config: MlimConfig) -> None:
+    """Raise ValueError unless a model of this recipe is a BERT on text."""
+    if config.norm == "pre":
+        raise ValueError(
+            "a model with model.norm pre is no BERT and cannot be exported as one: "
+            "export without --body, or train with --model.norm post"
+        )
+
+
 def read_body(body: str, *, max_text: int) -> dict[str, Tensor]:
     """fp32 weights of the MLIM model, by name, that the BERT checkpoint `body` has:
     embeddings, layers and, where present, the MLM head.
@@ -144,11 +153,7 @@ def write_body(
     Raises:
         ValueError: a pre-norm model, which BERT is not.
     """
-    if config.norm == "pre":
-        raise ValueError(
-            "a model with model.norm pre is no BERT and cannot be exported as one: "
-            "export without --body, or train with --model.norm post"
-        )
+    require_bert(config)
     from transformers import BertConfig, BertForMaskedLM
 
     shape = BertConfig(

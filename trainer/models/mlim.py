@@ -165,6 +165,7 @@ class MlimEncoder(nn.Module):
         self.config = config
         self.recompute = False
         self.mask_id = special_ids["mask"]
+        self.ids_by_name = dict(special_ids)
         self.special_ids = tuple(special_ids.values())
         self.grid = image_size // config.patch_size
         width, eps = config.width, config.norm_eps

@@ -1,0 +1,244 @@
+"""An exported run is loaded by `transformers` and says what the run's model says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertModel,
+)
+
+from tests.conftest import launch_environment, python
+from tests.trainer.sequence import launch_all
+from tests.trainer.tiny import config
+from trainer.export import ExportConfig, export
+from trainer.initial import read_weights
+from trainer.loop import check
+from trainer.masking import MaskConfig, mam
+from trainer.models import hf
+from trainer.models.bert import read_body
+from trainer.models.mlim import MlimInputs, masked_words
+from trainer.stream import capacity, pack
+from trainer.trained import Trained, load_trained
+
+LENGTHS = [9, 4, 30, 17]
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with runs of a `post`-norm and a `pre`-norm model, and exports."""
+    folder = tmp_path_factory.mktemp("export")
+    words = [f"--data={shards}", "--max_steps=2", "--eval.every_steps=2"]
+    calls = [
+        [*words, f"--output={folder / norm}", f"--model.norm={norm}"]
+        for norm in ("post", "pre")
+    ]
+    launch_all(1, calls, folder / "calls.json")
+    done = python(
+        *("-m", "trainer.export", folder / "post", folder / "out", "--body"),
+        env=launch_environment(),
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == str(folder / "out")
+    assert not list(folder.glob(".*tmp"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Path) -> Trained:
+    return load_trained(runs / "post")
+
+
+def example(trained: Trained) -> tuple[MlimInputs, object, dict[str, torch.Tensor]]:
+    """A masked micro-batch, and the same padded as `transformers` has it."""
+    model = trained.model
+    generator = torch.Generator().manual_seed(0)
+    n_image, size = model.grid**2, trained.config.image.size
+    total = sum(LENGTHS)
+    flat = torch.randint(5, model.words.num_embeddings, (total,), generator=generator)
+    stream, ids = pack(np.array(LENGTHS), flat.numpy(), n_image)
+    masks = mam(
+        MaskConfig(),
+        seed=3,
+        epoch=0,
+        uids=torch.arange(len(LENGTHS)),
+        n_text=stream.n_words,
+        text_capacity=max(LENGTHS),
+        n_image=n_image,
+    )
+    shape = (len(LENGTHS), size, size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    hidden = masked_words(stream, masks)
+    inputs = MlimInputs(stream, ids, pixels, capacity(int(hidden.sum())), len(LENGTHS))
+    padded = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
+    labels, real = torch.full_like(padded, -100), torch.zeros_like(padded)
+    mask_id = model.mask_id
+    for row in range(stream.text_used):
+        at = int(stream.text_pair[row]), int(stream.text_position[row])
+        padded[at], real[at] = ids[row], 1
+        if hidden[row]:
+            padded[at], labels[at] = mask_id, ids[row]
+    return (
+        inputs,
+        masks,
+        {
+            "input_ids": padded,
+            "attention_mask": real,
+            "pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1,
+            "bool_masked_pos": masks.image,
+            "labels": labels,
+        },
+    )
+
+
+def test_the_loaded_model_gives_the_outputs_and_losses_of_the_run(
+    runs: Path, trained: Trained
+) -> None:
+    inputs, masks, padded = example(trained)
+    loaded = AutoModelForPreTraining.from_pretrained(runs / "out")
+    assert isinstance(loaded, hf.MlimForPreTraining)
+    with torch.no_grad():
+        hidden = trained.model.encode(inputs, masks)
+        losses = trained.model(inputs, masks)
+        found = loaded(**padded)
+    stream = inputs.stream
+    used = stream.text_used
+    rows = (stream.text_pair[:used], stream.text_position[:used])
+    expected = hidden[stream.text_row[:used]]
+    torch.testing.assert_close(found.last_hidden_state[rows], expected)
+    image = found.last_hidden_state[:, max(LENGTHS) :]
+    torch.testing.assert_close(image, hidden[stream.image_row])
+    words = int((padded["labels"] >= 0).sum())
+    pixels = int(masks.image.sum()) * trained.model.config.patch_size**2
+    torch.testing.assert_close(found.mlm_loss, losses.mlm_sum / words)
+    torch.testing.assert_close(found.recon_loss, losses.recon_sum / pixels)
+    weight = trained.model.config.recon_weight
+    total = found.mlm_loss + weight * found.recon_loss
+    torch.testing.assert_close(found.loss, total)
+    encoder = AutoModel.from_pretrained(runs / "out")
+    assert type(encoder) is hf.MlimModel
+    labels = padded.pop("labels")
+    assert labels.max() > 0
+    with torch.no_grad():
+        states = encoder(**padded).last_hidden_state
+    assert torch.equal(states, found.last_hidden_state)
+
+
+def test_a_model_saved_again_is_the_same(runs: Path, tmp_path: Path) -> None:
+    first = AutoModelForPreTraining.from_pretrained(runs / "out")
+    first.save_pretrained(tmp_path)
+    second = hf.MlimForPreTraining.from_pretrained(tmp_path)
+    assert first.config.to_json_string() == second.config.to_json_string()
+    weights = second.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in first.state_dict().items())
+
+
+def test_what_an_encoder_lacks_is_drawn_as_a_new_model_s(
+    runs: Path, tmp_path: Path
+) -> None:
+    AutoModel.from_pretrained(runs / "out").save_pretrained(tmp_path)
+    model = hf.MlimForPreTraining.from_pretrained(tmp_path).mlim
+    assert torch.equal(model.mlm_bias, torch.zeros_like(model.mlm_bias))
+    assert torch.equal(model.mlm_norm.weight, torch.ones_like(model.mlm_norm.weight))
+    assert 0.015 < float(model.mlm_dense.weight.detach().std()) < 0.025
+
+
+def test_the_body_is_a_bert_with_the_same_hidden_states(
+    runs: Path, trained: Trained
+) -> None:
+    _, _, padded = example(trained)
+    text = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    body = BertModel.from_pretrained(runs / "out" / "body").eval()
+    with torch.no_grad():
+        theirs = body(**text).last_hidden_state
+        ours = AutoModel.from_pretrained(runs / "out")(**text).last_hidden_state
+    real = text["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+    weights = read_body(str(runs / "out" / "body"), max_text=48)
+    own = trained.model.state_dict()
+    assert all(torch.equal(weights[name], own[name]) for name in weights)
+
+
+def test_tokens_and_pixels_are_those_of_training(
+    runs: Path, trained: Trained, shards: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(runs / "out")
+    theirs = AutoTokenizer.from_pretrained(shards / "tokenizer")
+    assert tokenizer("a red heart").input_ids == theirs("a red heart").input_ids
+    assert tokenizer.mask_token_id == trained.model.mask_id
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = AutoImageProcessor.from_pretrained(runs / "out")(
+        Image.fromarray(pixels), return_tensors="pt"
+    ).pixel_values
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(image[0], expected, atol=1e-6, rtol=0)
+    wide = Image.new("RGB", (60, 33), "red")
+    processor = AutoImageProcessor.from_pretrained(runs / "out")
+    assert processor(wide, return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+
+
+def test_the_card_has_data_recipe_and_results_and_no_paths(
+    runs: Path, shards: Path
+) -> None:
+    card = (runs / "out" / "README.md").read_text()
+    manifest = (shards / "manifest.json.sha256").read_text().split()[0]
+    assert manifest in card
+    rows = (runs / "post" / "metrics.jsonl").read_text().splitlines()
+    assert f"| mlm_loss | {json.loads(rows[-1])['mlm_loss']:.4f} |" in card
+    assert "| val_loss |" in card
+    assert "global_batch: 24" in card
+    assert str(runs) not in card
+    assert str(shards.parent) not in card
+
+
+def test_an_export_can_be_trained_on(
+    runs: Path, shards: Path, trained: Trained
+) -> None:
+    given = read_weights(runs / "out", tokenizer_sha256="")
+    own = trained.model.state_dict()
+    assert given.keys() == own.keys()
+    assert all(torch.equal(given[name], own[name]) for name in own)
+    words = [f"--init={runs / 'out'}", "--model.norm=post"]
+    check(config(shards, runs / "new", *words))
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
+    runs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(match: str, run: Path, *, body: bool = False) -> None:
+        with pytest.raises(ValueError, match=match):
+            export(ExportConfig(run=str(run), output=str(out), body=body))
+
+    refused("export without --body", runs / "pre", body=True)
+    refused("is no run", tmp_path)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").touch()
+    refused("is not empty", runs / "pre")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "mine").unlink()
+    export(ExportConfig(run=str(runs / "pre"), output=str(out)))
+    assert (out / "model.safetensors").is_file()
+    shutil.rmtree(out)
+
+
+def test_texts_that_do_not_fit_are_refused(runs: Path) -> None:
+    model = AutoModel.from_pretrained(runs / "out")
+    ids = torch.full((1, 49), 7)
+    with pytest.raises(ValueError, match="max_length=48"):
+        model(ids)
+    left = torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match="pad on the right"):
+        model(ids[:, :3], left)
