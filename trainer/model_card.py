@@ -96,7 +96,13 @@ def _results(run: Path, step: int) -> str:
     measured = [row for row in read_validation(run) if row["step"] <= step]
     parts = []
     if trained:
-        names = ("loss", "mlm_loss", "recon_loss", "mlm_accuracy", "psnr")
+        names: tuple[str, ...] = (
+            "loss",
+            "mlm_loss",
+            "recon_loss",
+            "mlm_accuracy",
+            "psnr",
+        )
         parts.append(_table(f"Training, step {step}", trained[-1], names))
     if measured:
         row = measured[-1]

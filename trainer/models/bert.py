@@ -96,9 +96,10 @@ def read_body(body: str, *, max_text: int) -> dict[str, Tensor]:
 
     # What a checkpoint lacks is drawn, with numbers that the run must not miss.
     with torch.random.fork_rng():
-        model, report = BertForMaskedLM.from_pretrained(
+        loaded: Any = BertForMaskedLM.from_pretrained(
             body, output_loading_info=True, dtype=torch.float32
         )
+    model, report = loaded
     lacks = set(report["missing_keys"])
     encoder = sorted(name for name in lacks if not name.startswith("cls."))
     if encoder:

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from trainer.masking import Masks
 from trainer.models import mlim
+from trainer.models.mlim import MlimInputs
 from trainer.stream import pack
 
 _RECIPE_KEYS = {
@@ -85,10 +86,10 @@ class MlimConfig(PreTrainedConfig):
         Raises:
             ValueError: shapes that do not fit each other.
         """
-        values = {name: getattr(self, name) for name in _RECIPE_KEYS}
-        return mlim.MlimConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in _RECIPE_KEYS}
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return mlim.MlimConfig(**values)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class MlimPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None,
         pixel_values: Tensor | None,
         bool_masked_pos: Tensor | None,
-    ) -> tuple[mlim.MlimInputs, Masks]:
+    ) -> tuple[MlimInputs, Masks]:
         """The stream of a padded batch. Its lengths are read on the host."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -163,7 +164,7 @@ class MlimPreTrainedModel(PreTrainedModel):
         if not images or bool_masked_pos is None:
             bool_masked_pos = torch.zeros(pairs, n_image, dtype=torch.bool)
         # Words are masked by the [MASK] in `input_ids`: its vector is the mask's.
-        return mlim.MlimInputs(
+        return MlimInputs(
             stream=stream.to(device),
             token_ids=token_ids.to(device),
             pixels=pixel_values if pixel_values is not None else input_ids[:0],
@@ -179,7 +180,7 @@ class MlimPreTrainedModel(PreTrainedModel):
 class MlimModel(MlimPreTrainedModel):
     """Embeddings and transformer."""
 
-    _keys_to_ignore_on_load_unexpected = (r"mlim\.(mlm_|decoder\.)",)
+    _keys_to_ignore_on_load_unexpected = [r"mlim\.(mlm_|decoder\.)"]  # noqa: RUF012
 
     def __init__(self, config: MlimConfig) -> None:
         super().__init__(config)
