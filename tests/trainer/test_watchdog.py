@@ -40,7 +40,7 @@ def test_a_hanging_rank_and_its_stage_are_named_and_the_run_ends(
         "--safety.hang_minutes=0.1",
     )
     assert done.returncode != 0
-    assert "rank 1 has been in data of step 3 for 0.1" in done.stdout
+    assert "rank 1 has been in data of step 3 for " in done.stdout
     assert "read_bytes" in done.stdout, "the stack of its main thread"
     assert "it waits: rank 1 has been in data of step 3" in done.stdout
     assert "rank 0 has been in all-reduce after data of step 3" in done.stdout
@@ -48,18 +48,21 @@ def test_a_hanging_rank_and_its_stage_are_named_and_the_run_ends(
 
 
 def test_a_slow_rank_is_left_alone_and_a_warning_does_not_end_it(
-    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--safety.hang_minutes=0.002", "--safety.hang_action=warn")
-    watched = config(shards, tmp_path / "run", *words)
+    words = ("--safety.hang_minutes=0.02", "--safety.hang_action=warn")
+    watched = config(tmp_path, tmp_path / "run", *words)
     with Watchdog(watched, rank=0, world_size=1) as watch:
-        for step in range(200):
+        for step in range(50):
             watch.at("data", step)
-            time.sleep(0.002)
+            time.sleep(0.05)
         assert "has been in" not in capfd.readouterr().err
         watch.at("checkpoint", 7)
-        time.sleep(1)
-    said = capfd.readouterr().err
+        said, deadline = "", time.monotonic() + 60
+        while "has been in" not in said:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            said += capfd.readouterr().err
     assert said.count("rank 0 has been in checkpoint of step 7") == 1
     assert "test_watchdog.py" in said
     beat = json.loads((tmp_path / "run" / "watchdog" / "rank-00000.json").read_text())
