@@ -24,7 +24,7 @@ import yaml
 
 from pipeline.config import to_yaml
 from pipeline.manifest import TokenizerInfo
-from trainer import by_mode, checkpoint
+from trainer import by_mode, checkpoint, environment
 from trainer.contract import COMPLETE, CONFIG, check_world_size
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
@@ -124,6 +124,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     metrics = _metrics(config, first_step) if world.first else None
     if metrics:
         metrics.note(_opening(loader, world, first_step, parameters))
+        environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
             key = "--init" if config.init else "model.body"
             metrics.note(f"{key} {given} is not looked at: the run is resumed")

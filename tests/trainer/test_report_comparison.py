@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -133,19 +134,23 @@ def test_a_run_of_the_trainer_is_compared_step_by_step(
     assert data["runs"][1]["batch"] == 24
     assert "step 3 of 12" in shown.words
     assert "ranks at that step" in shown.words
+    assert "torch" in shown.words
+    assert version("torch") in shown.words
     assert "No probes of stopped yet." in shown.text
 
 
 def test_every_numeric_metric_is_drawn_once(real: Path) -> None:
     shown = Page(report(real))
+    validation = (real / "validation.jsonl").read_text().splitlines()
     names = {
         name
-        for row in metrics(real)
+        for row in [*metrics(real), *map(json.loads, validation)]
         for name, value in row.items()
         if isinstance(value, int | float)
-    }
-    assert set(curve_data(shown)["curves"]) == names - {"step", "epoch"}
-    assert shown.classes["curve"] == len(names) - 2
+    } - {"step", "epoch", "val_pairs"}
+    assert {"val_loss", "mlm_loss_text_heavy", "psnr"} < names
+    assert set(curve_data(shown)["curves"]) == names
+    assert shown.classes["curve"] == len(names)
 
 
 def test_a_run_without_validation_probes_and_panels_stands_beside_one_with(
@@ -358,7 +363,7 @@ def browser(text: str, folder: Path, script: str) -> str:
         timeout=120,
         check=True,
     )
-    assert "FAILED" not in done.stdout
+    assert "<title>FAILED" not in done.stdout
     return done.stdout
 
 

@@ -23,13 +23,18 @@ from tokenizers import Tokenizer
 
 from pipeline.config import flat
 from pipeline.manifest import Manifest
-from trainer.contract import COMPLETE, CONFIG, METRICS, complete_checkpoints
+from trainer.contract import (
+    COMPLETE,
+    CONFIG,
+    METRICS,
+    VALIDATION,
+    complete_checkpoints,
+)
 from trainer.dataset import Dataset
 from trainer.storage import StorageConfig
 
 COMMANDS = "commands.txt"
 PROBES = "probes.json"
-VALIDATION = "validation.jsonl"
 ENVIRONMENT = "environment.json"
 PANELS = "panels"
 _PANEL = re.compile(r"step-(\d+)\.png")
