@@ -182,9 +182,7 @@ def plan(config: PlanConfig) -> Plan:
         step_flops=flops,
         step_s=flops / (config.gpus * gpu.bf16_tflops * 1e12 * config.mfu),
         steps=config.last_step,
-        checkpoint=checkpoint_bytes(
-            total, stage=config.deepspeed.zero_stage, bf16=bf16
-        ),
+        checkpoint=checkpoint_bytes(total),
     )
 
 
@@ -297,14 +295,11 @@ def parameters_by_part(
     return found
 
 
-def checkpoint_bytes(parameters: int, *, stage: int, bf16: bool) -> int:
-    """Size of a checkpoint's tensors, all ranks together: the weights that the model
-    computes with, fp32 weights beside them, two moments of AdamW.
+def checkpoint_bytes(parameters: int) -> int:
+    """Size of a checkpoint's tensors, all ranks together, in every ZeRO stage: fp32
+    weights and two moments of AdamW.
     """
-    size = 2 if bf16 else 4
-    # Stage 0 and 3 have one copy of fp32 weights, 3 keeps it with the optimizer.
-    master = 0 if stage == 0 and not bf16 else 4
-    return parameters * (size + master + 8)
+    return 12 * parameters
 
 
 def as_json(found: Plan) -> dict[str, Any]:

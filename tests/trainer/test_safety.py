@@ -135,13 +135,15 @@ def test_a_run_goes_back_from_a_spike_and_on_with_the_data_behind_it(
     assert found[6][0] == found[3][1] != found[4][1]
     # Killed before it has gone back, and after that.
     again = tmp_path / "again"
-    for step, resumed in ((5, 3), (6, 5)):
+    # A checkpoint is whole at the latest when the next one is taken.
+    for step, newest in ((5, {3}), (8, {5, 6})):
         done = with_faults(1, faults | {"kill": step}, *words, f"--output={again}")
         assert done.returncode == -signal.SIGKILL, done.stdout
-        assert [at for at, _ in complete_checkpoints(again)] == [resumed]
+        (resumed,) = (at for at, _ in complete_checkpoints(again))
+        assert resumed in newest
     done = with_faults(1, faults, *words, f"--output={again}")
     assert done.returncode == 0, done.stdout
-    assert "resuming after step 5" in done.stdout
+    assert f"resuming after step {resumed}" in done.stdout
     for name in ("step", "sample_digest", "loss", "grad_norm", "lr", "skipped"):
         assert column(again, name) == column(run, name)
     marker = complete_checkpoints(again)[-1][1] / "complete.json"
