@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEROP := $(CURDIR)/.venv-interop
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
+# Tests wait for processes as often as they compute.
+WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 help: ## List the targets
@@ -36,7 +38,7 @@ demo: setup ## Bundled corpus -> shards -> training -> probes -> runs/demo/repor
 	$(BIN)/python -m examples.demo
 
 test: lint types ## Lint, types and tests
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
 soak: setup ## The full counts of kills; log in benchmarks/results/soak.log
 	@mkdir -p benchmarks/results
