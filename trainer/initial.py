@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline.manifest import file_sha256
 from trainer import checkpoint
 from trainer.contract import COMPLETE
 
@@ -40,6 +41,9 @@ def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tens
             "checkpoint, a checkpoint (RUN/checkpoints/step-...), or a directory that "
             "trainer.export made"
         )
+    words = folder / "tokenizer.json"
+    if words.is_file():
+        _require_same(folder, file_sha256(words), tokenizer_sha256)
     return _read_files(files)
 
 
@@ -78,6 +82,10 @@ def _some(what: str, names: list[str]) -> list[str]:
 
 def _require_tokenizer(path: Path, tokenizer_sha256: str) -> None:
     trained = checkpoint.read_marker(path)["tokenizer_sha256"]
+    _require_same(path, trained, tokenizer_sha256)
+
+
+def _require_same(path: Path, trained: str, tokenizer_sha256: str) -> None:
     if trained != tokenizer_sha256:
         raise ValueError(
             f"--init {path} was trained on tokens of tokenizer {trained}, and the "

@@ -25,7 +25,7 @@ import yaml
 from pipeline.config import to_yaml
 from pipeline.manifest import TokenizerInfo
 from trainer import by_mode, checkpoint, environment
-from trainer.contract import COMPLETE, CONFIG, check_world_size
+from trainer.contract import COMPLETE, CONFIG, check_world_size, read_validation
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import (
@@ -138,11 +138,13 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         held_out=held_out(loader, world, build, metrics),
         profiler=Profiler(config.profile, run, metrics.note) if metrics else None,
     )
+    _look_again(parts, first_step)
     step, stopped = take_steps(parts, first_step)
     if parts.profiler:
         parts.profiler.close()
     if metrics:
-        finish(metrics, config, run, step, interrupted=stopped)
+        early = stopped and step < config.last_step
+        finish(metrics, config, run, step, interrupted=early)
     if lock:
         lock.close()
     # The launcher ends all ranks when the first one exits with a signal's status.
@@ -204,6 +206,17 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     return step, False
 
 
+def _look_again(parts: Parts, step: int) -> None:
+    """Measure held-out pairs after the first `step` steps, if that was due when the run
+    was asked to stop.
+    """
+    if not step or parts.held_out is None:
+        return
+    rows = read_validation(parts.config.output) if parts.world.first else []
+    if not parts.world.broadcast(any(row["step"] == step for row in rows)):
+        parts.held_out.look(parts.engine, step, parts.metrics)
+
+
 def _of_model(parts: Parts, step: int) -> dict[str, float]:
     """Metrics of the model after `step` steps."""
     row = {"peak_memory_gib": peak_memory_gib(parts.world.device)}
@@ -227,9 +240,12 @@ def _look_and_save(
     """
     config, updates = parts.config, parts.updates
     val_loss = None
-    if parts.held_out and not summed.stop:
+    # Whoever asked to stop does not want to wait; resuming makes up for it.
+    if parts.held_out and (not summed.stop or step == config.last_step):
         watch.at("validation")
-        val_loss = parts.held_out.look(parts.engine, step, parts.metrics)
+        val_loss = parts.held_out.look(
+            parts.engine, step, parts.metrics, lambda: watch.at("validation")
+        )
     watch.at("checkpoint")
     best = val_loss is not None and checkpoints.is_best(val_loss)
     point = updates.point_due(step)

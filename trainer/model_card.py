@@ -147,6 +147,12 @@ def _names(data: list[str] | str) -> list[str]:
     return [one.rstrip("/").rsplit("/", 1)[-1] for one in given]
 
 
+def _body_name(body: str | None) -> str | None:
+    """A hub name as it is; of a directory the last part."""
+    is_path = body and (Path(body).is_absolute() or Path(body).is_dir())
+    return _names(body)[0] if body and is_path else body
+
+
 def _without_paths(config: PretrainConfig) -> PretrainConfig:
     """The configuration with the last part of each path."""
     data = _names(config.data)
@@ -155,6 +161,7 @@ def _without_paths(config: PretrainConfig) -> PretrainConfig:
         data=data if isinstance(config.data, list) else data[0],
         output=_names(config.output)[0],
         init=_names(config.init)[0] if config.init else None,
+        model=dataclasses.replace(config.model, body=_body_name(config.model.body)),
         tokenizer=_names(config.tokenizer)[0] if config.tokenizer else None,
         storage=type(config.storage)(),
     )

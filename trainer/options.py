@@ -285,8 +285,8 @@ class SafetyConfig:
     roll_back_steps: int = 500
     """Steps between roll-back points, in RUN/roll_back; two of them stay on disk."""
     hang_minutes: float | None = 15.0
-    """Minutes in one stage of a step (data, backward, checkpoint, ...) after which a
-    rank is said to hang; null for never."""
+    """Minutes in one stage of a step (data, backward, validation, checkpoint, ...)
+    after which a rank is said to hang: more than any of them takes. null: never."""
     hang_action: Literal["abort", "warn"] = "abort"
     """End the rank, so that the launcher ends the run and the same command can resume
     it; or only say so."""

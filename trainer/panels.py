@@ -10,6 +10,7 @@ same squares.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -184,10 +185,12 @@ def draw_panel(artist: Artist, path: Path, *, title: str) -> None:
     for axis, name in zip(axes[:, 0], ("original", "masked", "restored"), strict=True):
         axis.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
+    temporary = path.with_suffix(".tmp")
     with warnings.catch_warnings():
         # Captions may have characters that the font lacks; they become boxes.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(temporary, dpi=_DPI, format="png")
+    os.replace(temporary, path)
     plt.close(figure)
 
 

@@ -44,4 +44,9 @@ class PlanConfig(PretrainConfig):
             raise ValueError(f"mfu is {self.mfu}: a share, above 0 and at most 1")
         if not 0 <= self.headroom < 1:
             raise ValueError(f"headroom is {self.headroom}: a share, 0 to below 1")
+        if self.deepspeed.offload != "none":
+            raise ValueError(
+                "deepspeed.offload is not planned for: plan without it, and take what "
+                "the optimizer needs (weights in fp32, two moments) off by hand"
+            )
         at_least("", self, gpus=1, vocab_size=1, decode=0, price=0)

@@ -16,6 +16,7 @@ second-newest point, because a checkpoint is taken with each point; so two are e
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class RollBack:
 
     def keep(self, engine: Any, step: int) -> None:
         """Take a point after `step` steps. A checkpoint must follow."""
+        if self._world.first:
+            # Of a part of the run that was given up: they would outlive this one.
+            for at, path in complete_checkpoints(self._folder):
+                if at > step:
+                    checkpoint.delete(path)
         self._checkpoints.save(engine, {"step": step})
         self._checkpoints.wait()
 
@@ -60,9 +66,13 @@ class RollBack:
         found = [one for one in complete_checkpoints(self._folder) if one[0] <= step]
         at, path = self._world.broadcast(found[-1] if found else (0, None))
         if path is None:
+            self._world.leave()
+            if not self._world.first:
+                sys.exit(1)
             raise ValueError(
                 f"{self._folder} holds no point at or before step {step} to go back "
                 "to: put back what was deleted there, or start anew in another --output"
             )
+        self._world.together(lambda: checkpoint.Stored(path))
         checkpoint.load(engine, path)
         return int(at)

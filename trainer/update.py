@@ -75,12 +75,12 @@ class Updates:
             outcome = self.guard.after_update(
                 ruling, norm, step=step + 1, digest=totals.digest_text
             )
-            row["skipped"] = int(not outcome.applied)
-            if outcome.roll_back:
-                watch.at("roll back")
-                row["rolled_back_to"] = self._points.restore(engine, step)
         except ValueError as error:
             self._stop(error)
+        row["skipped"] = int(not outcome.applied)
+        if outcome.roll_back:
+            watch.at("roll back")
+            row["rolled_back_to"] = self._points.restore(engine, step)
         return Updated(row=row, note=outcome.note)
 
     def point_due(self, step: int) -> bool:

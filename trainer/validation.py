@@ -73,15 +73,22 @@ class HeldOut:
         self._config, self._world = config, world
         self._share, self._panels, self._build = share, panels, build
 
-    def look(self, engine: Any, step: int, metrics: Metrics | None) -> float | None:
+    def look(
+        self,
+        engine: Any,
+        step: int,
+        metrics: Metrics | None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> float | None:
         """Measure what is due after `step` steps and write it down. Every rank calls
-        this with the same step. The validation loss, if it was due.
+        this with the same step. The validation loss, if it was due. Calls `alive` now
+        and then.
         """
         keys = self._config.eval
         every, probes_every = keys.every_steps, keys.probes_every_steps
         row: dict[str, Any] = {}
         if every and (step % every == 0 or step == self._config.last_step):
-            row |= self.losses(engine)
+            row |= self.losses(engine, alive)
         if probes_every and step % probes_every == 0:
             model = whole_model(engine.module, self._build, first=self._world.first)
             if model is not None and self._panels and metrics:
@@ -95,7 +102,9 @@ class HeldOut:
         return row.get("val_loss")
 
     @span("validation")
-    def losses(self, engine: Any) -> dict[str, Any]:
+    def losses(
+        self, engine: Any, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Losses of the whole set, the same on every rank: `VALIDATION_NAMES` but for
         the step, and each loss by mode.
         """
@@ -106,6 +115,7 @@ class HeldOut:
         try:
             with torch.no_grad():
                 for mode, rows, counts in self._share.batches:
+                    alive()
                     found = self._batch_sums(engine, mode, rows)
                     if counts:
                         sums[mode] += found

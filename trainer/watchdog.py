@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,20 +127,26 @@ class Watchdog:
             warned = True
             self._report(beat)
             # The other ranks find out within two polls; they have a say too.
-            if self._abort and not self._closed.wait(2 * poll_s + 1):
+            moved = self._closed.wait(2 * poll_s + 1) or self._beat is not beat
+            if self._abort and not moved:
                 os._exit(EXIT_STATUS)
 
     def _tell(self, beat: Heartbeat) -> None:
         path = self._folder / f"rank-{beat.rank:05d}.json"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(beat)) + "\n")
-        os.replace(temporary, path)
+        # A disk that is full must not end the watch.
+        with suppress(OSError):
+            temporary.write_text(json.dumps(asdict(beat)) + "\n")
+            os.replace(temporary, path)
 
     def _report(self, beat: Heartbeat) -> None:
         lines = [f"{beat} ({socket.gethostname()}, process {os.getpid()})"]
         lines.append(waiting(beat, self._others(beat.rank)))
         if self._abort:
-            lines.append("this rank ends now; the same command continues the run")
+            lines.append(
+                "this rank ends unless it goes on at once; the same command continues "
+                "the run"
+            )
         frame = sys._current_frames().get(self._watched)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         # Past the locks of sys.stderr, which the main thread may hold.

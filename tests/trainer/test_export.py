@@ -130,6 +130,9 @@ def test_the_loaded_model_gives_the_outputs_and_losses_of_the_run(
     labels = padded.pop("labels")
     assert labels.max() > 0
     with torch.no_grad():
+        nothing = loaded(**padded, labels=torch.full_like(labels, -100))
+    assert nothing.mlm_loss == 0
+    with torch.no_grad():
         states = encoder(**padded).last_hidden_state
     assert torch.equal(states, found.last_hidden_state)
 

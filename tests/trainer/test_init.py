@@ -82,6 +82,20 @@ def test_weights_for_other_tokens_are_refused(
         check(config(shards, tmp_path / "new", f"--init={run}"))
 
 
+def test_an_export_with_other_words_is_refused(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(trained / "export", tmp_path / "export")
+    words = (shards / "tokenizer" / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(words)
+    check(config(shards, tmp_path / "new", f"--init={other}"))
+    (other / "tokenizer.json").write_text(words + "\n")
+    with pytest.raises(
+        ValueError, match="preprocess the data with the run's tokenizer"
+    ):
+        check(config(shards, tmp_path / "new", f"--init={other}"))
+
+
 def test_a_directory_without_weights_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no weights: give a run directory"):
         check(config(shards, tmp_path / "new", f"--init={tmp_path}"))

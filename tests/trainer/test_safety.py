@@ -123,6 +123,11 @@ def test_a_run_goes_back_from_a_spike_and_on_with_the_data_behind_it(
         "--checkpoint.every_steps=100",
         "--checkpoint.keep=1",
     )
+    # Points of a run whose checkpoints were deleted to start anew are in nobody's way.
+    for step in (1000, 1500):
+        stale = run / "roll_back" / "checkpoints" / f"step-{step:08d}"
+        stale.mkdir(parents=True)
+        (stale / "complete.json").write_text(json.dumps({"step": step}))
     faults = {"spike": [5], "rank": 0, "fingerprints": str(held)}
     done = with_faults(1, faults, *words, f"--output={run}")
     assert done.returncode == 0, done.stdout

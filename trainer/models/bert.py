@@ -253,8 +253,8 @@ def _require_words(body: str, size: int, vocab_size: int, tokenizer_file: Path) 
         return
     words = AutoTokenizer.from_pretrained(body).get_vocab()
     own = Tokenizer.from_file(str(tokenizer_file)).get_vocab()
-    if words != own:
-        changed = next(word for word in own if words.get(word) != own[word])
+    changed = next((word for word in own if words.get(word) != own[word]), None)
+    if changed is not None:
         raise ValueError(
             f"model.body {body} numbers words differently from the dataset's tokenizer "
             f"({changed!r} is {words.get(changed)} and {own[changed]}): {cure}"

@@ -243,7 +243,10 @@ class MlimForPreTraining(MlimPreTrainedModel):
         logits = self.mlim.word_logits(hidden[:, :length])
         images, mlm, recon = None, None, None
         if labels is not None:
-            mlm = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            nll = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            mlm = nll / (labels != -100).sum().clamp(min=1)
         if pixel_values is not None:
             every = torch.arange(len(input_ids), device=input_ids.device)
             images = self.mlim.decode_images(hidden_td, inputs, every)
