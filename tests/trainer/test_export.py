@@ -18,6 +18,7 @@ from transformers import (
     BertModel,
 )
 
+from pipeline.manifest import file_sha256
 from tests.conftest import launch_environment, python
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import config
@@ -207,12 +208,13 @@ def test_the_card_has_data_recipe_and_results_and_no_paths(
 def test_an_export_can_be_trained_on(
     runs: Path, shards: Path, trained: Trained
 ) -> None:
-    given = read_weights(runs / "out", tokenizer_sha256="")
+    words = file_sha256(shards / "tokenizer" / "tokenizer.json")
+    given = read_weights(runs / "out", tokenizer_sha256=words)
     own = trained.model.state_dict()
     assert given.keys() == own.keys()
     assert all(torch.equal(given[name], own[name]) for name in own)
-    words = [f"--init={runs / 'out'}", "--model.norm=post"]
-    check(config(shards, runs / "new", *words))
+    keys = [f"--init={runs / 'out'}", "--model.norm=post"]
+    check(config(shards, runs / "new", *keys))
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
