@@ -38,7 +38,8 @@ demo: setup ## Bundled corpus -> shards -> training -> probes -> runs/demo/repor
 	$(BIN)/python -m examples.demo
 
 test: lint types ## Lint, types and tests
-	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not soak and not alone" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 soak: setup ## The full counts of kills; log in benchmarks/results/soak.log
 	@mkdir -p benchmarks/results

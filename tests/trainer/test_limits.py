@@ -15,6 +15,8 @@ from trainer.feed import Feed
 from trainer.limits import Spent, verdict
 from trainer.loader import Loader
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("spent", "says"),

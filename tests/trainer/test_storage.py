@@ -32,6 +32,8 @@ from trainer.storage import (
     read_manifest,
 )
 
+pytestmark = pytest.mark.alone
+
 NAMES = [f"train/shard-{number:06d}.tar" for number in range(6)]
 SIZE = 100_000
 LIVE = "palimpsest-live"
