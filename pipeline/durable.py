@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -21,19 +22,34 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, names included.
+    """Make a folder and those above it, names included, while others may make and
+    remove the same ones.
 
     Raises:
         NotADirectoryError: one of them is a file.
     """
-    if path.is_dir():
-        return
-    make_folder(path.parent)
+    while not path.is_dir():
+        make_folder(path.parent)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if _is_a_file(path):
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "is a file", str(path)
+                ) from None
+        except FileNotFoundError:
+            # The one above went with its last file meanwhile.
+            continue
+        else:
+            sync_directory(path.parent)
+
+
+def _is_a_file(path: Path) -> bool:
+    """Is something there that is no folder? Not where a folder was and has gone."""
     try:
-        path.mkdir(exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(path)) from None
-    sync_directory(path.parent)
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return path.is_symlink()
 
 
 def sync(path: Path) -> None:
