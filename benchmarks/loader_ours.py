@@ -80,11 +80,11 @@ def ours_masks(where: Where, state: Any) -> Resumable:
 
 def _read(where: Where, state: Any, geometry: str) -> Resumable:
     from trainer.feed import STEPS_BEYOND
-    from trainer.loader import STEPS_AHEAD, in_advance
+    from trainer.loader import STEPS_HELD, in_advance
     from trainer.reading import Slots
 
     loader = _loader(where, geometry)
-    slots = Slots(STEPS_AHEAD + 2, (BATCH, where.side, where.side, 3))
+    slots = Slots(STEPS_HELD, (BATCH, where.side, where.side, 3))
     first = state or 0
     taken = 0
 

@@ -15,7 +15,10 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 COMPLETE = "complete.json"
 CHECKPOINTS = "checkpoints"
+ENVIRONMENT = "environment.json"
+_PANELS = "panels"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+_PANEL_NAME = re.compile(r"step-(\d{8})\.png")
 
 METRIC_NAMES = (
     "step",
@@ -101,6 +104,21 @@ def complete_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
     for path in sorted((Path(run) / CHECKPOINTS).glob("step-*")):
         match = _CHECKPOINT_NAME.fullmatch(path.name)
         if match and (path / COMPLETE).is_file():
+            found.append((int(match[1]), path))
+    return found
+
+
+def panel_path(run: str | Path, step: int) -> Path:
+    """File of the panel of reconstructions drawn after `step` steps."""
+    return Path(run) / _PANELS / f"step-{step:08d}.png"
+
+
+def panels(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, file) of every panel of a run, oldest first."""
+    found = []
+    for path in sorted((Path(run) / _PANELS).glob("step-*.png")):
+        match = _PANEL_NAME.fullmatch(path.name)
+        if match and path.is_file():
             found.append((int(match[1]), path))
     return found
 

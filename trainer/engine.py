@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,15 @@ class World:
                 raise failure
             sys.exit(1)
         return found
+
+    def stop(self, error: ValueError) -> NoReturn:
+        """End the run over what every rank has found alike: rank 0 raises it, and the
+        others exit.
+        """
+        self.leave()
+        if self.first:
+            raise error
+        sys.exit(1)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import write_json
+from trainer.contract import ENVIRONMENT
 from trainer.engine import World
 
-ENVIRONMENT = "environment.json"
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
     """Write under a name of this attempt's own, flush to disk, rename."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_with(path, write)
+
+
+def write_with(path: Path, write: Callable[[str], object]) -> None:
+    """Have `write` make a file under a name of this attempt's own, with the suffix that
+    it will have, then rename it.
+    """
+    temporary = path.with_name(f"tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    write(str(temporary))
     os.replace(temporary, path)

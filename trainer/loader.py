@@ -40,6 +40,8 @@ from trainer.stream import Stream, capacity, pack
 Item = TypeVar("Item")
 
 STEPS_AHEAD = 2
+STEPS_HELD = STEPS_AHEAD + 2
+"""Steps whose images are in memory at once: the one in use is valid a while longer."""
 # Of each lane: the one that it is in and the next.
 _WINDOWS_AHEAD = 2
 _WORDS_GRAIN = 16
@@ -209,7 +211,7 @@ class Loader:
             ceiling=config.micro_batch,
         )
         self.ahead = RowsAhead(dataset, config, self.order, self.lanes)
-        self.n_image = (config.image.size // config.model.patch_size) ** 2
+        self.n_image = config.n_image
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatch]:
         """Batches of steps [start, stop), the next ones made while one is used. Images
@@ -217,7 +219,7 @@ class Loader:
         """
         side = self.config.image.size
         share = len(self.lanes) * self.order.per_lane
-        slots = Slots(STEPS_AHEAD + 2, (share, side, side, 3))
+        slots = Slots(STEPS_HELD, (share, side, side, 3))
         with ThreadPoolExecutor(self.config.threads, "decode") as decoders:
 
             def load(step: int) -> tuple[int, StepBatch]:
@@ -238,10 +240,10 @@ class Loader:
         """This rank's share of one step; its images in `pixels`, if given."""
         self.hint(step)
         begun = time.perf_counter()
-        self.ahead.of(step)
+        drawn, rows = self.ahead.of(step)
         # No thread can read before the indexes are there.
         indexes_s = (time.perf_counter() - begun) * self.config.threads
-        parts = list(self.micros(step, decoders, pixels))
+        parts = list(self._micros(step, drawn, rows, decoders, pixels))
         return StepBatch(
             step=step,
             epoch=self.order.epoch_of(step),
@@ -259,11 +261,18 @@ class Loader:
             ahead = self.order.shards_ahead(step, self.lanes, windows=_WINDOWS_AHEAD)
             self.dataset.ahead(ahead)
 
-    def micros(
-        self, step: int, decoders: ThreadPoolExecutor, pixels: Tensor | None = None
-    ) -> Iterator[Made]:
+    def micros(self, step: int, decoders: ThreadPoolExecutor) -> Iterator[Made]:
         """This rank's share of one step, a micro-batch at a time."""
-        drawn, rows = self.ahead.of(step)
+        yield from self._micros(step, *self.ahead.of(step), decoders, None)
+
+    def _micros(
+        self,
+        step: int,
+        drawn: Drawn,
+        rows: Rows,
+        decoders: ThreadPoolExecutor,
+        pixels: Tensor | None,
+    ) -> Iterator[Made]:
         for first in range(0, len(drawn), self.micro_batch):
             part = slice(first, first + self.micro_batch)
             mine = None if pixels is None else pixels[part]

@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import functools
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,6 @@ from trainer.engine import (
 )
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
-from trainer.flops import step_flops, utilisation
-from trainer.gpus import device_peak
 from trainer.growth import agreed_state, freeze_until
 from trainer.initial import read_weights, require_fit
 from trainer.limits import Spent, verdict
@@ -54,6 +51,7 @@ from trainer.profiling import Profiler, peak_memory_gib, span
 from trainer.quarantine import Quarantined, from_plain, to_plain
 from trainer.saving import Checkpoints
 from trainer.sources import sources_of
+from trainer.step_metrics import Summed, metrics_row, spent_on, summed_over_ranks
 from trainer.tracking import check_installed
 from trainer.update import Updates
 from trainer.validation import HeldOut, held_out
@@ -447,103 +445,6 @@ def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
     return inputs, loader.masks(*drawn, step=micro.step)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summed:
-    """What the ranks' shares of a step add up to."""
-
-    mlm: float
-    recon: float
-    correct: float
-    by_mode: list[float]
-    spent: Spent
-    stop: bool
-    """Some rank was asked to stop."""
-    save_due: bool
-    """The clock of rank 0 asks for a checkpoint."""
-    write_failed: bool
-    """Some rank could not write its part of the one before."""
-
-
-def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
-    """Where a rank's seconds of a step went."""
-    return Spent(
-        elapsed=elapsed,
-        waited=feed.waited(),
-        read=batch.read_s,
-        decode=batch.decode_s,
-        copy=feed.copy_seconds(),
-    )
-
-
-def summed_over_ranks(
-    result: list[float],
-    spent: Spent,
-    asked: tuple[bool, bool, bool],
-    world: World,
-) -> Summed:
-    """One all-reduce for all that is to be known of a step; `asked` as the last three
-    fields of what it gives.
-    """
-    local = [*result, *dataclasses.astuple(spent), *map(float, asked)]
-    values = torch.tensor(local, dtype=torch.float64, device=world.device)
-    mlm, recon, correct, *rest = world.sum(values).tolist()
-    modes, rest = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
-    *seconds, stop, due, failed = rest
-    names = [field.name for field in dataclasses.fields(Spent)]
-    return Summed(
-        mlm=mlm,
-        recon=recon,
-        correct=correct,
-        by_mode=modes,
-        spent=Spent(**dict(zip(names, seconds, strict=True))),
-        stop=stop > 0,
-        save_due=due > 0,
-        write_failed=failed > 0,
-    )
-
-
-def metrics_row(
-    batch: StepBatch,
-    totals: Counts,
-    summed: Summed,
-    loader: Loader,
-    world: World,
-    elapsed: float,
-) -> dict[str, Any]:
-    """One line of `metrics.jsonl`, but for what only the optimizer knows."""
-    config, order = loader.config, loader.order
-    mlm = summed.mlm / max(totals.masked_words, 1)
-    recon = summed.recon / max(totals.recon_pixels, 1)
-    row = {
-        "step": 0,
-        "epoch": batch.epoch,
-        "loss": config.model.mlm_weight * mlm + config.model.recon_weight * recon,
-        "mlm_loss": mlm,
-        "recon_loss": recon,
-        "mlm_accuracy": summed.correct / max(totals.masked_words, 1),
-        "lr": 0.0,
-        "grad_norm": 0.0,
-        "pairs_per_s": totals.pairs / elapsed,
-        "tokens_per_s": totals.tokens / elapsed,
-        "data_wait_frac": summed.spent.waited / summed.spent.elapsed,
-        "read_s": summed.spent.read,
-        "decode_s": summed.spent.decode,
-        "padding_frac": 1 - totals.tokens / totals.rows,
-        "cut_captions_frac": totals.cut_captions / totals.pairs,
-        "replaced": totals.replaced,
-        "step_s": elapsed,
-        "sample_digest": totals.digest_text,
-    }
-    row |= by_mode.mode_metrics(summed.by_mode, patch_size=config.model.patch_size)
-    if (decibels := by_mode.psnr(recon)) is not None:
-        row["psnr"] = decibels
-    row |= _utilisation(totals, loader, world, elapsed)
-    if order.mixture:
-        names = [source.name for source in order.sources]
-        row["sources"] = dict(zip(names, totals.sources, strict=True))
-    return row
-
-
 def tell_replaced(
     loader: Loader, totals: Counts, step: int, world: World, metrics: Metrics | None
 ) -> None:
@@ -557,12 +458,9 @@ def tell_replaced(
         quarantine.add(from_plain(entries))
     try:
         quarantine.check(step)
-    except ValueError:
-        # All ranks count alike; one of them tells.
-        world.leave()
-        if world.first:
-            raise
-        sys.exit(1)
+    except ValueError as error:
+        # All ranks count alike.
+        world.stop(error)
     if metrics is None:
         return
     line = f"step {step + 1}: {totals.replaced} damaged samples replaced"
@@ -626,25 +524,6 @@ class StopFlag:
         elif time.monotonic() - self._first > self._ONE_REQUEST_S:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def _utilisation(
-    totals: Counts, loader: Loader, world: World, elapsed: float
-) -> dict[str, float]:
-    """What a step's model FLOPs say of the devices."""
-    config = loader.config
-    flops = step_flops(
-        config.model,
-        totals,
-        vocab_size=loader.dataset.tokenizer.vocab_size,
-        image_size=config.image.size,
-    )
-    peak = device_peak(
-        world.device,
-        precision=chosen_precision(config),
-        tflops=config.log.peak_tflops,
-    )
-    return utilisation(flops, seconds=elapsed, devices=world.size, peak=peak)
 
 
 def _metrics(config: PretrainConfig, first_step: int) -> Metrics:

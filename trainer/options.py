@@ -379,6 +379,11 @@ class PretrainConfig:
             )
 
     @property
+    def n_image(self) -> int:
+        """Image tokens of a pair."""
+        return (self.image.size // self.model.patch_size) ** 2
+
+    @property
     def last_step(self) -> int:
         """Steps after which this call stops."""
         return min(self.max_steps or self.schedule.steps, self.schedule.steps)

@@ -10,8 +10,7 @@ same squares.
 
 from __future__ import annotations
 
-import os
-import re
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +23,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
+from trainer.contract import panel_path, panels
 from trainer.dataset import Dataset
 from trainer.figures import GREY, Artist, pixel_mask
+from trainer.files import write_with
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, drawn_places, measure, read_pairs, summarise
 
-PANELS = "panels"
-_NAME = re.compile(r"step-(\d{8})\.png")
 _SIDE_INCHES = 1.7
 _CAPTION_INCHES = 0.75
 _DPI = 110
@@ -117,9 +116,8 @@ class Panels:
             device=self.device,
             examples=self.config.eval.panel_pairs,
         )
-        folder = Path(self.config.output) / PANELS
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step:08d}.png"
+        path = panel_path(self.config.output, step)
+        path.parent.mkdir(exist_ok=True)
         draw_panel(artist, path, title=f"step {step:,}")
         return path
 
@@ -185,20 +183,17 @@ def draw_panel(artist: Artist, path: Path, *, title: str) -> None:
     for axis, name in zip(axes[:, 0], ("original", "masked", "restored"), strict=True):
         axis.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
-    temporary = path.with_suffix(".tmp")
     with warnings.catch_warnings():
         # Captions may have characters that the font lacks; they become boxes.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(temporary, dpi=_DPI, format="png")
-    os.replace(temporary, path)
+        write_with(path, functools.partial(figure.savefig, dpi=_DPI))
     plt.close(figure)
 
 
 def drop_panels(run: Path, last: int) -> None:
     """Delete panels of later steps than `last`, which will be taken again."""
-    for path in (run / PANELS).glob("step-*.png"):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > last:
+    for step, path in panels(run):
+        if step > last:
             path.unlink()
 
 

@@ -135,7 +135,7 @@ def expected(config: PretrainConfig, facts: Facts, pairs: int) -> Expected:
 
 def shapes(config: PretrainConfig, facts: Facts, pairs: int) -> Shapes:
     """The largest micro-batch of so many pairs that is to be reckoned with."""
-    each, n_image = _each(config, facts), n_image_of(config)
+    each, n_image = _each(config, facts), config.n_image
     text = facts.lengths
     used, longest = _largest(text, pairs), int(text.max()) + n_image
     # Rows that a capacity leaves over are segments of the table too.
@@ -149,14 +149,9 @@ def shapes(config: PretrainConfig, facts: Facts, pairs: int) -> Shapes:
     )
 
 
-def n_image_of(config: PretrainConfig) -> int:
-    """Image tokens of a pair."""
-    return (config.image.size // config.model.patch_size) ** 2
-
-
 def _each(config: PretrainConfig, facts: Facts) -> dict[str, np.ndarray]:
     """What each pair that was looked at adds to a step's work."""
-    n_image = n_image_of(config)
+    n_image = config.n_image
     tokens = facts.lengths + n_image
     masked = mam_counts(
         config.mask,

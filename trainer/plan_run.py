@@ -18,7 +18,7 @@ from trainer.contract import check_world_size, micro_batch_size
 from trainer.engine import chosen_precision
 from trainer.flops import forward_flops, step_flops
 from trainer.gpus import Gpu, gpu_named
-from trainer.loader import STEPS_AHEAD
+from trainer.loader import STEPS_HELD
 from trainer.loop import build_model
 from trainer.options import PretrainConfig
 from trainer.plan_data import Facts, expected, facts_of, facts_without_data, shapes
@@ -27,10 +27,8 @@ from trainer.plan_options import NO_DATA, PlanConfig
 
 GIB = 1 << 30
 STAGES = (0, 1, 2, 3)
-# Steps on the device: in use, waiting, on its way (`trainer.feed`). On the host the
-# loader has two more than it is ahead (`trainer.loader.Loader.steps`).
+# Steps on the device: in use, waiting, on its way (`trainer.feed`).
 _DEVICE_STEPS = 3
-_HOST_STEPS = STEPS_AHEAD + 2
 
 _PARTS = {
     "words": "word embeddings",
@@ -151,12 +149,13 @@ def plan(config: PlanConfig) -> Plan:
         facts = facts_of(config, ranks=config.gpus, decode=config.decode)
     bf16 = config.deepspeed.precision != "fp32"
     parameters = parameters_by_part(config, facts.tokenizer)
+    total = sum(parameters.values())
     usable = int(gpu.memory_gib * GIB * (1 - config.headroom))
     budget = Budget(
         config=config,
         facts=facts,
         ranks=config.gpus,
-        parameters=sum(parameters.values()),
+        parameters=total,
         bf16=bf16,
         usable=usable,
     )
@@ -164,7 +163,6 @@ def plan(config: PlanConfig) -> Plan:
     sizes = {"vocab_size": facts.tokenizer.vocab_size, "image_size": config.image.size}
     work = expected(config, facts, config.global_batch)
     flops = step_flops(config.model, work, **sizes)
-    total = sum(parameters.values())
     return Plan(
         config=config,
         gpu=gpu,
@@ -177,7 +175,7 @@ def plan(config: PlanConfig) -> Plan:
         activations=budget.activations(micro_batch),
         stages=stages,
         recommended=recommended(stages),
-        host_buffers=_HOST_STEPS * budget.images,
+        host_buffers=STEPS_HELD * budget.images,
         forward_flops=forward_flops(config.model, work, **sizes),
         step_flops=flops,
         step_s=flops / (config.gpus * gpu.bf16_tflops * 1e12 * config.mfu),
@@ -228,7 +226,7 @@ class Budget:
     def peak(self, stage: int, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the worst moment of a step."""
         kept = self.activations(micro_batch).total(checkpointing=checkpointing)
-        steps = _HOST_STEPS if self.lazy else _DEVICE_STEPS
+        steps = STEPS_HELD if self.lazy else _DEVICE_STEPS
         return self.states(stage).peak(kept) + steps * self.images
 
     def largest(self, stage: int, *, checkpointing: bool) -> int | None:

@@ -253,7 +253,7 @@ def make_inputs(
     device: torch.device,
 ) -> tuple[MlimInputs, Masks]:
     """A micro-batch of given pixels and texts with evaluation masks of one mode."""
-    n_image = (config.image.size // config.model.patch_size) ** 2
+    n_image = config.n_image
     lengths = np.array([len(text) for text in texts])
     stream, token_ids = pack(lengths, np.concatenate(texts), n_image)
     masks = mam(

@@ -6,7 +6,6 @@ Does not own what is measured in every step (`trainer.loop`, `trainer.limits`).
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trainer.files import write_with
 from trainer.options import ProfileConfig
 
 PROFILE = "profile"
@@ -74,10 +74,10 @@ class Profiler:
         profile, self._running = self._running, None
         profile.stop()
         self._folder.mkdir(exist_ok=True)
-        _write(self._folder / TRACE, profile.export_chrome_trace)
+        write_with(self._folder / TRACE, profile.export_chrome_trace)
         told = f"profile written: {self._folder / TRACE} (open it in ui.perfetto.dev)"
         if self._snapshots:
-            _write(self._folder / MEMORY, torch.cuda.memory._dump_snapshot)
+            write_with(self._folder / MEMORY, torch.cuda.memory._dump_snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)
             told += f", {self._folder / MEMORY} (pytorch.org/memory_viz)"
         self._tell(told)
@@ -94,10 +94,3 @@ class Profiler:
             record_shapes=True, profile_memory=self._memory
         )
         self._running.start()
-
-
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    """Have `write` make a file under a name of its own, then give it its name."""
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    write(str(temporary))
-    os.replace(temporary, path)

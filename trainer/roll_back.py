@@ -16,7 +16,6 @@ second-newest point, because a checkpoint is taken with each point; so two are e
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,12 @@ class RollBack:
         found = [one for one in complete_checkpoints(self._folder) if one[0] <= step]
         at, path = self._world.broadcast(found[-1] if found else (0, None))
         if path is None:
-            self._world.leave()
-            if not self._world.first:
-                sys.exit(1)
-            raise ValueError(
-                f"{self._folder} holds no point at or before step {step} to go back "
-                "to: put back what was deleted there, or start anew in another --output"
+            self._world.stop(
+                ValueError(
+                    f"{self._folder} holds no point at or before step {step} to go "
+                    "back to: put back what was deleted there, or start anew in "
+                    "another --output"
+                )
             )
         self._world.together(lambda: checkpoint.Stored(path))
         checkpoint.load(engine, path)

@@ -6,11 +6,10 @@ step (`trainer.engine`) or the weights to go back to (`trainer.roll_back`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from trainer.engine import World, apply_step, learning_rate
 from trainer.loader import Counts
@@ -76,7 +75,7 @@ class Updates:
                 ruling, norm, step=step + 1, digest=totals.digest_text
             )
         except ValueError as error:
-            self._stop(error)
+            self._world.stop(error)
         row["skipped"] = int(not outcome.applied)
         if outcome.roll_back:
             watch.at("roll back")
@@ -93,10 +92,3 @@ class Updates:
         """Take a roll-back point, if one is due; a checkpoint must follow."""
         if self._points.due(step):
             self._points.keep(engine, step)
-
-    def _stop(self, error: ValueError) -> NoReturn:
-        """Every rank has found the same; one of them tells."""
-        self._world.leave()
-        if self._world.first:
-            raise error
-        sys.exit(1)

@@ -25,7 +25,6 @@ from trainer.engine import World
 from trainer.loader import Loader
 from trainer.masking import Mode, drawn_modes
 from trainer.metrics import Metrics
-from trainer.models.mlim import recon_pixels
 from trainer.options import PretrainConfig
 from trainer.panels import Panels
 from trainer.parameters import whole_model
@@ -138,14 +137,13 @@ class HeldOut:
             device=self._world.device,
         )
         output = engine(inputs, masks)
-        n_image = masks.image.shape[1]
-        pixels = recon_pixels(masks.counts.image, n_image, config.model)
+        _, _, words, positions = output.by_mode[:, mode]
         found = (
             output.mlm_sum,
             output.recon_sum,
             output.mlm_correct,
-            masks.text.sum(),
-            pixels.sum(),
+            words,
+            positions * config.model.patch_size**2,
         )
         return torch.stack([value.double() for value in found])
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.tiny import again
+from tests.trainer.tiny import again, same_drawn
 from trainer.contract import valid_world_sizes
 from trainer.mixture import BLOCK, Mixture, shares
 from trainer.order import SampleOrder, Source
@@ -84,9 +84,7 @@ def test_a_step_is_pure_and_the_same_at_every_world_size(
             again(order).samples_of(step, range(rank * share, (rank + 1) * share))
             for rank in range(world)
         ]
-        for name in ("places", "sources", "epochs", "positions", "lanes"):
-            together = np.concatenate([getattr(part, name) for part in parts])
-            assert np.array_equal(together, getattr(whole, name))
+        same_drawn(whole, parts)
 
 
 @settings(deadline=None, max_examples=25)
@@ -101,9 +99,7 @@ def test_steps_worked_out_together_are_those_worked_out_alone(
     assert rest == 0
     assert 1 <= steps <= max(min(most, order.undecided - step), 1)
     alone = [again(order).samples_of(step + n, lanes) for n in range(steps)]
-    for name in ("places", "sources", "epochs", "positions", "lanes"):
-        parts = np.concatenate([getattr(one, name) for one in alone])
-        assert np.array_equal(getattr(together, name), parts)
+    same_drawn(together, alone)
 
 
 @settings(deadline=None, max_examples=25)

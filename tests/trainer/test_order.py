@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.tiny import again, steps_per_epoch
+from tests.trainer.tiny import again, same_drawn, steps_per_epoch
 from trainer.contract import valid_world_sizes
 from trainer.order import SampleOrder, Source
 
@@ -97,9 +97,7 @@ def test_steps_worked_out_together_are_those_worked_out_alone(
     assert rest == 0
     assert steps == min(most, per_epoch - within)
     alone = [again(order).samples_of(step + n, lanes) for n in range(steps)]
-    for name in ("places", "sources", "epochs", "positions", "lanes"):
-        parts = np.concatenate([getattr(one, name) for one in alone])
-        assert np.array_equal(getattr(together, name), parts)
+    same_drawn(together, alone)
 
 
 def lane_sizes(order: SampleOrder, epoch: int) -> list[int]:

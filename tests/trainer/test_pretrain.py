@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -24,7 +23,15 @@ from tests.conftest import (
     launch_environment,
     python,
 )
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, launch, metrics, wait_until
+from tests.trainer.tiny import (
+    LAUNCH_LIMIT_S,
+    TINY,
+    column,
+    damaged_copy,
+    launch,
+    metrics,
+    wait_until,
+)
 from trainer.contract import (
     METRIC_NAMES,
     MODE_METRIC_NAMES,
@@ -251,12 +258,7 @@ def test_a_damaged_shard_ends_every_rank_with_one_clear_line(
     shards: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "shards"
-    shutil.copytree(shards, damaged)
-    tar = damaged / "train" / "shard-000000.tar"
-    content = bytearray(tar.read_bytes())
-    record = np.load(damaged / "train" / "shard-000000.index.npy")[0]
-    content[int(record["jpg_offset"]) + 30] ^= 4
-    tar.write_bytes(content)
+    uid = damaged_copy(shards, damaged, "train")
     done = subprocess.run(
         deepspeed_command(
             2, *TINY, f"--data={damaged}", f"--output={tmp_path / 'run'}"
@@ -272,7 +274,7 @@ def test_a_damaged_shard_ends_every_rank_with_one_clear_line(
     assert "Traceback" not in done.stdout
     lines = [line for line in done.stdout.splitlines() if "error: " in line]
     assert len(lines) == 1, done.stdout
-    assert f"{int(record['uid']):016x} is damaged" in lines[0]
+    assert f"{uid} is damaged" in lines[0]
 
 
 def test_a_second_trainer_in_the_same_run_is_refused(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from tests.conftest import launch_environment, python
-from tests.trainer.tiny import TINY, column, config, launch, metrics
+from tests.trainer.tiny import TINY, column, config, damaged_copy, launch, metrics
 from trainer.contract import VALIDATION_NAMES, read_validation
 from trainer.dataset import Dataset
 from trainer.engine import World
@@ -227,14 +227,9 @@ def test_a_damaged_held_out_pair_is_told_before_the_first_step(
     shards: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "shards"
-    shutil.copytree(shards, damaged)
-    tar = damaged / "val" / "shard-000000.tar"
-    content = bytearray(tar.read_bytes())
-    record = np.load(damaged / "val" / "shard-000000.index.npy")[0]
-    content[int(record["jpg_offset"]) + 30] ^= 4
-    tar.write_bytes(content)
+    uid = damaged_copy(shards, damaged, "val")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(ValueError, match=f"{int(record['uid']):016x} is damaged"):
+    with pytest.raises(ValueError, match=f"{uid} is damaged"):
         held(damaged)
     assert not dist.is_initialized(), "the rank must have left its group"
 

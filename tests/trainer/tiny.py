@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.config import parse
 from tests.conftest import deepspeed_command, launch_environment
 from trainer.contract import CHECKPOINTS, COMPLETE
 from trainer.options import PretrainConfig
-from trainer.order import SampleOrder
+from trainer.order import Drawn, SampleOrder
 
 LAUNCH_LIMIT_S = 240
 TINY = (
@@ -63,6 +66,24 @@ def again(order: SampleOrder) -> SampleOrder:
         global_batch=order.lanes * order.per_lane,
         shuffle_shards=order.shuffle_shards,
     )
+
+
+def same_drawn(whole: Drawn, parts: Sequence[Drawn]) -> None:
+    """Assert that some draws, one after the other, are those of `whole`."""
+    for name in ("places", "sources", "epochs", "positions", "lanes"):
+        together = np.concatenate([getattr(part, name) for part in parts])
+        assert np.array_equal(together, getattr(whole, name))
+
+
+def damaged_copy(shards: Path, copy: Path, split: str) -> str:
+    """Copy a dataset and flip a bit in the first image of a split; its uid."""
+    shutil.copytree(shards, copy)
+    tar = copy / split / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    record = np.load(tar.with_suffix(".index.npy"))[0]
+    content[int(record["jpg_offset"]) + 30] ^= 4
+    tar.write_bytes(content)
+    return f"{int(record['uid']):016x}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

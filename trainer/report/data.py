@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -26,18 +25,17 @@ from pipeline.manifest import Manifest
 from trainer.contract import (
     COMPLETE,
     CONFIG,
+    ENVIRONMENT,
     METRICS,
     VALIDATION,
     complete_checkpoints,
+    panels,
 )
 from trainer.dataset import Dataset
 from trainer.storage import StorageConfig
 
 COMMANDS = "commands.txt"
 PROBES = "probes.json"
-ENVIRONMENT = "environment.json"
-PANELS = "panels"
-_PANEL = re.compile(r"step-(\d+)\.png")
 
 Row = Mapping[str, Any]
 
@@ -215,7 +213,7 @@ def _read_run(path: Path, name: str) -> Run:
         metrics=_read_rows(path / METRICS),
         validation=_read_rows(path / VALIDATION),
         probes=_read_probes(path / PROBES),
-        panels=_panels(path),
+        panels=panels(path),
         facts=_read_facts(path),
         commands=commands.read_text().splitlines() if commands.is_file() else (),
         complete=(path / COMPLETE).is_file(),
@@ -240,15 +238,6 @@ def _read_rows(path: Path) -> list[Row]:
         if isinstance(row, dict) and _is_number(row.get("step")):
             rows.append(row)
     return rows
-
-
-def _panels(run: Path) -> list[tuple[int, Path]]:
-    found = [
-        (int(match[1]), path)
-        for path in (run / PANELS).glob("step-*.png")
-        if (match := _PANEL.fullmatch(path.name)) and path.is_file()
-    ]
-    return sorted(found)
 
 
 def _read_facts(run: Path) -> dict[str, Any]:
