@@ -51,6 +51,7 @@ MODE_METRIC_NAMES = (
     "recon_loss_text_heavy",
     "recon_loss_light",
 )
+# Only with an ITM head: `itm_loss` and `itm_accuracy`, and both with `val_`.
 VALIDATION_NAMES = (
     "step",
     "val_loss",
@@ -76,11 +77,14 @@ def valid_world_sizes(lanes: int) -> list[int]:
     return [size for size in range(1, lanes + 1) if lanes % size == 0]
 
 
-def micro_batch_size(*, global_batch: int, world_size: int, ceiling: int) -> int:
-    """Pairs of a micro-batch: the largest divisor of G / W that is not above `ceiling`.
+def micro_batch_size(
+    *, global_batch: int, world_size: int, ceiling: int, group: int = 1
+) -> int:
+    """Pairs of a micro-batch: the largest divisor of G / W that is a multiple of
+    `group` and not above `ceiling`.
 
     Raises:
-        ValueError: W does not divide G, or the ceiling is below 1.
+        ValueError: W does not divide G, the ceiling is below 1, or there is none.
     """
     if global_batch % world_size or ceiling < 1:
         raise ValueError(
@@ -88,7 +92,16 @@ def micro_batch_size(*, global_batch: int, world_size: int, ceiling: int) -> int
             f"micro-batches of at most {ceiling}"
         )
     per_rank = global_batch // world_size
-    return max(n for n in range(1, min(ceiling, per_rank) + 1) if per_rank % n == 0)
+    sizes = range(group, min(ceiling, per_rank) + 1, group)
+    found = max((n for n in sizes if per_rank % n == 0), default=None)
+    if found is None:
+        raise ValueError(
+            f"no micro-batch of at most {ceiling} pairs holds whole groups of {group} "
+            f"(model.itm_group) of the {per_rank} pairs of a step that each of "
+            f"{world_size} ranks has: lower model.itm_group, raise micro_batch or "
+            "global_batch, or start fewer ranks"
+        )
+    return found
 
 
 def checkpoint_name(step: int) -> str:

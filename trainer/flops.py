@@ -50,18 +50,25 @@ def forward_flops(
     config: MlimConfig, work: Work, *, vocab_size: int, image_size: int
 ) -> dict[str, float]:
     """FLOPs of a forward pass by part: `transformer` (its linear layers), `attention`
-    (scores and mixing), `embedder`, `mlm_head` and `decoder`.
+    (scores and mixing), `embedder`, `mlm_head`, `decoder` and, where there is an ITM
+    loss, `itm` (a second pass through the transformer, and the head).
     """
     width = config.width
     linear = 4 * width**2 + 2 * width * config.ffn_width
     head = width**2 + width * vocab_size
-    return {
-        "transformer": 2.0 * config.layers * linear * work.tokens,
-        "attention": 2.0 * config.layers * 2 * width * work.squared_lengths,
+    transformer = 2.0 * config.layers * linear * work.tokens
+    attention = 2.0 * config.layers * 2 * width * work.squared_lengths
+    found = {
+        "transformer": transformer,
+        "attention": attention,
         "embedder": sum(embedder_flops(config, image_size)) * work.pairs,
         "mlm_head": 2.0 * head * work.masked_words,
         "decoder": sum(decoder_flops(config, image_size)) * work.recon_images,
     }
+    if config.itm_weight:
+        pooled = 2.0 * (width**2 + 2 * width) * work.pairs
+        found["itm"] = transformer + attention + pooled
+    return found
 
 
 def step_flops(

@@ -6,16 +6,22 @@ checkpoints (`trainer.checkpoint`) or export (`trainer.export`).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from pipeline.manifest import file_sha256
 from trainer import checkpoint
-from trainer.contract import COMPLETE
+from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG
+from trainer.models.mlim import MlimConfig
 
 _SHOWN = 5
+# Keys that decide what weights mean and not how large they are.
+_UNSHAPED = ("heads", "norm", "norm_eps")
 
 
 def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tensor]:
@@ -45,6 +51,35 @@ def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tens
     if words.is_file():
         _require_same(folder, file_sha256(words), tokenizer_sha256)
     return _read_files(files)
+
+
+def require_alike(folder: str | Path, config: MlimConfig) -> None:
+    """Raise ValueError, with the keys to change, where the model that the weights in
+    `folder` were trained in differs from `config` in what no shape shows. A folder that
+    does not say how it was trained is taken as it is.
+    """
+    stored = _model_keys(Path(folder))
+    cures = [
+        f"--model.{key} {stored[key]} (now {getattr(config, key)})"
+        for key in _UNSHAPED
+        if key in stored and stored[key] != getattr(config, key)
+    ]
+    if cures:
+        raise ValueError(
+            f"--init {folder} holds the weights of a model that computes otherwise: "
+            f"give {', '.join(cures)}"
+        )
+
+
+def _model_keys(folder: Path) -> dict[str, Any]:
+    """Model keys that a run, a checkpoint of one, or an export was trained with."""
+    for run in (folder, folder.parent.parent):
+        if (run / CONFIG).is_file() and (run / CHECKPOINTS).is_dir():
+            found = yaml.safe_load((run / CONFIG).read_text())
+            return dict(found.get("model", {}))
+    if (folder / "config.json").is_file():
+        return dict(json.loads((folder / "config.json").read_text()))
+    return {}
 
 
 def require_fit(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:

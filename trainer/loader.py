@@ -27,6 +27,7 @@ from trainer.dataset import Dataset
 from trainer.folder import DamagedError
 from trainer.geometry import flipped
 from trainer.masking import Masks, mam, mam_counts
+from trainer.matching import Matching, caption_table, drawn_matching
 from trainer.models.mlim import recon_pixels
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
@@ -47,6 +48,7 @@ _WINDOWS_AHEAD = 2
 _WORDS_GRAIN = 16
 # What a hash of the digest is of; 0 and 1 are masked words and image positions.
 _FLIPS, _KEPT, _SWAPPED = 2, 3, 4
+_LOW = 0xFFFFFFFF
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
 
 
@@ -63,6 +65,8 @@ class MicroBatch:
     """(B,) int64, the bits of the uint64 uids."""
     epochs: Tensor
     """(B,) int64, the epoch of each pair's source."""
+    images: Tensor
+    """(B,) int64, CRC32C of each image file."""
     captions: np.ndarray
     """(B,) which caption of its sample each pair shows."""
     text_capacity: int
@@ -83,12 +87,13 @@ class MicroBatch:
             pixels=self.pixels.to(device, non_blocking=True),
             uids=self.uids.to(device, non_blocking=True),
             epochs=self.epochs.to(device, non_blocking=True),
+            images=self.images.to(device, non_blocking=True),
         )
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of it."""
         yield from self.stream.tensors().values()
-        yield from (self.token_ids, self.pixels, self.uids, self.epochs)
+        yield from (self.token_ids, self.pixels, self.uids, self.epochs, self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +214,7 @@ class Loader:
             global_batch=config.global_batch,
             world_size=world_size,
             ceiling=config.micro_batch,
+            group=config.model.group,
         )
         self.ahead = RowsAhead(dataset, config, self.order, self.lanes)
         self.n_image = config.n_image
@@ -384,12 +390,16 @@ class Loader:
             pixels=read.pixels,
             uids=uids,
             epochs=epoch_of,
+            images=torch.from_numpy(rows.records["jpg_crc32c"].astype(np.int64)),
             captions=rows.captions,
             text_capacity=text_capacity,
             n_masked_words=capacity(n_words),
             n_recon_images=capacity(n_images),
             step=step,
         )
+        matching = self.matching(batch) if config.digest == "full" else None
+        if matching:
+            digest = _wrap(digest + matching_digest(rows.uids, matching))
         counts = Counts(
             pairs=len(rows),
             masked_words=n_words,
@@ -466,6 +476,25 @@ class Loader:
     ) -> Masks:
         """Masks of a micro-batch of a step, on the device that its tensors are on."""
         return self._masked(mam, uids, stream, epochs, text_capacity, step=step)
+
+    def matching(self, batch: MicroBatch) -> Matching | None:
+        """What each text of a micro-batch is matched with, on the device that its
+        tensors are on; None without an ITM head.
+        """
+        model = self.config.model
+        if not model.itm_weight:
+            return None
+        return drawn_matching(
+            mismatched=model.itm_mismatched,
+            group=model.itm_group,
+            seed=self.config.seed,
+            epochs=batch.epochs,
+            uids=batch.uids,
+            images=batch.images,
+            captions=caption_table(
+                batch.stream, batch.token_ids, self.config.text.max_tokens
+            ),
+        )
 
     def _masked(
         self,
@@ -552,11 +581,15 @@ def mask_digest(uids: np.ndarray, masks: Masks) -> int:
     return _wrap(total)
 
 
+def matching_digest(uids: np.ndarray, matching: Matching) -> int:
+    """Order-free digest of the sample that each text is matched with."""
+    of_image = uids[matching.image_of.numpy()]
+    return _wrap(int(_hash(uids, of_image & _LOW, (of_image >> 32) & _LOW).sum()))
+
+
 def _hash(uids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """One int64 for each (uid, low, high), mixed by Philox under a fixed key."""
-    words = philox(
-        low, high, uids & 0xFFFFFFFF, (uids >> 32) & 0xFFFFFFFF, *_DIGEST_KEY
-    )
+    words = philox(low, high, uids & _LOW, (uids >> 32) & _LOW, *_DIGEST_KEY)
     return (words[0] << 32) | words[1]
 
 

@@ -37,14 +37,14 @@ from trainer.engine import (
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
 from trainer.growth import agreed_state, freeze_until
-from trainer.initial import read_weights, require_fit
+from trainer.initial import read_weights, require_alike, require_fit
 from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
 from trainer.models.bert import read_body, require_body_fit
 from trainer.models.mlim import MlimForPreTraining, MlimInputs
-from trainer.options import PretrainConfig, blocking_changes
+from trainer.options import PretrainConfig, blocking_changes, load_config
 from trainer.panels import drop_panels
 from trainer.parameters import parameter_norm
 from trainer.profiling import Profiler, peak_memory_gib, span
@@ -272,8 +272,9 @@ def check(config: PretrainConfig) -> Checked:
     check_installed(config.log.wandb)
     found = checkpoint.newest(run)
     if found:
-        stored = yaml.safe_load((run / CONFIG).read_text())
-        changed = blocking_changes(stored, yaml.safe_load(to_yaml(config)))
+        changed = blocking_changes(
+            *(yaml.safe_load(to_yaml(each)) for each in (load_config(run), config))
+        )
         if config.changed_data == "new_epoch":
             # Sources may have come or gone.
             changed = [line for line in changed if not line.startswith("mixture")]
@@ -304,6 +305,7 @@ def check(config: PretrainConfig) -> Checked:
     else:
         state = DataState.fresh(dataset, sources, seed=config.seed)
         if config.init:
+            require_alike(config.init, config.model)
             with torch.device("meta"):
                 model = build_model(config, dataset.tokenizer)
             require_fit(model, _initial(config, dataset), source=config.init)
@@ -408,8 +410,8 @@ def global_counts(counts: Counts, world: World) -> Counts:
 def run_micro_batches(
     engine: Any, loader: Loader, batch: StepBatch, totals: Counts, world: World
 ) -> list[float]:
-    """Forward and backward of a rank's micro-batches; its sums of MLM loss, RECON loss
-    and correct words, and `by_mode.SIZE` more by masking mode.
+    """Forward and backward of a rank's micro-batches; its sums of MLM, RECON and ITM
+    loss, correct words and pairs, and `by_mode.SIZE` more by masking mode.
 
     DeepSpeed divides gradients by ranks and by accumulation, so a local sum times both,
     over the global count, gives the gradient of the global mean however it was split.
@@ -418,12 +420,14 @@ def run_micro_batches(
     split = world.size * len(batch.micro_batches)
     word_scale = config.model.mlm_weight * split / max(totals.masked_words, 1)
     pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
-    sums = torch.zeros(3 + by_mode.SIZE, device=world.device)
+    pair_scale = config.model.itm_weight * split / totals.pairs
+    sums = torch.zeros(5 + by_mode.SIZE, device=world.device)
     for number, micro in enumerate(batch.micro_batches):
         inputs, masks = model_inputs(loader, micro)
         with span("forward"):
             output = engine(inputs, masks)
         loss = output.mlm_sum * word_scale + output.recon_sum * pixel_scale
+        loss = loss + output.itm_sum * pair_scale
         with span("backward"):
             engine.backward(loss)
         sums += torch.cat([part.detach().float().flatten() for part in output])
@@ -440,6 +444,7 @@ def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
         pixels=micro.pixels,
         n_masked_words=micro.n_masked_words,
         n_recon_images=micro.n_recon_images,
+        matching=loader.matching(micro),
     )
     drawn = (micro.uids, micro.stream, micro.epochs, micro.text_capacity)
     return inputs, loader.masks(*drawn, step=micro.step)

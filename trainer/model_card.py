@@ -100,7 +100,9 @@ def _results(run: Path, step: int) -> str:
             "loss",
             "mlm_loss",
             "recon_loss",
+            "itm_loss",
             "mlm_accuracy",
+            "itm_accuracy",
             "psnr",
         )
         parts.append(_table(f"Training, step {step}", trained[-1], names))

@@ -1,6 +1,7 @@
 """Every key of a pretraining run: the typed form of `trainer/recipes/*.yaml`.
 
-Owns names, defaults and checks that need no data. Masking keys live with masking
+Owns names, defaults and checks that need no data, and reading them back from a run
+directory. Masking keys live with masking
 (`trainer.mask_config`), model keys with the model (`trainer.models.mlim`), storage keys
 with storage (`trainer.storage`).
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from trainer.contract import CONFIG
 from trainer.mask_config import MaskConfig
 from trainer.models.mlim import MlimConfig
 from trainer.philox import check_seed
@@ -387,6 +390,24 @@ class PretrainConfig:
     def last_step(self) -> int:
         """Steps after which this call stops."""
         return min(self.max_steps or self.schedule.steps, self.schedule.steps)
+
+
+def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
+    """The configuration that `run` was last started with. Keys that there were none of
+    then have their defaults, which change nothing.
+
+    Args:
+        data: dataset directory instead of the one in it.
+
+    Raises:
+        ValueError: no run.
+    """
+    from pipeline.config import parse
+
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
+    words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
+    return parse(PretrainConfig, words, prog="", description="")
 
 
 def may_change(key: str) -> bool:

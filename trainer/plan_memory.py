@@ -146,10 +146,12 @@ def activations(
     stream = size * shapes.rows * config.width
     # The norm before the first layer keeps its input, and so does pre-norm's last one.
     around = stream * (2 if config.norm == "pre" else 1)
+    # Masked pairs, and whole ones for ITM.
+    passes = 2 if config.itm_weight else 1
     return Activations(
         embedder=_embedder(config, image_size, size) * shapes.pairs,
-        blocks=config.layers * layer + around,
-        checkpointed=config.layers * stream + layer + around,
+        blocks=passes * (config.layers * layer + around),
+        checkpointed=passes * (config.layers * stream + around) + layer,
         ends=_ends(
             config, shapes, vocab_size=vocab_size, image_size=image_size, e=size
         ),

@@ -40,6 +40,8 @@ _PARTS = {
     "mlm_norm": "MLM head",
     "mlm_bias": "MLM head",
     "decoder": "image decoder",
+    "itm_pooler": "ITM head",
+    "itm_head": "ITM head",
 }
 
 
@@ -137,6 +139,7 @@ def plan(config: PlanConfig) -> Plan:
         global_batch=config.global_batch,
         world_size=config.gpus,
         ceiling=config.micro_batch,
+        group=config.model.group,
     )
     if config.global_batch % config.lanes:
         raise ValueError(
@@ -148,6 +151,12 @@ def plan(config: PlanConfig) -> Plan:
     else:
         facts = facts_of(config, ranks=config.gpus, decode=config.decode)
     bf16 = config.deepspeed.precision != "fp32"
+    peak = config.log.peak_tflops or (gpu.bf16_tflops if bf16 else None)
+    if peak is None:
+        raise ValueError(
+            f"the peak that is known of a {gpu.name} is that of bf16: give that of "
+            "fp32 by --log.peak_tflops, or plan with --deepspeed.precision bf16"
+        )
     parameters = parameters_by_part(config, facts.tokenizer)
     total = sum(parameters.values())
     usable = int(gpu.memory_gib * GIB * (1 - config.headroom))
@@ -178,7 +187,7 @@ def plan(config: PlanConfig) -> Plan:
         host_buffers=STEPS_HELD * budget.images,
         forward_flops=forward_flops(config.model, work, **sizes),
         step_flops=flops,
-        step_s=flops / (config.gpus * gpu.bf16_tflops * 1e12 * config.mfu),
+        step_s=flops / (config.gpus * peak * 1e12 * config.mfu),
         steps=config.last_step,
         checkpoint=checkpoint_bytes(total),
     )
@@ -232,8 +241,8 @@ class Budget:
     def largest(self, stage: int, *, checkpointing: bool) -> int | None:
         """Largest micro-batch that fits, a divisor of a rank's share of a step."""
         share = self.config.global_batch // self.ranks
-        fitting = None
-        for size in (n for n in range(1, share + 1) if share % n == 0):
+        group, fitting = self.config.model.group, None
+        for size in (n for n in range(group, share + 1, group) if share % n == 0):
             if self.peak(stage, size, checkpointing=checkpointing) > self.usable:
                 break
             fitting = size

@@ -25,11 +25,10 @@ from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
 from trainer.loader import Counts, Loader, sum_counts
 from trainer.masking import Mode
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, load_config
 from trainer.quarantine import from_plain
 from trainer.replay_pairs import Made, Pair, mode_name, pair_as_json
 from trainer.sources import sources_of
-from trainer.trained import load_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of, flipped
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
+from trainer.matching import Matching
 from trainer.order import Drawn
 from trainer.replacement import random_words
 from trainer.rows import crop_draws, flip_draws
@@ -62,6 +63,9 @@ class Pair:
     mode: Mode
     squares: Sequence[bool]
     """Which image positions are masked, row by row."""
+    image_of: str | None
+    """Uid of the sample whose image the text is matched with, 16 hex digits; None
+    without an ITM head."""
     pixels: np.ndarray | None
     """(S, S, 3) uint8 as the model gets them; None unless pictures were asked for."""
     hidden: np.ndarray
@@ -85,6 +89,7 @@ class Made:
     """(B, 2) places with what stands in for damaged samples."""
     batch: MicroBatch
     masks: Masks
+    matching: Matching | None
 
     @classmethod
     def of(
@@ -109,6 +114,7 @@ class Made:
                 batch.text_capacity,
                 step=batch.step,
             ),
+            matching=loader.matching(batch),
         )
 
     def pair(self, row: int, *, pictures: bool) -> Pair:
@@ -149,8 +155,15 @@ class Made:
             mode=Mode(int(self.masks.mode[row])),
             squares=self.masks.image[row].tolist(),
             hidden=pixel_mask(self.masks, row, config),
+            image_of=self._image_of(row),
             pixels=self.batch.pixels[row].numpy().copy() if pictures else None,
         )
+
+    def _image_of(self, row: int) -> str | None:
+        if self.matching is None:
+            return None
+        uid = int(self.batch.uids[self.matching.image_of[row]])
+        return f"{uid % (1 << 64):016x}"
 
     def _shown(self, row: int, ids: list[int]) -> dict[int, str]:
         replacement = self.masks.replacement
@@ -200,6 +213,7 @@ def pair_as_json(pair: Pair) -> dict[str, Any]:
         "shown_tokens": dict(pair.shown),
         "squares": len(pair.squares),
         "masked_squares": np.flatnonzero(pair.squares).tolist(),
+        "image_of": pair.image_of,
     }
 
 

@@ -145,12 +145,23 @@ def _pair(found: ReplayedStep, pair: Pair) -> Iterator[str]:
     yield f"    tokens  {printable(' '.join(tokens))}{cut}"
     yield f"    image   {crop(found, pair)}"
     yield f"    masks   {masks(pair)}"
+    if pair.image_of:
+        yield f"    ITM     {match(pair)}"
 
 
 def instead(pair: Pair, number: int) -> str:
     """What the model is shown in the place of a masked token."""
     shown = pair.shown.get(number)
     return MASK if shown is None else f"[MASK: shows {shown}]"
+
+
+def match(pair: Pair) -> str:
+    """What the text is matched with, if with anything."""
+    if pair.image_of is None:
+        return ""
+    if pair.image_of == pair.uid:
+        return "matched with its own image"
+    return f"mismatched: with the image of uid {pair.image_of}"
 
 
 def masks(pair: Pair) -> str:

@@ -24,6 +24,8 @@ from trainer.loader import Counts
 from trainer.options import SafetyConfig
 from trainer.spikes import Level
 
+_LOSSES = ("mlm", "recon", "itm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
@@ -31,11 +33,12 @@ class Losses:
 
     mlm: float
     recon: float
+    itm: float = 0.0
 
     @property
     def finite(self) -> bool:
-        """Both are."""
-        return math.isfinite(self.mlm) and math.isfinite(self.recon)
+        """All are."""
+        return all(map(math.isfinite, (self.mlm, self.recon, self.itm)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class State:
 
     mlm: Level = Level()
     recon: Level = Level()
+    itm: Level = Level()
     nonfinite: int = 0
     """Steps in a row that were not finite."""
     spikes: int = 0
@@ -73,14 +77,16 @@ class State:
 
 
 def losses_over_ranks(sums: Sequence[float], totals: Counts, world: World) -> Losses:
-    """Mean losses of the step over all ranks, from this rank's sums of MLM and RECON
-    loss. An all-reduce of two numbers: the other figures of a step can wait until its
-    end, but these decide whether the optimizer step is taken.
+    """Mean losses of the step over all ranks, from this rank's sums of MLM, RECON and
+    ITM loss. An all-reduce of three numbers: the other figures of a step can wait until
+    its end, but these decide whether the optimizer step is taken.
     """
-    values = torch.tensor(sums[:2], dtype=torch.float64, device=world.device)
-    mlm, recon = world.sum(values).tolist()
+    values = torch.tensor(sums[:3], dtype=torch.float64, device=world.device)
+    mlm, recon, itm = world.sum(values).tolist()
     return Losses(
-        mlm=mlm / max(totals.masked_words, 1), recon=recon / max(totals.recon_pixels, 1)
+        mlm=mlm / max(totals.masked_words, 1),
+        recon=recon / max(totals.recon_pixels, 1),
+        itm=itm / totals.pairs,
     )
 
 
@@ -100,7 +106,7 @@ class Guard:
         self._state = _state(stored) if stored else State()
 
     def to_plain(self) -> dict[str, Any]:
-        """What a checkpoint's marker holds of it: some 250 bytes."""
+        """What a checkpoint's marker holds of it: some 300 bytes."""
         return asdict(self._state)
 
     def before_update(self, losses: Losses) -> Ruling:
@@ -110,7 +116,7 @@ class Guard:
         config, state = self._config, self._state
         judge = {"window": config.spike_window, "threshold": config.spike_threshold}
         spikes = []
-        for name in ("mlm", "recon"):
+        for name in _LOSSES:
             level, loss = getattr(state, name), getattr(losses, name)
             if level.is_spike(loss, **judge):
                 spikes.append(
@@ -200,9 +206,10 @@ class Guard:
 def _not_finite(losses: Losses, grad_norm: float) -> str:
     if losses.finite:
         return f"the gradient is not finite (norm {grad_norm})"
-    return f"the loss is not finite (mlm {losses.mlm:.4g}, recon {losses.recon:.4g})"
+    each = ", ".join(f"{name} {getattr(losses, name):.4g}" for name in _LOSSES)
+    return f"the loss is not finite ({each})"
 
 
 def _state(stored: Mapping[str, Any]) -> State:
-    levels = {name: Level(**stored[name]) for name in ("mlm", "recon")}
+    levels = {name: Level(**stored[name]) for name in _LOSSES}
     return State(**{**stored, **levels})

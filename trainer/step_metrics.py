@@ -28,7 +28,9 @@ class Summed:
 
     mlm: float
     recon: float
+    itm: float
     correct: float
+    itm_correct: float
     by_mode: list[float]
     spent: Spent
     stop: bool
@@ -61,14 +63,16 @@ def summed_over_ranks(
     """
     local = [*result, *dataclasses.astuple(spent), *map(float, asked)]
     values = torch.tensor(local, dtype=torch.float64, device=world.device)
-    mlm, recon, correct, *rest = world.sum(values).tolist()
+    mlm, recon, itm, correct, itm_correct, *rest = world.sum(values).tolist()
     modes, rest = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
     *seconds, stop, due, failed = rest
     names = [field.name for field in dataclasses.fields(Spent)]
     return Summed(
         mlm=mlm,
         recon=recon,
+        itm=itm,
         correct=correct,
+        itm_correct=itm_correct,
         by_mode=modes,
         spent=Spent(**dict(zip(names, seconds, strict=True))),
         stop=stop > 0,
@@ -87,12 +91,15 @@ def metrics_row(
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`, but for what only the optimizer knows."""
     config, order = loader.config, loader.order
+    model = config.model
     mlm = summed.mlm / max(totals.masked_words, 1)
     recon = summed.recon / max(totals.recon_pixels, 1)
+    itm = summed.itm / totals.pairs
+    loss = model.mlm_weight * mlm + model.recon_weight * recon + model.itm_weight * itm
     row = {
         "step": 0,
         "epoch": batch.epoch,
-        "loss": config.model.mlm_weight * mlm + config.model.recon_weight * recon,
+        "loss": loss,
         "mlm_loss": mlm,
         "recon_loss": recon,
         "mlm_accuracy": summed.correct / max(totals.masked_words, 1),
@@ -109,7 +116,10 @@ def metrics_row(
         "step_s": elapsed,
         "sample_digest": totals.digest_text,
     }
-    row |= by_mode.mode_metrics(summed.by_mode, patch_size=config.model.patch_size)
+    if model.itm_weight:
+        row["itm_loss"] = itm
+        row["itm_accuracy"] = summed.itm_correct / totals.pairs
+    row |= by_mode.mode_metrics(summed.by_mode, patch_size=model.patch_size)
     if (decibels := by_mode.psnr(recon)) is not None:
         row["psnr"] = decibels
     row |= _utilisation(totals, loader, world, elapsed)

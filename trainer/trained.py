@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import parse
 from trainer import checkpoint
-from trainer.contract import CONFIG
 from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
 from trainer.loop import build_model
 from trainer.models.mlim import MlimForPreTraining
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, load_config
 from trainer.sources import sources_of
 
 
@@ -23,21 +21,6 @@ class Trained:
     config: PretrainConfig
     model: MlimForPreTraining
     step: int
-
-
-def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
-    """The configuration that `run` was last started with.
-
-    Args:
-        data: dataset directory instead of the one in it.
-
-    Raises:
-        ValueError: no run.
-    """
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
-    words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
-    return parse(PretrainConfig, words, prog="", description="")
 
 
 def load_trained(run: Path, *, data: str | None = None) -> Trained:

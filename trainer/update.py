@@ -57,7 +57,7 @@ class Updates:
         """The update of the step numbered `step` from 0, whose last backward is done.
 
         Args:
-            sums: MLM and RECON loss, this rank's sums.
+            sums: MLM, RECON and ITM loss, this rank's sums.
 
         Raises:
             ValueError: the run is to stop, or cannot go back. The weights are those

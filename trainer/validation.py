@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.loader import Loader
-from trainer.masking import Mode, drawn_modes
+from trainer.masking import Masks, Mode, drawn_modes
+from trainer.matching import Matching, fixed_matching
 from trainer.metrics import Metrics
+from trainer.models.mlim import MlimInputs
 from trainer.options import PretrainConfig
 from trainer.panels import Panels
 from trainer.parameters import whole_model
@@ -34,8 +36,9 @@ from trainer.profiling import span
 
 Build = Callable[[], nn.Module]
 
-# What is summed for each mode: MLM loss, RECON loss, correct words, words, pixels.
-_SUMS = 5
+# What is summed for each mode: MLM, RECON and ITM loss, correct words and pairs, words,
+# pixels, pairs.
+_SUMS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,16 @@ class Share:
     """One rank's micro-batches of the fixed set: as many as any other rank has."""
 
     pairs: Pairs
-    """The rank's own pairs."""
+    """The rank's own pairs, and those whose images it needs."""
     batches: list[tuple[Mode, np.ndarray, bool]]
     """Mode, rows of `pairs`, and whether they count: a rank that has fewer pairs goes
     through one that does not, because ZeRO 3 gathers parameters from all ranks."""
     total: int
     """Pairs of the whole set."""
+    image_of: np.ndarray
+    """Row of `pairs` whose image each row's text is matched with."""
+    matched: np.ndarray
+    """Which of them are their own."""
 
 
 class HeldOut:
@@ -138,14 +145,40 @@ class HeldOut:
         )
         output = engine(inputs, masks)
         _, _, words, positions = output.by_mode[:, mode]
+        itm_sum, itm_correct = output.itm_sum, output.itm_correct
+        if config.model.itm_weight:
+            itm_sum, itm_correct = self._matching(engine, inputs, masks, rows)
         found = (
             output.mlm_sum,
             output.recon_sum,
+            itm_sum,
             output.mlm_correct,
+            itm_correct,
             words,
             positions * config.model.patch_size**2,
+            words.new_full((), len(rows)),
         )
         return torch.stack([value.double() for value in found])
+
+    def _matching(
+        self, engine: Any, inputs: MlimInputs, masks: Masks, rows: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """ITM loss of some pairs, and how many are rightly told apart."""
+        share, device = self._share, self._world.device
+        whole = inputs._replace(
+            pixels=torch.from_numpy(share.pairs.pixels[share.image_of[rows]]).to(
+                device
+            ),
+            # Only the pass over whole pairs is wanted.
+            n_masked_words=1,
+            n_recon_images=1,
+            matching=Matching(
+                torch.arange(len(rows), device=device),
+                torch.from_numpy(share.matched[rows]).to(device),
+            ),
+        )
+        output = engine(whole, masks)
+        return output.itm_sum, output.itm_correct
 
 
 def held_out(
@@ -193,22 +226,28 @@ def losses_row(
     sums: np.ndarray, config: PretrainConfig, pairs: int
 ) -> dict[str, float | int]:
     """Means of the sums (modes, `_SUMS`) of `pairs` pairs."""
+    model = config.model
 
     def means(suffix: str, of: np.ndarray) -> dict[str, float]:
-        mlm, recon, correct, words, pixels = of.tolist()
+        mlm, recon, itm, correct, itm_correct, words, pixels, pairs = of.tolist()
         row = {}
         if words:
             row[f"val_mlm_loss{suffix}"] = mlm / words
             row[f"val_mlm_accuracy{suffix}"] = correct / words
         if pixels:
             row[f"val_recon_loss{suffix}"] = recon / pixels
+        if pairs and model.itm_weight and not suffix:
+            # Nothing is masked, so the mode means nothing.
+            row["val_itm_loss"] = itm / pairs
+            row["val_itm_accuracy"] = itm_correct / pairs
         return row
 
     # Like a step's: an empty count gives loss 0.
     nothing = dict.fromkeys(("val_mlm_loss", "val_mlm_accuracy", "val_recon_loss"), 0.0)
     row = nothing | means("", sums.sum(0))
-    weights = config.model.mlm_weight, config.model.recon_weight
-    loss = weights[0] * row["val_mlm_loss"] + weights[1] * row["val_recon_loss"]
+    loss = model.mlm_weight * row["val_mlm_loss"]
+    loss += model.recon_weight * row["val_recon_loss"]
+    loss += model.itm_weight * row.get("val_itm_loss", 0.0)
     by_mode: dict[str, float] = {}
     for mode in Mode:
         by_mode |= means(f"_{mode.name.lower()}", sums[mode])
@@ -249,7 +288,8 @@ def _read(loader: Loader, shards: list[int], world: World, build: Build) -> Held
 def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
     config, seed = loader.config, loader.config.eval.seed
     places = drawn_places(dataset, seed=seed, limit=config.eval.max_pairs)
-    uids = signed_uids(dataset.records(places)["uid"])
+    records = dataset.records(places)
+    uids = signed_uids(records["uid"])
     modes = drawn_modes(config.mask, seed=seed, epoch=0, uids=torch.from_numpy(uids))
     batches = share_of(
         modes.numpy(),
@@ -258,6 +298,12 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
         micro_batch=loader.micro_batch,
     )
     mine = np.unique(np.concatenate([rows for _, rows, _ in batches]))
+    image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
+    if config.model.itm_weight:
+        share = config.model.itm_mismatched
+        images = records["jpg_crc32c"]
+        image_of, matched = fixed_matching(uids, images, mismatched=share, seed=seed)
+        mine = np.union1d(mine, image_of[mine])
     return Share(
         pairs=read_pairs(dataset, config, places[mine], seed=seed),
         batches=[
@@ -265,4 +311,7 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
             for mode, rows, counts in batches
         ],
         total=len(places),
+        # Of a row that is only there for its image nobody asks.
+        image_of=np.searchsorted(mine, image_of[mine]).clip(max=len(mine) - 1),
+        matched=matched[mine],
     )

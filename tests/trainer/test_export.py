@@ -37,13 +37,16 @@ LENGTHS = [9, 4, 30, 17]
 
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with runs of a `post`-norm and a `pre`-norm model, and exports."""
+    """Folder with runs of a `post`-norm and a `pre`-norm model, which has an ITM head,
+    and exports of both.
+    """
     folder = tmp_path_factory.mktemp("export")
     words = [f"--data={shards}", "--max_steps=2", "--eval.every_steps=2"]
     calls = [
         [*words, f"--output={folder / norm}", f"--model.norm={norm}"]
         for norm in ("post", "pre")
     ]
+    calls[1] += ["--model.itm_weight=1", "--model.itm_group=3"]
     launch_all(1, calls, folder / "calls.json")
     done = python(
         *("-m", "trainer.export", folder / "post", folder / "out", "--body"),
@@ -247,3 +250,25 @@ def test_texts_that_do_not_fit_are_refused(runs: Path) -> None:
     left = torch.tensor([[0, 1, 1]])
     with pytest.raises(ValueError, match="pad on the right"):
         model(ids[:, :3], left)
+
+
+def test_an_itm_head_is_exported_and_says_what_the_runs_says(
+    runs: Path, tmp_path: Path
+) -> None:
+    run = load_trained(runs / "pre")
+    inputs, _, padded = example(run)
+    export(ExportConfig(run=str(runs / "pre"), output=str(tmp_path / "out")))
+    loaded = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    names = ("attention_mask", "pixel_values")
+    real = padded["attention_mask"].bool()
+    words = torch.zeros_like(padded["input_ids"])
+    words[real] = inputs.token_ids[: inputs.stream.text_used]
+    with torch.no_grad():
+        expected = run.model.matching_logits(
+            run.model.encode(inputs, None), inputs.stream
+        )
+        found = loaded(input_ids=words, **{name: padded[name] for name in names})
+    torch.testing.assert_close(found.itm_logits, expected)
+    assert AutoModel.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| val_itm_accuracy |" in card

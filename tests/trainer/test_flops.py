@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.trainer.test_mlim import SIZE, TINY, batch, build
+from tests.trainer.test_mlim import SIZE, TINY, batch, build, matching
 from tests.trainer.test_mlim import V as VOCABULARY
 from trainer.flops import forward_flops, step_flops, utilisation
 from trainer.gpus import GPUS, device_peak, gpu_named, known_peak
@@ -62,14 +62,19 @@ def counted(inputs: MlimInputs, masks: Masks, sizes: MlimConfig) -> tuple[int, i
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(inputs, masks)
         forward = counter.get_total_flops()
-        (output.mlm_sum + output.recon_sum).backward()
+        (output.mlm_sum + output.recon_sum + output.itm_sum).backward()
     return forward, counter.get_total_flops()
 
 
+@pytest.mark.parametrize("itm_weight", [0.0, 1.0])
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_the_formula_is_the_count_where_nothing_is_padded(norm: str) -> None:
-    tiny = dataclasses.replace(TINY, norm=norm)
+def test_the_formula_is_the_count_where_nothing_is_padded(
+    norm: str, itm_weight: float
+) -> None:
+    tiny = dataclasses.replace(TINY, norm=norm, itm_weight=itm_weight)
     inputs, masks = batch(EVEN)
+    if itm_weight:
+        inputs = inputs._replace(matching=matching(len(EVEN)))
     work = real_work(EVEN, masks)
     exact = inputs._replace(
         n_masked_words=work.masked_words, n_recon_images=work.recon_images

@@ -12,6 +12,7 @@ from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import column, config
 from trainer import checkpoint
 from trainer.contract import complete_checkpoints
+from trainer.export import ExportConfig, export
 from trainer.loop import check
 
 
@@ -65,6 +66,23 @@ def test_weights_of_another_model_are_refused_by_name_and_shape(
     with pytest.raises(ValueError, match=r"text_positions\S* is \[48, 32\], .*\[32, 3"):
         check(longer)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
+def test_weights_of_a_model_that_computes_otherwise_are_refused(
+    trained: Path, shards: Path, tmp_path: Path, source: str
+) -> None:
+    newest = complete_checkpoints(trained / "a")[-1][1]
+    folder = {"run": trained / "a", "checkpoint": newest, "export": tmp_path / "out"}
+    if source == "export":
+        export(ExportConfig(run=str(trained / "a"), output=str(tmp_path / "out")))
+    init = f"--init={folder[source]}"
+    check(config(shards, tmp_path / "new", init))
+    keys = ("--model.heads=4", "--model.norm_eps=1e-5")
+    with pytest.raises(
+        ValueError, match=r"give --model\.heads 2 \(now 4\), --model\.norm_eps 1e-12"
+    ):
+        check(config(shards, tmp_path / "new", init, *keys))
 
 
 def test_weights_for_other_tokens_are_refused(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.masking import MaskConfig, Masks, Mode, mam
+from trainer.matching import Matching
 from trainer.models.mlim import (
     MlimConfig,
     MlimForPreTraining,
@@ -95,6 +96,13 @@ def one(inputs: MlimInputs, masks: Masks, pair: int) -> tuple[MlimInputs, Masks]
         n_masked_words=capacity(max(int(masks.text[pair].sum()), 1)),
         n_recon_images=1,
     ), alone
+
+
+def matching(pairs: int) -> Matching:
+    """Every second text with the image before its own."""
+    own = torch.arange(pairs)
+    other = own % 2 == 1
+    return Matching(own - other.to(torch.int64), ~other)
 
 
 LENGTHS = [7, 2, 12, 9, 3, 15, 8, 6, 4, 11]
@@ -399,3 +407,34 @@ def test_a_fresh_model_passes_images_in_and_pixels_out() -> None:
     with torch.no_grad():
         assert model.embed_pixels(pixels).std(0).mean() > 0.05
         assert model.decoder(hidden).std(0).mean() > 0.05
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_itm_loss_is_that_of_every_pair_alone_with_nothing_masked(norm: str) -> None:
+    model = build(dataclasses.replace(TINY, norm=norm, itm_weight=1))
+    inputs, masks = batch(LENGTHS)
+    drawn = matching(len(LENGTHS))
+    output = model(inputs._replace(matching=drawn), masks)
+    expected, right = 0.0, 0
+    for pair in range(len(LENGTHS)):
+        alone, _ = one(inputs, masks, pair)
+        image = int(drawn.image_of[pair])
+        alone = alone._replace(pixels=inputs.pixels[image : image + 1])
+        cls = model.encode(alone, None)[0]
+        logits = model.itm_head(torch.tanh(model.itm_pooler(cls)))
+        truth = int(drawn.matched[pair])
+        expected -= float(logits.log_softmax(0)[truth].detach())
+        right += int(logits.argmax()) == truth
+    assert float(output.itm_sum.detach()) == pytest.approx(expected, rel=1e-4)
+    assert int(output.itm_correct) == right
+    plain = model(inputs, masks)
+    for name in ("mlm_sum", "recon_sum", "mlm_correct", "by_mode"):
+        torch.testing.assert_close(getattr(output, name), getattr(plain, name))
+
+
+def test_a_model_without_itm_weight_has_no_itm_head() -> None:
+    names = [name for name, _ in build().named_parameters()]
+    assert not [name for name in names if name.startswith("itm_")]
+    inputs, _ = batch(LENGTHS)
+    with pytest.raises(ValueError, match="itm_weight 1"):
+        build().matching_logits(torch.zeros(1, TINY.width), inputs.stream)

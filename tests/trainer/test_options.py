@@ -4,10 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, to_yaml
 from tests.trainer.tiny import config
-from trainer.options import blocking_changes
+from trainer.options import blocking_changes, load_config
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,15 @@ def test_other_keys_may_not_and_the_difference_is_shown(flag: str, shown: str) -
     old = asdict(config(Path("d"), Path("o")))
     new = asdict(config(Path("d"), Path("o"), flag))
     assert blocking_changes(old, new) == [shown]
+
+
+def test_keys_that_a_run_did_not_have_yet_are_at_their_defaults(tmp_path) -> None:
+    new = config(Path("d"), tmp_path)
+    stored = yaml.safe_load(to_yaml(new))
+    for key in [key for key in stored["model"] if key.startswith("itm_")]:
+        del stored["model"][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert load_config(tmp_path) == new
 
 
 def test_no_gradient_limit_can_be_asked_for() -> None:

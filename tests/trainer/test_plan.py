@@ -88,6 +88,19 @@ def test_hours_and_cost_follow_from_flops_and_the_assumed_utilisation(
     assert whole["decode_s_per_pair"] > 0
 
 
+def test_a_peak_that_is_given_counts_and_itm_takes_its_share(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ("--deepspeed.precision=fp32", "--log.peak_tflops=67")
+    found = planned(capsys, *given)
+    assert found["step_s"] == pytest.approx(found["step_flops"] / (4 * 67e12 * 0.35))
+    itm = planned(capsys, *given, "--model.itm_weight=1", "--model.itm_group=3")
+    again = sum(found["forward_flops"][part] for part in ("transformer", "attention"))
+    assert itm["forward_flops"]["itm"] == pytest.approx(again, rel=0.05)
+    assert itm["parameters"]["ITM head"] > 0
+    assert "ITM head" not in found["parameters"]
+
+
 def test_a_mixture_has_epochs_for_each_source(
     mixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +177,8 @@ def test_a_model_that_is_too_large_is_not_recommended(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--deepspeed.precision=fp32"], "by --log.peak_tflops"),
+        (["--model.itm_weight=1", "--model.itm_group=4"], "lower model.itm_group"),
         (["--gpus=5"], "start 1, 2, 3, 4, 6, 12 ranks"),
         (["--gpu=h20"], "b200, h200"),
         (["--global_batch=32"], "global_batch"),

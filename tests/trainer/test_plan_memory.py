@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.test_mlim import SIZE, TINY, batch, build
+from tests.trainer.test_mlim import SIZE, TINY, batch, build, matching
 from tests.trainer.test_mlim import V as VOCABULARY
 from trainer.plan_memory import (
     REDUCE_BUCKET,
@@ -42,9 +42,14 @@ def kept_by_autograd(model: torch.nn.Module, *arguments: object) -> int:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("layers", [1, 5])
-def test_activations_are_what_autograd_keeps(norm: str, layers: int) -> None:
-    config = dataclasses.replace(WIDE, norm=norm, layers=layers)
+@pytest.mark.parametrize("itm_weight", [0.0, 1.0])
+def test_activations_are_what_autograd_keeps(
+    norm: str, layers: int, itm_weight: float
+) -> None:
+    config = dataclasses.replace(WIDE, norm=norm, layers=layers, itm_weight=itm_weight)
     inputs, masks = batch([12, 20, 7, 16, 9, 18, 20, 11] * 2)
+    if itm_weight:
+        inputs = inputs._replace(matching=matching(16))
     shapes = Shapes(
         pairs=inputs.stream.pairs,
         rows=len(inputs.stream.source),

@@ -174,6 +174,39 @@ def test_each_rank_is_shown_the_pairs_its_loader_gives(
             assert pair["mode"] == row.mode.name.lower().replace("_", "-")
 
 
+def test_texts_are_shown_with_the_image_they_are_matched_with(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    itm = ("--model.itm_weight=1", "--model.itm_group=3")
+    run, page = young(tmp_path / "run", shards, *itm), tmp_path / "page.html"
+    found = replayed(run, 9, f"--html={page}")["pairs"]
+    loader = Loader(
+        Dataset(shards, "train"),
+        config(shards, run, *itm, "--micro_batch=3"),
+        rank=0,
+        world_size=1,
+    )
+    expected = []
+    with ThreadPoolExecutor(1) as decoders:
+        for part in loader.micros(8, decoders):
+            drawn = loader.matching(part.batch)
+            assert drawn
+            uids = part.batch.uids[drawn.image_of].numpy().view(np.uint64)
+            expected += [f"{uid:016x}" for uid in uids.tolist()]
+    assert [pair["image_of"] for pair in found] == expected
+    others = [pair for pair in found if pair["image_of"] != pair["uid"]]
+    assert 0 < len(others) < len(found)
+    printed = capsys.readouterr().out
+    assert printed.count("matched with its own image") == len(found) - len(others)
+    for pair in others:
+        told = f"mismatched: with the image of uid {pair['image_of']}"
+        assert told in printed
+        assert told in page.read_text()
+    assert {pair["image_of"] for pair in replayed(young(run, shards), 9)["pairs"]} == {
+        None
+    }
+
+
 def test_a_step_of_a_schedule_is_shown_with_its_own_rates_and_words(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,9 @@ class MlimPreTrainingOutput(ModelOutput):
     """(B, L, V)."""
     reconstruction: Tensor | None = None
     """(B, 3, H, H), 0..1; None without images."""
+    itm_logits: Tensor | None = None
+    """(B, 2), that text and image do not match and that they do, from what the model
+    is shown: hide nothing; None without images or an ITM head."""
     last_hidden_state: Tensor | None = None
     """(B, L + P, D)."""
 
@@ -180,7 +183,7 @@ class MlimPreTrainedModel(PreTrainedModel):
 class MlimModel(MlimPreTrainedModel):
     """Embeddings and transformer."""
 
-    _keys_to_ignore_on_load_unexpected = [r"mlim\.(mlm_|decoder\.)"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"mlim\.(mlm_|itm_|decoder\.)"]  # noqa: RUF012
 
     def __init__(self, config: MlimConfig) -> None:
         super().__init__(config)
@@ -241,12 +244,14 @@ class MlimForPreTraining(MlimPreTrainedModel):
         length = input_ids.shape[1]
         hidden = _padded(hidden_td, inputs, length)
         logits = self.mlim.word_logits(hidden[:, :length])
-        images, mlm, recon = None, None, None
+        images, mlm, recon, matches = None, None, None, None
         if labels is not None:
             nll = F.cross_entropy(
                 logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
             )
             mlm = nll / (labels != -100).sum().clamp(min=1)
+        if pixel_values is not None and self.mlim.itm_head is not None:
+            matches = self.mlim.matching_logits(hidden_td, inputs.stream)
         if pixel_values is not None:
             every = torch.arange(len(input_ids), device=input_ids.device)
             images = self.mlim.decode_images(hidden_td, inputs, every)
@@ -258,6 +263,7 @@ class MlimForPreTraining(MlimPreTrainedModel):
             recon_loss=recon,
             prediction_logits=logits,
             reconstruction=images,
+            itm_logits=matches,
             last_hidden_state=hidden,
         )
 

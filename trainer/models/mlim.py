@@ -1,7 +1,8 @@
-"""MLIM: one stream of word and image tokens, MLM and RECON losses.
+"""MLIM: one stream of word and image tokens; MLM and RECON losses, ITM if asked for.
 
-Owns the model and its two losses. Does not own masks (`trainer.masking`), the layout of
-the stream (`trainer.stream`) or the training step (`trainer.loop`).
+Owns the model and its losses. Does not own masks (`trainer.masking`), which image a
+text is matched with (`trainer.matching`), the layout of the stream (`trainer.stream`)
+or the training step (`trainer.loop`).
 
 Arici et al., "MLIM: Vision-and-language model pre-training with masked language and
 image modeling", 2021. The shallow CNN embedder downsamples by 2x2 kernels of stride 2,
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
 from trainer.masking import Masks
+from trainer.matching import Matching
 from trainer.models.layers import Block
 from trainer.replacement import random_words
 from trainer.stream import Stream
@@ -59,6 +61,15 @@ class MlimConfig:
     """Weight of the MLM loss."""
     recon_weight: float = 1.0
     """Weight of the RECON loss."""
+    itm_weight: float = 0.0
+    """Weight of the image-text matching loss, which MLIM does without (the paper
+    compares with it); 0: no ITM head. It takes a second pass through the transformer,
+    on unmasked pairs, some of whose texts are shown with another pair's image."""
+    itm_group: int = 8
+    """Pairs of a step that stand together: a text that is not to match gets the image
+    of another of them. Micro-batches hold whole groups."""
+    itm_mismatched: float = 0.5
+    """Share of texts that are shown with another pair's image."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     body: str | None = None
@@ -73,9 +84,20 @@ class MlimConfig:
         for name in ("embedder_widths", "decoder_widths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"model.{name} must hold numbers of 1 or more")
-        for name in ("mlm_weight", "recon_weight", "init_std", "norm_eps"):
+        weights = ("mlm_weight", "recon_weight", "itm_weight")
+        for name in (*weights, "init_std", "norm_eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} must not be negative")
+        if self.itm_group < 2:
+            raise ValueError(
+                f"model.itm_group {self.itm_group} leaves a text no other image: give "
+                "2 or more"
+            )
+        if not 0 < self.itm_mismatched < 1:
+            raise ValueError(
+                f"model.itm_mismatched {self.itm_mismatched} leaves nothing to tell "
+                "apart: give a share between 0 and 1, both excluded"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"model.heads {self.heads} does not divide model.width {self.width}"
@@ -97,6 +119,11 @@ class MlimConfig:
         """Pixels on a side of the square that an image token covers."""
         return 2 ** len(self.embedder_widths)
 
+    @property
+    def group(self) -> int:
+        """Consecutive pairs of a step that the model needs in one micro-batch."""
+        return self.itm_group if self.itm_weight else 1
+
 
 class MlimOutput(NamedTuple):
     """Sums over a micro-batch; the caller divides by the step's global counts."""
@@ -105,8 +132,13 @@ class MlimOutput(NamedTuple):
     """Negative log likelihood over masked words, fp32."""
     recon_sum: Tensor
     """Squared error over scored pixels, summed over channels, fp32."""
+    itm_sum: Tensor
+    """Negative log likelihood over pairs that they match or not, fp32; 0 without an
+    ITM head."""
     mlm_correct: Tensor
     """Masked words whose most likely token is the true one."""
+    itm_correct: Tensor
+    """Pairs that are rightly said to match or not."""
     by_mode: Tensor
     """(4, 3) fp32, for metrics: NLL, squared error, masked words and scored image
     positions of each masking mode."""
@@ -137,6 +169,8 @@ class MlimInputs(NamedTuple):
     """M: capacity for masked words, counted by the loader."""
     n_recon_images: int
     """R: capacity for images with a masked position."""
+    matching: Matching | None = None
+    """Whose image each text is matched with; None: no ITM loss is wanted."""
 
 
 class MlimEncoder(nn.Module):
@@ -187,21 +221,35 @@ class MlimEncoder(nn.Module):
         pre = config.norm == "pre"
         self.final_norm = nn.LayerNorm(width, eps=eps) if pre else nn.Identity()
 
-    def encode(self, inputs: MlimInputs, masks: Masks) -> Tensor:
-        """Hidden states (T, D) of the stream, masked embeddings replaced. Pixels are
-        not looked at where the stream has no image tokens.
+    def encode(
+        self,
+        inputs: MlimInputs,
+        masks: Masks | None,
+        image_bpd: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (T, D) of the stream, masked embeddings replaced.
+
+        Args:
+            masks: None hides nothing.
+            image_bpd: image embeddings instead of those of `inputs.pixels`, which are
+                not looked at then, nor where the stream has no image tokens.
         """
         stream = inputs.stream
         # One vector stands for what is hidden in either modality (MLIM, section 3).
         mask_vector = self.words.weight[self.mask_id]
-        shown_k, hidden_k = self.shown_words(inputs, masks)
-        text_kd = self.words(shown_k)
-        text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
+        if masks is None:
+            text_kd = self.words(inputs.token_ids)
+        else:
+            shown_k, hidden_k = self.shown_words(inputs, masks)
+            text_kd = self.words(shown_k)
+            text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
         text_kd = text_kd + self.text_positions(stream.text_position)
         both = text_kd
         if stream.n_image:
-            image_bpd = self.embed_pixels(inputs.pixels)
-            image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
+            if image_bpd is None:
+                image_bpd = self.embed_pixels(inputs.pixels)
+            if masks is not None:
+                image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
             image_bpd = image_bpd + self.image_positions.weight
             both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
         x_td = self.embedding_norm(both.index_select(0, stream.source))
@@ -256,7 +304,9 @@ class MlimEncoder(nn.Module):
 
 
 class MlimForPreTraining(MlimEncoder):
-    """The encoder with an MLM head and a RECON decoder; arguments as there."""
+    """The encoder with an MLM head, a RECON decoder and, where `itm_weight` is not 0,
+    an ITM head; arguments as there.
+    """
 
     def __init__(
         self,
@@ -280,10 +330,18 @@ class MlimForPreTraining(MlimEncoder):
         self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
         self.decoder = _decoder(config)
         self.apply(self.initialise)
+        self.itm_pooler, self.itm_head = None, None
+        if config.itm_weight:
+            # BERT's next-sentence head, drawn last: the rest is as without it.
+            self.itm_pooler = nn.Linear(width, width)
+            self.itm_head = nn.Linear(width, 2)
+            self.initialise(self.itm_pooler)
+            self.initialise(self.itm_head)
 
     def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
         """Losses of a micro-batch under `masks`."""
-        hidden_td = self.encode(inputs, masks)
+        image_bpd = self.embed_pixels(inputs.pixels)
+        hidden_td = self.encode(inputs, masks, image_bpd)
         words = self.score_words(hidden_td, inputs, masks)
         image, recon_r = self.score_images(hidden_td, inputs, masks)
         counts = masks.counts
@@ -298,8 +356,15 @@ class MlimForPreTraining(MlimEncoder):
                 (pairs, positions // self.config.patch_size**2),
             ],
         )
-        mlm, correct = words.nll.sum(), words.correct.sum()
-        return MlimOutput(mlm, recon_r.sum(), correct, by_mode)
+        itm_sum, itm_correct = self.score_matching(inputs, image_bpd)
+        return MlimOutput(
+            mlm_sum=words.nll.sum(),
+            recon_sum=recon_r.sum(),
+            itm_sum=itm_sum,
+            mlm_correct=words.correct.sum(),
+            itm_correct=itm_correct,
+            by_mode=by_mode,
+        )
 
     def word_logits(self, hidden_md: Tensor) -> Tensor:
         """(M, D) -> (M, V): BERT's two-layer head, its output tied to the words."""
@@ -333,6 +398,36 @@ class MlimForPreTraining(MlimEncoder):
         if self.config.recon_region == "masked":
             squares = squares * masks.image[image]
         return image, squares.sum(1) * valid
+
+    def score_matching(
+        self, inputs: MlimInputs, image_bpd: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of saying of every pair whether it matches, and how often that is right.
+        Nothing is masked: with most of a modality hidden there is little to match.
+        """
+        if inputs.matching is None:
+            zero = image_bpd.new_zeros((), dtype=torch.float32)
+            return zero, zero
+        image_of, matched = inputs.matching
+        hidden_td = self.encode(inputs, None, image_bpd.index_select(0, image_of))
+        logits_b2 = self.matching_logits(hidden_td, inputs.stream).float()
+        target = matched.to(torch.int64)
+        loss = F.cross_entropy(logits_b2, target, reduction="sum")
+        return loss, (logits_b2.argmax(1) == target).sum()
+
+    def matching_logits(self, hidden_td: Tensor, stream: Stream) -> Tensor:
+        """(B, 2): that text and image of each pair do not match, and that they do.
+
+        Raises:
+            ValueError: a model without an ITM head.
+        """
+        if self.itm_pooler is None or self.itm_head is None:
+            raise ValueError(
+                "this model has no ITM head: train one with --model.itm_weight 1"
+            )
+        # A pair's segment begins with [CLS].
+        cls_bd = hidden_td.index_select(0, stream.cu_seqlens[: stream.pairs])
+        return self.itm_head(torch.tanh(self.itm_pooler(cls_bd)))
 
     def decode_images(
         self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor

@@ -19,8 +19,9 @@ from trainer.report.probes import PROBES, shuffled_gap
 
 # Share of the last steps of a run that its training numbers are a mean of.
 _TAIL = 20
-_TRAINING = ("loss", "mlm_loss", "recon_loss", "itm_loss", "mlm_accuracy", "psnr")
-_HELD_OUT = ("val_loss", "val_mlm_loss", "val_recon_loss", "val_mlm_accuracy")
+_LOSSES = ("loss", "mlm_loss", "recon_loss", "itm_loss")
+_TRAINING = (*_LOSSES, "mlm_accuracy", "itm_accuracy", "psnr")
+_HELD_OUT = tuple(f"val_{name}" for name in (*_LOSSES, "mlm_accuracy", "itm_accuracy"))
 # metric, column, factor, unit
 _SPEEDS = (
     ("pairs_per_s", "pairs/s", 1, ""),
