@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ablations SHARDS --work DIR`: what masking and RECON are worth.
+"""`python -m benchmarks.ablations SHARDS --work DIR`: masking, RECON and ITM compared.
 
 Owns which variants of a recipe are compared, and the table. All are measured alike
 after training, on held-out pairs with the masks of MAM's heavy modes and with RECON
@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.training_runs import train_all
 from pipeline.config import parse, run
 from trainer.checkpoint import write_json
+from trainer.contract import read_validation
 
 PROG = "benchmarks.ablations"
 DESCRIPTION = """\
@@ -34,6 +35,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "uniform 15 %": ("--mask.policy=uniform",),
     "no RECON": ("--model.recon_weight=0",),
     "RECON over whole images": ("--model.recon_region=whole",),
+    "ITM besides": ("--model.itm_weight=1",),
+    "ITM instead of RECON": ("--model.itm_weight=1", "--model.recon_weight=0"),
 }
 COLUMNS = {
     "mlm": "MLM, true image",
@@ -42,6 +45,7 @@ COLUMNS = {
     "recon": "RECON, true caption",
     "recon_shuffled_gap": "worse with another's caption",
 }
+ITM = "val_itm_accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ class AblationsConfig:
 
 
 def measured(run: Path, group: str | None) -> dict[str, float]:
-    """`COLUMNS` of a trained run on its held-out pairs."""
+    """`COLUMNS` of a trained run on its held-out pairs, and `ITM` where it has it."""
     import torch
     from tqdm import tqdm
 
@@ -94,16 +98,22 @@ def measured(run: Path, group: str | None) -> dict[str, float]:
         found[name] = summary["conditions"]["true"]["mean"]
         for other, gap in summary["gaps"].items():
             found[f"{name}_{other}_gap"] = gap["mean"]
-    return {name: found[name] for name in COLUMNS}
+    own = read_validation(run)[-1]
+    itm = {ITM: own[ITM]} if ITM in own else {}
+    return {name: found[name] for name in COLUMNS} | itm
 
 
 def table(variants: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Means and standard deviations over seeds, in Markdown."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    titles = {**COLUMNS, ITM: "ITM: pairs right"}
+    lines = [f"| | {' | '.join(titles.values())} |", "|---" * (len(titles) + 1) + "|"]
     for name, found in variants.items():
         cells = []
-        for column in COLUMNS:
-            values = np.array([one[column] for one in found])
+        for column in titles:
+            values = np.array([one[column] for one in found if column in one])
+            if not len(values):
+                cells.append("")
+                continue
             digits = 3 if column.startswith("mlm") else 4
             cells.append(
                 f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
