@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Kernels run under Triton's interpreter where there is no GPU; it has to be known before
-# they are imported.
+# Kernels run under Triton's interpreter where there is no GPU; it has to be known
+# before they are imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

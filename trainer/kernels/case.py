@@ -1,4 +1,4 @@
-"""What a kernel is held against, and on which inputs: one form for tests and benchmarks.
+"""What a kernel is held against, and on which inputs, for tests and benchmarks alike.
 
 Owns the form. Does not own kernels or their cases (the modules beside this one, each
 with a tuple `CASES`), the checks (`tests/trainer/kernels`, `benchmarks.gpu`).
