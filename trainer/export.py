@@ -93,8 +93,9 @@ def export(config: ExportConfig) -> None:
 
 def preprocessor_config(image: ImageConfig) -> dict[str, Any]:
     """How an image becomes `pixel_values`, for `transformers.AutoImageProcessor`. A
-    random crop of training is a centre crop here. Its bicubic filter is Pillow's and
-    rounds in other places than the trainer's, so pixels may differ by a few levels.
+    random crop of training is a centre crop here. Its bicubic filter is Pillow's, and
+    the trainer lets the JPEG decoder scale first: images of another size than the
+    model's differ by a few levels (README).
     """
     square = {"height": image.size, "width": image.size}
     whole = image.geometry == "resize"
