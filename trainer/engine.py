@@ -38,6 +38,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    host_group: Any = None
+    """Process group for what lies on the host, so that no rank waits for its GPU to
+    agree on it; None: the default one, where that is gloo."""
 
     @property
     def first(self) -> bool:
@@ -45,9 +48,10 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over ranks, in place."""
+        """Sum of `values` over ranks, in place, wherever they lie."""
         if self.size > 1:
-            dist.all_reduce(values)
+            on_host = values.device.type == "cpu"
+            dist.all_reduce(values, group=self.host_group if on_host else None)
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -55,7 +59,7 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -63,7 +67,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
     def together(self, make: Callable[[], Item]) -> Item:
@@ -79,7 +83,7 @@ class World:
         except (ValueError, OSError) as error:
             failure = error
         failed = torch.tensor([failure is not None], dtype=torch.int64)
-        if self.sum(failed.to(self.device)).item():
+        if self.sum(failed).item():
             self.leave()
             if failure:
                 raise failure
@@ -98,7 +102,7 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
 
     def leave(self) -> None:
         """Leave the process group together, before an exit that every rank agreed on:
@@ -121,10 +125,12 @@ def start_world() -> World:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     rank, size = world_from_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    host_group = None
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         _join("nccl")
+        host_group = dist.new_group(backend="gloo")
     else:
         device = torch.device("cpu")
         _skip_shared_memory_op()
@@ -132,7 +138,7 @@ def start_world() -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
-    return World(rank=rank, size=size, device=device)
+    return World(rank=rank, size=size, device=device, host_group=host_group)
 
 
 def _join(backend: str) -> None:
@@ -196,6 +202,8 @@ def build_engine(
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
+        # One kernel for all parameters; on CPUs the curves of before.
+        fused=world.device.type == "cuda",
     )
     engine, _, _, _ = deepspeed.initialize(
         model=model,

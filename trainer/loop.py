@@ -379,7 +379,7 @@ def prepare_run(config: PretrainConfig, run: Path) -> IO[str]:
 
 def _require_agreement(checked: Checked, world: World) -> None:
     """Raise ValueError on every rank unless all resume from the same step."""
-    steps = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    steps = torch.zeros(world.size, dtype=torch.int64)
     steps[world.rank] = checked.first_step
     found = world.sum(steps).tolist()
     if len(set(found)) > 1:
@@ -402,7 +402,7 @@ def global_counts(counts: Counts, world: World) -> Counts:
     names = [field.name for field in dataclasses.fields(Counts)]
     names.remove("sources")
     local = [*(getattr(counts, name) for name in names), *counts.sources]
-    summed = world.sum(torch.tensor(local, device=world.device)).tolist()
+    summed = world.sum(torch.tensor(local)).tolist()
     alone = dict(zip(names, summed, strict=False))
     return Counts(**alone, sources=tuple(summed[len(names) :]))
 

@@ -81,7 +81,7 @@ def losses_over_ranks(sums: Sequence[float], totals: Counts, world: World) -> Lo
     ITM loss. An all-reduce of three numbers: the other figures of a step can wait until
     its end, but these decide whether the optimizer step is taken.
     """
-    values = torch.tensor(sums[:3], dtype=torch.float64, device=world.device)
+    values = torch.tensor(sums[:3], dtype=torch.float64)
     mlm, recon, itm = world.sum(values).tolist()
     return Losses(
         mlm=mlm / max(totals.masked_words, 1),

@@ -137,7 +137,7 @@ class Checkpoints:
 
     def _agree(self) -> None:
         failed = torch.tensor([self.failed], dtype=torch.int64)
-        if not self._world.sum(failed.to(self._world.device)).item():
+        if not self._world.sum(failed).item():
             return
         self._abandoned.set()
         self._world.leave()

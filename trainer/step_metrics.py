@@ -62,7 +62,7 @@ def summed_over_ranks(
     fields of what it gives.
     """
     local = [*result, *dataclasses.astuple(spent), *map(float, asked)]
-    values = torch.tensor(local, dtype=torch.float64, device=world.device)
+    values = torch.tensor(local, dtype=torch.float64)
     mlm, recon, itm, correct, itm_correct, *rest = world.sum(values).tolist()
     modes, rest = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
     *seconds, stop, due, failed = rest
