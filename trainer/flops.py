@@ -4,11 +4,18 @@ Owns the formula, for the step that was taken (`trainer.loop`) and for one that 
 planned (`trainer.plan`). Does not own what devices could do at best (`trainer.gpus`).
 
 Counted are multiplications and additions of the matrix products and convolutions that
-the model needs, over real tokens, masked words and images to reconstruct: not padding,
-and nothing that is computed twice (model FLOPs utilisation, not hardware FLOPs
-utilisation; Chowdhery et al. 2022, PaLM, appendix B). A product of (m, k) and (k, n)
-is 2 m k n. The backward pass is two products for each of the forward one, but for the
-first convolution, whose input is pixels and needs no gradient.
+the losses need, embedder, heads and decoder included, over real tokens, masked words
+and images to reconstruct. Not counted are padding, and whatever is computed twice
+(activation checkpointing): model FLOPs utilisation, not hardware FLOPs utilisation
+(Chowdhery et al. 2022, PaLM, appendix B). Nor is what no loss reads and the model
+leaves out, so it cannot flatter the utilisation: queries, output projection and
+feed-forward of the last layer count at the rows that MLM and RECON read, keys and
+values at all of them; the decoder counts only where there is a RECON loss. Norms,
+GELU, softmax, gathers and the optimizer step are no products and count nothing.
+
+A product of (m, k) and (k, n) is 2 m k n. The backward pass is two products for each of
+the forward one, but for the first convolution, whose input is pixels and needs no
+gradient.
 """
 
 from __future__ import annotations
@@ -38,6 +45,12 @@ class Work(Protocol):
         """Sum over pairs of the square of their tokens: attention is inside a pair."""
 
     @property
+    def scored_lengths(self) -> float:
+        """Sum over pairs of their tokens times the rows of them that MLM or RECON
+        reads: what the last layer's attention is over.
+        """
+
+    @property
     def masked_words(self) -> float:
         """Words that the MLM head scores."""
 
@@ -54,21 +67,37 @@ def forward_flops(
     loss, `itm` (a second pass through the transformer, and the head).
     """
     width = config.width
-    linear = 4 * width**2 + 2 * width * config.ffn_width
     head = width**2 + width * vocab_size
-    transformer = 2.0 * config.layers * linear * work.tokens
-    attention = 2.0 * config.layers * 2 * width * work.squared_lengths
+    images = work.recon_images if config.recon_weight else 0
+    n_image = (image_size // config.patch_size) ** 2
+    scored = work.masked_words + images * n_image
     found = {
-        "transformer": transformer,
-        "attention": attention,
+        "transformer": _linear_flops(config, work, scored),
+        "attention": _attention_flops(config, work, work.scored_lengths),
         "embedder": sum(embedder_flops(config, image_size)) * work.pairs,
         "mlm_head": 2.0 * head * work.masked_words,
-        "decoder": sum(decoder_flops(config, image_size)) * work.recon_images,
+        "decoder": sum(decoder_flops(config, image_size)) * images,
     }
     if config.itm_weight:
-        pooled = 2.0 * (width**2 + 2 * width) * work.pairs
-        found["itm"] = transformer + attention + pooled
+        # Of each pair its [CLS] row is read, which attends to all its tokens.
+        passed = _linear_flops(config, work, work.pairs)
+        passed += _attention_flops(config, work, work.tokens)
+        found["itm"] = passed + 2.0 * (width**2 + 2 * width) * work.pairs
     return found
+
+
+def _linear_flops(config: MlimConfig, work: Work, scored: float) -> float:
+    """Of all linear layers, where `scored` rows of the last one are read."""
+    width, ffn = config.width, config.ffn_width
+    whole = (config.layers - 1) * (4 * width**2 + 2 * width * ffn) * work.tokens
+    keys = 2 * width**2 * work.tokens
+    return 2.0 * (whole + keys + (2 * width**2 + 2 * width * ffn) * scored)
+
+
+def _attention_flops(config: MlimConfig, work: Work, last: float) -> float:
+    """Of scores and mixing in all layers, the last one over `last` pairs of rows."""
+    over = (config.layers - 1) * work.squared_lengths + last
+    return 2.0 * 2 * config.width * over
 
 
 def step_flops(

@@ -28,7 +28,7 @@ from trainer.folder import DamagedError
 from trainer.geometry import flipped
 from trainer.masking import Masks, mam, mam_counts
 from trainer.matching import Matching, caption_table, drawn_matching
-from trainer.models.mlim import recon_pixels
+from trainer.models.mlim import recon_pixels, scored_positions
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.philox import philox
@@ -107,6 +107,8 @@ class Counts:
     """Real tokens, text and image."""
     squared_lengths: int
     """Sum over pairs of the square of their tokens."""
+    scored_lengths: int
+    """Sum over pairs of their tokens times the positions that MLM or RECON reads."""
     recon_images: int
     """Images with a masked position."""
     rows: int
@@ -400,6 +402,8 @@ class Loader:
         matching = self.matching(batch) if config.digest == "full" else None
         if matching:
             digest = _wrap(digest + matching_digest(rows.uids, matching))
+        lengths = torch.from_numpy(read.lengths + self.n_image)
+        scored = scored_positions(masked, self.n_image, config.model)
         counts = Counts(
             pairs=len(rows),
             masked_words=n_words,
@@ -407,7 +411,8 @@ class Loader:
                 recon_pixels(masked.image, self.n_image, config.model).sum()
             ),
             tokens=stream.text_used + len(rows) * self.n_image,
-            squared_lengths=int(((read.lengths + self.n_image) ** 2).sum()),
+            squared_lengths=int(lengths.square().sum()),
+            scored_lengths=int((lengths * scored).sum()),
             recon_images=n_images,
             rows=len(stream.source),
             cut_captions=read.cut,

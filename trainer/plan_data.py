@@ -16,6 +16,7 @@ from pipeline.manifest import TokenizerInfo
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.masking import mam_counts
+from trainer.models.mlim import scored_positions
 from trainer.options import PretrainConfig
 from trainer.philox import signed_uids
 from trainer.plan_memory import Shapes
@@ -61,6 +62,7 @@ class Expected:
     pairs: float
     tokens: float
     squared_lengths: float
+    scored_lengths: float
     masked_words: float
     recon_images: float
 
@@ -140,12 +142,13 @@ def shapes(config: PretrainConfig, facts: Facts, pairs: int) -> Shapes:
     used, longest = _largest(text, pairs), int(text.max()) + n_image
     # Rows that a capacity leaves over are segments of the table too.
     spare = -(-(capacity(used) - used) // longest)
+    images = min(capacity(_largest(each["recon_images"], pairs)), pairs)
     return Shapes(
         pairs=pairs,
         rows=capacity(used) + pairs * n_image,
         table=(pairs + spare) * longest,
         masked_words=capacity(_largest(each["masked_words"], pairs)),
-        recon_images=min(capacity(_largest(each["recon_images"], pairs)), pairs),
+        recon_images=images if config.model.recon_weight else 0,
     )
 
 
@@ -162,9 +165,11 @@ def _each(config: PretrainConfig, facts: Facts) -> dict[str, np.ndarray]:
         text_capacity=int(facts.lengths.max()),
         n_image=n_image,
     )
+    scored = scored_positions(masked, n_image, config.model)
     return {
         "tokens": tokens,
         "squared_lengths": tokens.astype(np.float64) ** 2,
+        "scored_lengths": tokens * scored.numpy(),
         "masked_words": masked.text.numpy(),
         "recon_images": (masked.image > 0).numpy(),
     }

@@ -37,7 +37,8 @@ class Shapes:
     rows: int
     """T, padding included."""
     table: int
-    """Places of the padded table that attention uses without flash kernels, in fp32."""
+    """Places that attention in fp32 has for its rows: on a GPU those of a padded table,
+    on a CPU, which goes from segment to segment, T."""
     masked_words: int
     """M, a capacity."""
     recon_images: int
@@ -144,14 +145,21 @@ def activations(
     layer = _layer(config, shapes, bf16=bf16)
     size = 2 if bf16 else _FP32
     stream = size * shapes.rows * config.width
+    n_image = (image_size // config.patch_size) ** 2
+    # Rows of the last layer, of masked pairs and of whole ones for ITM.
+    kept = [shapes.masked_words + shapes.recon_images * n_image]
+    kept += [shapes.pairs] if config.itm_weight else []
+    kept = [min(rows, shapes.rows) for rows in kept]
+    last = sum(_last_layer(config, shapes, rows, bf16=bf16) for rows in kept)
     # The norm before the first layer keeps its input, and so does pre-norm's last one.
-    around = stream * (2 if config.norm == "pre" else 1)
-    # Masked pairs, and whole ones for ITM.
-    passes = 2 if config.itm_weight else 1
+    around = stream * len(kept)
+    if config.norm == "pre":
+        around += size * config.width * sum(kept)
+    whole, inputs = (len(kept) * n for n in (config.layers - 1, config.layers))
     return Activations(
         embedder=_embedder(config, image_size, size) * shapes.pairs,
-        blocks=passes * (config.layers * layer + around),
-        checkpointed=passes * (config.layers * stream + around) + layer,
+        blocks=whole * layer + last + around,
+        checkpointed=inputs * stream + around + layer,
         ends=_ends(
             config, shapes, vocab_size=vocab_size, image_size=image_size, e=size
         ),
@@ -185,6 +193,27 @@ def _layer(config: MlimConfig, shapes: Shapes, *, bf16: bool) -> int:
         return outside * 2 + inside + rows * config.heads * _FP32 + statistics
     inside = shapes.table * (4 * width + config.heads) * _FP32
     return outside * _FP32 + inside + statistics
+
+
+def _last_layer(config: MlimConfig, shapes: Shapes, kept: int, *, bf16: bool) -> int:
+    """The last one, of which `kept` rows are read: keys and values of all rows."""
+    width, rows, e = config.width, shapes.rows, 2 if bf16 else _FP32
+    if kept == rows:
+        return _layer(config, shapes, bf16=bf16)
+    # Inputs of the norm before keys and values, where there is one, and of these.
+    whole = rows * (2 if config.norm == "pre" else 1) * width
+    # Inputs of queries, output layer, norms and feed-forward, which has none before it
+    # in pre-norm; and the queries.
+    of_each = kept * (5 if config.norm == "pre" else 6) * width
+    of_each += kept * 2 * config.ffn_width
+    statistics = 2 * (kept + (rows if config.norm == "pre" else kept)) * _FP32
+    if bf16:
+        inside = rows * 2 * width * e + kept * config.heads * _FP32
+    else:
+        inside = rows * 2 * width * e + kept * (width + config.heads) * e
+        # On a table there are all rows again.
+        inside += (shapes.table - rows) * (4 * width + config.heads) * e
+    return (whole + of_each) * e + inside + statistics
 
 
 def _embedder(config: MlimConfig, image_size: int, size: int) -> int:

@@ -214,9 +214,13 @@ class Budget:
 
     def activations(self, micro_batch: int) -> Activations:
         """Of one micro-batch."""
+        sizes = shapes(self.config, self.facts, micro_batch)
+        if self.lazy:
+            # Attention on a CPU takes no table.
+            sizes = dataclasses.replace(sizes, table=sizes.rows)
         return activations(
             self.config.model,
-            shapes(self.config, self.facts, micro_batch),
+            sizes,
             vocab_size=self.facts.tokenizer.vocab_size,
             image_size=self.config.image.size,
             bf16=self.bf16,

@@ -15,7 +15,7 @@ from tests.trainer.test_mlim import V as VOCABULARY
 from trainer.flops import forward_flops, step_flops, utilisation
 from trainer.gpus import GPUS, device_peak, gpu_named, known_peak
 from trainer.masking import Masks
-from trainer.models.mlim import MlimConfig, MlimInputs
+from trainer.models.mlim import MlimConfig, MlimInputs, scored_positions
 
 N_IMAGE = (SIZE // TINY.patch_size) ** 2
 RAGGED = [7, 12, 20, 5]
@@ -28,28 +28,37 @@ class Counted:
     pairs: int
     tokens: int
     squared_lengths: int
+    scored_lengths: int
     masked_words: int
     recon_images: int
 
 
-def real_work(lengths: list[int], masks: Masks) -> Counted:
+def real_work(lengths: list[int], masks: Masks, sizes: MlimConfig = TINY) -> Counted:
     """What the loader counts of a batch."""
+    scored = scored_positions(masks.counts, N_IMAGE, sizes).tolist()
     return Counted(
         pairs=len(lengths),
         tokens=sum(lengths) + len(lengths) * N_IMAGE,
         squared_lengths=sum((length + N_IMAGE) ** 2 for length in lengths),
+        scored_lengths=sum(
+            (length + N_IMAGE) * rows
+            for length, rows in zip(lengths, scored, strict=True)
+        ),
         masked_words=int(masks.text.sum()),
         recon_images=int(masks.image.any(1).sum()),
     )
 
 
-def padded_work(inputs: MlimInputs) -> Counted:
-    """What the plain implementation computes: capacities, and attention on a table."""
-    segments, longest = inputs.stream.dense.shape
+def padded_work(inputs: MlimInputs, masks: Masks) -> Counted:
+    """What the plain implementation computes: rows and lists of some capacity."""
+    segments = inputs.stream.cu_seqlens.diff()
+    kept = build()._scored_rows(inputs, masks)
+    assert kept is not None
     return Counted(
         pairs=inputs.stream.pairs,
         tokens=len(inputs.stream.source),
-        squared_lengths=segments * longest**2,
+        squared_lengths=int(segments.square().sum()),
+        scored_lengths=int((segments * kept.cu_seqlens.diff()).sum()),
         masked_words=inputs.n_masked_words,
         # A capacity takes no more images than there are.
         recon_images=min(inputs.n_recon_images, inputs.stream.pairs),
@@ -66,16 +75,18 @@ def counted(inputs: MlimInputs, masks: Masks, sizes: MlimConfig) -> tuple[int, i
     return forward, counter.get_total_flops()
 
 
+@pytest.mark.parametrize("recon_weight", [0.0, 1.0])
 @pytest.mark.parametrize("itm_weight", [0.0, 1.0])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_the_formula_is_the_count_where_nothing_is_padded(
-    norm: str, itm_weight: float
+    norm: str, itm_weight: float, recon_weight: float
 ) -> None:
-    tiny = dataclasses.replace(TINY, norm=norm, itm_weight=itm_weight)
+    weights = {"itm_weight": itm_weight, "recon_weight": recon_weight}
+    tiny = dataclasses.replace(TINY, norm=norm, **weights)
     inputs, masks = batch(EVEN)
     if itm_weight:
         inputs = inputs._replace(matching=matching(len(EVEN)))
-    work = real_work(EVEN, masks)
+    work = real_work(EVEN, masks, tiny)
     exact = inputs._replace(
         n_masked_words=work.masked_words, n_recon_images=work.recon_images
     )
@@ -89,7 +100,7 @@ def test_the_rest_of_the_count_is_padding() -> None:
     inputs, masks = batch(RAGGED)
     _, both = counted(inputs, masks, TINY)
     sizes = {"vocab_size": VOCABULARY, "image_size": SIZE}
-    assert step_flops(TINY, padded_work(inputs), **sizes) == both
+    assert step_flops(TINY, padded_work(inputs, masks), **sizes) == both
     assert step_flops(TINY, real_work(RAGGED, masks), **sizes) < both
 
 

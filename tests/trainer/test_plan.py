@@ -58,7 +58,10 @@ def test_the_work_of_a_step_is_what_the_loader_counts(
     counted = sum_counts([batch.counts for batch in batches])
     mean = expected(same, facts, counted.pairs)
     # Fewer than a step's pairs are left over at the end of an epoch.
-    for name in ("tokens", "squared_lengths", "masked_words", "recon_images"):
+    for name in (
+        *("tokens", "squared_lengths", "scored_lengths"),
+        *("masked_words", "recon_images"),
+    ):
         assert getattr(mean, name) == pytest.approx(getattr(counted, name), rel=0.03)
     limit = shapes(same, facts, loader.micro_batch)
     for micro in (micro for batch in batches for micro in batch.micro_batches):

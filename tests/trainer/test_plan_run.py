@@ -16,6 +16,7 @@ from tests.trainer.tiny import TINY, config, metrics
 from trainer.dataset import Dataset
 from trainer.flops import step_flops
 from trainer.loader import Loader
+from trainer.models.mlim import scored_positions
 from trainer.plan_run import checkpoint_bytes
 
 # Large enough that a process's own hundred megabytes do not hide it.
@@ -36,6 +37,7 @@ class Work:
     pairs: int
     tokens: int
     squared_lengths: int
+    scored_lengths: int
     masked_words: int
     recon_images: int
 
@@ -114,10 +116,15 @@ def test_a_run_writes_the_flops_of_its_real_tokens(
                 )
                 for part in parts
             ]
+            counts = [mask.counts for mask in masks]
+            scored = torch.cat(
+                [scored_positions(one, loader.n_image, same.model) for one in counts]
+            )
             work = Work(
                 pairs=len(lengths),
                 tokens=int((lengths + loader.n_image).sum()),
                 squared_lengths=int((lengths + loader.n_image).square().sum()),
+                scored_lengths=int(((lengths + loader.n_image) * scored).sum()),
                 masked_words=sum(int(mask.text.sum()) for mask in masks),
                 recon_images=sum(int(mask.image.any(1).sum()) for mask in masks),
             )

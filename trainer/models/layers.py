@@ -1,6 +1,13 @@
 """Transformer layers on a flat token stream, in BERT's shape.
 
-Shapes: T stream rows, D width, H heads, E width of a head, B segments, S longest one.
+Owns the layers, and which attention runs where. Does not own the stream
+(`trainer.stream`) or which rows of it a loss reads (`trainer.models.scored_rows`).
+
+A layer that is given `Rows` gives these rows of its result alone, from the keys and
+values of all: what it does besides is of each row by itself.
+
+Shapes: T stream rows, N rows of the result, D width, H heads, E width of a head, B
+segments, S longest one.
 """
 
 from __future__ import annotations
@@ -11,7 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.scored_rows import Rows
 from trainer.stream import Stream
+
+
+class Projection(nn.Linear):
+    """Queries, keys and values, of all rows or with queries of some."""
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__(width, 3 * width)
+        self.heads = heads
+
+    def forward(  # type: ignore[override]
+        self, x_td: Tensor, rows: Rows | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> (N, H, E), (T, H, E), (T, H, E)."""
+        if rows is None:
+            return super().forward(x_td).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        sizes = [self.in_features, 2 * self.in_features]
+        w_q, w_kv = self.weight.split(sizes)
+        b_q, b_kv = self.bias.split(sizes)
+        q = F.linear(x_td.index_select(0, rows.row), w_q, b_q)
+        k, v = F.linear(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        return q.unflatten(-1, (self.heads, -1)), k, v
 
 
 class Attention(nn.Module):
@@ -19,17 +48,18 @@ class Attention(nn.Module):
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Projection(width=width, heads=heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_td: Tensor, stream: Stream) -> Tensor:
-        """(T, D) -> (T, D)."""
-        qkv = self.qkv(x_td).unflatten(-1, (3, self.heads, -1))
-        if x_td.is_cuda and x_td.dtype in (torch.bfloat16, torch.float16):
-            mixed = _varlen(qkv, stream)
+    def forward(self, x_td: Tensor, stream: Stream, rows: Rows | None = None) -> Tensor:
+        """(T, D) -> (N, D)."""
+        q, k, v = self.qkv(x_td, rows)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            mixed = _varlen(q, k, v, stream, rows)
+        elif q.device.type == "cpu" and not torch.compiler.is_compiling():
+            mixed = _by_segment(q, k, v, stream, rows)
         else:
-            mixed = _padded(qkv, stream)
+            mixed = _padded(q, k, v, stream, rows)
         return self.out(mixed.flatten(-2))
 
 
@@ -53,37 +83,67 @@ class Block(nn.Module):
         self.down = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x_td: Tensor, stream: Stream) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(self, x_td: Tensor, stream: Stream, rows: Rows | None = None) -> Tensor:
+        """(T, D) -> (N, D)."""
+        kept_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         if self.pre:
-            x_td = x_td + self.attention(self.attention_norm(x_td), stream)
-            return x_td + self._ffn(self.ffn_norm(x_td))
-        x_td = self.attention_norm(x_td + self.attention(x_td, stream))
-        return self.ffn_norm(x_td + self._ffn(x_td))
+            mixed_nd = self.attention(self.attention_norm(x_td), stream, rows)
+            x_nd = kept_nd + mixed_nd
+            return x_nd + self._ffn(self.ffn_norm(x_nd))
+        x_nd = self.attention_norm(kept_nd + self.attention(x_td, stream, rows))
+        return self.ffn_norm(x_nd + self._ffn(x_nd))
 
-    def _ffn(self, x_td: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_td)))
+    def _ffn(self, x_nd: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_nd)))
 
 
-def _varlen(qkv: Tensor, stream: Stream) -> Tensor:
-    """Attention over unpadded segments: (T, 3, H, E) -> (T, H, E). CUDA, 16 bits."""
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+) -> Tensor:
+    """Attention over unpadded segments: (N, H, E) -> (N, H, E). CUDA, 16 bits."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = qkv.unbind(1)
     cu, longest = stream.cu_seqlens, stream.longest
+    cu_q = cu if rows is None else rows.cu_seqlens
     # By position: the keywords changed between the releases we support.
-    mixed = varlen_attn(q, k, v, cu, cu, longest, longest)
+    mixed = varlen_attn(q, k, v, cu_q, cu, longest, longest)
     assert isinstance(mixed, Tensor)
     return mixed
 
 
-def _padded(qkv: Tensor, stream: Stream) -> Tensor:
-    """The same on a (B, S) table with a key mask, for CPUs and fp32."""
-    table = qkv.flatten(1).index_select(0, stream.dense.flatten())
-    shape = (*stream.dense.shape, *qkv.shape[1:])
-    q, k, v = table.view(shape).permute(2, 0, 3, 1, 4)
+def _by_segment(
+    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+) -> Tensor:
+    """The same, a segment after the other, for CPUs."""
+    sizes = stream.cu_seqlens.diff().tolist()
+    wanted = sizes if rows is None else rows.cu_seqlens.diff().tolist()
+    parts = zip(q.split(wanted), k.split(sizes), v.split(sizes), strict=True)
+    return torch.cat([_attend(*part) for part in parts if len(part[0])])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of a segment: (n, H, E), (S, H, E), (S, H, E) -> (n, H, E)."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+) -> Tensor:
+    """The same on a (B, S) table with a key mask: fp32 on a GPU, and compiled."""
+    if rows is not None:
+        # How many rows a segment keeps is not known here: the table has them all.
+        q = q.index_select(0, rows.place)
+    q, k, v = (_table(part, stream).transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(
         q, k, v, attn_mask=stream.dense_valid[:, None, None, :]
     )
-    rows = mixed.transpose(1, 2).flatten(0, 1).flatten(1)
-    return rows.index_select(0, stream.flat).unflatten(-1, mixed.shape[1::2])
+    flat = stream.flat if rows is None else stream.flat[rows.row]
+    mixed = mixed.transpose(1, 2).flatten(0, 1)
+    return mixed.flatten(1).index_select(0, flat).unflatten(-1, mixed.shape[1:])
+
+
+def _table(x: Tensor, stream: Stream) -> Tensor:
+    """(T, H, E) -> (B, S, H, E)."""
+    table = x.flatten(1).index_select(0, stream.dense.flatten())
+    return table.view(*stream.dense.shape, *x.shape[1:])

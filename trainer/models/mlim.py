@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
-from trainer.masking import Masks
+from trainer.masking import MaskCounts, Masks
 from trainer.matching import Matching
 from trainer.models.layers import Block
+from trainer.models.scored_rows import Rows, first_rows, scored_rows
 from trainer.replacement import random_words
 from trainer.stream import Stream
 
@@ -60,7 +61,8 @@ class MlimConfig:
     mlm_weight: float = 1.0
     """Weight of the MLM loss."""
     recon_weight: float = 1.0
-    """Weight of the RECON loss."""
+    """Weight of the RECON loss; 0: it is not computed, and every RECON metric of
+    training and validation is 0. Probes measure the decoder nevertheless."""
     itm_weight: float = 0.0
     """Weight of the image-text matching loss, which MLIM does without (the paper
     compares with it); 0: no ITM head. It takes a second pass through the transformer,
@@ -131,7 +133,8 @@ class MlimOutput(NamedTuple):
     mlm_sum: Tensor
     """Negative log likelihood over masked words, fp32."""
     recon_sum: Tensor
-    """Squared error over scored pixels, summed over channels, fp32."""
+    """Squared error over scored pixels, summed over channels, fp32; 0 where its weight
+    is, and the decoder is left out."""
     itm_sum: Tensor
     """Negative log likelihood over pairs that they match or not, fp32; 0 without an
     ITM head."""
@@ -141,7 +144,7 @@ class MlimOutput(NamedTuple):
     """Pairs that are rightly said to match or not."""
     by_mode: Tensor
     """(4, 3) fp32, for metrics: NLL, squared error, masked words and scored image
-    positions of each masking mode."""
+    positions of each masking mode; 0 as `recon_sum` is."""
 
 
 class WordScores(NamedTuple):
@@ -226,6 +229,7 @@ class MlimEncoder(nn.Module):
         inputs: MlimInputs,
         masks: Masks | None,
         image_bpd: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Hidden states (T, D) of the stream, masked embeddings replaced.
 
@@ -233,6 +237,8 @@ class MlimEncoder(nn.Module):
             masks: None hides nothing.
             image_bpd: image embeddings instead of those of `inputs.pixels`, which are
                 not looked at then, nor where the stream has no image tokens.
+            rows: give hidden states (N, D) of these rows alone, for which the last
+                layer does less.
         """
         stream = inputs.stream
         # One vector stands for what is hidden in either modality (MLIM, section 3).
@@ -254,12 +260,16 @@ class MlimEncoder(nn.Module):
             both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
         x_td = self.embedding_norm(both.index_select(0, stream.source))
         for block in self.blocks:
+            of_last = rows if block is self.blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
                 x_td = checkpoint(
-                    block, x_td, stream, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    *(x_td, stream, of_last),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                x_td = block(x_td, stream)
+                x_td = block(x_td, stream, of_last)
         return self.final_norm(x_td)
 
     def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
@@ -341,11 +351,21 @@ class MlimForPreTraining(MlimEncoder):
     def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
         """Losses of a micro-batch under `masks`."""
         image_bpd = self.embed_pixels(inputs.pixels)
-        hidden_td = self.encode(inputs, masks, image_bpd)
-        words = self.score_words(hidden_td, inputs, masks)
-        image, recon_r = self.score_images(hidden_td, inputs, masks)
+        rows = self._scored_rows(inputs, masks)
+        hidden_nd = self.encode(inputs, masks, image_bpd, rows)
+        kept = _of_rows(inputs, rows)
+        words = self.score_words(hidden_nd, kept, masks)
+        if self.config.recon_weight:
+            image, recon_r = self.score_images(hidden_nd, kept, masks)
+        else:
+            image, recon_r = (
+                torch.zeros_like(inputs.stream.text_pair[:0]),
+                words.nll[:0],
+            )
         counts = masks.counts
         positions = recon_pixels(counts.image, masks.image.shape[1], self.config)
+        if not self.config.recon_weight:
+            positions = torch.zeros_like(positions)
         pairs = torch.arange(len(masks.mode), device=masks.mode.device)
         by_mode = sums_of_modes(
             masks.mode,
@@ -364,6 +384,19 @@ class MlimForPreTraining(MlimEncoder):
             mlm_correct=words.correct.sum(),
             itm_correct=itm_correct,
             by_mode=by_mode,
+        )
+
+    def _scored_rows(self, inputs: MlimInputs, masks: Masks) -> Rows | None:
+        """The rows that MLM and RECON read; None: all."""
+        images_b, n_images = masks.image.any(1), inputs.n_recon_images
+        if not self.config.recon_weight:
+            images_b, n_images = torch.zeros_like(images_b), 0
+        return scored_rows(
+            inputs.stream,
+            words_k=masked_words(inputs.stream, masks),
+            n_words=inputs.n_masked_words,
+            images_b=images_b,
+            n_images=n_images,
         )
 
     def word_logits(self, hidden_md: Tensor) -> Tensor:
@@ -409,8 +442,11 @@ class MlimForPreTraining(MlimEncoder):
             zero = image_bpd.new_zeros((), dtype=torch.float32)
             return zero, zero
         image_of, matched = inputs.matching
-        hidden_td = self.encode(inputs, None, image_bpd.index_select(0, image_of))
-        logits_b2 = self.matching_logits(hidden_td, inputs.stream).float()
+        rows = first_rows(inputs.stream)
+        images = image_bpd.index_select(0, image_of)
+        hidden_nd = self.encode(inputs, None, images, rows)
+        stream = _of_rows(inputs, rows).stream
+        logits_b2 = self.matching_logits(hidden_nd, stream).float()
         target = matched.to(torch.int64)
         loss = F.cross_entropy(logits_b2, target, reduction="sum")
         return loss, (logits_b2.argmax(1) == target).sum()
@@ -445,6 +481,11 @@ class MlimForPreTraining(MlimEncoder):
         return tiles.unflatten(1, (self.grid, side)).sum((2, 4)).flatten(1)
 
 
+def _of_rows(inputs: MlimInputs, rows: Rows | None) -> MlimInputs:
+    """Inputs whose stream says where its rows are among `rows`; None: all."""
+    return inputs if rows is None else inputs._replace(stream=rows.of(inputs.stream))
+
+
 def masked_words(stream: Stream, masks: Masks) -> Tensor:
     """Which text rows (K,) of the stream are masked words."""
     return at_words(stream, masks.text) & stream.maskable
@@ -474,6 +515,15 @@ def recon_pixels(masked: Tensor, n_image: int, config: MlimConfig) -> Tensor:
     if config.recon_region == "masked":
         return masked * side
     return (masked > 0) * n_image * side
+
+
+def scored_positions(masked: MaskCounts, n_image: int, config: MlimConfig) -> Tensor:
+    """Positions (B,) of each pair whose hidden states MLM or RECON reads: masked words,
+    and all of an image that has a masked position.
+    """
+    if not config.recon_weight:
+        return masked.text
+    return masked.text + (masked.image > 0) * n_image
 
 
 def _embedder(config: MlimConfig) -> nn.Sequential:
