@@ -99,7 +99,8 @@ def test_a_peak_that_is_given_counts_and_itm_takes_its_share(
     assert found["step_s"] == pytest.approx(found["step_flops"] / (4 * 67e12 * 0.35))
     itm = planned(capsys, *given, "--model.itm_weight=1", "--model.itm_group=3")
     again = sum(found["forward_flops"][part] for part in ("transformer", "attention"))
-    assert itm["forward_flops"]["itm"] == pytest.approx(again, rel=0.05)
+    # Another pass, whose last layer is read at one row of each pair.
+    assert 0.6 * again < itm["forward_flops"]["itm"] < again
     assert itm["parameters"]["ITM head"] > 0
     assert "ITM head" not in found["parameters"]
 
