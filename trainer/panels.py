@@ -31,7 +31,7 @@ from trainer.options import PretrainConfig
 from trainer.probes import Pairs, drawn_places, measure, read_pairs, summarise
 
 _SIDE_INCHES = 1.7
-_CAPTION_INCHES = 0.75
+_CAPTION_INCHES = 0.95
 _DPI = 110
 
 
