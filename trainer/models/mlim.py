@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
+from trainer.kernels.cross_entropy import masked_cross_entropy
+from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
 from trainer.masking import MaskCounts, Masks
 from trainer.matching import Matching
 from trainer.models.layers import Block
@@ -157,7 +159,7 @@ class WordScores(NamedTuple):
     correct: Tensor
     """(M,) bool: the most likely token is the true one."""
     logits: Tensor
-    """(M, V)."""
+    """(M, V); on CUDA a backward pass leaves their gradient there."""
 
 
 class MlimInputs(NamedTuple):
@@ -413,9 +415,8 @@ class MlimForPreTraining(MlimEncoder):
         rows = inputs.stream.text_row[text]
         logits_mv = self.word_logits(hidden_td.index_select(0, rows))
         target = inputs.token_ids[text]
-        nll_m = F.cross_entropy(logits_mv.float(), target, reduction="none")
-        correct = (logits_mv.argmax(1) == target) & valid
-        return WordScores(text, nll_m * valid, correct, logits_mv)
+        nll_m, correct = masked_cross_entropy(logits_mv, target, valid)
+        return WordScores(text, nll_m, correct, logits_mv)
 
     def score_images(
         self, hidden_td: Tensor, inputs: MlimInputs, masks: Masks
@@ -425,12 +426,12 @@ class MlimForPreTraining(MlimEncoder):
         neighbouring tokens, so an image needs all its rows or none.
         """
         image, valid = compact(masks.image.any(1), inputs.n_recon_images)
-        target = inputs.pixels[image].permute(0, 3, 1, 2).float() / 255
-        error = (self.decode_images(hidden_td, inputs, image) - target).square().sum(1)
-        squares = self.squares(error)
+        scored = valid[:, None].expand(-1, self.grid**2)
         if self.config.recon_region == "masked":
-            squares = squares * masks.image[image]
-        return image, squares.sum(1) * valid
+            scored = scored & masks.image[image]
+        raw = self._decode(hidden_td, inputs, image)
+        side = self.config.patch_size
+        return image, masked_pixel_error(raw, inputs.pixels, image, scored, side=side)
 
     def score_matching(
         self, inputs: MlimInputs, image_bpd: Tensor
@@ -469,16 +470,18 @@ class MlimForPreTraining(MlimEncoder):
         self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor
     ) -> Tensor:
         """Reconstructions (R, 3, H, W), 0..1, of the pairs numbered `image` (R,)."""
+        return torch.sigmoid(self._decode(hidden_td, inputs, image).float())
+
+    def _decode(self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor) -> Tensor:
+        """The same before the sigmoid, in the decoder's dtype."""
         rows = inputs.stream.image_row[image]
         hidden_rpd = hidden_td.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         grid = hidden_rpd.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return torch.sigmoid(self.decoder(grid).float())
+        return self.decoder(grid)
 
     def squares(self, pixels_rhw: Tensor) -> Tensor:
         """Sum of a map (R, H, W) over the square of each image token: (R, P)."""
-        side = self.config.patch_size
-        tiles = pixels_rhw.unflatten(2, (self.grid, side))
-        return tiles.unflatten(1, (self.grid, side)).sum((2, 4)).flatten(1)
+        return sums_of_squares(pixels_rhw, self.config.patch_size)
 
 
 def _of_rows(inputs: MlimInputs, rows: Rows | None) -> MlimInputs:
