@@ -169,7 +169,6 @@ class HeldOut:
             pixels=torch.from_numpy(share.pairs.pixels[share.image_of[rows]]).to(
                 device
             ),
-            # Only the pass over whole pairs is wanted.
             n_masked_words=1,
             n_recon_images=1,
             matching=Matching(
@@ -177,7 +176,13 @@ class HeldOut:
                 torch.from_numpy(share.matched[rows]).to(device),
             ),
         )
-        output = engine(whole, masks)
+        # Only the pass over whole pairs is wanted.
+        nothing = Masks(
+            mode=masks.mode,
+            text=torch.zeros_like(masks.text),
+            image=torch.zeros_like(masks.image),
+        )
+        output = engine(whole, nothing)
         return output.itm_sum, output.itm_correct
 
 
