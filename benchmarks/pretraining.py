@@ -72,6 +72,12 @@ def windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def summary(run: Path) -> dict[str, Any]:
     """Everything that the pictures are drawn from, and what it was measured on."""
     rows, held_out = read_metrics(run), read_validation(run)
+    found = {name for row in held_out for name in row}
+    if len(rows) < WINDOW or not {"val_loss", "probe_mlm_true"} <= found:
+        raise ValueError(
+            f"{run} is no run of {WINDOW} steps or more that looked at held-out pairs: "
+            "train one with --eval.every_steps and --eval.probes_every_steps above 0"
+        )
     environment = json.loads((run / ENVIRONMENT).read_text())
     return {
         "command": f"python -m {PROG} RUN",

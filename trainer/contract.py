@@ -72,9 +72,19 @@ def check_world_size(world_size: int, *, lanes: int) -> None:
         )
 
 
-def valid_world_sizes(lanes: int) -> list[int]:
-    """World sizes at which a run with `lanes` lanes takes the same steps."""
-    return [size for size in range(1, lanes + 1) if lanes % size == 0]
+def valid_world_sizes(
+    lanes: int, *, global_batch: int = 0, group: int = 1
+) -> list[int]:
+    """World sizes at which a run with `lanes` lanes takes the same steps.
+
+    Args:
+        global_batch: pairs of a step, where `group` of them must stay on one rank.
+    """
+    return [
+        size
+        for size in range(1, lanes + 1)
+        if lanes % size == 0 and global_batch // size % group == 0
+    ]
 
 
 def micro_batch_size(
@@ -97,9 +107,9 @@ def micro_batch_size(
     if found is None:
         raise ValueError(
             f"no micro-batch of at most {ceiling} pairs holds whole groups of {group} "
-            f"(model.itm_group) of the {per_rank} pairs of a step that each of "
-            f"{world_size} ranks has: lower model.itm_group, raise micro_batch or "
-            "global_batch, or start fewer ranks"
+            f"(model.itm_group) of the {per_rank} pairs that a rank has of a step: "
+            "lower model.itm_group, raise micro_batch or global_batch"
+            f"{', or start fewer ranks' if world_size > 1 else ''}"
         )
     return found
 

@@ -22,6 +22,7 @@ from trainer.models.mlim import MlimConfig
 _SHOWN = 5
 # Keys that decide what weights mean and not how large they are.
 _UNSHAPED = ("heads", "norm", "norm_eps")
+_ITM = "itm_"
 
 
 def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tensor]:
@@ -73,6 +74,7 @@ def require_alike(folder: str | Path, config: MlimConfig) -> None:
 
 def _model_keys(folder: Path) -> dict[str, Any]:
     """Model keys that a run, a checkpoint of one, or an export was trained with."""
+    folder = folder.resolve()
     for run in (folder, folder.parent.parent):
         if (run / CONFIG).is_file() and (run / CHECKPOINTS).is_dir():
             found = yaml.safe_load((run / CONFIG).read_text())
@@ -84,9 +86,14 @@ def _model_keys(folder: Path) -> dict[str, Any]:
 
 def require_fit(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
     """Raise ValueError, naming what differs, unless `weights` are all that `model`
-    needs. It may lie on the meta device.
+    needs. It may lie on the meta device. An ITM head may be on one side alone: it is
+    drawn, or left.
     """
     own = model.state_dict(keep_vars=True)
+    heads = [{n for n in names if n.startswith(_ITM)} for names in (own, weights)]
+    if not all(heads):
+        own = {name: own[name] for name in own if name not in heads[0]}
+        weights = {name: weights[name] for name in weights if name not in heads[1]}
     # Of a tensor under several names, a file holds one.
     present = {id(own[name]) for name in own.keys() & weights.keys()}
     missing = [

@@ -304,19 +304,7 @@ def check(config: PretrainConfig) -> Checked:
             quarantined = from_plain(marker["quarantine"])
     else:
         state = DataState.fresh(dataset, sources, seed=config.seed)
-        if config.init:
-            require_alike(config.init, config.model)
-            with torch.device("meta"):
-                model = build_model(config, dataset.tokenizer)
-            require_fit(model, _initial(config, dataset), source=config.init)
-        if config.model.body:
-            require_body_fit(
-                config.model.body,
-                config.model,
-                vocab_size=dataset.tokenizer.vocab_size,
-                max_text=config.text.max_tokens,
-                tokenizer_file=dataset.tokenizer_file,
-            )
+        require_start(config, dataset)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
     return Checked(
@@ -326,6 +314,25 @@ def check(config: PretrainConfig) -> Checked:
         quarantined=tuple(quarantined),
         safety=found[1]["safety"] if found else None,
     )
+
+
+def require_start(config: PretrainConfig, dataset: Dataset) -> None:
+    """Raise ValueError, with the cure, unless the weights that a run is to start from,
+    if any, are those of such a model.
+    """
+    if config.init:
+        require_alike(config.init, config.model)
+        with torch.device("meta"):
+            model = build_model(config, dataset.tokenizer)
+        require_fit(model, _initial(config, dataset), source=config.init)
+    if config.model.body:
+        require_body_fit(
+            config.model.body,
+            config.model,
+            vocab_size=dataset.tokenizer.vocab_size,
+            max_text=config.text.max_tokens,
+            tokenizer_file=dataset.tokenizer_file,
+        )
 
 
 def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loader:

@@ -13,6 +13,8 @@ Shapes: B pairs, N pairs in a group, L text positions.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -69,24 +71,26 @@ def drawn_matching(
 
 
 def fixed_matching(
-    uids: np.ndarray, images: np.ndarray, *, mismatched: float, seed: int
+    uids: np.ndarray, alike: Callable[[int, int], bool], *, mismatched: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whose image (N,) each of N held-out pairs is shown with, and which of them (N,)
-    match: the next one on a drawn ring, past those with the same image file.
+    match: the next one on a drawn ring, past those that are alike.
 
     Args:
         uids: (N,) int64.
-        images: (N,), equal where image files are.
+        alike: have two pairs, by number, the same image file or the same caption?
         mismatched: share of texts that are to get another's image.
     """
-    ring = permutation(len(uids), seed=seed, use=Use.ITM, epoch=0, place=0)
+    ring = permutation(len(uids), seed=seed, use=Use.ITM, epoch=0, place=0).tolist()
     wanted = draw(seed=seed, use=Use.ITM, epoch=0, uid=uids, index=0)[0]
     image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
-    for place, pair in enumerate(ring.tolist()):
-        ahead = np.roll(ring, -place - 1)
-        others = ahead[images[ahead] != images[pair]]
-        if len(others) and wanted[pair] < round(mismatched * (1 << 32)):
-            image_of[pair], matched[pair] = others[0], False
+    for place, pair in enumerate(ring):
+        if wanted[pair] >= round(mismatched * (1 << 32)):
+            continue
+        ahead = itertools.chain(ring[place + 1 :], ring[:place])
+        other = next((one for one in ahead if not alike(pair, one)), None)
+        if other is not None:
+            image_of[pair], matched[pair] = other, False
     return image_of, matched
 
 

@@ -15,6 +15,7 @@ import torch
 from pipeline.manifest import TokenizerInfo
 from trainer.dataset import Dataset
 from trainer.loader import Loader
+from trainer.loop import require_start
 from trainer.masking import mam_counts
 from trainer.models.mlim import scored_positions
 from trainer.options import PretrainConfig
@@ -100,6 +101,7 @@ def facts_of(config: PretrainConfig, *, ranks: int, decode: int) -> Facts:
         storage=config.storage,
     )
     try:
+        require_start(config, dataset)
         loader = Loader(dataset, config, rank=0, world_size=ranks)
         places = _places(dataset)
         records = dataset.records(places)

@@ -87,6 +87,8 @@ class Plan:
     forward_flops: dict[str, float]
     """Of a step, by part."""
     step_flops: float
+    peak_tflops: float
+    """Of one GPU, which the assumed utilisation is a share of."""
     step_s: float
     steps: int
     checkpoint: int
@@ -187,6 +189,7 @@ def plan(config: PlanConfig) -> Plan:
         host_buffers=STEPS_HELD * budget.images,
         forward_flops=forward_flops(config.model, work, **sizes),
         step_flops=flops,
+        peak_tflops=peak,
         step_s=flops / (config.gpus * peak * 1e12 * config.mfu),
         steps=config.last_step,
         checkpoint=checkpoint_bytes(total),
@@ -335,6 +338,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         ),
         "host_buffer_bytes": found.host_buffers,
         "mfu_assumed": found.config.mfu,
+        "peak_tflops": found.peak_tflops,
         "forward_flops": found.forward_flops,
         "step_flops": found.step_flops,
         "step_s": found.step_s,

@@ -26,10 +26,8 @@ def text(found: Plan) -> str:
 def _opening(found: Plan) -> Iterator[str]:
     config, gpu = found.config, found.gpu
     count = f"{config.gpus} x " if config.gpus > 1 else ""
-    yield (
-        f"{count}{gpu.name} ({gpu.memory_gib:g} GiB, {gpu.bf16_tflops:g} TFLOP/s in "
-        f"bf16), training in {'bf16' if found.bf16 else 'fp32'}"
-    )
+    precision = "bf16" if found.bf16 else "fp32"
+    yield f"{count}{gpu.name} ({gpu.memory_gib:g} GiB), training in {precision}"
     yield (
         f"{config.global_batch:,} pairs a step: micro-batches of "
         f"{found.micro_batch:,}, {found.accumulation:,} on each of {config.gpus}"
@@ -102,6 +100,7 @@ def _time(found: Plan) -> Iterator[str]:
     whole = sum(found.forward_flops.values())
     for part, flops in found.forward_flops.items():
         yield _row(f"  {part.replace('_', ' ')}", f"{flops / whole:.1%}")
+    yield _row("peak TFLOP/s of a GPU", f"{found.peak_tflops:g}")
     yield _row("MFU (an assumption, --mfu)", f"{config.mfu:.0%}")
     yield _row("seconds a step, if so", f"{found.step_s:.3g}")
     yield _row("pairs/s, if so", f"{found.pairs_per_s:,.0f}")

@@ -11,6 +11,7 @@ by mode are then sums that the model gives anyway.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from trainer.parameters import whole_model
 from trainer.philox import signed_uids
 from trainer.probes import Pairs, drawn_places, make_inputs, read_pairs
 from trainer.profiling import span
+from trainer.rows import caption_choice
 
 Build = Callable[[], nn.Module]
 
@@ -305,9 +307,12 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
     mine = np.unique(np.concatenate([rows for _, rows, _ in batches]))
     image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
     if config.model.itm_weight:
-        share = config.model.itm_mismatched
-        images = records["jpg_crc32c"]
-        image_of, matched = fixed_matching(uids, images, mismatched=share, seed=seed)
+        image_of, matched = fixed_matching(
+            uids,
+            _alike(dataset, config, places, records),
+            mismatched=config.model.itm_mismatched,
+            seed=seed,
+        )
         mine = np.union1d(mine, image_of[mine])
     return Share(
         pairs=read_pairs(dataset, config, places[mine], seed=seed),
@@ -320,3 +325,25 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
         image_of=np.searchsorted(mine, image_of[mine]).clip(max=len(mine) - 1),
         matched=matched[mine],
     )
+
+
+def _alike(
+    dataset: Dataset, config: PretrainConfig, places: np.ndarray, records: np.ndarray
+) -> Callable[[int, int], bool]:
+    """Whether two of some pairs have the same image file or show the same caption."""
+    uids, longest = signed_uids(records["uid"]), config.text.max_tokens
+    choice = caption_choice(records, uids, seed=config.eval.seed, epoch=0)
+    shards = places[:, 0].tolist()
+
+    @functools.cache
+    def text(pair: int) -> bytes:
+        words, _ = dataset.text(
+            shards[pair], records[pair], int(choice[pair]), max_tokens=longest
+        )
+        return words.tobytes()
+
+    def alike(one: int, other: int) -> bool:
+        images = records["jpg_crc32c"]
+        return images[one] == images[other] or text(one) == text(other)
+
+    return alike

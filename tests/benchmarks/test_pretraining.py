@@ -39,6 +39,11 @@ def test_a_run_becomes_curves_probes_and_restored_squares(
         assert pixels.std() > 0
 
 
+def test_a_run_that_looked_at_nothing_is_refused_with_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--eval\.probes_every_steps above 0"):
+        main([str(tmp_path)])
+
+
 def test_windows_are_means_of_whole_windows() -> None:
     names = ("mlm_loss", "recon_loss", "mlm_accuracy", "step_s", "pairs_per_s")
     rows = [{"step": n, **dict.fromkeys(names, float(n))} for n in range(1, 121)]

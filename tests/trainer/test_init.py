@@ -12,8 +12,10 @@ from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import column, config
 from trainer import checkpoint
 from trainer.contract import complete_checkpoints
+from trainer.dataset import Dataset
 from trainer.export import ExportConfig, export
-from trainer.loop import check
+from trainer.initial import require_fit
+from trainer.loop import build_model, check
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,31 @@ def test_weights_of_a_model_that_computes_otherwise_are_refused(
         ValueError, match=r"give --model\.heads 2 \(now 4\), --model\.norm_eps 1e-12"
     ):
         check(config(shards, tmp_path / "new", init, *keys))
+
+
+def test_a_checkpoint_is_known_by_a_relative_path_too(
+    trained: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = complete_checkpoints(trained / "a")[-1][1]
+    monkeypatch.chdir(newest.parent)
+    new = config(shards, tmp_path / "new", f"--init={newest.name}", "--model.heads=4")
+    with pytest.raises(ValueError, match="computes otherwise"):
+        check(new)
+
+
+def test_an_itm_head_may_be_new_but_not_half_there(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    itm = ("--model.itm_weight=1", "--model.itm_group=3")
+    new = config(shards, tmp_path / "new", f"--init={trained / 'a'}", *itm)
+    check(new)
+    tokenizer = Dataset(str(shards), "train").tokenizer
+    with_head, plain = build_model(new, tokenizer), trained / "a"
+    without = build_model(config(shards, tmp_path, f"--init={plain}"), tokenizer)
+    require_fit(without, with_head.state_dict(), source="there")
+    half = {k: v for k, v in with_head.state_dict().items() if k != "itm_head.bias"}
+    with pytest.raises(ValueError, match=r"lacks itm_head\.bias"):
+        require_fit(with_head, half, source="there")
 
 
 def test_weights_for_other_tokens_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from tests.trainer.tiny import config
-from trainer.contract import micro_batch_size
+from trainer.contract import micro_batch_size, valid_world_sizes
+from trainer.dataset import Dataset
 from trainer.matching import Matching, caption_table, drawn_matching, fixed_matching
+from trainer.probes import read_pairs
 from trainer.stream import lay_out
+from trainer.validation import _alike
 
 PAIRS, GROUP = 4096, 8
 
@@ -91,20 +95,43 @@ def test_captions_are_compared_to_their_ends() -> None:
 
 
 def test_held_out_pairs_are_matched_alike_in_every_run() -> None:
-    uids, images = np.arange(200) * 7919, np.arange(200) // 2
-    image_of, matched = fixed_matching(uids, images, mismatched=0.5, seed=1)
-    again = fixed_matching(uids, images, mismatched=0.5, seed=1)
+    uids = np.arange(200) * 7919
+
+    def alike(one: int, other: int) -> bool:
+        return one // 2 == other // 2
+
+    image_of, matched = fixed_matching(uids, alike, mismatched=0.5, seed=1)
+    again = fixed_matching(uids, alike, mismatched=0.5, seed=1)
     assert np.array_equal(image_of, again[0])
-    assert (images[image_of] != images)[~matched].all()
+    assert (image_of // 2 != np.arange(200) // 2)[~matched].all()
     assert (image_of[matched] == np.arange(200)[matched]).all()
     assert 70 < matched.sum() < 130
+    assert fixed_matching(uids, lambda *_: True, mismatched=0.5, seed=1)[1].all()
+
+
+def test_held_out_pairs_with_one_caption_are_alike(
+    shards: Path, tmp_path: Path
+) -> None:
+    dataset = Dataset(shards, "train")
+    # One word of each caption: many are the same.
+    short = config(shards, tmp_path, "--text.max_tokens=3")
+    places = dataset.places()
+    pairs = read_pairs(dataset, short, places, seed=short.eval.seed)
+    alike = _alike(dataset, short, places, dataset.records(places))
+    texts = [text.tolist() for text in pairs.texts]
+    same = [n for n in range(len(places)) if texts[n] == texts[0]]
+    assert 1 < len(same) < len(places)
+    assert [n for n in range(len(places)) if alike(0, n)] == same
 
 
 def test_micro_batches_hold_whole_groups_or_the_cure_is_named() -> None:
     sizes = {"global_batch": 48, "world_size": 2}
     assert micro_batch_size(**sizes, ceiling=10, group=4) == 8
-    with pytest.raises(ValueError, match=r"model\.itm_group"):
+    with pytest.raises(ValueError, match=r"model\.itm_group.*fewer ranks$"):
         micro_batch_size(**sizes, ceiling=10, group=16)
+    with pytest.raises(ValueError, match=r"raise micro_batch or global_batch$"):
+        micro_batch_size(global_batch=48, world_size=1, ceiling=10, group=16)
+    assert valid_world_sizes(12, global_batch=24, group=8) == [1, 3]
 
 
 @pytest.mark.parametrize(

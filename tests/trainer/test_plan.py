@@ -96,6 +96,7 @@ def test_a_peak_that_is_given_counts_and_itm_takes_its_share(
 ) -> None:
     given = ("--deepspeed.precision=fp32", "--log.peak_tflops=67")
     found = planned(capsys, *given)
+    assert found["peak_tflops"] == 67
     assert found["step_s"] == pytest.approx(found["step_flops"] / (4 * 67e12 * 0.35))
     itm = planned(capsys, *given, "--model.itm_weight=1", "--model.itm_group=3")
     again = sum(found["forward_flops"][part] for part in ("transformer", "attention"))
@@ -182,6 +183,7 @@ def test_a_model_that_is_too_large_is_not_recommended(
     ("words", "message"),
     [
         (["--deepspeed.precision=fp32"], "by --log.peak_tflops"),
+        (["--init=nowhere", "--data={shards}"], "--init nowhere holds no weights"),
         (["--model.itm_weight=1", "--model.itm_group=4"], "lower model.itm_group"),
         (["--gpus=5"], "start 1, 2, 3, 4, 6, 12 ranks"),
         (["--gpu=h20"], "b200, h200"),
