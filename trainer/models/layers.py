@@ -63,6 +63,22 @@ class Attention(nn.Module):
         return self.out(mixed.flatten(-2))
 
 
+class ResidualNorm(nn.LayerNorm):
+    """A residual connection and LayerNorm after it."""
+
+    def forward(  # type: ignore[override]
+        self, x_nd: Tensor, residual_nd: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of two (N, D), and its norm."""
+        if x_nd.is_cuda:
+            # Needs Triton, which nothing else on a CPU does.
+            from trainer.kernels.layer_norm import add_layer_norm
+
+            return add_layer_norm(x_nd, residual_nd, self.weight, self.bias, self.eps)
+        total = x_nd + residual_nd
+        return total, super().forward(total)
+
+
 class Block(nn.Module):
     """Attention and feed-forward with residuals, post-norm (BERT) or pre-norm."""
 
@@ -78,20 +94,22 @@ class Block(nn.Module):
         super().__init__()
         self.pre = norm == "pre"
         self.attention = Attention(width=width, heads=heads)
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        before = nn.LayerNorm if self.pre else ResidualNorm
+        self.attention_norm = before(width, eps=eps)
         self.up = nn.Linear(width, ffn_width)
         self.down = nn.Linear(ffn_width, width)
-        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.ffn_norm = ResidualNorm(width, eps=eps)
 
     def forward(self, x_td: Tensor, stream: Stream, rows: Rows | None = None) -> Tensor:
         """(T, D) -> (N, D)."""
         kept_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         if self.pre:
             mixed_nd = self.attention(self.attention_norm(x_td), stream, rows)
-            x_nd = kept_nd + mixed_nd
-            return x_nd + self._ffn(self.ffn_norm(x_nd))
-        x_nd = self.attention_norm(kept_nd + self.attention(x_td, stream, rows))
-        return self.ffn_norm(x_nd + self._ffn(x_nd))
+            x_nd, normed_nd = self.ffn_norm(kept_nd, mixed_nd)
+            return x_nd + self._ffn(normed_nd)
+        mixed_nd = self.attention(x_td, stream, rows)
+        _, x_nd = self.attention_norm(kept_nd, mixed_nd)
+        return self.ffn_norm(x_nd, self._ffn(x_nd))[1]
 
     def _ffn(self, x_nd: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_nd)))

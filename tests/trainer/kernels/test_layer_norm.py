@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.kernels import layer_norm
+from trainer.kernels.case import Case
+from trainer.kernels.layer_norm import CASES, add_layer_norm, add_layer_norm_ref, fused
+from trainer.models.layers import ResidualNorm
+
+CPU = torch.device("cpu")
+SMALL = [case for case in CASES if case.small]
+EPS = 1e-12
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, as cases count it."""
+    assert found.isfinite().all()
+    distance = (found.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float(distance)
+
+
+def outputs_and_gradients(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    given: tuple[Any, ...],
+    *,
+    seed: int = 1,
+    used: str = "both",
+) -> list[Tensor]:
+    """Both outputs, and gradients of all four tensors under fixed ones of `used`."""
+    leaves = [part.detach().clone().requires_grad_() for part in given[:4]]
+    total, normed = function(*leaves, given[4])
+    draw = torch.Generator().manual_seed(seed)
+    ups = [torch.randn(total.shape, generator=draw).to(total.dtype) for _ in range(2)]
+    chosen = {"both": (total, normed), "normed": (normed,), "total": (total,)}[used]
+    ups = {"both": ups, "normed": ups[1:], "total": ups[:1]}[used]
+    gradients = torch.autograd.grad(chosen, leaves, ups, allow_unused=True)
+    return [total.detach(), normed.detach(), *(g for g in gradients if g is not None)]
+
+
+def exact(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers in fp64."""
+    return (*(part.detach().double() for part in given[:4]), given[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.shape)
+def test_the_kernel_is_its_reference_within_the_stated_tolerance(
+    case: Case, dtype: torch.dtype
+) -> None:
+    given = case.inputs(CPU, dtype, 0)
+    for used in ("both", "normed"):
+        found = outputs_and_gradients(case.fused, given, used=used)
+        expected = outputs_and_gradients(case.reference, exact(given), used=used)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == dtype
+            assert error(one, other) < case.tolerances[dtype]
+
+
+def test_the_sum_alone_has_the_gradient_of_a_sum() -> None:
+    given = SMALL[0].inputs(CPU, torch.float32, 0)
+    found = outputs_and_gradients(fused, given, used="total")
+    expected = outputs_and_gradients(add_layer_norm_ref, given, used="total")
+    assert len(found) == len(expected) == 4
+    del found[1], expected[1]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_need_not_lie_side_by_side() -> None:
+    x, residual = torch.randn(2, 48, 40).unbind(0)
+    weight, bias = torch.randn(40, 2).unbind(1)
+    spread = (x.T.contiguous().T, residual[:, ::1].T.contiguous().T, weight, bias, EPS)
+    assert not spread[0].is_contiguous()
+    assert not weight.is_contiguous()
+    found = outputs_and_gradients(fused, spread)
+    expected = outputs_and_gradients(add_layer_norm_ref, exact(spread))
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < 2e-6
+    # The gradient that comes in need not either.
+    leaves = [part.clone().requires_grad_() for part in spread[:4]]
+    up = torch.randn(40, 48).T
+    gradient = torch.autograd.grad(fused(*leaves, EPS)[1], leaves[0], up)[0]
+    wide = [part.double().requires_grad_() for part in spread[:4]]
+    other = torch.autograd.grad(
+        add_layer_norm_ref(*wide, EPS)[1], wide[0], up.double()
+    )[0]
+    assert error(gradient, other) < 2e-6
+
+
+def test_no_rows_have_gradients_of_zero() -> None:
+    given = (*torch.ones(2, 0, 8).unbind(0), torch.ones(8), torch.ones(8), EPS)
+    found = outputs_and_gradients(fused, given)
+    assert [tuple(part.shape) for part in found] == [(0, 8)] * 4 + [(8,)] * 2
+    assert not found[4].any()
+    assert not found[5].any()
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    given = CASES[2].inputs(CPU, torch.float32, 0)
+    first, second = (outputs_and_gradients(fused, given) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_rows_than_programs_are_all_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_norm, "_PROGRAMS", 4)
+    given = layer_norm._case(11, 16).inputs(CPU, torch.float32, 0)
+    found = outputs_and_gradients(fused, given)
+    expected = outputs_and_gradients(add_layer_norm_ref, exact(given))
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < 2e-6
+
+
+def test_the_reference_has_its_own_gradient() -> None:
+    given = exact(layer_norm._case(3, 5).inputs(CPU, torch.float32, 0))
+    leaves = [part.requires_grad_() for part in given[:4]]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: add_layer_norm_ref(*tensors, 1e-6), leaves
+    )
+
+
+def test_the_operators_are_registered_as_torch_wants_them() -> None:
+    given = layer_norm._case(3, 20).inputs(CPU, torch.float32, 0)
+    torch.library.opcheck(layer_norm._forward, given)
+    plain = [part.detach() for part in given[:4]]
+    total, normed, mean, rstd = layer_norm._forward(*plain, EPS)
+    for d_total in (None, total):
+        torch.library.opcheck(
+            layer_norm._backward, (normed, d_total, total, mean, rstd, plain[2])
+        )
+
+
+def test_a_cpu_uses_the_reference() -> None:
+    given = SMALL[0].inputs(CPU, torch.float32, 0)
+    found = outputs_and_gradients(add_layer_norm, given)
+    expected = outputs_and_gradients(add_layer_norm_ref, given)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_adds_and_norms_as_the_kernel_does() -> None:
+    norm = ResidualNorm(24, eps=EPS)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, residual = torch.randn(2, 7, 24)
+    found = fused(x, residual, norm.weight, norm.bias, norm.eps)
+    for one, other in zip(found, norm(x, residual), strict=True):
+        torch.testing.assert_close(one, other)
