@@ -153,6 +153,16 @@ def test_kept_rows_are_the_needed_ones_filled_up_to_the_capacity(share: float) -
             check(rows, needed, stream)
 
 
+def test_more_needed_rows_than_were_promised_stay_inside_the_capacity() -> None:
+    """A kernel that was told of rows that are not there would read past the end."""
+    stream = batch(LENGTHS)[0].stream
+    rows = keep(torch.ones(len(stream.source), dtype=torch.bool), 9, stream)
+    assert rows is not None
+    assert rows.row.tolist() == list(range(9))
+    assert int(rows.cu_seqlens[-1]) == 9
+    assert int(rows.place.max()) == 8
+
+
 def test_rows_of_losses_are_masked_words_and_whole_images() -> None:
     inputs, masks = batch(LENGTHS)
     stream = inputs.stream

@@ -54,7 +54,7 @@ def add_layer_norm_ref(
 
 
 @triton.jit
-def _forward_kernel(
+def _forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -87,7 +87,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _backward_kernel(  # type: ignore[no-untyped-def]
     d_normed_ptr,
     d_total_ptr,
     total_ptr,

@@ -52,14 +52,14 @@ def keep(needed_t: Tensor, count: int, stream: Stream) -> Rows | None:
     them than tokens, and kernels read nothing that is not there.
 
     Args:
-        needed_t: bool; at most `count` are true.
+        needed_t: bool; at most `count` are true, and the last ones are lost if not.
     """
     count = max(count, 1)
     if count >= len(needed_t):
         return None
     number = (~needed_t).cumsum(0)
     spare = number <= count - needed_t.sum()
-    before = (needed_t | spare).cumsum(0)
+    before = (needed_t | spare).cumsum(0).clamp(max=count)
     wanted = torch.arange(1, count + 1, device=before.device)
     bounds = torch.cat([before.new_zeros(1), before])[stream.cu_seqlens.long()]
     return Rows(
