@@ -1,7 +1,8 @@
 # Every target works from a fresh clone; `make` alone lists them.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help setup demo test soak interop lint types clean
+.PHONY: help setup demo test soak interop lint types clean \
+	gpu-wheels gpu-site gpu-check gpu-bench
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do \
-			printf '  make %-9s %s\n' "$$name" "$$text"; done
+			printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## Make .venv with the pinned requirements (Python 3.11)
 
@@ -56,6 +57,50 @@ interop: setup ## Read the same shards with every peer; log in benchmarks/result
 	@mkdir -p benchmarks/results
 	INTEROP=$(INTEROP) $(BIN)/python -m pytest tests/pipeline/test_interop.py -rA \
 		--color=no | tee benchmarks/results/interop.log; exit $${PIPESTATUS[0]}
+
+# On a machine with a GPU: no .venv, no network, its own Python (benchmarks/gpu/README.md).
+GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or \
+	$(wildcard $(BIN)/python),$(PYTHON)))
+GPU_WHEELS := build/gpu-wheels
+GPU_SITE := build/gpu-site
+GPU_TESTS := tests/benchmarks/test_gpu.py $(wildcard tests/trainer/kernels)
+GPU_CHECKS := checks syncs
+GPU_BENCHES := kernels steps ablation baselines precision real_run
+# Such as GPU_ARGS='--data build/gpu-data --output /tmp/results'
+GPU_ARGS ?=
+# Python of that machine.
+WHEELS_FOR ?= 3.12
+
+gpu-wheels: setup ## What a machine with a GPU and no network lacks, in build/gpu-wheels
+	rm -rf $(GPU_WHEELS)
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --no-cache-dir \
+		--wheel-dir $(GPU_WHEELS) $(shell sed -n '/^deepspeed==/p' requirements.txt)
+	$(BIN)/python -m pip download --no-deps --python-version $(WHEELS_FOR) \
+		--only-binary=:all: --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest $(GPU_WHEELS) -r benchmarks/requirements-gpu.txt
+	@du -sh $(GPU_WHEELS)
+
+# Only what is not installed, beside everything that is.
+gpu-site:
+	@PYTHONPATH=$(GPU_SITE) "$(GPU_PYTHON)" -c 'import sys, importlib.util as found; \
+		sys.exit(not all(map(found.find_spec, ("deepspeed", "jsonargparse", "crc32c"))))' \
+	|| "$(GPU_PYTHON)" -m pip install --quiet --no-index --no-deps --target $(GPU_SITE) \
+		$(GPU_WHEELS)/*.whl \
+	|| { echo "deepspeed is missing: run make gpu-wheels where there is a network, and" \
+		"bring $(GPU_WHEELS)"; exit 1; }
+
+gpu-check: gpu-site ## With a GPU: kernels against references, gpu tests, host waits
+	@failed=0; export PYTHONPATH=$(GPU_SITE); \
+	for part in $(GPU_CHECKS); do \
+		"$(GPU_PYTHON)" -m benchmarks.gpu $$part $(GPU_ARGS) || failed=1; done; \
+	"$(GPU_PYTHON)" -m pytest -m gpu $(GPU_TESTS) || failed=1; exit $$failed
+
+gpu-bench: gpu-site ## With a GPU: kernels, steps, ablation, baselines, precision
+	@failed=0; export PYTHONPATH=$(GPU_SITE); \
+	for part in $(GPU_BENCHES); do \
+		"$(GPU_PYTHON)" -m benchmarks.gpu $$part $(GPU_ARGS) || failed=1; done; \
+	exit $$failed
 
 lint: setup ## Ruff: rules and formatting
 	$(BIN)/ruff check

@@ -1,0 +1,93 @@
+"""`python -m benchmarks.gpu PART ...`: the measurements that need a GPU, in parts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.kernels import checks, times
+from benchmarks.gpu.peers import baselines
+from benchmarks.gpu.precision import precision
+from benchmarks.gpu.real_run import real_run
+from benchmarks.gpu.record import RESULTS, OutOfTime, Record, Setting
+from benchmarks.gpu.steps import ablation, steps
+from benchmarks.gpu.syncs import syncs
+
+PARTS: dict[str, Callable[[Setting, Record], None]] = {
+    "checks": checks,
+    "syncs": syncs,
+    "kernels": times,
+    "steps": steps,
+    "ablation": ablation,
+    "baselines": baselines,
+    "precision": precision,
+    "real_run": real_run,
+}
+FAILED, UNFINISHED = 1, 75
+"""Exit statuses: an entry failed; the time was over, the same command goes on."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run parts one after another; the exit status."""
+    words = _parser().parse_args(argv)
+    if words.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "no CUDA device is to be seen: rehearse with --device cpu --tiny, which "
+            "measures nothing",
+            file=sys.stderr,
+        )
+        return FAILED
+    if words.device == "cpu" and not words.tiny:
+        print("--device cpu is a rehearsal: give --tiny with it", file=sys.stderr)
+        return FAILED
+    output = words.output or (RESULTS if words.device == "cuda" else None)
+    if output is None:
+        print("a rehearsal needs --output: it measures nothing", file=sys.stderr)
+        return FAILED
+    setting = Setting(
+        device=torch.device(words.device, 0 if words.device == "cuda" else None),
+        tiny=words.tiny,
+        output=output,
+        data=words.data,
+        again=words.again,
+        seconds=words.seconds,
+    )
+    status = 0
+    for part in words.parts:
+        try:
+            record = Record(setting, part)
+            PARTS[part](setting, record)
+        except OutOfTime as stopped:
+            print(stopped)
+            status = status or UNFINISHED
+        except ValueError as error:
+            print(f"{part}: {error}", file=sys.stderr)
+            return FAILED
+        if record.failed:
+            print(f"{part}: failed: {'; '.join(record.failed)}")
+            status = FAILED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__
+    )
+    parser.add_argument("parts", nargs="+", choices=[*PARTS], metavar="PART")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal on a CPU")
+    parser.add_argument("--output", type=Path, help=f"where PART.json is ({RESULTS})")
+    parser.add_argument("--data", help="dataset directory of shards")
+    parser.add_argument("--again", action="store_true", help="measure all anew")
+    parser.add_argument(
+        "--seconds", type=float, default=420.0, help="begin no entry after these"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,236 @@
+"""The step with one thing taken away, or added, at a time.
+
+Owns what each variant changes. Does not own the step (`benchmarks.gpu.training`) or
+which variants are measured (`benchmarks.gpu.steps`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import trainer.kernels
+from benchmarks.gpu import batches
+from benchmarks.gpu.record import Setting
+from trainer import loop
+from trainer.loader import Loader, MicroBatch, StepBatch
+
+_FUSED = "_fused"
+
+
+class Calls:
+    """How often what a variant replaces was called."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def through(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, counted."""
+
+        @functools.wraps(function)
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.count += 1
+            return function(*arguments, **named)
+
+        return counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is other than in the step that `trainer.pretrain` takes."""
+
+    name: str
+    what: str
+    around: Callable[[Calls], AbstractContextManager[object]] | None = None
+    """Replaces something, which it counts the calls of, while a step is taken."""
+    batch: Callable[[Loader, StepBatch], StepBatch] | None = None
+    """The other form of a batch, made before it is copied to the device."""
+    model: Callable[[nn.Module], None] | None = None
+    """Done to the model before its engine is built."""
+    recompute: bool = False
+
+    def entered(self, calls: Calls) -> AbstractContextManager[object]:
+        """Where the engine is built and steps are taken."""
+        return nullcontext() if self.around is None else self.around(calls)
+
+
+def variants(setting: Setting) -> list[Variant]:
+    """All of them; the first changes nothing."""
+    backend = "inductor" if setting.cuda else "eager"
+    return [
+        Variant(name="as trained", what="what trainer.pretrain does"),
+        *_without_kernels(),
+        *_without_pruning(),
+        Variant(
+            name="text padded",
+            what="every text padded to text.max_tokens, as others do",
+            batch=batches.padded,
+        ),
+        Variant(
+            name="heads everywhere",
+            what="MLM head at every text row, every image decoded",
+            batch=batches.heads_everywhere,
+        ),
+        Variant(
+            name="masks on the host",
+            what="masks drawn on the CPU by the thread that copies batches, and copied "
+            "with them, as the data loaders of others do",
+            batch=batches.masked_on_host,
+            around=_carried_masks,
+        ),
+        Variant(
+            name="optimizer: foreach",
+            what="torch.optim.AdamW(foreach=True)",
+            around=functools.partial(_optimizer, foreach=True),
+        ),
+        Variant(
+            name="optimizer: fused",
+            what="torch.optim.AdamW(fused=True)",
+            around=functools.partial(_optimizer, fused=True),
+        ),
+        Variant(
+            name="recomputed",
+            what="activation checkpointing of every layer",
+            recompute=True,
+        ),
+        Variant(
+            name="layers compiled",
+            what="torch.compile of each transformer layer",
+            model=functools.partial(_compile_layers, backend=backend),
+        ),
+        Variant(
+            name="model compiled",
+            what="torch.compile of the whole model",
+            model=functools.partial(_compile_model, backend=backend),
+        ),
+    ]
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of kernels that the step may use."""
+    names = [found.name for found in pkgutil.iter_modules(trainer.kernels.__path__)]
+    loaded = [importlib.import_module(f"trainer.kernels.{name}") for name in names]
+    return [module for module in loaded if _pairs(module)]
+
+
+def _pairs(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """The reference of each kernel that a module dispatches to, by the kernel's name.
+    Both take the same arguments: `x_fused` and `x_ref`, `reference` or `x`.
+    """
+    found = {}
+    for name in [name for name in vars(module) if name.endswith(_FUSED)]:
+        base = name.removesuffix(_FUSED)
+        for other in (f"{base}_ref", f"{base}_reference", "reference", base):
+            if callable(getattr(module, other, None)):
+                found[name] = getattr(module, other)
+                break
+    return found
+
+
+def _without_kernels() -> list[Variant]:
+    made = []
+    modules = kernel_modules()
+    for module in modules:
+        short = module.__name__.rpartition(".")[2]
+        made.append(
+            Variant(
+                name=f"without {short}",
+                what=f"the plain reference instead of the kernel of {short}",
+                around=functools.partial(_plain, [module]),
+            )
+        )
+    if len(modules) > 1:
+        made.append(
+            Variant(
+                name="without kernels",
+                what="plain references instead of all kernels",
+                around=functools.partial(_plain, modules),
+            )
+        )
+    return made
+
+
+@contextlib.contextmanager
+def _plain(modules: list[ModuleType], calls: Calls) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules:
+            for name, reference in _pairs(module).items():
+                plain = calls.through(reference)
+                stack.enter_context(patch.object(module, name, plain))
+        yield
+
+
+def _without_pruning() -> list[Variant]:
+    try:
+        module = importlib.import_module("trainer.models.scored_rows")
+    except ModuleNotFoundError:
+        return []
+
+    def whole(calls: Calls) -> AbstractContextManager[object]:
+        def keep(*_: Any, **__: Any) -> None:
+            """All rows are kept."""
+
+        return patch.object(module, "keep", calls.through(keep))
+
+    return [
+        Variant(
+            name="last layer whole",
+            what="queries and feed-forward of the last layer at every row",
+            around=whole,
+        )
+    ]
+
+
+@contextlib.contextmanager
+def _optimizer(calls: Calls, **chosen: bool) -> Iterator[None]:
+    adamw = torch.optim.AdamW
+
+    class Chosen(adamw):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            calls.count += 1
+            super().__init__(*arguments, **(_no_choice(named) | chosen))
+
+    with patch.object(torch.optim, "AdamW", Chosen):
+        yield
+
+
+def _no_choice(named: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in named.items() if k not in ("fused", "foreach")}
+
+
+@contextlib.contextmanager
+def _carried_masks(calls: Calls) -> Iterator[None]:
+    given = loop.model_inputs
+
+    def inputs(loader: Loader, micro: MicroBatch) -> Any:
+        assert isinstance(micro, batches.MaskedOnHost)
+
+        def carried(*_: Any, **__: Any) -> Any:
+            calls.count += 1
+            return micro.masks
+
+        with patch.object(loader, "masks", carried):
+            return given(loader, micro)
+
+    with patch.object(loop, "model_inputs", inputs):
+        yield
+
+
+def _compile_layers(model: Any, *, backend: str) -> None:
+    for block in model.blocks:
+        block.compile(backend=backend)
+
+
+def _compile_model(model: nn.Module, *, backend: str) -> None:
+    model.compile(backend=backend)
