@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         output=output,
         data=words.data,
         again=words.again,
+        only=words.only,
         seconds=words.seconds,
     )
     status = 0
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help=f"where PART.json is ({RESULTS})")
     parser.add_argument("--data", help="dataset directory of shards")
     parser.add_argument("--again", action="store_true", help="measure all anew")
+    parser.add_argument(
+        "--only", default="", help="no entries but those with this in their key"
+    )
     parser.add_argument(
         "--seconds", type=float, default=420.0, help="begin no entry after these"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import trainer.kernels
-from benchmarks.gpu.record import Record, Setting
+from benchmarks.gpu.record import CEILINGS, Record, Setting
 from benchmarks.gpu.timing import (
     ceilings,
     graph_seconds,
@@ -122,7 +122,7 @@ def times(
     """Time every case of a real shape in each of its types: fused, eager and compiled;
     on a CPU the small ones, for a rehearsal.
     """
-    best = record.measure("ceilings", lambda: ceilings(setting))
+    best = record.measure(CEILINGS, lambda: ceilings(setting))
     for case in all_cases() if cases is None else cases:
         if case.small == setting.cuda:
             continue

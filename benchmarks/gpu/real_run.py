@@ -8,6 +8,7 @@ where there is Ray, at 128 px so that they can be carried
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import shutil
 import statistics
@@ -43,6 +44,8 @@ _TINY_WORDS = (
     "--schedule.warmup=1",
     "--eval.every_steps=0",
 )
+# A process group of this process is none of the run's.
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SETTLED = 50
 """Steps after which speeds are taken: before, shapes are new."""
 
@@ -72,6 +75,7 @@ def trained(setting: Setting, data: str) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, *command],
             cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k not in _OF_A_RANK},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

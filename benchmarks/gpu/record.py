@@ -26,6 +26,8 @@ from trainer.checkpoint import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+CEILINGS = "ceilings"
+"""The entry that the others of its file are shares of."""
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy")
 _SOURCES = ("trainer", "benchmarks/gpu")
 
@@ -42,6 +44,8 @@ class Setting:
     """Dataset directory of shards; None: no part that needs one."""
     again: bool = False
     """Measure what is there already."""
+    only: str = ""
+    """Measure no entries but those with this in their key."""
     seconds: float = 420.0
     """No entry is begun after these."""
 
@@ -88,6 +92,7 @@ class Record:
     def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The entry `key`: the one that is there, or what `make` gives. An error is an
         entry too, and tried again by the next call; so is one that has not `passed`.
+        Empty where it is missing and not asked for.
 
         Raises:
             OutOfTime: it is missing, and there is no time left.
@@ -95,6 +100,8 @@ class Record:
         found = self.entries.get(key)
         if found and "error" not in found and found.get("passed", True):
             return found
+        if self.setting.only not in key and key != CEILINGS:
+            return {}
         if time.monotonic() - self._began > self.setting.seconds:
             raise OutOfTime(f"{self.part}: stopped before {key!r}; run it again")
         began = time.perf_counter()
