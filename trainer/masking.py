@@ -11,6 +11,7 @@ Shapes: B pairs, L text positions (capacity), P image positions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from trainer.replacement import Replacement, drawn_replacement
 
 # Rates and probabilities are counted in millionths, so that every comparison is one of
 # integers and comes out the same on every device.
-_UNIT = 1_000_000
+UNIT = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,43 +220,52 @@ def _draws(sample: _Sample, use: Use, capacity: int) -> Tensor:
     return draw(seed=seed, use=use, epoch=epoch, uid=uids[:, None], index=index)[0]
 
 
-def _mask(word: Tensor, n_valid: Tensor, millionths: Tensor, *, exact: bool) -> Tensor:
+def _mask(word: Tensor, n_valid: Tensor, rate: Tensor, *, exact: bool) -> Tensor:
     """Mask (B, capacity) of the first `n_valid` places at each pair's rate, by the word
     (B, capacity) of each.
     """
     index = torch.arange(word.shape[1], device=word.device)
     valid = index < n_valid[:, None]
     if not exact:
-        return valid & (word * _UNIT < millionths[:, None] << 32)
-    wanted = _wanted(n_valid, millionths)[:, None]
+        return valid & (word * UNIT < rate[:, None] << 32)
+    wanted = _wanted(n_valid, rate)[:, None]
     # The position breaks ties, so the smallest `wanted` keys are the same everywhere.
     key = torch.where(valid, (word << 16) | index, torch.iinfo(torch.int64).max)
     largest = key.sort(dim=1).values.gather(1, (wanted - 1).clamp(min=0))
     return valid & (wanted > 0) & (key <= largest)
 
 
-def _wanted(n_valid: Tensor, millionths: Tensor) -> Tensor:
+def _wanted(n_valid: Tensor, rate: Tensor) -> Tensor:
     """Positions (B,) to mask of `n_valid`: rate x positions, rounded half up, at least
     1 where the rate is above 0.
     """
-    wanted = (2 * n_valid * millionths + _UNIT) // (2 * _UNIT)
-    some = (millionths > 0) & (n_valid > 0)
+    wanted = (2 * n_valid * rate + UNIT) // (2 * UNIT)
+    some = (rate > 0) & (n_valid > 0)
     return torch.where(some, wanted.clamp(min=1), wanted)
 
 
 def _choose(word: Tensor, probabilities: tuple[float, ...]) -> Tensor:
     """Index of the share that each 32-bit word falls into."""
     chosen = torch.zeros_like(word)
-    edge = 0.0
-    for probability in probabilities[:-1]:
-        edge += probability
-        chosen += word >= round(edge * (1 << 32))
+    for edge in edges(probabilities):
+        chosen += word >= edge
     return chosen
+
+
+def edges(probabilities: tuple[float, ...]) -> list[int]:
+    """Where one share of 0..2^32-1 ends and the next begins; 2^32 where none does."""
+    sums = itertools.accumulate(probabilities[:-1])
+    return [round(edge * (1 << 32)) for edge in sums]
 
 
 def _per_mode(rates: tuple[float, ...], modes: Tensor) -> Tensor:
     """Rate of each pair's mode, in millionths, without a copy from the host."""
     rate = torch.zeros_like(modes)
-    for number, value in enumerate(rates):
-        rate += (modes == number) * round(value * _UNIT)
+    for number, value in enumerate(millionths(rates)):
+        rate += (modes == number) * value
     return rate
+
+
+def millionths(rates: tuple[float, ...]) -> list[int]:
+    """Rates as integers."""
+    return [round(rate * UNIT) for rate in rates]

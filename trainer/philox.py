@@ -73,8 +73,7 @@ def draw(*, seed: int, use: int, epoch: Any, uid: Any, index: Any) -> tuple[Any,
         ValueError: seed or epoch outside what the counter holds.
     """
     check_seed(seed)
-    if isinstance(epoch, int) and not 0 <= epoch <= MAX_EPOCH:
-        raise ValueError(f"epoch {epoch} is outside 0..{MAX_EPOCH}")
+    check_epoch(epoch)
     index = index + 0 * uid
     use_epoch = index * 0 + ((int(use) << 24) | epoch)
     key = (seed & _WORD, seed >> 32)
@@ -85,6 +84,12 @@ def check_seed(seed: int) -> None:
     """Raise ValueError unless `seed` fits the 64-bit key."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed {seed} is outside 0..2^64-1")
+
+
+def check_epoch(epoch: Any) -> None:
+    """Raise ValueError for an int `epoch` that its 24 bits do not hold."""
+    if isinstance(epoch, int) and not 0 <= epoch <= MAX_EPOCH:
+        raise ValueError(f"epoch {epoch} is outside 0..{MAX_EPOCH}")
 
 
 def signed_uids(uids: np.ndarray) -> np.ndarray:

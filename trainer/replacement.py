@@ -46,9 +46,17 @@ def drawn_replacement(
         uid=uids[:, None],
         index=torch.arange(masked.shape[1], device=uids.device),
     )
-    kept = coin < round(config.keep_share * (1 << 32))
-    either = coin < round((config.keep_share + config.random_share) * (1 << 32))
+    kept_edge, either_edge = share_edges(config)
+    kept, either = coin < kept_edge, coin < either_edge
     return Replacement(masked & kept, masked & either & ~kept, word)
+
+
+def share_edges(config: MaskConfig) -> tuple[int, int]:
+    """Coins (32 bits) below the first keep their word; those from there to below the
+    second swap it.
+    """
+    either = config.keep_share + config.random_share
+    return round(config.keep_share * (1 << 32)), round(either * (1 << 32))
 
 
 def random_words(word: Tensor, vocab_size: int, special_ids: Iterable[int]) -> Tensor:
