@@ -26,7 +26,8 @@ from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.folder import DamagedError
 from trainer.geometry import flipped
-from trainer.masking import Masks, mam, mam_counts
+from trainer.kernels.mam_masks import mam_masks
+from trainer.masking import Masks, mam_counts
 from trainer.matching import Matching, caption_table, drawn_matching
 from trainer.models.mlim import recon_pixels, scored_positions
 from trainer.options import PretrainConfig
@@ -480,7 +481,7 @@ class Loader:
         step: int,
     ) -> Masks:
         """Masks of a micro-batch of a step, on the device that its tensors are on."""
-        return self._masked(mam, uids, stream, epochs, text_capacity, step=step)
+        return self._masked(mam_masks, uids, stream, epochs, text_capacity, step=step)
 
     def matching(self, batch: MicroBatch) -> Matching | None:
         """What each text of a micro-batch is matched with, on the device that its
@@ -511,7 +512,7 @@ class Loader:
         *,
         step: int,
     ) -> Item:
-        """What `mam` or `mam_counts` says of a micro-batch."""
+        """What `mam_masks` or `mam_counts` says of a micro-batch."""
         return draws(
             self.config.mask.at(step),
             seed=self.config.seed,

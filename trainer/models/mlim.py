@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
+from trainer.kernels.compact import compact
 from trainer.kernels.cross_entropy import masked_cross_entropy
+from trainer.kernels.mam_embed import Embedding, mam_embed
 from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
+from trainer.kernels.pixels import normalised
 from trainer.masking import MaskCounts, Masks
 from trainer.matching import Matching
 from trainer.models.layers import Block
@@ -243,24 +246,9 @@ class MlimEncoder(nn.Module):
                 layer does less.
         """
         stream = inputs.stream
-        # One vector stands for what is hidden in either modality (MLIM, section 3).
-        mask_vector = self.words.weight[self.mask_id]
-        if masks is None:
-            text_kd = self.words(inputs.token_ids)
-        else:
-            shown_k, hidden_k = self.shown_words(inputs, masks)
-            text_kd = self.words(shown_k)
-            text_kd = torch.where(hidden_k[:, None], mask_vector, text_kd)
-        text_kd = text_kd + self.text_positions(stream.text_position)
-        both = text_kd
-        if stream.n_image:
-            if image_bpd is None:
-                image_bpd = self.embed_pixels(inputs.pixels)
-            if masks is not None:
-                image_bpd = torch.where(masks.image[..., None], mask_vector, image_bpd)
-            image_bpd = image_bpd + self.image_positions.weight
-            both = torch.cat([text_kd, image_bpd.flatten(0, 1)])
-        x_td = self.embedding_norm(both.index_select(0, stream.source))
+        if image_bpd is None and stream.n_image:
+            image_bpd = self.embed_pixels(inputs.pixels)
+        x_td = mam_embed(self._embedding(inputs, masks, image_bpd))
         for block in self.blocks:
             of_last = rows if block is self.blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
@@ -273,6 +261,32 @@ class MlimEncoder(nn.Module):
             else:
                 x_td = block(x_td, stream, of_last)
         return self.final_norm(x_td)
+
+    def _embedding(
+        self, inputs: MlimInputs, masks: Masks | None, image_bpd: Tensor | None
+    ) -> Embedding:
+        """What the embedding stage is given."""
+        stream = inputs.stream
+        shown_k, hidden_k = inputs.token_ids, None
+        if masks is not None:
+            shown_k, hidden_k = self.shown_words(inputs, masks)
+        return Embedding(
+            shown=shown_k,
+            hidden_text=hidden_k,
+            text_position=stream.text_position,
+            hidden_image=None if masks is None else masks.image,
+            source=stream.source,
+            text_row=stream.text_row,
+            image_row=stream.image_row,
+            words=self.words.weight,
+            text_positions=self.text_positions.weight,
+            image=image_bpd if stream.n_image else None,
+            image_positions=self.image_positions.weight,
+            norm=self.embedding_norm.weight,
+            bias=self.embedding_norm.bias,
+            mask_id=self.mask_id,
+            eps=self.embedding_norm.eps,
+        )
 
     def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
         """Token id (K,) at each text row, and which of them (K,) the mask vector hides:
@@ -294,7 +308,7 @@ class MlimEncoder(nn.Module):
         """
         dtype = self.words.weight.dtype
         if pixels.dtype == torch.uint8:
-            pixels = pixels.permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
+            pixels = normalised(pixels, dtype)
         return self.embedder(pixels.to(dtype)).flatten(2).transpose(1, 2)
 
     def initialise(self, module: nn.Module) -> None:
@@ -500,14 +514,6 @@ def at_words(stream: Stream, table: Tensor) -> Tensor:
     """
     word = (stream.text_position - 1).clamp(0, table.shape[1] - 1)
     return table[stream.text_pair, word]
-
-
-def compact(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Indices (capacity,) of the true entries of `chosen` (N,), in order, and which of
-    them are real: no shape depends on data, so the host need not wait.
-    """
-    order = torch.argsort(~chosen, stable=True)[:capacity]
-    return order, chosen[order]
 
 
 def recon_pixels(masked: Tensor, n_image: int, config: MlimConfig) -> Tensor:
