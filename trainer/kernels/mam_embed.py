@@ -150,6 +150,8 @@ def _gather(
         mask=is_image[:, None] & wide,
         other=0.0,
     ).to(tl.float32)
+    # Rows past the end must not divide by an epsilon of 0.
+    x = tl.where(inside[:, None], x, cell.to(tl.float32))
     return x, shows_image, shows_mask
 
 
@@ -295,8 +297,6 @@ def _backward_kernel(
             D,
             HIDES,
         )
-        # Rows past the end must not divide by an epsilon of 0.
-        x = tl.where(inside[:, None], x, cell.to(tl.float32))
         standard, scale = _standardise(x, wide, eps, D)
         there = inside[:, None] & wide
         dy = tl.load(grad + t[:, None] * D + cell, mask=there, other=0.0)
@@ -429,10 +429,11 @@ def _contiguous(arguments: tuple[Any, ...]) -> Any:
         given.shown if flags is None else flags.contiguous().view(torch.uint8)
         for flags in (given.hidden_text, given.hidden_image)
     )
-    fields: tuple[Any, ...] = given._replace(hidden_text=text, hidden_image=image)
-    return Embedding(
-        *(each.contiguous() if isinstance(each, Tensor) else each for each in fields)
-    )
+    given = given._replace(hidden_text=text, hidden_image=image)
+    packed: list[Any] = [
+        each.contiguous() if isinstance(each, Tensor) else each for each in given
+    ]
+    return Embedding(*packed)
 
 
 @embed_fused.register_fake

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from trainer.kernels.case import Case, Inputs
 
 CPU = torch.device("cpu")
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="kernels on a CPU need TRITON_INTERPRET=1; on a GPU, make gpu-check",
+)
 
 
 def exact(inputs: Inputs) -> Inputs:
@@ -33,7 +40,7 @@ def output_and_gradients(call: Any, inputs: Inputs) -> list[Tensor]:
         return [output]
     generator = torch.Generator().manual_seed(7)
     given = torch.randn(output.shape, generator=generator).bfloat16().to(output.dtype)
-    return [output, *torch.autograd.grad(output, leaves, given)]
+    return [output.detach(), *torch.autograd.grad(output, leaves, given)]
 
 
 def errors(case: Case, inputs: Inputs) -> list[float]:

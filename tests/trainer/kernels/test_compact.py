@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.trainer.kernels.numbers import CPU, spread_out
+from tests.trainer.kernels.numbers import CPU, interpreted, spread_out
 from trainer.kernels.case import Case
 from trainer.kernels.compact import CASES, compact, compact_fused, compact_ref
+
+pytestmark = interpreted
 
 
 def assert_same(chosen: torch.Tensor, capacity: int) -> None:

@@ -11,6 +11,7 @@ from tests.trainer.kernels.numbers import (
     CPU,
     errors,
     exact,
+    interpreted,
     output_and_gradients,
     spread_out,
 )
@@ -26,6 +27,7 @@ from trainer.kernels.mam_embed import (
 )
 from trainer.kernels.pixels import normalised_fused
 
+pytestmark = interpreted
 SMALL = [case for case in CASES if case.small]
 FIRST = SMALL[0]
 BOTH = [torch.float32, torch.bfloat16]
@@ -90,7 +92,7 @@ def test_gradients_of_the_reference_are_right() -> None:
     assert torch.autograd.gradcheck(embed_ref, (*inputs[:-1], 1e-3))
 
 
-@pytest.mark.parametrize("case", [FIRST, SMALL[-1]], ids=lambda case: case.shape)
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[-1]], ids=lambda case: case.shape)
 def test_the_operator_keeps_the_rules_of_operators(case: Case) -> None:
     torch.library.opcheck(embed_fused, case.inputs(CPU, torch.float32, 0))
 

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.trainer.kernels.numbers import CPU
+from tests.trainer.kernels.numbers import CPU, interpreted
 from trainer.kernels.case import Case
 from trainer.kernels.pixels import CASES, normalised, normalised_fused, normalised_ref
 
+pytestmark = interpreted
 SMALL = [case for case in CASES if case.small]
 EVERY = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
 
