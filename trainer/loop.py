@@ -114,6 +114,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     if given and not checked.checkpoint:
         model.load_state_dict(_initial(config, loader.dataset), strict=False)
     model.recompute = config.deepspeed.activation_checkpointing
+    if config.compile == "layers":
+        model.compile_layers()
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = prepare_run(config, run) if world.first else None
     world.barrier()

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "max_steps",
     "micro_batch",
     "threads",
+    "compile",
     "digest",
     "tokenizer",
     "grow",
@@ -340,6 +341,9 @@ class PretrainConfig:
     """Shard pieces that are shuffled together as one window."""
     threads: int = 1
     """Decoding threads of each rank."""
+    compile: Literal["none", "layers"] = "none"
+    """layers: torch.compile of each transformer layer, not with ZeRO stage 3. The first
+    steps take minutes; needs a C compiler."""
     digest: Literal["samples", "full"] = "samples"
     """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
     model: MlimConfig = field(default_factory=MlimConfig)
@@ -367,6 +371,12 @@ class PretrainConfig:
             raise ValueError(
                 f"the weights of --init {self.init} replace those of model.body "
                 f"{self.model.body}: give --model.body null with it"
+            )
+        if self.compile != "none" and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "compile layers cannot see through ZeRO stage 3, which gathers weights "
+                "layer by layer: give --deepspeed.zero_stage 2 or less, or --compile "
+                "none"
             )
         if self.image.size % self.model.patch_size:
             raise ValueError(

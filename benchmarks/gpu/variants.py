@@ -228,8 +228,7 @@ def _carried_masks(calls: Calls) -> Iterator[None]:
 
 
 def _compile_layers(model: Any, *, backend: str) -> None:
-    for block in model.blocks:
-        block.compile(backend=backend)
+    model.compile_layers(backend)
 
 
 def _compile_model(model: nn.Module, *, backend: str) -> None:

@@ -35,6 +35,7 @@ from trainer.options import blocking_changes, load_config
         "--model.heads=0",
         "--model.width=0",
         "--model.recon_weight=-1",
+        "--compile=everything",
         "--mask.heavy_rate=1.5",
         "--schedule.decay_share=0",
         "--schedule.shape=steps",
@@ -99,6 +100,14 @@ def test_keys_that_a_run_did_not_have_yet_are_at_their_defaults(tmp_path) -> Non
         del stored["model"][key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
     assert load_config(tmp_path) == new
+
+
+def test_layers_are_not_compiled_where_stage_3_gathers_them(tmp_path) -> None:
+    words = ("--compile=layers", "--deepspeed.zero_stage=3")
+    with pytest.raises(ConfigError, match=r"zero_stage 2 or less"):
+        config(tmp_path, tmp_path, *words)
+    old = asdict(config(tmp_path, tmp_path))
+    assert blocking_changes(old, asdict(config(tmp_path, tmp_path, words[0]))) == []
 
 
 def test_no_gradient_limit_can_be_asked_for() -> None:

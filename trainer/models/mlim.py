@@ -288,6 +288,13 @@ class MlimEncoder(nn.Module):
             eps=self.embedding_norm.eps,
         )
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have each transformer layer compiled when it is first used. Its parameters
+        keep their names.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend)
+
     def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
         """Token id (K,) at each text row, and which of them (K,) the mask vector hides:
         all masked words but those that BERT's 80/10/10 leaves or swaps.
