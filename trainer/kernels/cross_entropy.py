@@ -314,16 +314,16 @@ _forward_op.register_autograd(_differentiate, setup_context=_keep)
 
 def _head_fused(
     hidden_md: Tensor, words_vd: Tensor, bias: Tensor, target: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    return masked_cross_entropy_fused(
-        F.linear(hidden_md, words_vd, bias), target, valid
-    )
+) -> Tensor:
+    logits_mv = F.linear(hidden_md, words_vd, bias)
+    return masked_cross_entropy_fused(logits_mv, target, valid)[0]
 
 
 def _head_reference(
     hidden_md: Tensor, words_vd: Tensor, bias: Tensor, target: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    return reference(F.linear(hidden_md, words_vd, bias), target, valid)
+) -> Tensor:
+    logits_mv = F.linear(hidden_md, words_vd, bias)
+    return reference(logits_mv, target, valid)[0]
 
 
 def _logits_inputs(
@@ -368,9 +368,10 @@ def _case(shape: str, *, rows: int, n_words: int, small: bool = False) -> Case:
         inputs=partial(_logits_inputs, rows=rows, n_words=n_words),
         fused=masked_cross_entropy_fused,
         reference=reference,
-        tolerances={torch.float32: 1e-5, torch.bfloat16: 4e-3},
-        reason="sums and exponentials in fp32; the gradient is rounded to the dtype "
-        "of the logits, in bf16 by up to 2^-9",
+        tolerances={torch.float32: 1e-5, torch.bfloat16: 8e-3},
+        reason="sums and exponentials in fp32; the gradient is rounded to the dtype of "
+        "the logits, in bf16 by up to 2^-8, and cut off to it by up to 2^-7 under "
+        "Triton's interpreter",
         forward_bytes=lambda dtype: cells * dtype.itemsize + rows * (8 + 1 + 4 + 1),
         backward_bytes=lambda dtype: 2 * cells * dtype.itemsize + rows * (8 + 1 + 8),
         small=small,
@@ -388,8 +389,8 @@ def _head_case(
         fused=_head_fused,
         reference=_head_reference,
         tolerances={torch.float32: 1e-4, torch.bfloat16: 2e-2},
-        reason="a product's logits are rounded to the dtype (bf16: by up to 2^-9, of "
-        "logits up to about 5, so by 0.01), and so are those of the backward pass",
+        reason="the product's logits are rounded to the dtype (bf16: by up to 2^-8, of "
+        "logits up to about 5, so by 0.02 at most), and so are all gradients",
         forward_bytes=lambda dtype: (hidden + words + 2 * cells) * dtype.itemsize,
         backward_bytes=lambda dtype: (
             (2 * (hidden + words) + 4 * cells) * dtype.itemsize

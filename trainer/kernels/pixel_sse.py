@@ -416,9 +416,10 @@ def _case(
         ),
         fused=partial(masked_pixel_error_fused, side=side, error=error),
         reference=partial(reference, side=side, error=error),
-        tolerances={torch.float32: 1e-5, torch.bfloat16: 4e-3},
+        tolerances={torch.float32: 1e-5, torch.bfloat16: 8e-3},
         reason="all in fp32; the gradient is rounded to the dtype of the decoder's "
-        "outputs, in bf16 by up to 2^-9",
+        "outputs, in bf16 by up to 2^-8, and cut off to it by up to 2^-7 under "
+        "Triton's interpreter",
         forward_bytes=lambda dtype: int(share * numbers * (dtype.itemsize + 1)),
         backward_bytes=lambda dtype: int(
             share * numbers * (dtype.itemsize + 1) + numbers * dtype.itemsize

@@ -55,7 +55,7 @@ def test_options_are_those_of_the_reference(name: str, dtype: torch.dtype) -> No
         )
     )
     for ours, theirs in zip(found, wanted, strict=True):
-        close(ours, theirs, {torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype])
+        close(ours, theirs, CASES[0].tolerances[dtype])
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -88,7 +88,7 @@ def test_layouts_do_not_matter(dtype: torch.dtype) -> None:
             ),
             [layout.requires_grad_()],
         )
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+        tolerance = CASES[0].tolerances[dtype]
         for ours, theirs in zip(found, wanted, strict=True):
             close(ours, theirs, tolerance)
 
