@@ -76,6 +76,9 @@ def check(
     """Relative errors of outputs and gradients of a case against its reference in
     float64 on the same values, and whether all of them are inside its tolerance. What
     the kernel allocates is filled with NaN before, so nothing left unwritten passes.
+
+    On a CPU, 16-bit errors may be twice as large: Triton's interpreter cuts a number
+    that it stores off where a GPU rounds it.
     """
     inputs = case.inputs(device, dtype, seed)
     exact = tree_map(_double, inputs)
@@ -92,6 +95,8 @@ def check(
     }
     errors |= _gradient_errors(inputs, exact, found, wanted, seed)
     tolerance = case.tolerances.get(dtype, 0.0)
+    if device.type == "cpu" and dtype.itemsize == 2:
+        tolerance *= 2
     return {
         "passed": all(error <= tolerance for error in errors.values()),
         "largest_error": max(errors.values(), default=0.0),
