@@ -231,7 +231,7 @@ def padded_table(
     is_text = table >= 0
     ids = table.clamp(min=0)
     masked = torch.zeros_like(is_text)
-    inside = min(longest - 1, masks.text.shape[1])
+    inside = min(ids.shape[1] - 1, masks.text.shape[1])
     masked[:, 1 : 1 + inside] = masks.text[:, :inside]
     masked &= is_text
     labels = torch.where(masked, ids, _IGNORED)

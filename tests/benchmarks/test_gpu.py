@@ -258,7 +258,8 @@ def test_peers_learn_from_our_pairs(peer: peers.Peer, loader: batches.Drawn) -> 
 def test_padded_texts_are_masked_like_the_stream(loader: batches.Drawn) -> None:
     micro = loader.step(0).micro_batches[0]
     masks = model_inputs(loader, micro)[1]
-    shown, ids, is_text, labels = peers.padded_table(loader, micro, 64)
+    longest = loader.config.text.max_tokens
+    shown, ids, is_text, labels = peers.padded_table(loader, micro, longest)
     masked = labels != -100
     assert torch.equal(masked.sum(1), masks.counts.text)
     assert torch.equal(shown[~masked], ids[~masked])
