@@ -26,6 +26,8 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
 }
 
 
