@@ -12,6 +12,9 @@ import os
 import stat
 from pathlib import Path
 
+# Others make and remove the same folder now and then, not every time.
+_TRIES = 50
+
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file whose bytes last; its name does after `sync_directory`."""
@@ -27,8 +30,11 @@ def make_folder(path: Path) -> None:
 
     Raises:
         NotADirectoryError: one of them is a file.
+        OSError: the system makes no folder there.
     """
-    while not path.is_dir():
+    for tries in range(_TRIES):
+        if path.is_dir():
+            return
         make_folder(path.parent)
         try:
             path.mkdir()
@@ -38,10 +44,13 @@ def make_folder(path: Path) -> None:
                     errno.ENOTDIR, "is a file", str(path)
                 ) from None
         except FileNotFoundError:
-            # The one above went with its last file meanwhile.
-            continue
+            # The one above went with its last file meanwhile, unless this is a place
+            # where the system makes none.
+            if tries == _TRIES - 1:
+                raise
         else:
             sync_directory(path.parent)
+            return
 
 
 def _is_a_file(path: Path) -> bool:
