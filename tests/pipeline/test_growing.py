@@ -34,7 +34,7 @@ from pipeline.options import PreprocessConfig
 from pipeline.records import read_record
 from pipeline.settle import place_range
 from pipeline.staging import TakenOver
-from pipeline.storage import open_storage
+from pipeline.storage import STAGING, open_storage
 from tests.conftest import EMOJI
 from tests.pipeline.corpora import REPOSITORY, Run, run_module
 from tests.pipeline.runs import TOKENIZER, LocalRun, silent
@@ -314,7 +314,13 @@ def test_a_driver_that_lost_its_lease_commits_nothing_more(
         assert driver.wait(LIMIT_S) == 1
     finally:
         end(driver)
-    assert files(output) == files(whole)
+    # Its workers die with it, one perhaps in the middle of a write that nobody sees.
+    left = {
+        name: data
+        for name, data in files(output).items()
+        if not name.startswith(f"{STAGING}/")
+    }
+    assert left == files(whole)
 
 
 def test_a_retry_grows_behind_the_manifest_of_before(
