@@ -66,7 +66,7 @@ def trained(setting: Setting, data: str) -> dict[str, Any]:
     """
     if not has_deepspeed():
         raise ValueError(
-            "trainer.pretrain needs deepspeed: carry build/gpu-wheels (make gpu-wheels)"
+            "trainer.pretrain needs deepspeed: copy build/gpu-wheels (make gpu-wheels)"
         )
     words = (*(_TINY_WORDS if setting.tiny else _WORDS), "--log.tensorboard=false")
     run = Path(tempfile.mkdtemp(prefix="real-run-"))
