@@ -1,10 +1,10 @@
 """Batches: from the places of a step to tensors on the host, ahead of time.
 
-Owns micro-batches, the counts that normalise the losses, the sample digest, and which
-sample takes the place of a damaged one. Does not own sample order (`trainer.order`),
-what is drawn for a sample (`trainer.rows`), sources (`trainer.sources`), bytes
-(`trainer.dataset`), the list of damaged samples (`trainer.quarantine`) or masks
-(`trainer.masking`).
+Owns micro-batches, the counts that normalise the losses, and which sample takes the
+place of a damaged one. Does not own sample order (`trainer.order`), what is drawn for a
+sample (`trainer.rows`), sources (`trainer.sources`), bytes (`trainer.dataset`), the
+list of damaged samples (`trainer.quarantine`), masks (`trainer.masking`) or the digest
+(`trainer.digest`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from trainer.contract import micro_batch_size
 from trainer.data_state import DataState
 from trainer.dataset import Dataset
+from trainer.digest import digest_of, wrap
 from trainer.folder import DamagedError
 from trainer.geometry import flipped
 from trainer.kernels.mam_masks import mam_masks
@@ -32,7 +33,6 @@ from trainer.matching import Matching, caption_table, drawn_matching
 from trainer.models.mlim import recon_pixels, scored_positions
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
-from trainer.philox import philox
 from trainer.quarantine import Quarantine, Quarantined
 from trainer.reading import Reading, Slots, chosen_texts, give_way
 from trainer.rows import Rows, RowsAhead, rows_of
@@ -47,10 +47,6 @@ STEPS_HELD = STEPS_AHEAD + 2
 # Of each lane: the one that it is in and the next.
 _WINDOWS_AHEAD = 2
 _WORDS_GRAIN = 16
-# What a hash of the digest is of; 0 and 1 are masked words and image positions.
-_FLIPS, _KEPT, _SWAPPED = 2, 3, 4
-_LOW = 0xFFFFFFFF
-_DIGEST_KEY = (0x70616C69, 0x6D707365)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,11 +378,6 @@ class Loader:
         give_way()
         n_words = int(masked.text.sum())
         n_images = int((masked.image > 0).sum())
-        digest = sample_digest(rows.uids, rows.captions, rows.crops)
-        if config.image.flip:
-            digest = _wrap(digest + flip_digest(rows.uids, rows.flips))
-        if masks:
-            digest = _wrap(digest + mask_digest(rows.uids, masks))
         batch = MicroBatch(
             stream=stream,
             token_ids=token_ids,
@@ -401,8 +392,6 @@ class Loader:
             step=step,
         )
         matching = self.matching(batch) if config.digest == "full" else None
-        if matching:
-            digest = _wrap(digest + matching_digest(rows.uids, matching))
         lengths = torch.from_numpy(read.lengths + self.n_image)
         scored = scored_positions(masked, self.n_image, config.model)
         counts = Counts(
@@ -419,7 +408,9 @@ class Loader:
             cut_captions=read.cut,
             replaced=0,
             sources=(),
-            digest=digest,
+            digest=digest_of(
+                rows, flips=config.image.flip, masks=masks, matching=matching
+            ),
         )
         return Made(
             places=rows.places,
@@ -551,54 +542,4 @@ def sum_counts(parts: list[Counts]) -> Counts:
         if name != "sources"
     }
     sources = tuple(map(sum, zip(*(part.sources for part in parts), strict=True)))
-    return Counts(**{**total, "sources": sources, "digest": _wrap(total["digest"])})
-
-
-def sample_digest(uids: np.ndarray, caption: np.ndarray, crops: np.ndarray) -> int:
-    """Order-free digest of (uid, caption index, augmentation draw): the wrapped sum of
-    a 64-bit hash of each sample.
-    """
-    mixed = _hash(uids, caption, crops[:, 0] ^ (crops[:, 1] >> 1))
-    mixed = mixed + _hash(uids, crops[:, 2], crops[:, 3]) * 3
-    return _wrap(int(mixed.sum()))
-
-
-def flip_digest(uids: np.ndarray, flips: np.ndarray) -> int:
-    """Order-free digest of every sample's flip draw."""
-    kind = np.full(len(uids), _FLIPS)
-    return _wrap(int(_hash(uids, flips, kind).sum()))
-
-
-def mask_digest(uids: np.ndarray, masks: Masks) -> int:
-    """Order-free digest of every masked position of every sample, and of the words that
-    are shown at some of them.
-    """
-    total = 0
-    for kind, mask in enumerate((masks.text, masks.image)):
-        pair, position = np.nonzero(mask.numpy())
-        total += int(_hash(uids[pair], position, np.full(len(pair), kind)).sum())
-    if masks.replacement:
-        kept, swapped, word = (part.numpy() for part in masks.replacement)
-        pair, position = np.nonzero(kept)
-        total += int(_hash(uids[pair], position, np.full(len(pair), _KEPT)).sum())
-        pair, position = np.nonzero(swapped)
-        shown = word[pair, position]
-        total += int(_hash(uids[pair], shown, position << 8 | _SWAPPED).sum())
-    return _wrap(total)
-
-
-def matching_digest(uids: np.ndarray, matching: Matching) -> int:
-    """Order-free digest of the sample that each text is matched with."""
-    of_image = uids[matching.image_of.numpy()]
-    return _wrap(int(_hash(uids, of_image & _LOW, (of_image >> 32) & _LOW).sum()))
-
-
-def _hash(uids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """One int64 for each (uid, low, high), mixed by Philox under a fixed key."""
-    words = philox(low, high, uids & _LOW, (uids >> 32) & _LOW, *_DIGEST_KEY)
-    return (words[0] << 32) | words[1]
-
-
-def _wrap(value: int) -> int:
-    """The int64 that `value` wraps to."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return Counts(**{**total, "sources": sources, "digest": wrap(total["digest"])})
