@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.mask_config import MaskConfig, Mode
-from trainer.philox import Use, draw
+from trainer.philox import Use, draw, edge
 from trainer.replacement import Replacement, drawn_replacement
 
 # Rates and probabilities are counted in millionths, so that every comparison is one of
@@ -247,15 +247,15 @@ def _wanted(n_valid: Tensor, rate: Tensor) -> Tensor:
 def _choose(word: Tensor, probabilities: tuple[float, ...]) -> Tensor:
     """Index of the share that each 32-bit word falls into."""
     chosen = torch.zeros_like(word)
-    for edge in edges(probabilities):
-        chosen += word >= edge
+    for first in edges(probabilities):
+        chosen += word >= first
     return chosen
 
 
 def edges(probabilities: tuple[float, ...]) -> list[int]:
     """Where one share of 0..2^32-1 ends and the next begins; 2^32 where none does."""
     sums = itertools.accumulate(probabilities[:-1])
-    return [round(edge * (1 << 32)) for edge in sums]
+    return [edge(total) for total in sums]
 
 
 def _per_mode(rates: tuple[float, ...], modes: Tensor) -> Tensor:

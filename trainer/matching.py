@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.philox import Use, draw, permutation
+from trainer.philox import Use, draw, edge, permutation
 from trainer.stream import Stream
 
 
@@ -66,7 +66,7 @@ def drawn_matching(
     at = other & (other.cumsum(1) == number[:, None] + 1)
     pair = torch.arange(len(uids), device=uids.device)
     found = at.to(torch.int64).argmax(1) + pair // group * group
-    matched = (wanted >= round(mismatched * (1 << 32))) | (n_others == 0)
+    matched = (wanted >= edge(mismatched)) | (n_others == 0)
     return Matching(torch.where(matched, pair, found), matched)
 
 
@@ -85,7 +85,7 @@ def fixed_matching(
     wanted = draw(seed=seed, use=Use.ITM, epoch=0, uid=uids, index=0)[0]
     image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
     for place, pair in enumerate(ring):
-        if wanted[pair] >= round(mismatched * (1 << 32)):
+        if wanted[pair] >= edge(mismatched):
             continue
         ahead = itertools.chain(ring[place + 1 :], ring[:place])
         other = next((one for one in ahead if not alike(pair, one)), None)

@@ -121,6 +121,11 @@ def permutation(
     return np.argsort((w0 << 31) | (w1 >> 1), kind="stable")
 
 
+def edge(share: float) -> int:
+    """The words below it are a `share` of all that there are."""
+    return round(share * (1 << 32))
+
+
 def below(word: Any, bound: Any) -> Any:
     """Map words to 0..bound-1 by the high half of word * bound (bound < 2^31)."""
     return (word * bound) >> 32

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.mask_config import MaskConfig
-from trainer.philox import Use, below, draw
+from trainer.philox import Use, below, draw, edge
 
 
 class Replacement(NamedTuple):
@@ -55,8 +55,7 @@ def share_edges(config: MaskConfig) -> tuple[int, int]:
     """Coins (32 bits) below the first keep their word; those from there to below the
     second swap it.
     """
-    either = config.keep_share + config.random_share
-    return round(config.keep_share * (1 << 32)), round(either * (1 << 32))
+    return edge(config.keep_share), edge(config.keep_share + config.random_share)
 
 
 def random_words(word: Tensor, vocab_size: int, special_ids: Iterable[int]) -> Tensor:
