@@ -126,15 +126,10 @@ def kernel_modules() -> list[ModuleType]:
 
 def _pairs(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """The reference of each kernel that a module dispatches to, by the kernel's name.
-    Both take the same arguments: `x_fused` and `x_ref`, `reference` or `x`; or `x`
-    itself, where it chooses between its kernel and `x_ref`.
+    Both take the same arguments: `x_fused` and `x_ref`, `reference` or `x`.
     """
     found = {}
-    names = [name for name in vars(module) if not name.startswith("_")]
-    for name in names:
-        if name + "_ref" in names and name + _FUSED not in names:
-            found[name] = getattr(module, name + "_ref")
-    for name in [name for name in names if name.endswith(_FUSED)]:
+    for name in [name for name in vars(module) if name.endswith(_FUSED)]:
         base = name.removesuffix(_FUSED)
         for other in (f"{base}_ref", f"{base}_reference", "reference", base):
             if callable(getattr(module, other, None)):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from benchmarks.gpu import batches, peers, syncs, variants
 from benchmarks.gpu.__main__ import FAILED, PARTS, UNFINISHED, main
@@ -51,7 +51,7 @@ def _launch(x: Tensor, factor: float, written: int) -> Tensor:
     return y
 
 
-@torch.library.custom_op("gpu_test::scale", mutates_args=())
+@library.custom_op("gpu_test::scale", mutates_args=())
 def scale(x: Tensor, factor: float, backward_factor: float, left: int) -> Tensor:
     return _launch(x, factor, x.numel() - left)
 

@@ -9,7 +9,7 @@ Shapes: N places, C capacity.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 
@@ -66,7 +66,7 @@ def _compact_kernel(
     tl.store(valid + place, mine.to(tl.uint8), mask=kept)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::compact",
     mutates_args=(),
     schema="(Tensor chosen, SymInt capacity) -> (Tensor, Tensor)",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 
@@ -177,7 +177,7 @@ def _backward(
     tl.store(to, slope.to(output.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("palimpsest::masked_cross_entropy", mutates_args=())
+@library.custom_op("palimpsest::masked_cross_entropy", mutates_args=())
 def _forward_op(
     logits: Tensor, target: Tensor, valid: Tensor, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +213,7 @@ def _empty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
 
 
-@torch.library.custom_op("palimpsest::masked_cross_entropy_backward", mutates_args=())
+@library.custom_op("palimpsest::masked_cross_entropy_backward", mutates_args=())
 def _backward_op(
     grad: Tensor,
     logits: Tensor,
@@ -236,7 +236,7 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::masked_cross_entropy_backward_", mutates_args={"logits"}
 )
 def _backward_op_(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 from trainer.stream import lay_out
@@ -336,7 +336,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::mam_embed", mutates_args=(), schema=f"({_SCHEMA}) -> Tensor"
 )
 def embed_fused(*arguments: Any) -> Tensor:
@@ -361,7 +361,7 @@ def embed_fused(*arguments: Any) -> Tensor:
     return out_td
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::mam_embed_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_SCHEMA}) "

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 from trainer.mask_config import MaskConfig, Mode
@@ -239,7 +239,7 @@ def _masks_kernel(
         tl.store(word + at, shown.to(tl.int64), mask=in_text)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::mam_masks",
     mutates_args=(),
     schema="(Tensor uids, Tensor epochs, Tensor n_text, int seed, int[] mode_edges, "

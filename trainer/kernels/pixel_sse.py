@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 
@@ -243,7 +243,7 @@ def _offsets(
     return at, to
 
 
-@torch.library.custom_op("palimpsest::masked_pixel_error", mutates_args=())
+@library.custom_op("palimpsest::masked_pixel_error", mutates_args=())
 def _forward_op(
     raw: Tensor,
     pixels: Tensor,
@@ -278,7 +278,7 @@ def _(raw: Tensor, _pixels: Tensor, _image: Tensor, scored: Tensor, *_: Any) -> 
     return raw.new_empty(scored.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("palimpsest::masked_pixel_error_backward", mutates_args=())
+@library.custom_op("palimpsest::masked_pixel_error_backward", mutates_args=())
 def _backward_op(
     grad: Tensor,
     raw: Tensor,

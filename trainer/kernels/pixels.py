@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 
@@ -48,7 +48,7 @@ def _normalise_kernel(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < n)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "palimpsest::normalised_pixels",
     mutates_args=(),
     schema="(Tensor pixels, ScalarType dtype) -> Tensor",

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.layer_norm import add_layer_norm
 from trainer.models.scored_rows import Rows
 from trainer.stream import Stream
 
@@ -70,13 +71,7 @@ class ResidualNorm(nn.LayerNorm):
         self, x_nd: Tensor, residual_nd: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The sum of two (N, D), and its norm."""
-        if x_nd.is_cuda:
-            # Needs Triton, which nothing else on a CPU does.
-            from trainer.kernels.layer_norm import add_layer_norm
-
-            return add_layer_norm(x_nd, residual_nd, self.weight, self.bias, self.eps)
-        total = x_nd + residual_nd
-        return total, super().forward(total)
+        return add_layer_norm(x_nd, residual_nd, self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from tests.trainer.kernels.numbers import CPU, interpreted, spread_out
 from trainer.kernels.case import Case
@@ -51,4 +52,4 @@ def test_without_a_gpu_the_reference_sorts() -> None:
 
 @pytest.mark.parametrize("capacity", [4, 30])
 def test_the_operator_keeps_the_rules_of_operators(capacity: int) -> None:
-    torch.library.opcheck(compact_fused, (torch.arange(20) % 3 == 0, capacity))
+    library.opcheck(compact_fused, (torch.arange(20) % 3 == 0, capacity))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from tests.trainer.kernels.against_reference import check, close, outputs_and_gradients
 from trainer.kernels import cross_entropy
@@ -201,9 +201,9 @@ def test_compiled_it_is_the_same() -> None:
 def test_operators_keep_torchs_contract(dtype: torch.dtype) -> None:
     logits, target, valid = drawn(6, 33, dtype)
     options = (0.1, 0.01)
-    torch.library.opcheck(cross_entropy._forward_op, (logits, target, valid, *options))
+    library.opcheck(cross_entropy._forward_op, (logits, target, valid, *options))
     _, log_sum, _ = cross_entropy._forward_op(logits, target, valid, *options)
     grad = torch.randn(6)
     inputs = (grad, logits.detach(), target, valid, log_sum.detach(), *options)
-    torch.library.opcheck(cross_entropy._backward_op, inputs)
-    torch.library.opcheck(cross_entropy._backward_op_, inputs)
+    library.opcheck(cross_entropy._backward_op, inputs)
+    library.opcheck(cross_entropy._backward_op_, inputs)

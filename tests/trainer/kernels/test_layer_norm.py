@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from trainer.kernels import layer_norm
 from trainer.kernels.case import Case
-from trainer.kernels.layer_norm import CASES, add_layer_norm, add_layer_norm_ref, fused
+from trainer.kernels.layer_norm import CASES, add_layer_norm, add_layer_norm_ref
+from trainer.kernels.layer_norm import add_layer_norm_fused as fused
 from trainer.models.layers import ResidualNorm
 
 CPU = torch.device("cpu")
@@ -128,11 +129,11 @@ def test_the_reference_has_its_own_gradient() -> None:
 
 def test_the_operators_are_registered_as_torch_wants_them() -> None:
     given = layer_norm._case(3, 20).inputs(CPU, torch.float32, 0)
-    torch.library.opcheck(layer_norm._forward, given)
+    library.opcheck(layer_norm._forward, given)
     plain = [part.detach() for part in given[:4]]
     total, normed, mean, rstd = layer_norm._forward(*plain, EPS)
     for d_total in (None, total):
-        torch.library.opcheck(
+        library.opcheck(
             layer_norm._backward, (normed, d_total, total, mean, rstd, plain[2])
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 
 import trainer.models.mlim
 from tests.trainer.kernels.numbers import (
@@ -94,7 +95,7 @@ def test_gradients_of_the_reference_are_right() -> None:
 
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[-1]], ids=lambda case: case.shape)
 def test_the_operator_keeps_the_rules_of_operators(case: Case) -> None:
-    torch.library.opcheck(embed_fused, case.inputs(CPU, torch.float32, 0))
+    library.opcheck(embed_fused, case.inputs(CPU, torch.float32, 0))
 
 
 def test_without_a_gpu_the_reference_embeds() -> None:

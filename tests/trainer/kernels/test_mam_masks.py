@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from tests.trainer.kernels.numbers import CPU, interpreted, spread_out
 from tests.trainer.masks import UID
@@ -162,7 +163,7 @@ def test_what_the_reference_refuses_is_refused(
 @pytest.mark.parametrize("replaces", [[], [1 << 28, 1 << 29]])
 def test_the_operator_keeps_the_rules_of_operators(replaces: list[int]) -> None:
     three, sizes = torch.arange(3), (True, 4, 3, 1)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.palimpsest.mam_masks.default,
         (three, three, three, -5, [9, 1 << 31], [0, 8, 9], [9, 9, 0], replaces, *sizes),
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tests.trainer.kernels.against_reference import check, close, outputs_and_gradients
 from trainer.kernels import pixel_sse
@@ -165,7 +165,7 @@ def test_compiled_it_is_the_same() -> None:
 def test_operators_keep_torchs_contract(dtype: torch.dtype) -> None:
     raw, pixels, image, scored = drawn(2, dtype)
     inputs = (raw, pixels, image, scored, SIDE, False)
-    torch.library.opcheck(pixel_sse._forward_op, inputs)
+    library.opcheck(pixel_sse._forward_op, inputs)
     grad = torch.randn(2, 1).expand(2, P)
     plain = (grad, raw.detach(), *inputs[1:])
-    torch.library.opcheck(pixel_sse._backward_op, plain)
+    library.opcheck(pixel_sse._backward_op, plain)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from tests.trainer.kernels.numbers import CPU, interpreted
 from trainer.kernels.case import Case
@@ -46,6 +47,4 @@ def test_without_a_gpu_the_reference_normalises() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_keeps_the_rules_of_operators(dtype: torch.dtype) -> None:
-    torch.library.opcheck(
-        torch.ops.palimpsest.normalised_pixels.default, (EVERY, dtype)
-    )
+    library.opcheck(torch.ops.palimpsest.normalised_pixels.default, (EVERY, dtype))
