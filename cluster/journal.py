@@ -1,0 +1,132 @@
+"""What happened in a run, on storage: events one by one, and what nodes were used.
+
+Owns the names and fields of events and their files below RUN/cluster, which
+`cluster.status` reads and drivers write. Times are allowed here: nothing that trains
+depends on it. Does not own what leads to an event (`cluster.elastic`,
+`cluster.stages`).
+
+An event is a file of its own, so that a driver that was killed, and another that goes
+on in its place, never write to the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.store import Store, first_line
+
+FOLDER = "cluster"
+_EVENTS = "events"
+_USAGE = "usage"
+
+Kind = Literal[
+    "driver_started",  # command
+    "driver_ended",  # status: finished, or an error's line
+    "stage_started",  # stage
+    "stage_finished",  # stage, seconds
+    "stage_failed",  # stage, cause
+    "waiting",  # what: nodes wanted, nodes there
+    "attempt_started",  # attempt, world_size, nodes, step
+    "attempt_ended",  # attempt, cause (one of CAUSES), detail, node, step
+    "released",  # nodes given back
+    "note",  # text
+]
+CAUSES = ("finished", "failure", "preemption", "notice", "growth", "stopped")
+"""Why an attempt ended: it was done; a process failed on a sound node; a node was taken
+away; a node gave notice and all ranks saved; there were more nodes to go on with; the
+driver was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened."""
+
+    time: float
+    """Seconds since 1970, by the clock of the driver's node."""
+    driver: str
+    """Which driver saw it."""
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """Writes the events of one driver.
+
+    Args:
+        run: the run's directory.
+        tell: prints a line for people.
+    """
+
+    def __init__(self, run: Store, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._store = run.below(FOLDER)
+        self._driver = uuid.uuid4().hex[:8]
+        self._number = 0
+
+    def write(self, kind: Kind, line: str | None = None, **fields: Any) -> None:
+        """Write an event down and, where a line is given, tell people.
+
+        Storage that does not take it costs the event, not the run.
+        """
+        if line:
+            self._tell(line)
+        now = time.time()
+        event = {"time": now, "driver": self._driver, "kind": kind, **fields}
+        if kind == "driver_started":
+            event |= {"host": socket.gethostname(), "pid": os.getpid()}
+        name = f"{int(now * 1000):014d}-{self._driver}-{self._number:06d}.json"
+        self._number += 1
+        self._put(f"{_EVENTS}-{name}", event)
+
+    def usage(self, node_seconds: Mapping[str, float]) -> None:
+        """Write down for how long this driver has seen nodes, by type."""
+        self._put(
+            f"{_USAGE}-{self._driver}.json",
+            {"time": time.time(), "node_seconds": dict(node_seconds)},
+        )
+
+    def _put(self, name: str, value: Mapping[str, Any]) -> None:
+        try:
+            self._store.write(name, (json.dumps(value) + "\n").encode())
+        except OSError as error:
+            self._tell(f"{self._store.url}/{name} is not written: {first_line(error)}")
+
+
+def read_events(run: Store) -> list[Event]:
+    """Events of every driver of a run, oldest first."""
+    store, events = run.below(FOLDER), []
+    for name in store.names():
+        if not name.startswith(f"{_EVENTS}-"):
+            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(store.read(name) or b"")
+            events.append(
+                Event(
+                    time=row.pop("time"),
+                    driver=row.pop("driver"),
+                    kind=row.pop("kind"),
+                    fields=row,
+                )
+            )
+    return sorted(events, key=lambda event: event.time)
+
+
+def read_usage(run: Store) -> dict[str, float]:
+    """Node-seconds by node type, as far as drivers have seen."""
+    store, total = run.below(FOLDER), {}
+    for name in store.names():
+        if not name.startswith(f"{_USAGE}-"):
+            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(store.read(name) or b"")
+            for kind, seconds in row["node_seconds"].items():
+                total[kind] = total.get(kind, 0.0) + float(seconds)
+    return total
