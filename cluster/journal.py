@@ -102,7 +102,8 @@ class Journal:
 
 def read_events(run: Store) -> list[Event]:
     """Events of every driver of a run, oldest first."""
-    store, events = run.below(FOLDER), []
+    store = run.below(FOLDER)
+    events: list[Event] = []
     for name in store.names():
         if not name.startswith(f"{_EVENTS}-"):
             continue
@@ -121,7 +122,8 @@ def read_events(run: Store) -> list[Event]:
 
 def read_usage(run: Store) -> dict[str, float]:
     """Node-seconds by node type, as far as drivers have seen."""
-    store, total = run.below(FOLDER), {}
+    store = run.below(FOLDER)
+    total: dict[str, float] = {}
     for name in store.names():
         if not name.startswith(f"{_USAGE}-"):
             continue

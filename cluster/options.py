@@ -90,8 +90,8 @@ class PretrainStage:
         _at_least("pretrain", self, failures=0, preemptions=0)
         if self.ranks_per_node is None and self.gpus_per_node == 0:
             raise ValueError(
-                "pretrain.gpus_per_node is 0: say with pretrain.ranks_per_node how many "
-                "ranks a node without GPUs runs"
+                "pretrain.gpus_per_node is 0: say with pretrain.ranks_per_node how "
+                "many ranks a node without GPUs runs"
             )
 
     @property
@@ -136,7 +136,7 @@ class RunConfig:
     overlap_samples: int = 10_000
     """Committed samples to begin on."""
     prices: dict[str, float] = field(default_factory=dict)
-    """Price of a node for an hour, by node type of the cluster (cpu, gpu, head, ...)."""
+    """Price of a node for an hour, by node type of the cluster: cpu, gpu, head, ..."""
     currency: str = "USD"
     """Of the prices."""
 

@@ -40,7 +40,10 @@ class Store:
             )
         local = url.removeprefix("file://") if url.startswith("file://") else url
         self.path = Path(local) if "://" not in local else None
-        self._fs, self._root = (None, "") if self.path else _connected(self.url)
+        self._fs: Any = None
+        self._root = ""
+        if self.path is None:
+            self._fs, self._root = _connected(self.url)
 
     def below(self, name: str) -> Store:
         """The folder `name` in this one."""
