@@ -77,8 +77,8 @@ def known_keys(config_class: type, prefix: str = "") -> list[str]:
     keys = []
     for field in dataclasses.fields(config_class):
         keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(types[field.name]):
-            keys += known_keys(types[field.name], f"{prefix}{field.name}.")
+        if group := _group(types[field.name]):
+            keys += known_keys(group, f"{prefix}{field.name}.")
     return keys
 
 
@@ -90,8 +90,8 @@ def switches(config_class: type, prefix: str = "") -> list[str]:
         kind = types[field.name]
         if kind is bool:
             keys.append(prefix + field.name)
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            keys += switches(kind, f"{prefix}{field.name}.")
+        elif group := _group(kind):
+            keys += switches(group, f"{prefix}{field.name}.")
     return keys
 
 
@@ -154,6 +154,14 @@ class _Parser(jsonargparse.ArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
+def _group(kind: Any) -> type | None:
+    """The dataclass that a field's type is, or is where it is not None."""
+    kinds = {kind, *typing.get_args(kind)} - {type(None)}
+    found = [one for one in kinds if isinstance(one, type)]
+    groups = [one for one in found if dataclasses.is_dataclass(one)]
+    return groups[0] if len(groups) == 1 else None
+
+
 def _bare_switches(config_class: type, argv: Sequence[str]) -> list[str]:
     """`argv` with `=true` behind every flag of a yes-or-no key that has no value."""
     flags = {f"--{key}" for key in switches(config_class)}
@@ -209,7 +217,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
             key = ".".join(part for part in parts if part)
             return f"unknown key {key!r}.{nearest(key, known)} (--help lists every key)"
     text = re.sub(r"\s+", " ", message).strip().replace("Parser key", "key")
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = text.replace('"<unicode string>"', "the file given as --config")
+    # Of a group that may be left out; the other error says that it is not left out.
+    if found := re.search(r"Union subtypes .*?Errors: - (.+?) - Expected a", text):
+        return found[1]
     if text.startswith("Unexpected config"):
         return "the file given as --config holds no keys"
     if found := re.search(r"arguments are required: (.+)", text):

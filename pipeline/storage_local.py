@@ -16,6 +16,7 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,9 @@ from pipeline.storage import STAGING, Result, Storage, checked_name
 
 # A folder may be removed with its last file just before the next is placed there.
 _PLACING_TRIES = 20
+# Who holds the lock of a folder writes one small file meanwhile.
+_LOCK_SECONDS = 30.0
+_LOCK_POLL_SECONDS = 0.01
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -310,6 +314,9 @@ class LocalStorage(Storage):
     def _locked(self, name: str) -> Iterator[str | None]:
         """The version of a file (None: there is none) that no `replace` changes
         meanwhile. The folder is locked: that ends with the process and leaves no file.
+
+        Raises:
+            TimeoutError: another process keeps the lock, a suspended one for instance.
         """
         folder = self._local(name).parent
         try:
@@ -318,13 +325,30 @@ class LocalStorage(Storage):
             yield None
             return
         try:
-            # Some network disks lock no folders: there only the comparison remains.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._lock(descriptor, folder)
             found = self.read_version(name)
             yield found[1] if found else None
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int, folder: Path) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"another process has kept {folder} locked for "
+                        f"{_LOCK_SECONDS:.0f} s, which takes it milliseconds: it is "
+                        "suspended, or its disk hangs; let it go on, or end it "
+                        f"(`fuser -v {folder}` names it)"
+                    ) from None
+            except OSError:
+                # Some network disks lock no folders: only the comparison remains.
+                return
+            time.sleep(_LOCK_POLL_SECONDS)
 
 
 def _names_below(start: Path, root: Path) -> list[str]:

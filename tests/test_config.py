@@ -154,3 +154,43 @@ def test_a_switch_needs_no_value_wherever_it_stands() -> None:
     assert parsed("--group", "true").group
     assert not parsed("--group", "false").group
     assert not parsed("--limit=3").dry_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part that may be left out."""
+
+    nodes: int = 1
+    """How many."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ValueError(f"stage.nodes is {self.nodes}: it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A run."""
+
+    stage: Stage | None = None
+    """Its part."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--stage.nods=2"], "Did you mean 'stage.nodes'?"),
+        (["--stage.nodes=0"], "stage.nodes is 0: it must be 1 or more"),
+        (["--stage.nodes=many"], 'key "nodes": Expected a'),
+    ],
+)
+def test_a_group_that_may_be_left_out_is_checked_like_any(
+    argv: list[str], words: str
+) -> None:
+    assert parse(Whole, [], prog="p", description="d").stage is None
+    given = parse(Whole, ["--stage.nodes=3"], prog="p", description="d").stage
+    assert given == Stage(nodes=3)
+    with pytest.raises(ConfigError) as caught:
+        parse(Whole, argv, prog="p", description="d")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -63,6 +64,25 @@ def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> 
         assert driver.poll() is None, "the run ended before it was hit"
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def suspend(driver: subprocess.Popen[bytes], locks: Path) -> None:
+    """SIGSTOP, but not in the few milliseconds in which it holds the folder's lock:
+    whoever comes then is told so (test_storage.py).
+    """
+    while True:
+        driver.send_signal(signal.SIGSTOP)
+        while psutil.Process(driver.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        descriptor = os.open(locks, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            driver.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+        finally:
+            os.close(descriptor)
 
 
 def staged(output: Path) -> int:
@@ -227,7 +247,7 @@ def test_a_driver_that_lost_its_lease_touches_nothing(
     output = tmp_path / "plain"
     driver = start(plain, output)
     wait_for(lambda: staged(output) >= 1, driver)
-    driver.send_signal(signal.SIGSTOP)
+    suspend(driver, output / ".palimpsest")
     lease = output / ".palimpsest" / "lease.json"
     holder = json.loads(lease.read_text())
     lease.write_text(json.dumps({**holder, "expires": 0}))

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -453,6 +454,43 @@ for number in itertools.count():
 
 def is_whole(data: bytes) -> bool:
     return hashlib.sha256(data[32:]).digest() == data[:32]
+
+
+SUSPEND = """
+import os, signal, sys
+from pipeline.storage import open_storage
+storage = open_storage(sys.argv[1])
+_, version = storage.read_version("f")
+write = storage.write
+def suspended(name, data):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    write(name, data)
+storage.write = suspended
+assert storage.replace("f", b"second", version)
+"""
+
+
+def test_a_writer_that_is_suspended_in_mid_update_holds_nobody_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("f", b"first")
+    writer = subprocess.Popen([sys.executable, "-c", SUSPEND, str(tmp_path)])
+    try:
+        while psutil.Process(writer.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        _, version = storage.read_version("f") or (b"", "")
+        monkeypatch.setattr("pipeline.storage_local._LOCK_SECONDS", 0.2)
+        with pytest.raises(TimeoutError, match=r"suspended.*let it go on, or end it"):
+            storage.replace("f", b"third", version)
+        writer.send_signal(signal.SIGCONT)
+        assert writer.wait(60) == 0
+        # It still had the lock, and the other one stood back.
+        assert storage.read("f") == b"second"
+        assert not storage.replace("f", b"third", version)
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
