@@ -27,6 +27,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 ConfigT = TypeVar("ConfigT")
 _TRUTHS = ("true", "false", "yes", "no")
+_PRINT_CONFIG = "--print_config"
 
 
 class ConfigError(ValueError):
@@ -46,7 +47,8 @@ def parse(
 
     Flags win over the file wherever `--config` stands on the line. A first word that is
     no flag is the value of the key `positional`. With `recipes`, a `--config` that is
-    no file is looked up there (`emoji` or `emoji.yaml`).
+    no file is looked up there (`emoji` or `emoji.yaml`). `--print_config` prints the
+    resolved configuration as YAML, once it is checked, and exits.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type or value,
@@ -59,16 +61,23 @@ def parse(
     parser.add_class_arguments(config_class, None, sub_configs=False)
     if positional and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}={argv[0]}", *argv[1:]]
+    show = _PRINT_CONFIG in argv
+    argv = [word for word in argv if word != _PRINT_CONFIG]
     try:
         argv = _bare_switches(config_class, argv)
         namespace = parser.parse_args(_config_first(argv, recipes))
         values = vars(parser.instantiate(namespace))
         values.pop("config")
-        return config_class(**values)
+        config = config_class(**values)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(_explain(str(error), known_keys(config_class))) from error
+    if show:
+        # The parser's own flag of that name would print what is not checked yet.
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
 
 
 def known_keys(config_class: type, prefix: str = "") -> list[str]:

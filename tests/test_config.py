@@ -194,3 +194,14 @@ def test_a_group_that_may_be_left_out_is_checked_like_any(
         parse(Whole, argv, prog="p", description="d")
     assert words in str(caught.value)
     assert len(str(caught.value)) < 120
+
+
+def test_a_configuration_is_printed_once_it_is_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(Whole, ["--print_config", "--stage.nodes=3"], prog="p", description="d")
+    assert ended.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {"stage": {"nodes": 3}}
+    with pytest.raises(ConfigError, match="it must be 1 or more"):
+        parse(Whole, ["--stage.nodes=0", "--print_config"], prog="p", description="d")
