@@ -1,0 +1,108 @@
+"""Nodes of the cluster by type, and for how long they were there.
+
+Owns what a node's type is at run time, and the clock that counts node-seconds. Does not
+own prices (`cluster.options`) or where the seconds are written (`cluster.journal`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+# Set by the autoscaler on the nodes that it starts.
+_TYPE_LABEL = "ray.io/node-group"
+_HEAD_RESOURCE = "node:__internal_head__"
+HEAD = "head"
+UNKNOWN = "unknown"
+_SAMPLE_SECONDS = 5.0
+_WRITE_EVERY = 3
+
+
+def node_type(node: Mapping[str, Any]) -> str:
+    """Type of a row of `ray.nodes()`: its name in the cluster's YAML."""
+    name = node.get("Labels", {}).get(_TYPE_LABEL)
+    if name:
+        return str(name)
+    return HEAD if _HEAD_RESOURCE in node["Resources"] else UNKNOWN
+
+
+def alive_by_type() -> dict[str, int]:
+    """How many nodes of each type are alive."""
+    import ray
+
+    return dict(Counter(node_type(node) for node in ray.nodes() if node["Alive"]))
+
+
+def offered(resource: str) -> dict[str, int] | None:
+    """Node types that have some of a resource, with the most nodes that the autoscaler
+    may start of each; None where the cluster has no autoscaler that says.
+    """
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is None or not config.node_group_configs:
+        return None
+    return {
+        group.name: int(group.max_count)
+        for group in config.node_group_configs
+        if group.resources.get(resource, 0) > 0
+    }
+
+
+def known_types() -> list[str] | None:
+    """Every node type of the cluster's configuration; None where nobody says."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is None or not config.node_group_configs:
+        return None
+    return sorted(group.name for group in config.node_group_configs)
+
+
+class NodeClock:
+    """Counts node-seconds by type in a thread while it is entered.
+
+    Args:
+        write: gets the seconds so far, every now and then and at the end.
+    """
+
+    def __init__(self, write: Callable[[Mapping[str, float]], None]) -> None:
+        self._write = write
+        self._seconds: Counter[str] = Counter()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._count, name="nodes", daemon=True)
+
+    def __enter__(self) -> NodeClock:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _count(self) -> None:
+        from ray.exceptions import RayError
+
+        last, number = time.monotonic(), 0
+        while not self._closed.wait(_SAMPLE_SECONDS if number else 0.1):
+            now = time.monotonic()
+            try:
+                for name, count in alive_by_type().items():
+                    self._seconds[name] += count * (now - last)
+            except (RayError, ConnectionError):
+                # The head does not answer: whether nodes are there is not known.
+                continue
+            finally:
+                last, number = now, number + 1
+            if number % _WRITE_EVERY == 1:
+                self._write(self._seconds)
+        self._write(self._seconds)
