@@ -1,8 +1,8 @@
 """The commands that stages start: their words, and what they make of their keys.
 
-Owns how run.yaml becomes the command lines of `pipeline.preprocess`, `trainer.pretrain`,
-`trainer.evaluate` and `trainer.report`. Does not own their keys: each command checks its
-own, and is asked here before any node starts.
+Owns how run.yaml becomes the command lines of `pipeline.preprocess`,
+`trainer.pretrain`, `trainer.evaluate` and `trainer.report`. Does not own their keys:
+each command checks its own, and is asked here before any node starts.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import signal
 import threading
@@ -45,7 +46,7 @@ def connected() -> Iterator[None]:
             address=os.environ["RAY_ADDRESS"],
             namespace=NAMESPACE,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except Exception as error:
         # Ray raises plain Exceptions too.

@@ -72,7 +72,7 @@ class NodeClock:
 
     def __init__(self, write: Callable[[Mapping[str, float]], None]) -> None:
         self._write = write
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._count, name="nodes", daemon=True)
 
@@ -97,7 +97,8 @@ class NodeClock:
             now = time.monotonic()
             try:
                 for name, count in alive_by_type().items():
-                    self._seconds[name] += count * (now - last)
+                    before = self._seconds.get(name, 0.0)
+                    self._seconds[name] = before + count * (now - last)
             except (RayError, ConnectionError):
                 # The head does not answer: whether nodes are there is not known.
                 continue
