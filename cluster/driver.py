@@ -26,6 +26,10 @@ _TAKING_SECONDS = 30.0
 _POLL_SECONDS = 1.0
 
 
+class Stopped(Exception):
+    """Somebody asked the driver to stop; the same command continues."""
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """Join the cluster that this process is a job of.
