@@ -89,11 +89,14 @@ def only(config: RunConfig, stage: str) -> RunConfig:
     """
     if getattr(config, stage) is None:
         raise ValueError(f"the configuration has no {stage} stage: give its keys")
-    rest = {
-        name: None for name in ("preprocess", "pretrain", "evaluate") if name != stage
-    }
-    data = config.data if stage == "preprocess" else config.shards
-    return dataclasses.replace(config, **rest, data=data, overlap=False)
+    return dataclasses.replace(
+        config,
+        preprocess=config.preprocess if stage == "preprocess" else None,
+        pretrain=config.pretrain if stage == "pretrain" else None,
+        evaluate=None,
+        data=config.data if stage == "preprocess" else config.shards,
+        overlap=False,
+    )
 
 
 def tell(line: str) -> None:
