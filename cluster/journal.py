@@ -28,7 +28,7 @@ _EVENTS = "events"
 _USAGE = "usage"
 
 Kind = Literal[
-    "driver_started",  # command
+    "driver_started",  # command, config
     "driver_ended",  # status: finished, or an error's line
     "stage_started",  # stage
     "stage_finished",  # stage, seconds
@@ -86,12 +86,14 @@ class Journal:
         self._number += 1
         self._put(f"{_EVENTS}-{name}", event)
 
-    def usage(self, node_seconds: Mapping[str, float]) -> None:
-        """Write down for how long this driver has seen nodes, by type."""
-        self._put(
-            f"{_USAGE}-{self._driver}.json",
-            {"time": time.time(), "node_seconds": dict(node_seconds)},
-        )
+    def usage(
+        self, node_seconds: Mapping[str, float], alive: Mapping[str, int]
+    ) -> None:
+        """Write down for how long this driver has seen nodes, by type, and how many
+        there are.
+        """
+        row = {"node_seconds": dict(node_seconds), "alive": dict(alive)}
+        self._put(f"{_USAGE}-{self._driver}.json", {"time": time.time(), **row})
 
     def _put(self, name: str, value: Mapping[str, Any]) -> None:
         try:
@@ -120,9 +122,22 @@ def read_events(run: Store) -> list[Event]:
     return sorted(events, key=lambda event: event.time)
 
 
-def read_usage(run: Store) -> dict[str, float]:
-    """Node-seconds by node type, as far as drivers have seen."""
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Nodes, as far as the drivers of a run have seen them."""
+
+    time: float = 0.0
+    """When a driver last looked, in seconds since 1970."""
+    node_seconds: Mapping[str, float] = field(default_factory=dict)
+    """By node type, of all drivers."""
+    alive: Mapping[str, int] = field(default_factory=dict)
+    """By node type, when a driver last looked."""
+
+
+def read_usage(run: Store) -> Usage:
+    """Nodes that the drivers of a run have seen."""
     store = run.below(FOLDER)
+    last, alive = 0.0, {}
     total: dict[str, float] = {}
     for name in store.names():
         if not name.startswith(f"{_USAGE}-"):
@@ -131,4 +146,6 @@ def read_usage(run: Store) -> dict[str, float]:
             row = json.loads(store.read(name) or b"")
             for kind, seconds in row["node_seconds"].items():
                 total[kind] = total.get(kind, 0.0) + float(seconds)
-    return total
+            if row["time"] > last:
+                last, alive = row["time"], row["alive"]
+    return Usage(time=last, node_seconds=total, alive=alive)

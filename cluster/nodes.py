@@ -67,12 +67,16 @@ class NodeClock:
     """Counts node-seconds by type in a thread while it is entered.
 
     Args:
-        write: gets the seconds so far, every now and then and at the end.
+        write: gets the seconds so far and how many nodes are alive, every now and then
+            and at the end.
     """
 
-    def __init__(self, write: Callable[[Mapping[str, float]], None]) -> None:
+    def __init__(
+        self, write: Callable[[Mapping[str, float], Mapping[str, int]], None]
+    ) -> None:
         self._write = write
         self._seconds: dict[str, float] = {}
+        self._alive: dict[str, int] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._count, name="nodes", daemon=True)
 
@@ -96,7 +100,8 @@ class NodeClock:
         while not self._closed.wait(_SAMPLE_SECONDS if number else 0.1):
             now = time.monotonic()
             try:
-                for name, count in alive_by_type().items():
+                self._alive = alive_by_type()
+                for name, count in self._alive.items():
                     before = self._seconds.get(name, 0.0)
                     self._seconds[name] = before + count * (now - last)
             except (RayError, ConnectionError):
@@ -105,5 +110,5 @@ class NodeClock:
             finally:
                 last, number = now, number + 1
             if number % _WRITE_EVERY == 1:
-                self._write(self._seconds)
-        self._write(self._seconds)
+                self._write(self._seconds, self._alive)
+        self._write(self._seconds, self._alive)

@@ -62,7 +62,8 @@ def drive(
     with connected(), only_driver(config.output), stop_asked() as stop:
         check(config)
         journal = Journal(Store(config.output), tell)
-        journal.write("driver_started", command=shlex.join(command))
+        given = dataclasses.asdict(config)
+        journal.write("driver_started", command=shlex.join(command), config=given)
         status = "finished"
         try:
             with NodeClock(journal.usage):

@@ -64,6 +64,13 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def tail(self, name: str, size: int) -> bytes | None:
+        """The last `size` bytes of a file, None where there is none."""
+        try:
+            return self._tried(lambda: self._tail(name, size))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def names(self) -> list[str]:
         """Names of the files that lie directly in the folder, sorted."""
         try:
@@ -109,6 +116,17 @@ class Store:
         if self.path:
             return (self.path / name).read_bytes()
         found: bytes = self._fs.cat_file(f"{self._root}/{name}")
+        return found
+
+    def _tail(self, name: str, size: int) -> bytes:
+        if self.path:
+            with (self.path / name).open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - size, 0))
+                return file.read()
+        where = f"{self._root}/{name}"
+        end = self._fs.info(where)["size"]
+        found: bytes = self._fs.cat_file(where, start=max(end - size, 0), end=end)
         return found
 
     def _names(self) -> list[str]:

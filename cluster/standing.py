@@ -1,0 +1,294 @@
+"""How a run stands, read from its storage alone: it needs no cluster and no driver.
+
+Owns what is made of the journal, of preprocessing's progress and of the trainer's
+metrics. Does not own how it is shown (`cluster.status_text`) or what writes those
+files.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from cluster.journal import CAUSES, Event, Usage, read_events, read_usage
+from cluster.options import DATA, PRETRAIN
+from cluster.store import Store, without_password
+from trainer.contract import COMPLETE, CONFIG, METRICS
+
+STAGES = ("preprocess", "pretrain", "evaluate")
+# A driver writes at least this often.
+_SILENT_SECONDS = 60.0
+_TAIL_BYTES = 1 << 17
+_RECENT_STEPS = 50
+
+State = Literal["waiting", "running", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStanding:
+    """How one stage stands."""
+
+    name: str
+    state: State
+    cause: str | None = None
+    """Why it failed or stopped."""
+    seconds: float = 0.0
+    """For how long it has run in all."""
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+    """Of `done` and `total`: inputs, steps."""
+    per_s: float = 0.0
+    """Units in a second, lately."""
+    eta_s: float | None = None
+    """Seconds left at that pace, while it runs."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What only this stage has: shards, loss, ranks, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restart:
+    """An attempt at training that ended, and why."""
+
+    attempt: int
+    time: float
+    cause: str
+    """One of `cluster.journal.CAUSES`."""
+    detail: str
+    step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a run stands."""
+
+    run: str
+    state: Literal["running", "finished", "stopped", "failed", "gone"]
+    """gone: its driver ended without a word."""
+    said: str | None
+    """Of the last driver, where it failed."""
+    command: str
+    """Of the last driver: submitted again, it continues."""
+    started: float
+    """When the first driver started, in seconds since 1970."""
+    stages: Sequence[StageStanding]
+    usage: Usage
+    costs: Mapping[str, float | None]
+    """By node type, so far; None where no price is given."""
+    currency: str
+    attempts: int
+    """Attempts at training that were started."""
+    restarts: Sequence[Restart]
+    waiting: str | None
+    """What a driver waits for."""
+    read: float
+    """When this was read."""
+
+
+def standing(run: str) -> Standing:
+    """How the run at `run`, a path or URL, stands.
+
+    Raises:
+        ValueError: no driver has ever started there.
+    """
+    store = Store(run)
+    events = read_events(store)
+    drivers = [event for event in events if event.kind == "driver_started"]
+    if not drivers:
+        raise ValueError(
+            f"{without_password(run)} is no run: nothing has been started with it as "
+            "`output` (cluster.run --config run.yaml)"
+        )
+    config = _config(drivers)
+    usage = read_usage(store)
+    prices = config.get("prices", {})
+    state, said = _state(events, drivers[-1], usage)
+    running = state == "running"
+    stages = [
+        _stage(name, config, events, running=running)
+        for name in STAGES
+        if config.get(name) is not None
+    ]
+    return Standing(
+        run=without_password(run),
+        state=state,
+        said=said,
+        command=str(drivers[-1].fields.get("command", "")),
+        started=drivers[0].time,
+        stages=stages,
+        usage=usage,
+        costs={
+            name: prices[name] * seconds / 3600 if name in prices else None
+            for name, seconds in sorted(usage.node_seconds.items())
+        },
+        currency=str(config.get("currency", "")),
+        attempts=sum(event.kind == "attempt_started" for event in events),
+        restarts=_restarts(events),
+        waiting=_waiting(events) if running else None,
+        read=time.time(),
+    )
+
+
+def _config(drivers: Sequence[Event]) -> dict[str, Any]:
+    """The newest driver's configuration, with the stages that only others had: each
+    stage may have had a driver of its own.
+    """
+    config: dict[str, Any] = {}
+    for event in drivers:
+        given = event.fields.get("config", {})
+        config |= {key: value for key, value in given.items() if value is not None}
+    return config
+
+
+def _state(events: Sequence[Event], driver: Event, usage: Usage) -> tuple[Any, Any]:
+    for event in reversed(events):
+        if event.kind == "driver_ended" and event.driver == driver.driver:
+            status = str(event.fields["status"])
+            known = status in ("finished", "stopped")
+            return (status, None) if known else ("failed", status)
+    seen = max(usage.time, *(event.time for event in events))
+    return ("gone" if time.time() - seen > _SILENT_SECONDS else "running"), None
+
+
+def _stage(
+    name: str, config: Mapping[str, Any], events: Sequence[Event], *, running: bool
+) -> StageStanding:
+    own = [event for event in events if event.fields.get("stage") == name]
+    last = own[-1] if own else None
+    cause = None
+    state: State = "waiting"
+    if last and last.kind == "stage_finished":
+        state = "done"
+    elif last and last.kind == "stage_failed":
+        cause = str(last.fields["cause"])
+        state = "stopped" if cause == "asked to stop" else "failed"
+    elif last:
+        state = "running" if running else "stopped"
+    parts: dict[str, Any] = {
+        "state": state,
+        "cause": cause,
+        "seconds": _seconds(own, running=running),
+    }
+    output = str(config["output"]).rstrip("/")
+    if name == "preprocess":
+        shards = str(config.get("data") or f"{output}/{DATA}")
+        return _preprocess(shards, **parts)
+    if name == "pretrain":
+        return _pretrain(Store(f"{output}/{PRETRAIN}"), events, **parts)
+    return StageStanding(name=name, **parts)
+
+
+def _seconds(own: Sequence[Event], *, running: bool) -> float:
+    total, since = 0.0, None
+    for event in own:
+        if event.kind == "stage_started":
+            since = event.time
+        elif since is not None:
+            total, since = total + event.time - since, None
+    return total + (time.time() - since if since is not None and running else 0.0)
+
+
+def _preprocess(shards: str, **parts: Any) -> StageStanding:
+    folder, _, name = shards.rpartition("/")
+    found = _json(Store(folder), f"{name}.progress.json")
+    ranges = found.get("ranges") or {}
+    running = parts["state"] == "running"
+    return StageStanding(
+        name="preprocess",
+        done=float(found.get("done", 0)),
+        total=float(found.get("total", 0)),
+        unit=str(found.get("unit", "inputs")),
+        per_s=float(found.get("per_s", 0)),
+        eta_s=found.get("eta_s") if running else None,
+        more={
+            "phase": found.get("phase"),
+            "ranges_committed": ranges.get("committed"),
+            "ranges": ranges.get("total"),
+            "failed": sum(found.get("failed", {}).values()),
+        },
+        **parts,
+    )
+
+
+def _pretrain(
+    store: Store, events: Sequence[Event], *, state: State, **parts: Any
+) -> StageStanding:
+    config = yaml.safe_load(store.read(CONFIG) or b"") or {}
+    rows = _last_rows(store)
+    total = config.get("schedule", {}).get("steps", 0)
+    if config.get("max_steps") is not None:
+        total = min(total, config["max_steps"])
+    step = rows[-1]["step"] if rows else 0
+    pairs_per_s = statistics.median([row["pairs_per_s"] for row in rows] or [0.0])
+    steps_per_s = pairs_per_s / config.get("global_batch", 1)
+    started = [event for event in events if event.kind == "attempt_started"]
+    now = started[-1].fields if started else {}
+    # The moment between the last step and the stage's own word.
+    done = bool(_json(store, COMPLETE))
+    eta_s = None
+    if state == "running" and steps_per_s and not done:
+        eta_s = (total - step) / steps_per_s
+    return StageStanding(
+        name="pretrain",
+        state=state,
+        done=step,
+        total=total,
+        unit="steps",
+        per_s=steps_per_s,
+        eta_s=eta_s,
+        more={
+            "pairs_per_s": pairs_per_s,
+            "loss": rows[-1].get("loss") if rows else None,
+            "ranks": now.get("world_size"),
+            "nodes": now.get("nodes"),
+        },
+        **parts,
+    )
+
+
+def _restarts(events: Sequence[Event]) -> list[Restart]:
+    return [
+        Restart(
+            attempt=int(event.fields.get("attempt", 0)),
+            time=event.time,
+            cause=str(event.fields.get("cause")),
+            detail=str(event.fields.get("detail") or ""),
+            step=event.fields.get("step"),
+        )
+        for event in events
+        if event.kind == "attempt_ended" and event.fields.get("cause") != CAUSES[0]
+    ]
+
+
+def _waiting(events: Sequence[Event]) -> str | None:
+    last = events[-1]
+    return str(last.fields.get("what")) if last.kind == "waiting" else None
+
+
+def _last_rows(store: Store) -> list[dict[str, Any]]:
+    """The last steps of the trainer's metrics."""
+    rows = []
+    text = (store.tail(METRICS, _TAIL_BYTES) or b"").decode(errors="replace")
+    # The first line may be cut, the last one torn.
+    for line in text.split("\n")[-_RECENT_STEPS - 1 : -1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "pairs_per_s" in row:
+            rows.append(row)
+    return rows
+
+
+def _json(store: Store, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(store.read(name) or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

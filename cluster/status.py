@@ -1,0 +1,72 @@
+"""`python -m cluster.status RUN`: how a run stands, for people or as JSON.
+
+Owns the command line and the redrawing. What is read is in `cluster.standing`, the text
+in `cluster.status_text`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config import parse, run
+
+PROG = "cluster.status"
+DESCRIPTION = """\
+Show how a run stands: its stage and progress, nodes by type and what they have cost so
+far, throughput, restarts and their causes, and how long it will take.
+
+  python -m cluster.status /shared/runs/first
+  python -m cluster.status s3://bucket/runs/first --watch
+  python -m cluster.status /shared/runs/first --json | jq .stages
+
+It reads the run's directory alone: no cluster need be up, and no driver alive. Costs
+are of the nodes that drivers saw while they ran; prices come from run.yaml.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Which run to show, and how."""
+
+    run: str
+    """`output` of the run: a directory or URL (the first word of the command)."""
+    watch: bool = False
+    """Show it again and again, until interrupted or the run has ended."""
+    every: float = 5.0
+    """Seconds between two looks."""
+    json: bool = False
+    """Print JSON; with --watch a line for each look."""
+
+    def __post_init__(self) -> None:
+        if not self.every > 0:
+            raise ValueError(f"every is {self.every}: it must be above 0 seconds")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print how a run stands."""
+    from cluster.standing import standing
+    from cluster.status_text import text
+
+    config = parse(
+        StatusConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
+    )
+    while True:
+        found = standing(config.run)
+        if config.json:
+            indent = None if config.watch else 1
+            print(json.dumps(dataclasses.asdict(found), indent=indent), flush=True)
+        else:
+            clear = "\x1b[H\x1b[J" if config.watch and sys.stdout.isatty() else ""
+            print(clear + text(found), flush=True)
+        if not config.watch or found.state != "running":
+            return
+        time.sleep(config.every)
+
+
+if __name__ == "__main__":
+    run(main, PROG)
