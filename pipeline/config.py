@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 import typing
@@ -64,8 +65,11 @@ def parse(
     show = _PRINT_CONFIG in argv
     argv = [word for word in argv if word != _PRINT_CONFIG]
     try:
-        argv = _bare_switches(config_class, argv)
-        namespace = parser.parse_args(_config_first(argv, recipes))
+        argv = _config_first(_bare_switches(config_class, argv), recipes)
+        for word, path in itertools.pairwise(argv):
+            if word == "--config":
+                _refuse_unknown_empty(path, known_keys(config_class))
+        namespace = parser.parse_args(argv)
         values = vars(parser.instantiate(namespace))
         values.pop("config")
         config = config_class(**values)
@@ -192,6 +196,21 @@ def _config_first(argv: Sequence[str], recipes: Path | None) -> list[str]:
         given = value if equals else next(words, "")
         first += ["--config", _config_path(given, recipes)]
     return first + rest
+
+
+def _refuse_unknown_empty(path: str, known: Sequence[str]) -> None:
+    """The parser skips an unknown key whose value is an empty mapping."""
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        # The parser says it better.
+        return
+    for key, value in found.items() if isinstance(found, dict) else ():
+        if value == {} and key not in known:
+            raise ConfigError(
+                f"unknown key {key!r}.{nearest(str(key), known)} (--help lists every "
+                "key)"
+            )
 
 
 def _config_path(given: str, recipes: Path | None) -> str:

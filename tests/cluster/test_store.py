@@ -1,0 +1,76 @@
+"""Small files of a run: whole or not there, on a disk and on S3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.store import Store
+from tests.pipeline.s3 import S3Server, status
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with S3Server() as running:
+        yield running
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Store:
+    if request.param == "disk":
+        return Store(str(tmp_path / "run"))
+    server: S3Server = request.getfixturevalue("server")
+    return Store(f"{server.bucket(monkeypatch)}/run")
+
+
+def test_what_is_written_is_read_back(store: Store) -> None:
+    assert store.names() == []
+    assert store.read("a.json") is None
+    assert store.tail("a.json", 3) is None
+    store.refuse_unwritable()
+    store.write("a.json", b"first")
+    store.write("a.json", b"second")
+    store.below("deeper").write("b", b"1")
+    assert store.read("a.json") == b"second"
+    assert store.tail("a.json", 3) == b"ond"
+    assert store.tail("a.json", 100) == b"second"
+    assert store.names() == ["a.json"]
+    store.remove("a.json")
+    store.remove("a.json")
+    assert store.names() == []
+    assert store.below("deeper").read("b") == b"1"
+
+
+def test_errors_of_the_server_are_weathered(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"{server.bucket(monkeypatch)}/run")
+    server.inject([status(503), status(503)])
+    store.write("a", b"1")
+    server.inject([status(500)])
+    assert store.read("a") == b"1"
+
+
+def test_a_relative_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="is relative, and a job runs in a temporary"):
+        Store("runs/first")
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="s4://bucket"):
+        Store("s4://bucket/run")
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_where_nothing_can_be_written_is_said(
+    where: str, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    bucket = server.bucket(monkeypatch)
+    url = str(tmp_path / "file" / "run") if where == "disk" else f"{bucket}-not/run"
+    with pytest.raises(OSError, match="cannot write to .*; check that it exists"):
+        Store(url).refuse_unwritable()
