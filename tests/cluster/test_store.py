@@ -72,5 +72,5 @@ def test_where_nothing_can_be_written_is_said(
     (tmp_path / "file").write_text("")
     bucket = server.bucket(monkeypatch)
     url = str(tmp_path / "file" / "run") if where == "disk" else f"{bucket}-not/run"
-    with pytest.raises(OSError, match="cannot write to .*; check that it exists"):
+    with pytest.raises(OSError, match=r"cannot write to .*; check that it exists"):
         Store(url).refuse_unwritable()
