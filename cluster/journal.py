@@ -33,10 +33,10 @@ Kind = Literal[
     "stage_started",  # stage
     "stage_finished",  # stage, seconds
     "stage_failed",  # stage, cause
-    "waiting",  # what: nodes wanted, nodes there
-    "attempt_started",  # attempt, world_size, nodes, step
-    "attempt_ended",  # attempt, cause (one of CAUSES), detail, node, step
-    "released",  # nodes given back
+    "waiting",  # wanted, there: nodes for training
+    "attempt_started",  # attempt, world_size, nodes (their names), step
+    "attempt_ended",  # attempt, cause (one of CAUSES), detail, node, step, saved, log, tail
+    "released",  # nodes (how many were given back)
     "note",  # text
 ]
 CAUSES = ("finished", "failure", "preemption", "notice", "growth", "stopped")

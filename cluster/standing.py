@@ -246,7 +246,7 @@ def _pretrain(
             "pairs_per_s": pairs_per_s,
             "loss": rows[-1].get("loss") if rows else None,
             "ranks": now.get("world_size"),
-            "nodes": now.get("nodes"),
+            "nodes": len(now.get("nodes", ())),
         },
         **parts,
     )
@@ -268,7 +268,9 @@ def _restarts(events: Sequence[Event]) -> list[Restart]:
 
 def _waiting(events: Sequence[Event]) -> str | None:
     last = events[-1]
-    return str(last.fields.get("what")) if last.kind == "waiting" else None
+    if last.kind != "waiting":
+        return None
+    return "{wanted} nodes for training wanted, {there} there".format(**last.fields)
 
 
 def _last_rows(store: Store) -> list[dict[str, Any]]:

@@ -55,11 +55,15 @@ def training(tmp_path: Path) -> tuple[Path, Journal]:
     for kind in ("stage_started", "stage_finished"):
         journal.write(kind, stage="preprocess")  # type: ignore[arg-type]
     journal.write("stage_started", stage="pretrain")
-    journal.write("attempt_started", attempt=1, world_size=32, nodes=4, step=0)
+    journal.write(
+        "attempt_started", attempt=1, world_size=32, nodes=list("abcd"), step=0
+    )
     journal.write(
         "attempt_ended", attempt=1, cause="preemption", detail="n \x1b[2J", step=300
     )
-    journal.write("attempt_started", attempt=2, world_size=24, nodes=3, step=300)
+    journal.write(
+        "attempt_started", attempt=2, world_size=24, nodes=list("abc"), step=300
+    )
     journal.usage({"gpu": 7200.0, "cpu": 3600.0, "odd": 60.0}, {"gpu": 3, "cpu": 0})
     run = output / "pretrain"
     run.mkdir()
@@ -92,6 +96,14 @@ def test_progress_nodes_costs_and_restarts_are_told(
     assert found.attempts == 2
     (restart,) = found.restarts
     assert (restart.cause, restart.step) == ("preemption", 300)
+
+
+def test_what_it_waits_for_is_told(training: tuple[Path, Journal]) -> None:
+    output, journal = training
+    journal.write("waiting", wanted=4, there=1)
+    assert "waiting: 4 nodes for training wanted, 1 there" in text(
+        standing(str(output))
+    )
 
 
 def test_the_text_says_it_and_no_terminal_obeys_it(
