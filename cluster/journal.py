@@ -35,7 +35,7 @@ Kind = Literal[
     "stage_failed",  # stage, cause
     "waiting",  # wanted, there: nodes for training
     "attempt_started",  # attempt, world_size, nodes (their names), step
-    "attempt_ended",  # attempt, cause (one of CAUSES), detail, node, step, saved, log, tail
+    "attempt_ended",  # attempt, cause (of CAUSES), detail, node, step, saved, log
     "released",  # nodes (how many were given back)
     "note",  # text
 ]
