@@ -1,0 +1,125 @@
+"""What cannot work is said before any node starts, with the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import nodes
+from cluster.checks import check, read_manifest, valid_nodes
+from cluster.commands import Lanes
+from cluster.options import PreprocessStage, PretrainStage, RunConfig
+from tests.conftest import EMOJI
+
+TYPES = {"cpu": {"cpu_node": 1.0}, "gpu": {"gpu_node": 1.0}, "gpu-ondemand": {}}
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A real cluster of one node, without an autoscaler."""
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node types as the autoscaler's configuration would have them."""
+    monkeypatch.setattr(nodes, "known_types", lambda: sorted(TYPES))
+    monkeypatch.setattr(
+        nodes, "offered", lambda name: {k: 2 for k, v in TYPES.items() if name in v}
+    )
+
+
+def pretrain(**keys: Any) -> PretrainStage:
+    return PretrainStage(**{"config": "emoji", **keys})
+
+
+def config(tmp_path: Path, **keys: Any) -> RunConfig:
+    whole = RunConfig(
+        output=str(tmp_path / "run"),
+        preprocess=PreprocessStage(arguments={"input": str(EMOJI)}),
+        pretrain=pretrain(max_nodes=2),
+    )
+    return dataclasses.replace(whole, **keys)
+
+
+@pytest.mark.usefixtures("types")
+def test_a_sound_run_passes(tmp_path: Path) -> None:
+    check(config(tmp_path, prices={"gpu": 3.0, "head": 0.1}))
+
+
+@pytest.mark.usefixtures("types")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pretrain": pretrain(config="emojy")}, "recipes: .*emoji"),
+        ({"pretrain": pretrain(arguments={"lane": 3})}, "Did you mean 'lanes'"),
+        (
+            {"pretrain": pretrain(min_nodes=5, max_nodes=5)},
+            "possible with such nodes are 1, 2, 3, 4, 6",
+        ),
+        (
+            {"pretrain": pretrain(ranks_per_node=7)},
+            "7 ranks each divides the 48 lanes.*are none",
+        ),
+        ({"pretrain": pretrain(arguments={"lanes": 7})}, "7 does not divide global_b"),
+        (
+            {"pretrain": pretrain(min_nodes=3, max_nodes=4)},
+            "may have 2 such nodes at most",
+        ),
+        (
+            {"pretrain": pretrain(node_resource="gpus")},
+            "no node type of the cluster has the resource 'gpus'",
+        ),
+        ({"prices": {"gpo": 3.0}}, "node type 'gpo', .* Did you mean 'gpu'"),
+        ({"preprocess": None, "data": "/nowhere"}, "/nowhere has no manifest.json"),
+        (
+            {"preprocess": PreprocessStage(arguments={"input": "x", "imag.size": 3})},
+            "unknown key 'imag.size'. Did you mean 'image.size'",
+        ),
+        ({"preprocess": PreprocessStage()}, "preprocess.arguments.input must name"),
+        ({"output": "runs/first"}, "runs/first is relative"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_cure(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check(config(tmp_path, **change))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_cluster_without_autoscaler_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert nodes.known_types() is None
+    assert nodes.offered("gpu_node") is None
+    assert nodes.alive_by_type() == {"head": 1}
+    check(config(tmp_path, prices={"anything": 1.0}))
+
+
+def test_storage_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to"):
+        check(config(tmp_path, output=str(tmp_path / "file" / "run")))
+
+
+def test_numbers_of_nodes_are_those_that_divide_the_lanes() -> None:
+    lanes = Lanes(lanes=48, global_batch=96, group=4, steps=10, stops_early=False)
+    sizes = valid_nodes(pretrain(min_nodes=1, max_nodes=9), lanes)
+    assert sizes == [1, 2, 3, 4, 6, 8]
+    # 16 ranks would split groups of 4 pairs: each has 6 of them.
+    assert valid_nodes(pretrain(max_nodes=9, ranks_per_node=8), lanes) == [1, 3]
+
+
+def test_a_damaged_manifest_is_said(tmp_path: Path) -> None:
+    assert read_manifest(str(tmp_path)) is None
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_manifest(str(tmp_path))
+    shutil.rmtree(tmp_path)
