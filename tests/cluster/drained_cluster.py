@@ -1,0 +1,91 @@
+"""A head and two busy nodes; one gets notice. Prints what a driver saw, as JSON.
+
+Run by test_draining.py: a process of its own, because Ray reads its environment when it
+is first imported and a second cluster in one process is asking for trouble.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NOTICE = "spot notice, told by the test"
+SECONDS = 600
+
+
+def until(happened: Callable[[], Any]) -> Any:
+    """What `happened` returns, once that is true."""
+    deadline = time.monotonic() + 90
+    while not (value := happened()):
+        if time.monotonic() > deadline:
+            raise TimeoutError("90 s passed")
+        time.sleep(0.2)
+    return value
+
+
+def drain(address: str, node: str) -> None:
+    words = {
+        "address": address,
+        "node-id": node,
+        "reason": "DRAIN_NODE_REASON_PREEMPTION",
+        "reason-message": NOTICE,
+        "deadline-remaining-seconds": SECONDS,
+    }
+    ray = Path(sys.executable).with_name("ray")
+    flags = [f"--{name}={value}" for name, value in words.items()]
+    subprocess.run([str(ray), "drain-node", *flags], check=True)
+
+
+def observe(folder: str) -> dict[str, Any]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from cluster.draining import cause_of_death, draining
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "temp_dir": folder, "include_dashboard": False},
+    )
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+        @ray.remote(num_cpus=1, max_restarts=0)
+        class Busy:
+            def where(self) -> str:
+                return ray.get_runtime_context().get_node_id()
+
+        def entry(node: str) -> dict[str, Any] | None:
+            return next(
+                (n for n in ray.nodes() if n["NodeID"] == node and not n["Alive"]), None
+            )
+
+        runners = [Busy.remote() for _ in nodes]
+        noticed, other = ray.get([runner.where.remote() for runner in runners])
+        seen: dict[str, Any] = {"noticed": noticed, "before": len(draining())}
+        seen["earliest_ms"] = time.time() * 1000 + SECONDS * 1000 - 1000
+        drain(cluster.address, noticed)
+        told = until(draining)
+        seen["latest_ms"] = time.time() * 1000 + SECONDS * 1000
+        seen["told"] = {n: [t.reason, t.deadline_ms] for n, t in told.items()}
+        seen["still_answers"] = ray.get(runners[0].where.remote()) == noticed
+        ray.kill(runners[0])
+        seen["noticed_end"] = cause_of_death(until(lambda: entry(noticed)))
+        killed = next(node for node in nodes if node.node_id == other)
+        killed.all_processes["raylet"][0].process.kill()
+        seen["killed_end"] = cause_of_death(until(lambda: entry(other)))
+        return seen
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as own:
+        print(json.dumps(observe(own)))
