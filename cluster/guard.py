@@ -84,7 +84,10 @@ def ranks(tree: psutil.Process) -> list[psutil.Process]:
     for process in tree.children(recursive=True):
         with suppress(psutil.Error):
             parent = process.parent()
-            if _RANK in process.environ() and parent and _RANK not in parent.environ():
+            # A child of `tree` itself may be what a rank that ended has left.
+            if parent in (None, tree) or _RANK in parent.environ():
+                continue
+            if _RANK in process.environ():
                 found.append(process)
     return found
 
