@@ -298,7 +298,8 @@ def _wait_for_jobs(cluster: Cluster, head: Node, seconds: float, tell: Tell) -> 
     while True:
         with contextlib.suppress(OSError, ValueError):
             get(cluster, "/api/jobs/")
-            return
+            if (cluster.folder / HEAD / local_node.READY).exists():
+                return
         now = time.monotonic()
         said = local_node.last_words(cluster.folder / HEAD)
         if not local_node.keeper(head):

@@ -14,6 +14,7 @@ import psutil
 
 MARK = "PALIMPSEST_LOCAL_NODE"
 """Names the node's folder in the environment of everything that runs on the node."""
+_TITLES = ("ray::", "ray-")
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.05
 
@@ -22,10 +23,10 @@ def members(folder: Path) -> list[psutil.Process]:
     """Processes of the cluster or node whose folder this is, but this one and those
     that it descends from.
 
-    A process is one of them if it was started with the mark, or, because Ray's own
-    processes write their titles over their environment, if it writes to a file below
-    the folder; so are those that descend from it, unless another node's mark is on
-    them: the autoscaler, on the head, starts the other nodes.
+    A process is one of them if it was started with the mark, or, because processes of
+    Ray write their titles over their environment, if it has such a title and writes to
+    a file below the folder; so are those that descend from it, unless another node's
+    mark is on them: the autoscaler, on the head, starts the other nodes.
     """
     running = {process.pid: process for process in psutil.process_iter()}
     marks = {pid: _mark(process) for pid, process in running.items()}
@@ -95,9 +96,10 @@ def _parent(process: psutil.Process) -> int:
 
 
 def _writes_below(process: psutil.Process, folder: Path) -> bool:
-    # Not those that only read there: a pager on a log is nobody's to end.
+    # A driver outside the cluster writes logs there too, and is nobody's to end.
     with suppress(psutil.Error):
-        return any(
+        title = "".join(process.cmdline()[:1])
+        return title.startswith(_TITLES) and any(
             _is_below(file.path, folder) and file.mode[0] in "wa"
             for file in process.open_files()
         )
