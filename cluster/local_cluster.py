@@ -26,6 +26,7 @@ from typing import Any
 from cluster import local_node, local_processes
 from cluster.local_node import HEAD, Node
 from cluster.local_options import LocalConfig
+from cluster.namespaces import INTERFACE, Network
 
 TOKEN = "token"
 _CLUSTER = "cluster.json"
@@ -35,6 +36,7 @@ _MB = 1_000_000
 _HEAD_MB, _NODE_MB = 800, 350
 _POLL_S = 0.25
 _HEALTH_FAILURES = 4
+_CUT_OFF_S = 12.0
 
 Tell = Callable[[str], None]
 
@@ -50,6 +52,14 @@ class Cluster:
     """URL of dashboard and jobs."""
     config: Mapping[str, Any]
     """The keys it was started with."""
+
+    @property
+    def within(self) -> list[str]:
+        """Words in front of a command, which run it with the head's network: a driver
+        that is not a job has to."""
+        if self.config["namespaces"]:
+            return Network(folder=self.folder).within(HEAD)
+        return []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -175,12 +185,20 @@ def _start(config: LocalConfig, tell: Tell) -> Cluster:
     folder = config.folder
     folder.mkdir(mode=0o700)
     _write_secret(folder / TOKEN, secrets.token_hex(32))
-    address = _own_address()
-    ports = _free_ports(address, 3)
+    network = Network(folder=folder) if config.namespaces else None
+    if network:
+        network.create()
+        address = network.address(0)
+        network.add(HEAD, address)
+    else:
+        address = _own_address()
+    ports = _free_ports(3)
+    # Nothing but this machine reaches an address of a namespace.
+    dashboard = address if network else "127.0.0.1"
     cluster = Cluster(
         folder=folder,
         address=f"{address}:{ports[0]}",
-        dashboard=f"http://127.0.0.1:{ports[1]}",
+        dashboard=f"http://{dashboard}:{ports[1]}",
         config=_keys(config),
     )
     environment = _environment(config, cluster)
@@ -200,12 +218,13 @@ def _start(config: LocalConfig, tell: Tell) -> Cluster:
             *words,
             "--head",
             f"--port={ports[0]}",
-            "--dashboard-host=127.0.0.1",
+            f"--dashboard-host={dashboard}",
             f"--dashboard-port={ports[1]}",
             f"--ray-client-server-port={ports[2]}",
             f"--autoscaling-config={autoscaler}",
         ],
         environment=environment,
+        within=network.within(HEAD) if network else (),
     )
     _wait_for_jobs(cluster, head, config.start_seconds, tell)
     values = {"address": cluster.address, "dashboard": cluster.dashboard}
@@ -265,6 +284,7 @@ def autoscaler_config(
             "folder": str(cluster.folder),
             "gcs_address": cluster.address,
             "address": cluster.address.rpartition(":")[0],
+            "namespaces": config.namespaces,
             "environment": dict(environment),
         },
         "head_node_type": HEAD,
@@ -282,7 +302,12 @@ def _environment(config: LocalConfig, cluster: Cluster) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
-    if seconds := config.dead_after_seconds:
+    seconds = config.dead_after_seconds
+    if config.namespaces:
+        seconds = seconds or _CUT_OFF_S
+        # By a host's name, which is the same everywhere here, gloo finds no address.
+        found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE)
+    if seconds:
         # It is dead after so many failures, each of a period and a time limit.
         period = seconds / _HEALTH_FAILURES / 3
         found |= {
@@ -321,6 +346,7 @@ def _wait_for_jobs(cluster: Cluster, head: Node, seconds: float, tell: Tell) -> 
 def _clear(folder: Path) -> int:
     """End everything of a cluster and remove its folder; how many processes ended."""
     ended = local_processes.end_members(folder)
+    Network(folder=folder).remove()
     shutil.rmtree(folder, ignore_errors=True)
     return ended
 
@@ -345,9 +371,9 @@ def _own_address() -> str:
     return "127.0.0.1"
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
-            probe.bind((address, 0))
+            probe.bind(("", 0))
         return [int(probe.getsockname()[1]) for probe in probes]

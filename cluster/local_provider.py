@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray.autoscaler.tags import (
 
 from cluster import local_node
 from cluster.local_node import HEAD, Node
+from cluster.namespaces import Network
 
 
 class LocalNodeProvider(NodeProvider):
@@ -33,18 +34,22 @@ class LocalNodeProvider(NodeProvider):
 
     Args:
         provider_config: `provider` of the cluster's YAML, with the keys `folder` (the
-            cluster's), `gcs_address`, `address` (the nodes' IP address) and
-            `environment` (variables of every node).
+            cluster's), `gcs_address`, `address` (the head's, and the nodes' without
+            namespaces), `namespaces` and `environment` (variables of every node).
         cluster_name: name of the cluster.
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
         self._folder = Path(provider_config["folder"])
+        self._network = None
+        if provider_config["namespaces"]:
+            self._network = Network(folder=self._folder)
         # The autoscaler calls from several threads.
         self._lock = threading.RLock()
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers: dict[str, int] = {}
+        self._place = 0
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Ids of nodes; one whose raylet has ended is cleared away, not listed."""
@@ -112,17 +117,33 @@ class LocalNodeProvider(NodeProvider):
         node = Node(
             id=f"{kind}-{number}",
             type=kind,
-            address=self.provider_config["address"],
+            address=self._address(),
             tags={**tags, TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE},
         )
         local_node.write(self._folder, node)
+        within: Sequence[str] = ()
+        if self._network:
+            self._network.add(node.id, node.address)
+            within = self._network.within(node.id)
         words = local_node.ray_start_words(self._folder, node, resources)
         _, self._keepers[node.id] = local_node.start(
             self._folder,
             node,
             [*words, f"--address={self.provider_config['gcs_address']}"],
             environment=self.provider_config["environment"],
+            within=within,
         )
+
+    def _address(self) -> str:
+        """Of a new node: with namespaces, one that has not been used for long."""
+        if not self._network:
+            return str(self.provider_config["address"])
+        taken = {node.address for node in local_node.nodes(self._folder)}
+        while True:
+            place = self._place = self._place % Network.PLACES + 1
+            address = self._network.address(place)
+            if address not in taken:
+                return address
 
     def _lives(self, node: Node) -> bool:
         if process := self._keepers.get(node.id):
@@ -131,6 +152,8 @@ class LocalNodeProvider(NodeProvider):
 
     def _end(self, node: Node) -> None:
         local_node.end(self._folder, node)
+        if self._network:
+            self._network.take_away(node.id)
         if process := self._keepers.pop(node.id, None):
             process.wait()
 

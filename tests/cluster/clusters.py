@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster import local_status
 from cluster.local_cluster import Cluster, find
+from cluster.namespaces import Network
 from tests.conftest import ROOT
 
 NAME = "t"
@@ -94,7 +95,7 @@ class LocalCluster:
 
     def words(self, *words: str | Path) -> list[str]:
         """A command, with what runs it with the head's network."""
-        return [*map(str, words)]
+        return [*self.cluster.within, *map(str, words)]
 
     def wait_for(self, counts: Mapping[str, int], seconds: float = 180) -> None:
         """Wait until just so many worker nodes of each type have joined."""
@@ -121,6 +122,25 @@ class LocalCluster:
         assert node.raylet, f"{node_id} has no raylet"
         os.kill(node.raylet, signal.SIGKILL)
         return node
+
+    def cut_off(self, node_id: str) -> None:
+        """Let nothing through between a node and the others (with `--namespaces`)."""
+        Network(folder=self.folder).cut_off(node_id)
+
+    def reconnect(self, node_id: str) -> None:
+        """Take back `cut_off`; the node may be gone by then, which is an OSError."""
+        Network(folder=self.folder).reconnect(node_id)
+
+
+def no_namespaces() -> str | None:
+    """Why this environment has no network namespaces; None if it has."""
+    network = Network(folder=Path(tempfile.gettempdir()) / f"pc-try-{os.getpid()}")
+    try:
+        network.create()
+        network.remove()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
