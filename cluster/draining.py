@@ -1,6 +1,6 @@
 """Nodes that were given notice, and why a node is gone, as a driver sees it.
 
-Owns the reading of Ray's drain state. Does not own who gives the notice
+Owns Ray's drain state: setting and reading it. Does not own who gives the notice
 (cluster.notice, the node itself on SIGTERM, the autoscaler on idle nodes) or what is
 done about it (cluster.elastic).
 
@@ -49,6 +49,25 @@ def draining() -> dict[str, Notice]:
         node: Notice(PREEMPTION, deadline) if deadline else Notice(IDLE, None)
         for node, deadline in state.get_draining_nodes().items()
     }
+
+
+def drain(address: str, *, instance: str, why: str, by_ms: int) -> bool:
+    """Ask the head at `address` (host:port) to drain the living node whose
+    RAY_CLOUD_INSTANCE_ID is `instance`; whether it agreed. Needs no `ray.init`.
+
+    `ray drain-node` does the same, but without the node's id it would start a driver
+    on the node to find it.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    head = GcsClient(address=address)
+    for node, info in head.get_all_node_info(timeout=5).items():
+        if info.instance_id == instance and info.state == GcsNodeInfo.ALIVE:
+            reason = DRAIN_NODE_REASON_PREEMPTION
+            return bool(head.drain_node(node.hex(), reason, why, by_ms)[0])
+    return False
 
 
 def cause_of_death(node: Mapping[str, Any]) -> tuple[str, str]:

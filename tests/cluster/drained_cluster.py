@@ -1,4 +1,5 @@
-"""A head and two busy nodes; one gets notice. Prints what a driver saw, as JSON.
+"""A head and three busy nodes. One is drained by `ray drain-node`, one by the watcher
+that reads its cloud's notice, one is killed. Prints what a driver saw, as JSON.
 
 Run by test_draining.py: a process of its own, because Ray reads its environment when it
 is first imported and a second cluster in one process is asking for trouble.
@@ -7,6 +8,7 @@ is first imported and a second cluster in one process is asking for trouble.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.cluster.fake_metadata import metadata
 
 NOTICE = "spot notice, told by the test"
 SECONDS = 600
@@ -42,6 +46,24 @@ def drain(address: str, node: str) -> None:
     subprocess.run([str(ray), "drain-node", *flags], check=True)
 
 
+def watch(address: str, instance: str) -> int:
+    """`cluster.notice` on a machine that is taken after its service failed a little."""
+    with metadata(noticed=True, broken=2) as service:
+        words = {
+            "cloud": "aws",
+            "address": address,
+            "every_seconds": 0.2,
+            "metadata": service.url,
+        }
+        flags = [f"--{name}={value}" for name, value in words.items()]
+        return subprocess.run(
+            [sys.executable, "-m", "cluster.notice", *flags],
+            env={**os.environ, "RAY_CLOUD_INSTANCE_ID": instance},
+            timeout=120,
+            check=False,
+        ).returncode
+
+
 def observe(folder: str) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
@@ -52,7 +74,10 @@ def observe(folder: str) -> dict[str, Any]:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "temp_dir": folder, "include_dashboard": False},
     )
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = [
+        cluster.add_node(num_cpus=1, env_vars={"RAY_CLOUD_INSTANCE_ID": f"i-{number}"})
+        for number in range(3)
+    ]
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
@@ -67,7 +92,8 @@ def observe(folder: str) -> dict[str, Any]:
             )
 
         runners = [Busy.remote() for _ in nodes]
-        noticed, other = ray.get([runner.where.remote() for runner in runners])
+        noticed, other, third = ray.get([runner.where.remote() for runner in runners])
+        names = {node.node_id: f"i-{number}" for number, node in enumerate(nodes)}
         seen: dict[str, Any] = {"noticed": noticed, "before": len(draining())}
         seen["earliest_ms"] = time.time() * 1000 + SECONDS * 1000 - 1000
         drain(cluster.address, noticed)
@@ -75,6 +101,9 @@ def observe(folder: str) -> dict[str, Any]:
         seen["latest_ms"] = time.time() * 1000 + SECONDS * 1000
         seen["told"] = {n: [t.reason, t.deadline_ms] for n, t in told.items()}
         seen["still_answers"] = ray.get(runners[0].where.remote()) == noticed
+        seen["watcher"] = watch(cluster.address, names[third])
+        until(lambda: third in draining())
+        seen["spot"] = [draining()[third].reason, draining()[third].deadline_ms]
         ray.kill(runners[0])
         seen["noticed_end"] = cause_of_death(until(lambda: entry(noticed)))
         killed = next(node for node in nodes if node.node_id == other)

@@ -1,4 +1,4 @@
-"""A real `ray drain-node` shows to a driver: which node, why, by when."""
+"""A real drain shows to a driver: which node, why, by when."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.drained_cluster import NOTICE
+from tests.cluster.fake_metadata import ACTION_MS
 from tests.conftest import python
 
 
@@ -54,3 +55,10 @@ def test_what_runs_on_a_draining_node_goes_on(seen: dict[str, Any]) -> None:
 def test_a_dead_node_tells_whether_it_was_preempted(seen: dict[str, Any]) -> None:
     assert seen["noticed_end"] == ["preemption", NOTICE]
     assert seen["killed_end"][0] == "failure"
+
+
+def test_a_spot_notice_of_the_cloud_drains_the_node_that_got_it(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["watcher"] == 0
+    assert seen["spot"] == ["preemption", ACTION_MS]
