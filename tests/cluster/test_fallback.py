@@ -1,0 +1,176 @@
+"""No spot capacity: a real autoscaler takes on-demand nodes, and spot again later."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.fallback import priorities, rewrite
+from tests.conftest import ROOT, free_port
+
+RAY = Path(sys.executable).with_name("ray")
+DEMAND = (
+    "import ray, time; ray.init(logging_level='ERROR', log_to_driver=False)\n"
+    "ray.util.placement_group([{'gpu_node': 1}])\n"
+    "time.sleep(600)"
+)
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """What `ray up` leaves on the head, with the provider that refuses spot."""
+    resources = {"CPU": 1, "gpu_node": 1}
+    types: dict[str, Any] = {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "gpu": {"resources": resources, "max_workers": 1, "priority": 10},
+        "gpu-ondemand": {"resources": resources, "max_workers": 1},
+    }
+    lists = ("initialization_commands", "setup_commands", "cluster_synced_files")
+    commands = ("setup_commands", "start_ray_commands")
+    return {
+        "cluster_name": "refused",
+        "max_workers": 2,
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 1,
+        "provider": {
+            "type": "external",
+            "module": "tests.cluster.refusing_provider.RefusingProvider",
+            "disable_node_updaters": True,
+            "requests": str(folder / "requests"),
+            "refused": "gpu",
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "available_node_types": {
+            name: {"node_config": {}, "min_workers": 0, **given}
+            for name, given in types.items()
+        },
+        "head_node_type": "head",
+        **{name: [] for name in lists},
+        **{f"{who}_{name}": [] for who in ("head", "worker") for name in commands},
+    }
+
+
+@contextlib.contextmanager
+def process(words: list[str], log: Path, env: dict[str, str]) -> Iterator[None]:
+    """Run a command, and end it with everything that it started."""
+    with log.open("w") as out:
+        child = subprocess.Popen(
+            words, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        tree = [psutil.Process(child.pid)]
+        tree += tree[0].children(recursive=True)
+        child.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=5)
+        for each in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        child.wait()
+
+
+def until(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def healthy(address: str, env: dict[str, str]) -> bool:
+    words = [str(RAY), "health-check", "--address", address]
+    done = subprocess.run(words, env=env, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+@pytest.fixture
+def head() -> Iterator[tuple[Path, dict[str, str], str]]:
+    """Folder, environment and address of a head with a demand for one GPU node."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    port = free_port()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(folder),
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": "head",
+        "RAY_NODE_TYPE_NAME": "head",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(configuration(folder)))
+    flags = {
+        "port": port,
+        "num-cpus": 0,
+        "include-dashboard": "false",
+        "temp-dir": folder / "ray",
+        "autoscaling-config": path,
+        "dashboard-agent-listen-port": 0,
+        "ray-client-server-port": free_port(),
+    }
+    start = [str(RAY), "start", "--head", "--block"]
+    start += [f"--{name}={value}" for name, value in flags.items()]
+    address = f"127.0.0.1:{port}"
+    demand = [sys.executable, "-c", DEMAND]
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(process(start, folder / "head.log", env))
+        until(lambda: healthy(address, env))
+        given = {**env, "RAY_ADDRESS": address}
+        stack.enter_context(process(demand, folder / "demand.log", given))
+        yield folder, env, address
+
+
+def asked(folder: Path) -> list[str]:
+    """Node types that the autoscaler has asked the cloud for, in order."""
+    requests = folder / "requests"
+    return requests.read_text().split() if requests.exists() else []
+
+
+def test_on_demand_comes_when_spot_is_refused_and_spot_is_tried_again(
+    head: tuple[Path, dict[str, str], str],
+) -> None:
+    folder, env, address = head
+    path = folder / "config.json"
+    # Without the fallback spot is asked for over and over.
+    until(lambda: len(asked(folder)) >= 3)
+    assert set(asked(folder)) == {"gpu"}
+    words = [sys.executable, "-m", "cluster.fallback", f"--config_file={path}"]
+    words += [f"--address={address}", "--seconds=15", "--every_seconds=0.2"]
+    with process(words, folder / "fallback.log", env):
+        until(lambda: "gpu-ondemand" in asked(folder))
+        assert priorities(json.loads(path.read_text()))["gpu"] < 0
+        until(lambda: priorities(json.loads(path.read_text()))["gpu"] == 10)
+
+
+def test_priorities_go_down_and_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(configuration(tmp_path)))
+    assert rewrite(path, {"gpu"}) == "gpu comes last: refused"
+    assert rewrite(path, {"gpu"}) == ""
+    assert priorities(json.loads(path.read_text()))["gpu"] == 10 - 1_000_000
+    # Where both are refused, their order is as before.
+    assert rewrite(path, {"gpu", "gpu-ondemand"})
+    both = priorities(json.loads(path.read_text()))
+    assert both["gpu"] > both["gpu-ondemand"]
+    assert both["gpu"] < both["head"]
+    assert rewrite(path, set())
+    assert json.loads(path.read_text())["available_node_types"]["gpu"]["priority"] == 10
+    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
