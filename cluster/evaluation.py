@@ -70,7 +70,15 @@ def _measure(words: list[str], run: str, output: str) -> tuple[str | None, list[
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / REPORT_FILE
         for command in ([EVALUATE, *words], [REPORT, run, f"--output={page}"]):
-            ended = run_guarded(command, tell=lines.append, stop=never)
+            told: list[str] = []
+            ended = run_guarded(
+                command,
+                tell=told.append,
+                stop=never,
+                environment={"TQDM_DISABLE": "1"},
+            )
+            if command[0] == EVALUATE:
+                lines += told
             if ended.status:
                 cause = ended.last.partition("error: ")[2] or ended.last
                 return cause or f"{command[0]} ended with {ended.status}", lines

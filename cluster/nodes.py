@@ -6,15 +6,21 @@ own prices (`cluster.options`) or where the seconds are written (`cluster.journa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
+
 # Set by the autoscaler on the nodes that it starts.
 _TYPE_LABEL = "ray.io/node-group"
+_CONFIG_FLAG = "--autoscaling-config="
+_TYPES = "available_node_types"
 _HEAD_RESOURCE = "node:__internal_head__"
 HEAD = "head"
 UNKNOWN = "unknown"
@@ -39,28 +45,44 @@ def alive_by_type() -> dict[str, int]:
 
 def offered(resource: str) -> dict[str, int] | None:
     """Node types that have some of a resource, with the most nodes that the autoscaler
-    may start of each; None where the cluster has no autoscaler that says.
+    may start of each; None where nobody says.
     """
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
+    types = _configured()
+    if types is None:
         return None
     return {
-        group.name: int(group.max_count)
-        for group in config.node_group_configs
-        if group.resources.get(resource, 0) > 0
+        name: int(row.get("max_workers", 0))
+        for name, row in types.items()
+        if (row.get("resources") or {}).get(resource, 0) > 0
     }
 
 
 def known_types() -> list[str] | None:
     """Every node type of the cluster's configuration; None where nobody says."""
-    from ray._private.state import state
+    types = _configured()
+    return None if types is None else sorted(types)
 
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
-        return None
-    return sorted(group.name for group in config.node_group_configs)
+
+def _configured() -> Mapping[str, Any] | None:
+    """`available_node_types` of the cluster's YAML, as the autoscaler was given it.
+
+    Autoscaler v2 tells nobody what it may start, but its process beside the head, where
+    drivers run, has the file's name among its words. Under KubeRay it is in a container
+    of its own.
+    """
+    import psutil
+    import ray
+
+    here = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        given = [word for word in words if word.startswith(_CONFIG_FLAG)]
+        if given and here in words:
+            path = Path(given[0].removeprefix(_CONFIG_FLAG)).expanduser()
+            with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+                found: Mapping[str, Any] = yaml.safe_load(path.read_text())[_TYPES]
+                return found
+    return None
 
 
 class NodeClock:

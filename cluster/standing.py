@@ -199,10 +199,13 @@ def _preprocess(shards: str, **parts: Any) -> StageStanding:
     found = _json(Store(folder), f"{name}.progress.json")
     ranges = found.get("ranges") or {}
     running = parts["state"] == "running"
+    # Once it is complete the file has the dataset's figures instead of a phase's.
+    counts, totals = found.get("accounting", {}), found.get("totals", {})
+    failed = counts.get("failed", found.get("failed", {}))
     return StageStanding(
         name="preprocess",
-        done=float(found.get("done", 0)),
-        total=float(found.get("total", 0)),
+        done=float(counts.get("inputs", found.get("done", 0))),
+        total=float(counts.get("inputs", found.get("total", 0))),
         unit=str(found.get("unit", "inputs")),
         per_s=float(found.get("per_s", 0)),
         eta_s=found.get("eta_s") if running else None,
@@ -210,7 +213,9 @@ def _preprocess(shards: str, **parts: Any) -> StageStanding:
             "phase": found.get("phase"),
             "ranges_committed": ranges.get("committed"),
             "ranges": ranges.get("total"),
-            "failed": sum(found.get("failed", {}).values()),
+            "failed": sum(failed.values()),
+            "written": counts.get("written"),
+            "shards": sum(row["shards"] for row in totals.values()),
         },
         **parts,
     )

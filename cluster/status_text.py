@@ -89,6 +89,8 @@ def _details(stage: StageStanding) -> Iterator[str]:
         yield f"{more['phase']}"
     if more.get("ranges"):
         yield f"{more['ranges_committed']} of {more['ranges']} ranges committed"
+    if more.get("shards"):
+        yield f"{more['written']:,} samples in {more['shards']:,} shards"
     if more.get("failed"):
         yield f"{more['failed']:,} inputs failed"
     if more.get("nodes") and stage.state == "running":
