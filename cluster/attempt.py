@@ -351,7 +351,8 @@ class Attempt:
             member.actor.stop.remote()
 
     def _after_stop(self, ended: Ended) -> Ended:
-        if self._wish is None:
+        saved = any(member.status == _ASKED_TO_STOP for member in self._members)
+        if self._wish is None or not saved:
             return ended
         return replace(ended, stop_seconds=time.monotonic() - self._asked_at)
 

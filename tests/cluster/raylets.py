@@ -26,6 +26,15 @@ from tests.conftest import ROOT, free_port
 RAY = Path(sys.executable).with_name("ray")
 LIMIT_S = 240
 _PACED = Path(__file__).with_name("paced")
+_OBSERVER = """
+import json, os, sys, ray, ray.util
+answers = os.fdopen(os.dup(1), "w")
+# Ray prints what becomes of nodes.
+os.dup2(2, 1)
+ray.init(log_to_driver=False, logging_level="ERROR")
+for line in sys.stdin:
+    print(json.dumps(eval(line)), file=answers, flush=True)
+"""
 # A raylet that is killed or cut off is given up after some seconds, not a minute.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -111,6 +120,7 @@ class Raylets:
         }
         self._log = open(folder / "start.log", "w")  # noqa: SIM115
         self.nodes: list[Node] = []
+        self._observer: subprocess.Popen[str] | None = None
         self._start("--head", f"--port={port}", "--num-cpus=0", "--num-gpus=0")
 
     def add(self) -> Node:
@@ -134,21 +144,36 @@ class Raylets:
         return {key: state for key, state in found.items() if state != "REMOVED"}
 
     def ask(self, expression: str) -> Any:
-        """Value of an expression of `ray` in a driver of its own; None if it fails."""
-        script = (
-            "import json, ray, ray.util\n"
-            "ray.init(log_to_driver=False, logging_level='ERROR')\n"
-            f"print(json.dumps({expression}))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**self.environment, "RAY_ADDRESS": self.address},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
-        return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else None
+        """Value of an expression of `ray` in a driver that is there for that."""
+        if self._observer is None or self._observer.poll() is not None:
+            self._observer = subprocess.Popen(
+                [sys.executable, "-c", _OBSERVER],
+                env={**self.environment, "RAY_ADDRESS": self.address},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+            )
+        assert self._observer.stdin
+        assert self._observer.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._observer.stdin.write(expression + "\n")
+            self._observer.stdin.flush()
+        line = self._observer.stdout.readline()
+        return json.loads(line) if line else None
+
+    def training(self, run: Path) -> list[psutil.Process]:
+        """Guards, launchers and ranks of a run, wherever they are, and runners."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if words and process.status() != psutil.STATUS_ZOMBIE:
+                    guarded = f"--output={run}" in words
+                    ours = any(process in node.processes for node in self.nodes)
+                    if guarded or (ours and words[0].startswith("ray::Runner")):
+                        found.append(process)
+        return found
 
     def drain(self, node: Node, *, seconds: int) -> None:
         """Give a node notice."""
@@ -169,6 +194,9 @@ class Raylets:
 
     def close(self) -> None:
         """End every process of the cluster."""
+        if self._observer:
+            self._observer.kill()
+            self._observer.communicate()
         for node in reversed(self.nodes):
             node.end()
         self._log.close()
