@@ -55,10 +55,15 @@ def pretrain(
     words = pretrain_words(
         config.pretrain, data=config.shards, output=config.trained, grow=grow
     )
-    lanes = lanes_of(resolved(PRETRAIN, words))
+    found = resolved(PRETRAIN, words)
+    lanes = lanes_of(found)
     sizes = valid_nodes(config.pretrain, lanes)
     if is_done(config.trained, lanes):
         return
+    if found["storage"].get("writer", "") is None:
+        # There is one driver of a run at a time, so its next trainer need not wait
+        # until the one before is seen to be dead.
+        words.append(f"--storage.writer={_short_name(config.output)}")
     _Elastic(config, config.pretrain, journal, tuple(words), lanes, stop).run(sizes)
 
 
@@ -198,8 +203,8 @@ class _Elastic:
         if path := Store(self._config.output).path:
             return str(path / FOLDER / _LOGS / name)
         # A launcher cannot write to a URL: on its node, then.
-        run = hashlib.sha256(self._config.output.encode()).hexdigest()[:16]
-        return str(Path(tempfile.gettempdir()) / f"palimpsest-{run}" / name)
+        folder = f"palimpsest-{_short_name(self._config.output)}"
+        return str(Path(tempfile.gettempdir()) / folder / name)
 
     def _tell_waiting(self, wanted: int, there: int) -> None:
         self._journal.write(
@@ -241,6 +246,11 @@ class _Elastic:
             log=ended.log,
             tail=ended.tail[-2000:],
         )
+
+
+def _short_name(output: str) -> str:
+    """Of a run, the same for all of its drivers."""
+    return hashlib.sha256(output.encode()).hexdigest()[:16]
 
 
 def _backoff(times: int) -> float:

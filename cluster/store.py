@@ -78,6 +78,13 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def folders(self) -> list[str]:
+        """Names of the folders that lie directly in the folder, sorted."""
+        try:
+            return sorted(self._tried(self._folders))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         with contextlib.suppress(FileNotFoundError):
@@ -136,8 +143,17 @@ class Store:
                 for entry in os.scandir(self.path)
                 if entry.is_file() and not entry.name.startswith(".")
             ]
+        return self._listed("file")
+
+    def _folders(self) -> list[str]:
+        if self.path:
+            return [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+        return self._listed("directory")
+
+    def _listed(self, kind: str) -> list[str]:
         rows = self._fs.ls(self._root, detail=True, refresh=True)
-        return [row["name"].rpartition("/")[2] for row in rows if row["type"] == "file"]
+        names = [row["name"].rstrip("/") for row in rows if row["type"] == kind]
+        return [name.rpartition("/")[2] for name in names]
 
     def _tried(self, call: Callable[[], Result]) -> Result:
         wait_s = _FIRST_WAIT_S

@@ -1,26 +1,41 @@
-"""How far a trainer's run is, read from its directory.
+"""How far a trainer's run is, read from its directory or URL.
 
-Owns asking, for a directory and for a URL alike. Does not own what lies there
-(`trainer.contract`).
+Owns asking, for both alike. Does not own what lies there (`trainer.contract`).
 """
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+
 from cluster.commands import Lanes
 from cluster.store import Store
-from trainer.contract import COMPLETE, complete_checkpoints, read_metrics
+from trainer.contract import CHECKPOINTS, COMPLETE, METRICS, checkpoint_name
+
+_PREFIX = checkpoint_name(0).rstrip("0")
 
 
 def saved_step(run: str) -> int:
     """Step of the newest complete checkpoint, 0 without one."""
-    found = complete_checkpoints(run)
-    return found[-1][0] if found else 0
+    checkpoints = Store(run).below(CHECKPOINTS)
+    for name in reversed(checkpoints.folders()):
+        number = name.removeprefix(_PREFIX)
+        if not number.isdecimal() or checkpoint_name(int(number)) != name:
+            continue
+        if checkpoints.below(name).read(COMPLETE) is not None:
+            return int(number)
+    return 0
 
 
 def taken_step(run: str) -> int:
-    """The last step that was written down, 0 without one."""
-    rows = read_metrics(run)
-    return int(rows[-1]["step"]) if rows else 0
+    """The last step that was written down, 0 without one. A run behind a URL writes its
+    steps down with each checkpoint.
+    """
+    for line in reversed((Store(run).read(METRICS) or b"").splitlines()):
+        # The last one may be torn.
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def is_done(run: str, lanes: Lanes) -> bool:
