@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from cluster.fallback import priorities, rewrite
 from tests.conftest import ROOT, free_port
@@ -29,8 +28,8 @@ DEMAND = (
 )
 
 
-def configuration(folder: Path) -> dict[str, Any]:
-    """What `ray up` leaves on the head, with the provider that refuses spot."""
+def configuration(folder: Path, refused: str = "gpu") -> dict[str, Any]:
+    """What `ray up` leaves on the head, with a cloud that refuses a node type."""
     resources = {"CPU": 1, "gpu_node": 1}
     types: dict[str, Any] = {
         "head": {"resources": {"CPU": 0}, "max_workers": 0},
@@ -49,7 +48,7 @@ def configuration(folder: Path) -> dict[str, Any]:
             "module": "tests.cluster.refusing_provider.RefusingProvider",
             "disable_node_updaters": True,
             "requests": str(folder / "requests"),
-            "refused": "gpu",
+            "refused": refused,
         },
         "auth": {},
         "docker": {},
@@ -97,8 +96,8 @@ def healthy(address: str, env: dict[str, str]) -> bool:
     return done.returncode == 0
 
 
-@pytest.fixture
-def head() -> Iterator[tuple[Path, dict[str, str], str]]:
+@contextlib.contextmanager
+def head(refused: str, **more: str) -> Iterator[tuple[Path, dict[str, str], str]]:
     """Folder, environment and address of a head with a demand for one GPU node."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     port = free_port()
@@ -113,9 +112,10 @@ def head() -> Iterator[tuple[Path, dict[str, str], str]]:
         "RAY_CLOUD_INSTANCE_ID": "head",
         "RAY_NODE_TYPE_NAME": "head",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        **more,
     }
     path = folder / "config.json"
-    path.write_text(json.dumps(configuration(folder)))
+    path.write_text(json.dumps(configuration(folder, refused)))
     flags = {
         "port": port,
         "num-cpus": 0,
@@ -144,20 +144,30 @@ def asked(folder: Path) -> list[str]:
     return requests.read_text().split() if requests.exists() else []
 
 
-def test_on_demand_comes_when_spot_is_refused_and_spot_is_tried_again(
-    head: tuple[Path, dict[str, str], str],
-) -> None:
-    folder, env, address = head
-    path = folder / "config.json"
-    # Without the fallback spot is asked for over and over.
-    until(lambda: len(asked(folder)) >= 3)
-    assert set(asked(folder)) == {"gpu"}
-    words = [sys.executable, "-m", "cluster.fallback", f"--config_file={path}"]
-    words += [f"--address={address}", "--seconds=15", "--every_seconds=0.2"]
-    with process(words, folder / "fallback.log", env):
+def test_on_demand_comes_when_spot_is_refused_and_spot_is_tried_again() -> None:
+    with head(refused="gpu") as (folder, env, address):
+        path = folder / "config.json"
+        # Without the fallback spot is asked for over and over.
+        until(lambda: len(asked(folder)) >= 3)
+        assert set(asked(folder)) == {"gpu"}
+        words = [sys.executable, "-m", "cluster.fallback", f"--config_file={path}"]
+        words += [f"--address={address}", "--seconds=8", "--every_seconds=0.2"]
+        with process(words, folder / "fallback.log", env):
+            until(lambda: "gpu-ondemand" in asked(folder))
+            assert priorities(json.loads(path.read_text()))["gpu"] < 0
+            until(lambda: priorities(json.loads(path.read_text()))["gpu"] == 10)
+
+
+def test_on_demand_comes_when_a_spot_machine_never_joins() -> None:
+    """What cluster/kuberay relies on, with its two variables: a pod that stays Pending
+    is a machine that was given and never joined."""
+    timeouts = {
+        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "5",
+        "RAY_AUTOSCALER_AVAILABILITY_RECOVERY_S": "600",
+    }
+    with head(refused="", **timeouts) as (folder, _, _):
         until(lambda: "gpu-ondemand" in asked(folder))
-        assert priorities(json.loads(path.read_text()))["gpu"] < 0
-        until(lambda: priorities(json.loads(path.read_text()))["gpu"] == 10)
+        assert asked(folder)[0] == "gpu"
 
 
 def test_priorities_go_down_and_come_back(tmp_path: Path) -> None:
