@@ -10,9 +10,10 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,17 @@ _MAX_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class Split:
+    """What a sample of the inputs gave to one split."""
+
+    samples: int = 0
+    captions: int = 0
+    tokens: int = 0
+    """With the separator that ends each caption."""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run would do."""
 
@@ -62,22 +74,67 @@ class Estimate:
     """Written bytes, over all inputs of the sample."""
     seconds_per_input: float
     """Of one core."""
+    splits: Mapping[str, Split]
+    """What the sample gave to each split that it gave anything to."""
+    vocab_size: int
+    """Of the run's tokenizer; the sample's may be smaller where one is trained."""
+
+    def as_json(self, config: PreprocessConfig, cores: int) -> dict[str, Any]:
+        """The estimate for programs: counts, bytes and seconds of the whole run, and
+        those of the sample that they were drawn from.
+        """
+        n = self.plan.n_inputs
+        return {
+            "output": config.output,
+            "inputs": n,
+            "sources": [self._source(place) for place in range(len(self.corpora))],
+            "splits": list(reversed(self.plan.split_names)),
+            "ranges": self.plan.n_ranges,
+            "samples_per_range": config.shard.samples,
+            "bytes": n * self.bytes_per_input,
+            "seconds_of_one_core": n * self.seconds_per_input,
+            "cores": cores,
+            "seconds": n * self.seconds_per_input / cores,
+            "vocab_size": self.vocab_size,
+            "sample": {
+                "inputs": self.sampled.inputs,
+                "written": self.sampled.written,
+                "filtered": dict(self.sampled.filtered),
+                "failed": dict(self.sampled.failed),
+                "splits": {
+                    name: dataclasses.asdict(split)
+                    for name, split in self.splits.items()
+                },
+            },
+        }
+
+    def _source(self, place: int) -> dict[str, Any]:
+        corpus = self.corpora[place]
+        rows = self.plan.table[self.plan.table["source"] == place]
+        columns = corpus.columns
+        return {
+            "name": corpus.name,
+            "kind": corpus.source.kind,
+            "weight": corpus.weight,
+            "inputs": int(rows["inputs"].sum()),
+            "image": columns.image,
+            "captions": columns.template or ", ".join(columns.captions),
+            "identity": corpus.grouping.key or "the row number",
+        }
 
     def text(self, config: PreprocessConfig, cores: int) -> str:
         """The estimate for people."""
         lines = ["dry run: nothing was written", ""]
-        for place, corpus in enumerate(self.corpora):
-            rows = self.plan.table[self.plan.table["source"] == place]
-            columns = corpus.columns
-            captions = columns.template or ", ".join(columns.captions)
+        for place in range(len(self.corpora)):
+            source = self._source(place)
             lines.append(
-                f"source {corpus.name} ({corpus.source.kind}, weight {corpus.weight:g})"
+                f"source {source['name']} ({source['kind']}, "
+                f"weight {source['weight']:g})"
             )
-            lines.append(f"  inputs    {int(rows['inputs'].sum())}")
-            lines.append(f"  image     column {columns.image!r}")
-            lines.append(f"  captions  {captions!r}")
-            identity = corpus.grouping.key or "the row number"
-            lines.append(f"  identity  {identity!r}")
+            lines.append(f"  inputs    {source['inputs']}")
+            lines.append(f"  image     column {source['image']!r}")
+            lines.append(f"  captions  {source['captions']!r}")
+            lines.append(f"  identity  {source['identity']!r}")
         n = self.plan.n_inputs
         size = n * self.bytes_per_input
         seconds = n * self.seconds_per_input / cores
@@ -128,13 +185,16 @@ def estimate(config: PreprocessConfig) -> Estimate:
         staged = [_process(work, part) for part in parts]
         took = time.monotonic() - start
     counts = sum((one.accounting for one in staged), Accounting())
-    size = sum(shard.bytes for one in staged for shard in one.shards)
+    splits = _splits(staged)
+    size = sum(split.bytes for split in splits.values())
     return Estimate(
         plan=plan,
         corpora=corpora,
         sampled=counts,
         bytes_per_input=size / counts.inputs,
         seconds_per_input=took / counts.inputs,
+        splits=splits,
+        vocab_size=config.trained_vocabulary or work.tokenizer.info.vocab_size,
     )
 
 
@@ -158,6 +218,19 @@ def samples_for(config: PreprocessConfig, corpora: tuple[Corpus, ...]) -> int:
             "so there is nothing to measure; give --shard.samples"
         )
     return max(1, min(_MAX_SAMPLES, config.shard.bytes * counts.inputs // size))
+
+
+def _splits(staged: Sequence[StagedRange]) -> dict[str, Split]:
+    found: dict[str, Split] = {}
+    for shard in (shard for one in staged for shard in one.shards):
+        before = found.get(shard.split, Split())
+        found[shard.split] = Split(
+            samples=before.samples + shard.samples,
+            captions=before.captions + shard.captions,
+            tokens=before.tokens + shard.tokens,
+            bytes=before.bytes + shard.bytes,
+        )
+    return found
 
 
 def cores_of(config: PreprocessConfig) -> int:

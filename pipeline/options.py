@@ -320,6 +320,8 @@ class PreprocessConfig:
     things out."""
     dry_run: bool = False
     """Read a few inputs and say what would be read and written; write nothing."""
+    json: bool = False
+    """With --dry_run: print what was found as JSON instead of text."""
     retry_failed: bool = False
     """Try the failed inputs of a complete dataset again, as new shards."""
 
@@ -381,6 +383,11 @@ class PreprocessConfig:
                         "--columns.template makes the caption, --columns.caption names "
                         "where it stands: give only one of them"
                     )
+        if self.json and not self.dry_run:
+            raise ValueError(
+                "--json prints what a dry run finds: give --dry_run too, or leave it "
+                "out (a run writes progress.json beside its output)"
+            )
         if self.split.column and self.split.group:
             raise ValueError(
                 "--split.column takes the split from the corpus, --split.group decides "

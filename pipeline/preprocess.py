@@ -5,6 +5,7 @@ Owns the command line alone: keys are in `pipeline.options`, the run in `pipelin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from pipeline.config import parse, run
@@ -29,7 +30,11 @@ def main(argv: Sequence[str]) -> int:
 
         check_output(config)
         tell_split_folders(config)
-        print(estimate(config).text(config, cores_of(config)))
+        found, cores = estimate(config), cores_of(config)
+        if config.json:
+            print(json.dumps(found.as_json(config, cores), indent=1))
+        else:
+            print(found.text(config, cores))
         return 0
     from pipeline.run import preprocess
 

@@ -26,10 +26,10 @@ GPU is needed.
       --global_batch 4096 --micro_batch 256 --json
 
 It takes every key of trainer.pretrain beside its own (gpus, gpu, mfu, headroom, price,
-vocab_size, decode, json), and refuses what pretrain would refuse. Step time follows
-from the model's FLOPs and an assumed utilisation (--mfu): put in the mfu that your own
-run wrote to metrics.jsonl. Without --data, lengths and sizes are assumed, and it says
-which.
+vocab_size, text_tokens, decode, json), and refuses what pretrain would refuse. Step
+time follows from the model's FLOPs and an assumed utilisation (--mfu): put in the mfu
+that your own run wrote to metrics.jsonl. Without --data, lengths and sizes are assumed,
+and it says which.
 """
 
 

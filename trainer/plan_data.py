@@ -68,8 +68,13 @@ class Expected:
     recon_images: float
 
 
-def facts_without_data(config: PretrainConfig, vocab_size: int) -> Facts:
-    """What is assumed: every text is as long as `text.max_tokens` allows."""
+def facts_without_data(
+    config: PretrainConfig, *, vocab_size: int, text_tokens: int | None
+) -> Facts:
+    """What is assumed: every text has so many tokens, or as many as `text.max_tokens`
+    allows.
+    """
+    longest = config.text.max_tokens
     names = {name: number for number, name in enumerate(_SPECIAL)}
     return Facts(
         tokenizer=TokenizerInfo(
@@ -80,7 +85,7 @@ def facts_without_data(config: PretrainConfig, vocab_size: int) -> Facts:
         steps_per_epoch=None,
         sampled=0,
         uids=np.arange(_ASSUMED_PAIRS, dtype=np.int64),
-        lengths=np.full(_ASSUMED_PAIRS, config.text.max_tokens),
+        lengths=np.full(_ASSUMED_PAIRS, min(text_tokens or longest, longest)),
         cut=None,
         read_bytes=None,
         decode_s=None,

@@ -33,6 +33,9 @@ class PlanConfig(PretrainConfig):
     """Price of one GPU for an hour, in any currency."""
     vocab_size: int = 30522
     """Vocabulary to assume without a dataset."""
+    text_tokens: int | None = None
+    """Tokens of every text to assume without a dataset, special ones included. Default:
+    as many as text.max_tokens allows."""
     decode: int = 256
     """Pairs to decode on this machine to see how many cores are needed; 0: none."""
     json: bool = False
@@ -50,3 +53,5 @@ class PlanConfig(PretrainConfig):
                 "the optimizer needs (weights in fp32, two moments) off by hand"
             )
         at_least("", self, gpus=1, vocab_size=1, decode=0, price=0)
+        # [CLS], a word, and the separator.
+        at_least("", self, text_tokens=3)

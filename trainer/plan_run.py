@@ -149,7 +149,9 @@ def plan(config: PlanConfig) -> Plan:
             f"{config.lanes} lanes"
         )
     if config.data == NO_DATA:
-        facts = facts_without_data(config, config.vocab_size)
+        facts = facts_without_data(
+            config, vocab_size=config.vocab_size, text_tokens=config.text_tokens
+        )
     else:
         facts = facts_of(config, ranks=config.gpus, decode=config.decode)
     bf16 = config.deepspeed.precision != "fp32"

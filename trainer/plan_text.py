@@ -117,7 +117,7 @@ def _data(found: Plan) -> Iterator[str]:
     if facts.pairs is None:
         yield (
             "no --data: pairs, epochs, reading and decoding are not known; assumed: "
-            f"texts of {config.text.max_tokens} tokens, {facts.tokenizer.vocab_size:,} "
+            f"texts of {facts.lengths[0]} tokens, {facts.tokenizer.vocab_size:,} "
             "words in the vocabulary"
         )
     else:

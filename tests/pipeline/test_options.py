@@ -196,6 +196,32 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
         assert word in said
 
 
+def test_a_dry_run_tells_programs_what_it_tells_people(
+    corpus: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    words = (f"--input={corpus}", f"--output={tmp_path / 'out'}", *COMMON)
+    done = preprocess(*words, "--dry_run", "--json", "--tokenizer=train:300")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    sample = found["sample"]
+    lost = sum(sum(sample[part].values()) for part in ("filtered", "failed"))
+    assert sample["inputs"] == sample["written"] + lost
+    assert sample["written"] == sum(
+        split["samples"] for split in sample["splits"].values()
+    )
+    written = sum(split["bytes"] for split in sample["splits"].values())
+    assert found["bytes"] == pytest.approx(written / sample["inputs"] * found["inputs"])
+    assert found["seconds"] == found["seconds_of_one_core"] / found["cores"]
+    assert found["vocab_size"] == 300
+    for source in found["sources"]:
+        assert source["kind"] == "tsv"
+    assert sum(source["inputs"] for source in found["sources"]) == found["inputs"]
+    assert not (tmp_path / "out").exists()
+    refused = preprocess(*words, "--json")
+    assert refused.returncode == 2
+    assert "give --dry_run too" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

@@ -124,6 +124,12 @@ def test_what_is_not_known_without_data_is_said_to_be_so(
     unknown = ("pairs", "epochs", "steps_per_epoch", "read_bytes_per_s", "decode_cores")
     assert [found[name] for name in unknown] == [None] * len(unknown)
     assert found["text_tokens_per_pair"] == 48
+    shorter = planned(capsys, "--vocab_size=1000", "--text_tokens=10")
+    assert shorter["text_tokens_per_pair"] == 10
+    assert shorter["step_flops"] < found["step_flops"]
+    # No text of a run is longer than that.
+    longer = planned(capsys, "--vocab_size=1000", "--text_tokens=100")
+    assert longer["step_flops"] == found["step_flops"]
     assert main([*TINY, *H200]) == 0
     printed = capsys.readouterr().out
     assert "no --data: pairs, epochs, reading and decoding are not known" in printed
@@ -189,6 +195,7 @@ def test_a_model_that_is_too_large_is_not_recommended(
         (["--gpu=h20"], "b200, h200"),
         (["--global_batch=32"], "global_batch"),
         (["--mfu=1.5"], "mfu is 1.5"),
+        (["--text_tokens=2"], "text_tokens is 2"),
         (["--data=nowhere"], "nowhere has no manifest.json"),
         (["--mpu=0.5"], "Did you mean 'mfu'"),
         (["--split=test", "--data={shards}"], "no split 'test'"),
