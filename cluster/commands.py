@@ -79,20 +79,32 @@ def resolved(module: str, words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: what the command says of them.
     """
+    found: dict[str, Any] = yaml.safe_load(printed(module, [*words, "--print_config"]))
+    return found
+
+
+def printed(module: str, words: Sequence[str]) -> str:
+    """What a command prints, run here.
+
+    Raises:
+        ValueError: what the command says against its arguments, or it takes too long.
+    """
+    command = [sys.executable, "-m", module, *words]
     # Not the directory of the caller: `-m` would import what lies there.
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words, "--print_config"],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"{module} has not answered for {_SECONDS:g} s: run it by hand, with the "
+            "same keys, to see why"
+        ) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         said = lines[-1].partition(": error: ")
         raise ValueError(f"{module}: {said[2] or said[0]}")
-    found: dict[str, Any] = yaml.safe_load(done.stdout)
-    return found
+    return done.stdout
 
 
 def trainer_config(stage: PretrainStage, *, data: str, output: str) -> dict[str, Any]:

@@ -58,11 +58,13 @@ class Sweep:
 
     points: tuple[Expected, ...]
     """From the shortest interval to the longest."""
+    given: Expected
+    """With the interval that the training had."""
     best: Expected
     alike_s: tuple[float, float]
     """Intervals tried between which a run takes at most 1 % longer than the best."""
     young_daly_s: float | None
-    """What the formula says; None without preemptions."""
+    """What the formula says; None where no preemption loses work."""
 
 
 def traces(spot: Spot, *, nodes: int, runs: int, seed: int) -> list[Trace]:
@@ -108,7 +110,8 @@ def expected(training: Training, seen: Sequence[Trace]) -> Expected:
 def sweep(
     training: Training, seen: Sequence[Trace], *, shortest_s: float, longest_s: float
 ) -> Sweep:
-    """Try intervals from the shortest to the longest, closer together around the best.
+    """Try the given interval, and others from the shortest to the longest, closer
+    together around the best.
 
     Every interval meets the same nodes, so that even small differences are not chance.
     """
@@ -120,7 +123,7 @@ def sweep(
                 tried = dataclasses.replace(training, interval_s=one)
                 done[one] = expected(tried, seen)
 
-    look(_steps(shortest_s, longest_s, _COARSE))
+    look([training.interval_s, *_steps(shortest_s, longest_s, _COARSE)])
     best = _best(done)
     around = max(shortest_s, best / _COARSE), min(longest_s, best * _COARSE)
     look(_steps(*around, _FINE))
@@ -131,6 +134,7 @@ def sweep(
     ]
     return Sweep(
         points=tuple(done[one] for one in sorted(done)),
+        given=done[training.interval_s],
         best=done[best],
         alike_s=(min(alike, default=best), max(alike, default=best)),
         young_daly_s=young_daly_s(training, seen[0].spot),
@@ -138,14 +142,13 @@ def sweep(
 
 
 def young_daly_s(training: Training, spot: Spot) -> float | None:
-    """sqrt(2 x cost x MTBF): the best interval, to first order, where every preemption
-    loses what no checkpoint holds, and a checkpoint costs its stall. None without
-    preemptions.
+    """sqrt(2 x stall x MTBF): the best interval, to first order, where work is only
+    lost and never saved in time. What is saved by notice is therefore not counted
+    among the failures; None where there are none.
     """
-    if not spot.rate:
-        return None
-    mtbf = 3600 / (spot.rate * training.nodes)
-    return math.sqrt(2 * training.stall_s * mtbf)
+    share = spot.sudden if training.write_s <= spot.notice_s else 1.0
+    failures = spot.rate * training.nodes * share
+    return math.sqrt(2 * training.stall_s * 3600 / failures) if failures else None
 
 
 def _best(done: Mapping[float, Expected]) -> float:
