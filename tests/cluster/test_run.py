@@ -1,0 +1,234 @@
+"""A corpus becomes a report on nodes that come when there is work, go when there is
+none, and die in between; and so does the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.journal import read_events
+from cluster.store import Store
+from tests.cluster.clusters import LocalCluster, local_cluster
+from tests.cluster.runs import ends, tiny_arguments, world_sizes
+from tests.conftest import EMOJI, ROOT
+from tests.pipeline.corpora import run_module
+from tests.pipeline.test_preprocess import files
+from tests.trainer.tiny import column, launch, steps_taken
+from trainer.contract import COMPLETE
+
+# fp32 sums in another order at another world size, which 60 steps of AdamW amplify.
+TOLERANCE = 2e-2
+SLOW, FAST = "0.4", "0"
+RAY = str(Path(sys.executable).with_name("ray"))
+# Ranges enough for several nodes.
+CORPUS = {
+    "input": str(EMOJI),
+    "columns.image": "image",
+    "columns.caption": "caption",
+    "columns.id": "hexcode",
+    "limit": 600,
+    "image.size": 32,
+    "tokenizer": "train:600",
+    "shard.samples": 50,
+    "split.val": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def pace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seconds that a step lasts at least."""
+    path = tmp_path_factory.mktemp("pace") / "pace"
+    path.write_text(FAST)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(pace: Path) -> Iterator[LocalCluster]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PACE", str(pace))
+        environment.setenv("PYTHONPATH", str(Path(__file__).with_name("paced")))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        with local_cluster(cpu_nodes=2, gpu_nodes=2, idle_seconds=3) as found:
+            yield found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards and model, made by the commands alone on this machine."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [f"--{key}={value}" for key, value in CORPUS.items()]
+    made = run_module("pipeline.preprocess", *words, f"--output={folder / 'data'}")
+    assert made.returncode == 0, made.stderr
+    words = [f"--{key}={value}" for key, value in tiny_arguments().items()]
+    launch(2, *words, f"--data={folder / 'data'}", f"--output={folder / 'pretrain'}")
+    return folder
+
+
+class Job:
+    """`ray job submit -- python -m cluster.run`, with the repository as working dir."""
+
+    def __init__(self, cluster: LocalCluster, config: Path, log: Path) -> None:
+        self._cluster, self._log = cluster, log
+        with log.open("w") as file:
+            self.process = cluster.start(
+                *(RAY, "job", "submit", "--working-dir", ROOT, "--"),
+                *(sys.executable, "-m", "cluster.run", "--config", config),
+                stdout=file,
+                stderr=file,
+            )
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def reaches(self, true: Any, what: str) -> None:
+        """Wait for something that it does; fails if it ends before."""
+
+        def looked() -> bool:
+            found = bool(true())
+            assert found or self.process.poll() is None, self.said()
+            return found
+
+        self._cluster.wait_until(looked, what, 300)
+
+    def ends(self) -> int:
+        return self.process.wait(400)
+
+
+def configured(output: Path, **more: Any) -> Path:
+    """run.yaml beside the run's folder."""
+    config = {
+        "output": str(output),
+        "preprocess": {"arguments": CORPUS},
+        "pretrain": {
+            "config": "emoji",
+            "arguments": tiny_arguments(),
+            "max_nodes": 2,
+            "wait_seconds": 60,
+            "settle_seconds": 3,
+        },
+        "evaluate": {"arguments": {"max_pairs": 32, "draws": 1, "examples": 2}},
+        "prices": {"cpu": 1.0, "gpu": 10.0},
+        **more,
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def driver_pid(output: Path) -> int:
+    events = read_events(Store(str(output)))
+    started = [event for event in events if event.kind == "driver_started"]
+    return int(started[-1].fields["pid"])
+
+
+def mentioning(output: Path) -> list[list[str]]:
+    """Command lines of processes that work on the run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if alive and any(str(output) in word for word in words):
+            found.append(words)
+    return found
+
+
+def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
+    cluster: LocalCluster, pace: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = output / "pretrain"
+    config = configured(output)
+    assert cluster.counts() == {}
+    pace.write_text(SLOW)
+    job = Job(cluster, config, tmp_path / "first.log")
+    job.reaches(lambda: cluster.counts().get("cpu") == 2, "two nodes preprocess")
+    job.reaches(lambda: steps_taken(run) >= 7, "some steps")
+    assert files(output / "data") == files(undisturbed / "data")
+
+    os.kill(driver_pid(output), signal.SIGKILL)
+    assert job.ends() != 0
+    job = Job(cluster, config, tmp_path / "second.log")
+    job.reaches(lambda: len(world_sizes(run)) == 2, "another attempt")
+    job.reaches(lambda: "cpu" not in cluster.counts(), "idle nodes go while it trains")
+    before = steps_taken(run)
+    job.reaches(lambda: steps_taken(run) > before + 3, "more steps")
+    cluster.kill_node(cluster.nodes("gpu")[-1].id)
+    job.reaches(lambda: len(world_sizes(run)) == 3, "an attempt without the node")
+    job.reaches(lambda: world_sizes(run)[-1] == 2, "it grows again")
+    pace.write_text(FAST)
+    assert job.ends() == 0, job.said()
+
+    assert (run / COMPLETE).is_file()
+    assert (output / "report.html").is_file()
+    assert "preemption" in ends(run)
+    whole = undisturbed / "pretrain"
+    assert column(run, "step") == column(whole, "step")
+    assert column(run, "sample_digest") == column(whole, "sample_digest")
+    assert column(run, "loss") == pytest.approx(column(whole, "loss"), rel=TOLERANCE)
+
+    cluster.wait_for({})
+    assert mentioning(output) == []
+    groups = cluster.python(
+        "import ray, ray.util, json\n"
+        "ray.init(logging_level='ERROR')\n"
+        "table = ray.util.placement_group_table().values()\n"
+        "print(sorted({row['state'] for row in table}))"
+    )
+    assert groups.stdout.splitlines()[-1] == "['REMOVED']"
+
+    done = cluster.run(sys.executable, "-m", "cluster.status", output, "--json")
+    found = json.loads(done.stdout)
+    assert found["state"] == "finished"
+    assert [stage["state"] for stage in found["stages"]] == ["done"] * 3
+    assert [one["cause"] for one in found["restarts"]] == ends(run)[:-1]
+    assert found["costs"]["gpu"] > 0
+    # Submitted again, it does nothing again.
+    again = Job(cluster, config, tmp_path / "third.log")
+    assert again.ends() == 0, again.said()
+    assert len(ends(run)) == len(found["restarts"]) + 1
+
+
+def test_training_follows_shards_that_are_still_being_made(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    config = configured(output, overlap=True, overlap_samples=60, evaluate=None)
+    job = Job(cluster, config, tmp_path / "job.log")
+    assert job.ends() == 0, job.said()
+    events = read_events(Store(str(output)))
+    stages = [
+        (event.kind, event.fields["stage"])
+        for event in events
+        if event.kind.startswith("stage_")
+    ]
+    assert sorted(stages) == [
+        ("stage_finished", "preprocess"),
+        ("stage_finished", "pretrain"),
+        ("stage_started", "preprocess"),
+        ("stage_started", "pretrain"),
+    ]
+    assert (output / "pretrain" / COMPLETE).is_file()
+    assert steps_taken(output / "pretrain") == tiny_arguments()["schedule.steps"]
+
+
+def test_a_mistake_is_told_before_any_node_starts(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    cluster.wait_for({})
+    output = tmp_path / "run"
+    config = configured(output, prices={"gpo": 1})
+    done = cluster.run(sys.executable, "-m", "cluster.run", "--config", config)
+    assert done.returncode == 1
+    assert "Did you mean 'gpu'?" in done.stdout
+    assert not output.exists() or not list(output.iterdir())
+    assert cluster.counts() == {}
