@@ -25,7 +25,7 @@ from typing import Any
 
 from cluster import local_node, local_processes
 from cluster.local_node import HEAD, Node
-from cluster.local_options import LocalConfig
+from cluster.local_options import LocalConfig, where
 from cluster.namespaces import INTERFACE, Network
 
 TOKEN = "token"
@@ -36,7 +36,6 @@ _MB = 1_000_000
 _HEAD_MB, _NODE_MB = 800, 350
 _POLL_S = 0.25
 _HEALTH_FAILURES = 4
-_CUT_OFF_S = 12.0
 
 Tell = Callable[[str], None]
 
@@ -154,8 +153,8 @@ def _same(there: Cluster, config: LocalConfig) -> None:
     if other:
         had = ", ".join(f"--{key}={there.config.get(key)}" for key in other)
         raise ValueError(
-            f"{config.name} is up already with {had}: end it first "
-            f"(python -m cluster.local down), or start another with --name"
+            f"{config.name} is up already with {had}: end it first (python -m "
+            f"cluster.local down{where(config.folder)}), or start another with --name"
         )
 
 
@@ -295,26 +294,21 @@ def autoscaler_config(
 
 def _environment(config: LocalConfig, cluster: Cluster) -> dict[str, str]:
     """Variables of every node, and so of everything that runs on it."""
+    # A node is dead when checks, each at most so long and a second apart, have failed.
+    check = config.dead_after / _HEALTH_FAILURES - 1
     found = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.folder / TOKEN),
         "RAY_enable_autoscaler_v2": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": str(int(1000 * check)),
+        "RAY_health_check_failure_threshold": str(_HEALTH_FAILURES),
     }
-    seconds = config.dead_after_seconds
     if config.namespaces:
-        seconds = seconds or _CUT_OFF_S
         # By a host's name, which is the same everywhere here, gloo finds no address.
         found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE)
-    if seconds:
-        # It is dead after so many failures, each of a period and a time limit.
-        period = seconds / _HEALTH_FAILURES / 3
-        found |= {
-            "RAY_health_check_period_ms": str(int(1000 * period)),
-            "RAY_health_check_timeout_ms": str(int(2000 * period)),
-            "RAY_health_check_failure_threshold": str(_HEALTH_FAILURES),
-        }
     return found
 
 

@@ -20,12 +20,24 @@ _BELOW = len(
     "/cpu-9999/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
 )
 _LEAST_STORE_MB = 80
+_DEFAULT_NAME = "local"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 def default_state() -> str:
     """Folder below the temp dir, one for each user."""
     return str(Path(tempfile.gettempdir()) / f"palimpsest-{os.getuid()}")
+
+
+def where(folder: Path) -> str:
+    """Flags, after a blank, that name the cluster at `folder`; none if it is the one
+    that is meant without flags."""
+    words = ""
+    if folder.parent != Path(default_state()):
+        words += f" --state {folder.parent}"
+    if folder.name != _DEFAULT_NAME:
+        words += f" --name {folder.name}"
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +64,9 @@ class LocalConfig:
     """Give every node a network namespace and an address of its own, so that one can
     be cut off from the others (Linux, root, iproute2)."""
     dead_after_seconds: float | None = None
-    """A node that has not answered for so long is dead. By default about 12 with
-    namespaces, else Ray's own (about a minute)."""
-    name: str = "local"
+    """A node that has not answered for about so long is dead: by default 12 with
+    namespaces, else 60. One whose raylet was killed is found sooner."""
+    name: str = _DEFAULT_NAME
     """Name of the cluster; several can run side by side."""
     state: str | None = None
     """Folder of the clusters' state, with a short path; by default
@@ -83,9 +95,9 @@ class LocalConfig:
                 "a cluster without worker nodes does nothing: give --cpu-nodes or "
                 "--gpu-nodes"
             )
-        if self.dead_after_seconds is not None and not self.dead_after_seconds >= 3:
+        if self.dead_after_seconds is not None and not self.dead_after_seconds >= 8:
             raise ValueError(
-                f"dead_after_seconds is {self.dead_after_seconds}: it must be 3 or "
+                f"dead_after_seconds is {self.dead_after_seconds}: it must be 8 or "
                 "more, or a busy node passes for a dead one"
             )
         if not _NAME.fullmatch(self.name):
@@ -103,6 +115,11 @@ class LocalConfig:
     def folder(self) -> Path:
         """State folder of this cluster."""
         return Path(self.state or default_state()).absolute() / self.name
+
+    @property
+    def dead_after(self) -> float:
+        """Seconds without an answer after which a node is dead."""
+        return self.dead_after_seconds or (12.0 if self.namespaces else 60.0)
 
     @property
     def most_nodes(self) -> int:
