@@ -79,7 +79,7 @@ def same_process(pid: int, started: float) -> psutil.Process | None:
 def runs(process: psutil.Process) -> bool:
     """Whether it has neither gone nor ended unreaped."""
     with suppress(psutil.Error):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 

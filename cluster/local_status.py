@@ -117,7 +117,7 @@ def _seen_by_autoscaler(
     }
     demands = seen.resource_demands
     waiting = [
-        {"what": what, "count": bundle.count, "resources": bundle.bundle}
+        {"what": what, "count": bundle.count, "resources": dict(bundle.bundle)}
         for what, found in (
             ("tasks and actors", demands.ray_task_actor_demand),
             ("placement groups", demands.placement_group_demand),

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import local_status
+import psutil
+
+from cluster import local_processes, local_status
 from cluster.local_cluster import Cluster, find
 from cluster.namespaces import Network
 from tests.conftest import ROOT
@@ -62,6 +64,18 @@ class LocalCluster:
         """Nodes that are listed, the head first; of type `kind`, if it is given."""
         rows = local_status.describe(self.cluster)["nodes"]
         return [SeenNode(**row) for row in rows if kind in (None, row["type"])]
+
+    def processes(self, node_id: str | None = None) -> list[psutil.Process]:
+        """Everything that runs on a node, or on the whole cluster."""
+        return local_processes.members(
+            self.folder / node_id if node_id else self.folder
+        )
+
+    def wait_for_end(self, processes: Iterable[psutil.Process]) -> None:
+        """Wait until none of them runs."""
+        self.wait_until(
+            lambda: not any(map(local_processes.runs, processes)), f"ended {processes}"
+        )
 
     def run(self, *words: str | Path, **options: Any) -> Any:
         """Run a command with the head's network; stdout and stderr as one text."""

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -138,11 +139,9 @@ def test_a_killed_node_leaves_nothing_and_another_comes(cluster: LocalCluster) -
     assert any("READY" in line for line in driver.stdout)
     before = cluster.nodes("cpu")
     assert len(before) == 2
+    lost = cluster.processes(before[0].id)
     killed = cluster.kill_node(before[0].id)
-    cluster.wait_until(
-        lambda: not any(psutil.pid_exists(pid) for pid in killed.pids),
-        "the killed node's processes are gone",
-    )
+    cluster.wait_for_end(lost)
     assert not (
         cluster.folder / killed.id / "node.json"
     ).exists() or cluster.wait_until(
@@ -162,11 +161,9 @@ def test_a_node_whose_keeper_is_killed_is_cleared_away(cluster: LocalCluster) ->
     assert any("READY" in line for line in driver.stdout)
     node = cluster.nodes("cpu")[0]
     assert node.keeper
+    lost = cluster.processes(node.id)
     os.kill(node.keeper, signal.SIGKILL)
-    cluster.wait_until(
-        lambda: not any(psutil.pid_exists(pid) for pid in node.pids),
-        "the node's processes are gone",
-    )
+    cluster.wait_for_end(lost)
     driver.kill()
     cluster.wait_for({})
 
@@ -232,28 +229,30 @@ def test_down_leaves_nothing_even_after_kills() -> None:
             "--",
             "python",
             "-c",
-            repr(JOB),
+            JOB,
             stdout=subprocess.PIPE,
         )
         assert job.stdout
-        assert any("JOB RUNS" in line for line in job.stdout)
+        assert "JOB RUNS\n" in job.stdout
         cluster.wait_for({"cpu": 2})
-        pids = [process.pid for process in local_processes.members(cluster.folder)]
-        daemons = [pid for pid in pids if psutil.Process(pid).name() == "sleep"]
-        assert len(daemons) == 1
-        for process in cluster.started:
-            process.kill()
+        processes = cluster.processes()
+        for started in cluster.started:
+            started.kill()
         # The head with all that could clear up after it, and one node's keeper.
         head, node, _ = cluster.nodes()
-        monitor = [
-            p for p in pids if "monitor.py" in " ".join(psutil.Process(p).cmdline())
-        ]
+        words = {}
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                words[process.pid] = " ".join(process.cmdline())
+        assert "sleep 3601" in words.values()
+        monitor = [pid for pid in words if "v2/monitor.py" in words[pid]]
+        assert len(monitor) == 1
         for pid in (head.keeper, *monitor, node.keeper, head.raylet):
             assert pid
             os.kill(pid, signal.SIGKILL)
         done = command("down", *where(cluster))
         assert done.returncode == 0, done.stderr
-        assert not [pid for pid in pids if psutil.pid_exists(pid)]
+        assert not [process for process in processes if local_processes.runs(process)]
         assert not traces(cluster.folder)
         assert not cluster.folder.exists()
         assert "no cluster at" in command("down", *where(cluster)).stderr
@@ -263,9 +262,7 @@ def test_what_a_dead_cluster_has_left_is_cleared_away(tmp_path: Path) -> None:
     """A head that ends by itself ends its cluster; `up` starts another in its place."""
     with local_cluster(cpu_nodes=1, idle_seconds=2) as cluster:
         head = cluster.kill_node("head")
-        cluster.wait_until(
-            lambda: not local_processes.members(cluster.folder), "all is gone"
-        )
+        cluster.wait_until(lambda: not cluster.processes(), "all is gone")
         assert "no cluster is up" in command("status", *where(cluster)).stderr
         keys = ("--cpu-nodes=1", "--idle-seconds=2", "--start-seconds=300")
         again = command("up", *where(cluster), *keys)

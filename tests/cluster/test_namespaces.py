@@ -1,0 +1,104 @@
+"""Nodes with addresses of their own work together, and can be cut off."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.namespaces import Network
+from tests.cluster.clusters import LocalCluster, local_cluster, no_namespaces
+
+_REASON = no_namespaces()
+pytestmark = pytest.mark.skipif(bool(_REASON), reason=str(_REASON))
+# Two nodes that sum over gloo, then stay.
+REDUCE = """
+import os, ray, time
+ray.init(log_to_driver=False)
+
+@ray.remote(num_gpus=1, num_cpus=1, resources={"gpu_node": 1})
+class Rank:
+    def address(self):
+        return ray.util.get_node_ip_address()
+
+    def reduce(self, rank, master):
+        import torch
+        import torch.distributed as dist
+        os.environ.update(MASTER_ADDR=master, MASTER_PORT="29500")
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        dist.init_process_group("gloo")
+        total = torch.tensor([rank + 1])
+        dist.all_reduce(total)
+        return total.item()
+
+ranks = [Rank.remote() for _ in range(2)]
+addresses = ray.get([rank.address.remote() for rank in ranks])
+totals = [rank.reduce.remote(i, addresses[0]) for i, rank in enumerate(ranks)]
+print("SUMS", len(set(addresses)), ray.get(totals), flush=True)
+while all(node["Alive"] for node in ray.nodes()):
+    time.sleep(1)
+print("DEAD", [n["NodeName"] for n in ray.nodes() if not n["Alive"]], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    flags = ("--namespaces",)
+    with local_cluster(gpu_nodes=2, idle_seconds=600, flags=flags) as started:
+        yield started
+    network = Network(folder=started.folder)
+    left = subprocess.run(["ip", "netns"], text=True, capture_output=True, check=True)
+    assert network.namespace("") not in left.stdout
+    assert not subprocess.check_output(["ip", "route", "show", str(network.subnet)])
+
+
+def test_ranks_in_two_namespaces_reduce_until_one_is_cut_off(
+    cluster: LocalCluster,
+) -> None:
+    driver = cluster.start(sys.executable, "-c", REDUCE, stdout=subprocess.PIPE)
+    assert driver.stdout
+    sums = next(line for line in driver.stdout if line.startswith("SUMS"))
+    assert sums == "SUMS 2 [3, 3]\n"
+    before = cluster.nodes("gpu")
+    assert len({node.address for node in cluster.nodes()}) == 3
+    lost = cluster.processes(before[0].id)
+    cluster.cut_off(before[0].id)
+    dead = next(line for line in driver.stdout if line.startswith("DEAD"))
+    assert dead == f"DEAD ['{before[0].id}']\n"
+    # What is dead to the others is ended, like a machine that is given back.
+    cluster.wait_for_end(lost)
+    with pytest.raises(OSError, match="Cannot find device"):
+        cluster.reconnect(before[0].id)
+
+
+def test_a_node_that_is_reconnected_in_time_lives_on(cluster: LocalCluster) -> None:
+    node = cluster.nodes("gpu")[0]
+    reach = (
+        "import socket, sys; connection = socket.socket(); connection.settimeout(5)\n"
+        "try: connection.connect((sys.argv[1], 1))\n"
+        "except OSError as error: print(type(error).__name__)"
+    )
+    answers = []
+    for cut in (False, True, False):
+        (cluster.cut_off if cut else cluster.reconnect)(node.id)
+        done = cluster.run(sys.executable, "-c", reach, node.address)
+        answers.append(done.stdout.strip())
+    assert answers == [
+        "ConnectionRefusedError",
+        "TimeoutError",
+        "ConnectionRefusedError",
+    ]
+    assert psutil.pid_exists(node.raylet or 0)
+
+
+def test_a_subnet_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    network = Network(folder=tmp_path)
+    network.create()
+    try:
+        with pytest.raises(OSError, match="is in use here already"):
+            Network(folder=tmp_path).create()
+    finally:
+        network.remove()
