@@ -1,7 +1,7 @@
 """`python -m cluster.local up|down|status`: a cluster on this machine, to try it on.
 
 Owns the command. Its keys are in `cluster.local_options`, starting and ending in
-`cluster.local_cluster`, what it tells in `cluster.local_status`.
+`cluster.local_lifecycle`, what it tells in `cluster.local_status`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ logical CPUs and GPUs, so that what runs here runs on a cloud's nodes too.
   python -m cluster.local status
   python -m cluster.local down
 
-`up` prints the lines to export and how to submit a job. `down` leaves no process. Nodes
-are of type cpu (custom resource cpu_node: 1) and gpu (gpu_node: 1, GPU). Linux only.
+`up` prints the lines to export (`eval "$(python -m cluster.local up)"` does it at once)
+and how to submit a job; without --gpu-nodes there are nodes of type cpu alone. `down`
+leaves no process. A cpu node has the custom resource cpu_node: 1, a gpu node has
+gpu_node: 1 and GPUs, and the label ray.io/node-group says cpu or gpu. Linux only.
+
+  python -m cluster.local up --gpu-nodes 2 --namespaces
+
+gives every node a network namespace and an address of its own (root and iproute2).
+Nothing leads from there out of this machine.
 """
 
 
@@ -36,13 +43,15 @@ def main(argv: Sequence[str]) -> int:
         description=DESCRIPTION,
         positional="action",
     )
-    from cluster import local_cluster, local_status
+    from cluster import local_lifecycle, local_status
 
     if config.action == "up":
-        cluster = local_cluster.up(config, tell=_tell)
-        print(local_status.next_steps(cluster))
+        cluster = local_lifecycle.up(config, tell=_tell)
+        # Alone on stdout, so that a shell can take them: eval "$(... up)".
+        print(local_status.exports(cluster), flush=True)
+        _tell(local_status.next_steps(cluster))
     elif config.action == "down":
-        local_cluster.down(config.folder, tell=_tell)
+        local_lifecycle.down(config.folder, tell=_tell)
     else:
         print(local_status.status(config.folder, json=config.json))
     return 0

@@ -1,17 +1,20 @@
 """Every key of `cluster.local`.
 
 Owns names, defaults, help texts and the checks that need no machine. Does not own what
-is done with them (`cluster.local_cluster`).
+is done with them (`cluster.local_lifecycle`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from cluster.namespaces import Network
 
 # A Unix socket's path has 107 characters, and Ray puts its sockets at
 # NODE/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store.
@@ -95,6 +98,10 @@ class LocalConfig:
                 "a cluster without worker nodes does nothing: give --cpu-nodes or "
                 "--gpu-nodes"
             )
+        if self.namespaces and self.most_nodes - 1 > Network.PLACES:
+            raise ValueError(
+                f"with namespaces there are at most {Network.PLACES} worker nodes"
+            )
         if self.dead_after_seconds is not None and not self.dead_after_seconds >= 8:
             raise ValueError(
                 f"dead_after_seconds is {self.dead_after_seconds}: it must be 8 or "
@@ -120,6 +127,14 @@ class LocalConfig:
     def dead_after(self) -> float:
         """Seconds without an answer after which a node is dead."""
         return self.dead_after_seconds or (12.0 if self.namespaces else 60.0)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The keys that a cluster that is up cannot change."""
+        keys = dataclasses.asdict(self)
+        for name in ("action", "json", "state", "start_seconds"):
+            del keys[name]
+        return keys
 
     @property
     def most_nodes(self) -> int:

@@ -1,7 +1,7 @@
 """Which processes belong to a folder of the local cluster, and ending them.
 
 Owns the mark in the environment by which they are known. Does not own when they end
-(`cluster.local_node`, `cluster.local_cluster`).
+(`cluster.local_node`, `cluster.local_lifecycle`).
 """
 
 from __future__ import annotations

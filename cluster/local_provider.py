@@ -3,7 +3,8 @@
 Owns which nodes there are: they are written down in the cluster's folder before they
 start, because the autoscaler never lets go of a node that registers before it is
 listed. Does not own a node's processes (`cluster.local_node`) or the head
-(`cluster.local_cluster`). Runs in the autoscaler's process on the head.
+(`cluster.local_head`). Runs in the autoscaler's process on the head, and nobody else
+imports it: it is the one module here that brings Ray along.
 """
 
 from __future__ import annotations

@@ -23,22 +23,25 @@ from cluster.local_options import where
 _SHOWN = ("CPU", "GPU", "cpu_node", "gpu_node")
 
 
+def exports(cluster: Cluster) -> str:
+    """Lines for a shell, after which commands find the cluster."""
+    return "\n".join(f"export {k}={v}" for k, v in cluster.environment.items())
+
+
 def next_steps(cluster: Cluster) -> str:
     """What to do with a cluster that is up."""
-    lines = [f"export {name}={value}" for name, value in cluster.environment.items()]
+    flags = where(cluster.folder)
+    lines = [
+        "",
+        "with the lines above in your shell:",
+        "  ray job submit --working-dir . -- python -m cluster.run --config run.yaml",
+        f"  python -m cluster.local status{flags}",
+        f"  python -m cluster.local down{flags}",
+    ]
     if cluster.within:
-        within = " ".join(cluster.within)
-        lines += ["", f"# A driver that is not a job runs on the head: {within} ..."]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "ray job submit --working-dir . -- python -m cluster.run --config run.yaml",
-            "",
-            f"python -m cluster.local status{where(cluster.folder)}",
-            f"python -m cluster.local down{where(cluster.folder)}",
-        ]
-    )
+        lines += ["a driver that is no job has to run on the head:"]
+        lines += [f"  {' '.join(cluster.within)} python ..."]
+    return "\n".join(lines)
 
 
 def status(folder: Path, *, json: bool) -> str:
