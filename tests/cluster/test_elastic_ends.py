@@ -1,0 +1,113 @@
+"""Why attempts end, and what comes after."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.elastic import pretrain
+from cluster.journal import Journal
+from cluster.options import PretrainStage, RunConfig
+from cluster.store import Store
+from tests.cluster.raylets import Driver, Raylets, raylets
+from tests.cluster.runs import (
+    ends,
+    events,
+    ranks,
+    tiny_arguments,
+    world_sizes,
+    write_config,
+)
+from tests.trainer.tiny import steps_taken
+from trainer.contract import complete_checkpoints
+
+
+@pytest.fixture(scope="module")
+def pace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pace") / "pace"
+    path.write_text("0.4")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(pace: Path) -> Iterator[Raylets]:
+    with raylets(pace, nodes=2) as found:
+        yield found
+
+
+def test_what_the_trainer_refuses_ends_the_run_with_its_words(
+    cluster: Raylets, shards: Path, tmp_path: Path
+) -> None:
+    """What only a rank finds out: the weights to start from are none."""
+    path = tmp_path / "run.yaml"
+    run = write_config(path, shards, tiny_arguments(init=str(tmp_path)))
+    driver = Driver(cluster, path)
+    assert driver.ends() == 1, driver.said()
+    last = driver.said().splitlines()[-1]
+    assert last.startswith("cluster.pretrain: error: pretrain: "), driver.said()
+    assert str(tmp_path) in last
+    assert ends(run) == ["failure"]
+    assert cluster.groups() == {}
+    assert cluster.training(run) == []
+
+
+def test_hangs_are_ended_notice_saves_and_failures_are_counted(
+    cluster: Raylets, shards: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    run = write_config(
+        path,
+        shards,
+        tiny_arguments(safety__hang_minutes=0.1, checkpoint__every_steps=1000),
+        failures=1,
+        checkpoint_seconds=30,
+    )
+    driver = Driver(cluster, path)
+    try:
+        driver.reaches(lambda: steps_taken(run) >= 1)
+        ranks(cluster.training(run))[-1].send_signal(signal.SIGSTOP)
+        driver.reaches(lambda: ends(run) == ["failure"])
+        assert (
+            "ended with status 75" in events(run, "attempt_ended")[0].fields["detail"]
+        )
+
+        driver.reaches(lambda: len(world_sizes(run)) == 2)
+        # The first attempt's steps were not saved, so they are taken again.
+        driver.reaches(lambda: driver.said().count("starting: ") == 2)
+        driver.reaches(lambda: steps_taken(run) >= 1)
+        cluster.drain(cluster.nodes[-1], seconds=600)
+        driver.reaches(lambda: len(world_sizes(run)) == 3)
+        assert (world_sizes(run), ends(run)) == ([2, 2, 1], ["failure", "notice"])
+        ((saved, _),) = complete_checkpoints(run)
+        assert saved == events(run, "attempt_ended")[-1].fields["step"]
+
+        (rank,) = driver.reaches(lambda: ranks(cluster.training(run)))
+        rank.kill()
+        assert driver.ends() == 1, driver.said()
+    finally:
+        driver.kill()
+    last = driver.said().splitlines()[-1]
+    assert "failed 2 times" in last
+    assert "status 247" in last
+    log = events(run, "attempt_ended")[-1].fields["log"]
+    assert log in last
+    assert Path(log.partition(":")[2]).is_file()
+    assert cluster.groups() == {}
+    assert cluster.training(run) == []
+
+
+def test_an_impossible_number_of_ranks_asks_for_no_node(
+    shards: Path, tmp_path: Path
+) -> None:
+    """There is no cluster here to ask."""
+    stage = PretrainStage(
+        config="emoji", arguments=tiny_arguments(), ranks_per_node=5, max_nodes=3
+    )
+    config = RunConfig(output=str(tmp_path), data=str(shards), pretrain=stage)
+    journal = Journal(Store(str(tmp_path)), print)
+    with pytest.raises(ValueError, match=r"with 5 ranks each divides the 12 lanes"):
+        pretrain(config, journal, stop=threading.Event())
