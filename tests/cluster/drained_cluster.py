@@ -7,6 +7,7 @@ is first imported and a second cluster in one process is asking for trouble.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.cluster.fake_metadata import metadata
 
@@ -64,6 +67,63 @@ def watch(address: str, instance: str) -> int:
         ).returncode
 
 
+def pod(address: str) -> subprocess.Popen[bytes]:
+    """A node started as KubeRay starts one, by a shell with two commands."""
+    ray = Path(sys.executable).with_name("ray")
+    flags = "--block --num-cpus=0 --resources='{\"pod\": 1}' --min-worker-port=0"
+    flags += " --max-worker-port=0 --dashboard-agent-listen-port=0"
+    command = f"ulimit -c 0; {ray} start --address={address} {flags}"
+    return subprocess.Popen(
+        ["bash", "-lc", "--", command],
+        env={**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(SECONDS)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def observe_pod(address: str) -> dict[str, Any]:
+    """SIGTERM to a node on which something runs, as when its pod is deleted."""
+    import ray
+
+    from cluster.draining import cause_of_death, draining
+
+    shell = pod(address)
+    try:
+
+        @ray.remote(num_cpus=0, resources={"pod": 1}, max_restarts=0)
+        class Busy:
+            def where(self) -> str:
+                return ray.get_runtime_context().get_node_id()
+
+        busy = Busy.remote()
+        node = ray.get(busy.where.remote(), timeout=90)
+        earliest = time.time() * 1000 + SECONDS * 1000
+        shell.terminate()
+        told = until(lambda: draining().get(node))
+        late = told.deadline_ms - earliest
+        answers = ray.get(busy.where.remote(), timeout=30) == node
+        ray.kill(busy)
+        dead = until(
+            lambda: next(
+                (n for n in ray.nodes() if n["NodeID"] == node and not n["Alive"]), None
+            )
+        )
+        shell.wait(timeout=60)
+        return {
+            "reason": told.reason,
+            "late_seconds": late / 1000,
+            "answers": answers,
+            "end": cause_of_death(dead)[0],
+        }
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if os.getsid(process.pid) == shell.pid:
+                    process.kill()
+        shell.wait()
+
+
 def observe(folder: str) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
@@ -101,6 +161,7 @@ def observe(folder: str) -> dict[str, Any]:
         seen["latest_ms"] = time.time() * 1000 + SECONDS * 1000
         seen["told"] = {n: [t.reason, t.deadline_ms] for n, t in told.items()}
         seen["still_answers"] = ray.get(runners[0].where.remote()) == noticed
+        seen["pod"] = observe_pod(cluster.address)
         seen["watcher"] = watch(cluster.address, names[third])
         until(lambda: third in draining())
         seen["spot"] = [draining()[third].reason, draining()[third].deadline_ms]

@@ -62,3 +62,14 @@ def test_a_spot_notice_of_the_cloud_drains_the_node_that_got_it(
 ) -> None:
     assert seen["watcher"] == 0
     assert seen["spot"] == ["preemption", ACTION_MS]
+
+
+def test_a_pod_that_is_deleted_drains_and_ends_when_nothing_runs_on_it(
+    seen: dict[str, Any],
+) -> None:
+    pod = seen["pod"]
+    assert pod["reason"] == "preemption"
+    # With the deadline that cluster/kuberay sets, not Ray's own of 30 s.
+    assert pod["late_seconds"] >= 0
+    assert pod["answers"]
+    assert pod["end"] in ("preemption", "idle")
