@@ -58,9 +58,11 @@ def drain(address: str, *, instance: str, why: str, by_ms: int) -> bool:
     `ray drain-node` does the same, but without the node's id it would start a driver
     on the node to find it.
     """
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
+        DRAIN_NODE_REASON_PREEMPTION,
+    )
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
     head = GcsClient(address=address)
     for node, info in head.get_all_node_info(timeout=5).items():

@@ -74,8 +74,10 @@ def main(argv: Sequence[str]) -> int:
 
 def refusals(address: str) -> dict[str, float]:
     """When the cloud last refused a machine, by node type; seconds since the epoch."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
+        GetClusterStatusReply,
+    )
 
     reply = GcsClient(address=address).get_cluster_status(timeout_s=10)
     state = GetClusterStatusReply.FromString(reply).autoscaling_state
