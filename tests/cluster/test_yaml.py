@@ -227,7 +227,7 @@ def shell(tmp_path: Path) -> Any:
     calls = tmp_path / "calls"
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("ray", "python"):
+    for name in ("ray", "python", "sudo"):
         script = (
             f'#!/bin/sh\necho "{name} $@ [$AUTOSCALER_MAX_LAUNCH_BATCH]" >> {calls}\n'
         )
@@ -246,6 +246,18 @@ def shell(tmp_path: Path) -> Any:
         return done.returncode, said
 
     return run
+
+
+@pytest.mark.parametrize("who", ["head", "worker"])
+def test_a_token_that_the_container_cannot_read_is_opened_to_it(
+    given: dict[str, Any], who: str, shell: Any, tmp_path: Path
+) -> None:
+    (command,) = (c for c in given[f"{who}_start_ray_commands"] if "chmod" in c)
+    path = tmp_path / "auth_token"
+    _, said = shell(command, RAY_AUTH_TOKEN_PATH=str(path))
+    assert said == [f"sudo chmod -R a+rX {tmp_path}/.palimpsest []"]
+    path.write_text("token")
+    assert shell(command, RAY_AUTH_TOKEN_PATH=str(path)) == (0, [])
 
 
 @pytest.mark.parametrize("who", ["head", "worker"])
