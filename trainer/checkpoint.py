@@ -1,9 +1,9 @@
 """Checkpoints on disk: finding, reading, deleting.
 
 Owns what lies in a checkpoint's directory and which of them are kept. Does not own
-writing one while training goes on (`trainer.saving`), what of the training state lies
-on which rank (`trainer.partition`), or the names that others rely on
-(`trainer.contract`).
+writing one while training goes on (`trainer.saving`, `trainer.placing`), what of the
+training state lies on which rank (`trainer.partition`), or the names that others rely
+on (`trainer.contract`).
 
 A checkpoint holds pieces of named parameters, in fp32, and both moments of Adam: one
 safetensors file of each rank that wrote it. Any number of ranks in any ZeRO stage reads
@@ -100,9 +100,11 @@ class Stored:
         self.shapes: dict[str, list[int]] = {}
         self._files = []
         self._found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-        for number in range(int(read_marker(path)["world_size"])):
+        marker = read_marker(path)
+        for number in range(int(marker["world_size"])):
+            part = path / part_name(number, marker.get("attempt"))
             try:
-                file = safe_open(path / part_name(number), framework="pt")
+                file = safe_open(part, framework="pt")
             except Exception as error:
                 raise ValueError(self._damaged(f"{error}")) from error
             self.shapes |= json.loads(file.metadata()["shapes"])
@@ -135,9 +137,12 @@ class Stored:
         )
 
 
-def part_name(rank: int) -> str:
-    """File of a checkpoint that a rank wrote."""
-    return f"rank-{rank:05d}.safetensors"
+def part_name(rank: int, attempt: str | None = None) -> str:
+    """File of a checkpoint that a rank wrote. `attempt`: what the marker says, of one
+    that was written behind a URL.
+    """
+    own = f"-{attempt}" if attempt else ""
+    return f"rank-{rank:05d}{own}.safetensors"
 
 
 def piece_key(kind: str, name: str, start: int) -> str:
@@ -166,12 +171,14 @@ def delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def prune(run: Path, *, keep: int, keep_best: bool) -> None:
-    """Delete all but the newest `keep` checkpoints and, if wanted, the best."""
+def superfluous(run: Path, *, keep: int, keep_best: bool) -> list[Path]:
+    """All checkpoints but the newest `keep` and, if wanted, the best."""
     lowest = best(run) if keep_best else None
-    for _, path in complete_checkpoints(run)[:-keep]:
-        if lowest is None or path != lowest[0]:
-            delete(path)
+    return [
+        path
+        for _, path in complete_checkpoints(run)[:-keep]
+        if lowest is None or path != lowest[0]
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,19 @@ def complete_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
     return found
 
 
+def complete_steps(names: Iterable[str]) -> list[int]:
+    """Steps of every complete checkpoint of a run whose files, by their paths below
+    it, are `names`, oldest first: for a run behind a URL, whose files the caller lists.
+    """
+    found = []
+    for name in names:
+        folder, _, file = name.removeprefix(f"{CHECKPOINTS}/").partition("/")
+        match = _CHECKPOINT_NAME.fullmatch(folder)
+        if match and file == COMPLETE and name.startswith(f"{CHECKPOINTS}/"):
+            found.append(int(match[1]))
+    return sorted(found)
+
+
 def panel_path(run: str | Path, step: int) -> Path:
     """File of the panel of reconstructions drawn after `step` steps."""
     return Path(run) / _PANELS / f"step-{step:08d}.png"
@@ -160,10 +174,15 @@ def read_validation(run: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+    return parse_rows(path.read_text()) if path.is_file() else []
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl` or `validation.jsonl`, a torn last one left out: for a
+    run behind a URL, whose file the caller reads.
+    """
     rows = []
-    for line in path.read_text().split("\n")[:-1]:
+    for line in text.split("\n")[:-1]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -1,9 +1,9 @@
 """Reading whole files behind fsspec: ranges at once, time limits, hedges, retries.
 
 Owns how much is read at once, when a read is sent a second time and when it is tried
-again. Does not own connections and what their errors mean (`trainer.remote`), where the
-bytes are kept (`trainer.shard_cache`) or which files are wanted when
-(`trainer.cached_files`).
+again. Does not own connections and what their errors mean (`trainer.remote`), writing
+(`trainer.store`), where the bytes are kept (`trainer.shard_cache`) or which files are
+wanted when (`trainer.cached_files`).
 
 All requests run on fsspec's event loop, a daemon thread: one that hangs is cancelled
 where the file system is asynchronous and left alone in a daemon thread where it is not,
@@ -222,13 +222,21 @@ class Remote:
         with self._lock:
             self.figures.update(more)
 
-    async def _again(self, name: str, call: Callable[[], Awaitable[Result]]) -> Result:
-        """The result of `call`, made again while it fails in a way that may pass."""
-        tried = 0
+    async def _again(
+        self,
+        name: str,
+        call: Callable[[], Awaitable[Result]],
+        *,
+        limit_s: float | None = None,
+    ) -> Result:
+        """The result of `call`, made again while it fails in a way that may pass, or
+        takes longer than `limit_s` (None: the time limit of all requests).
+        """
+        tried, limit_s = 0, limit_s or self._timeout_s
         while True:
             tried += 1
             try:
-                return await _limited(call(), self._timeout_s)
+                return await _limited(call(), limit_s)
             except Exception as error:
                 last = error
                 raise_lasting(self._where(name), error)

@@ -38,7 +38,7 @@ def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tens
     folder = Path(folder)
     found = checkpoint.newest(folder)
     path = found[0] if found else folder
-    if (path / COMPLETE).is_file() and (path / checkpoint.part_name(0)).is_file():
+    if (path / COMPLETE).is_file() and "world_size" in checkpoint.read_marker(path):
         _require_tokenizer(path, tokenizer_sha256)
         return checkpoint.load_weights(path)
     files = sorted(folder.glob("*.safetensors"))

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ from trainer.panels import drop_panels
 from trainer.parameters import parameter_norm
 from trainer.profiling import Profiler, peak_memory_gib, span
 from trainer.quarantine import Quarantined, from_plain, to_plain
+from trainer.run_copy import RunCopy
 from trainer.saving import Checkpoints
 from trainer.sources import sources_of
 from trainer.step_metrics import Summed, metrics_row, spent_on, summed_over_ranks
+from trainer.storage import local_path
 from trainer.tracking import check_installed
 from trainer.update import Updates
 from trainer.validation import HeldOut, held_out
@@ -64,12 +67,15 @@ class Checked:
 
     dataset: Dataset
     checkpoint: Path | None
+    """Of a run behind a URL, where it is once it was brought here."""
     state: DataState
     """Where its data stands."""
     quarantined: tuple[Quarantined, ...] = ()
     """Damaged samples that were found before."""
     safety: dict[str, Any] | None = None
     """What was known of the losses before."""
+    copy: RunCopy | None = None
+    """Of a run behind a URL."""
 
     @property
     def first_step(self) -> int:
@@ -92,6 +98,8 @@ class Parts:
     """Pairs to measure on, if the run has any."""
     profiler: Profiler | None = None
     """On rank 0."""
+    copy: RunCopy | None = None
+    """Of a run behind a URL."""
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -102,7 +110,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         ValueError: ranks that found different checkpoints, another trainer in the run
             directory, a damaged shard, a loss or gradient that is not finite.
     """
-    run, first_step = Path(config.output), checked.first_step
+    run, first_step, copy = config.run, checked.first_step, checked.copy
     world = start_world()
     _require_agreement(checked, world)
     loader = agreed_loader(checked, config, world)
@@ -117,12 +125,14 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     if config.compile == "layers":
         model.compile_layers()
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
-    lock = prepare_run(config, run) if world.first else None
-    world.barrier()
+    lock = world.together(lambda: prepare_run(config, checked) if world.first else None)
+    fetched = world.together(lambda: _brought(checked)) if copy else ""
     if checked.checkpoint:
         checkpoint.load(engine, checked.checkpoint)
     metrics = _metrics(config, first_step) if world.first else None
     if metrics:
+        if fetched:
+            metrics.note(fetched)
         metrics.note(_opening(loader, world, first_step, parameters))
         environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
@@ -133,18 +143,23 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         world=world,
         loader=loader,
         engine=engine,
-        updates=Updates(config, world, checked.safety),
+        updates=Updates(
+            config, world, checked.safety, remote=copy.points if copy else None
+        ),
         metrics=metrics,
         held_out=held_out(loader, world, build, metrics),
         profiler=Profiler(config.profile, run, metrics.note) if metrics else None,
+        copy=copy,
     )
+    if metrics and copy:
+        copy.push()
     _look_again(parts, first_step)
     step, stopped = take_steps(parts, first_step)
     if parts.profiler:
         parts.profiler.close()
     if metrics:
         early = stopped and step < config.last_step
-        finish(metrics, config, run, step, interrupted=early)
+        finish(metrics, config, copy, step, interrupted=early)
     if lock:
         lock.close()
     # The launcher ends all ranks when the first one exits with a signal's status.
@@ -165,7 +180,12 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
     with (
         Watchdog(config, rank=world.rank, world_size=world.size) as watch,
-        Checkpoints(Path(config.output), config.checkpoint, world) as checkpoints,
+        Checkpoints(
+            config.run,
+            config.checkpoint,
+            world,
+            parts.copy.checkpoints if parts.copy else None,
+        ) as checkpoints,
         Feed(loader.steps(step, config.last_step), world.device) as feed,
     ):
         while step < config.last_step:
@@ -212,7 +232,7 @@ def _look_again(parts: Parts, step: int) -> None:
     """
     if not step or parts.held_out is None:
         return
-    rows = read_validation(parts.config.output) if parts.world.first else []
+    rows = read_validation(parts.config.run) if parts.world.first else []
     if not parts.world.broadcast(any(row["step"] == step for row in rows)):
         parts.held_out.look(parts.engine, step, parts.metrics)
 
@@ -268,23 +288,16 @@ def check(config: PretrainConfig) -> Checked:
         ValueError: a configuration, dataset, world size or run directory that does not
             fit. The message has the cure.
     """
-    run = Path(config.output)
+    run = config.output
     _, world_size = world_from_environment()
     check_world_size(world_size, lanes=config.lanes)
     check_installed(config.log.wandb)
-    found = checkpoint.newest(run)
+    copy = RunCopy(config) if local_path(run) is None else None
+    if copy:
+        copy.require_writable()
+    found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
     if found:
-        changed = blocking_changes(
-            *(yaml.safe_load(to_yaml(each)) for each in (load_config(run), config))
-        )
-        if config.changed_data == "new_epoch":
-            # Sources may have come or gone.
-            changed = [line for line in changed if not line.startswith("mixture")]
-        if changed:
-            raise ValueError(
-                f"{run} was started with another configuration: {'; '.join(changed)}. "
-                "Take the old values to continue it, or another --output to start anew"
-            )
+        require_same(config, copy.config() if copy else load_config(config.run))
     # A run that has begun on a dataset goes on with the shards that it knows.
     growing = config.grow or found is not None
     dataset = Dataset(
@@ -300,7 +313,7 @@ def check(config: PretrainConfig) -> Checked:
         _, marker = found
         before = DataState.from_plain(marker)
         changed_data = config.changed_data
-        state = resumed(before, dataset, sources, changed=changed_data, run=str(run))
+        state = resumed(before, dataset, sources, changed=changed_data, run=run)
         if state.began == before.began:
             # What was damaged of other data says nothing of this.
             quarantined = from_plain(marker["quarantine"])
@@ -315,7 +328,24 @@ def check(config: PretrainConfig) -> Checked:
         state=state,
         quarantined=tuple(quarantined),
         safety=found[1]["safety"] if found else None,
+        copy=copy,
     )
+
+
+def require_same(config: PretrainConfig, before: PretrainConfig) -> None:
+    """Raise ValueError where a run differs from `before` in what may not change."""
+    changed = blocking_changes(
+        *(yaml.safe_load(to_yaml(each)) for each in (before, config))
+    )
+    if config.changed_data == "new_epoch":
+        # Sources may have come or gone.
+        changed = [line for line in changed if not line.startswith("mixture")]
+    if changed:
+        raise ValueError(
+            f"{config.output} was started with another configuration: "
+            f"{'; '.join(changed)}. Take the old values to continue it, or another "
+            "--output to start anew"
+        )
 
 
 def require_start(config: PretrainConfig, dataset: Dataset) -> None:
@@ -367,10 +397,11 @@ def _initial(config: PretrainConfig, dataset: Dataset) -> dict[str, torch.Tensor
     return read_weights(config.init, tokenizer_sha256=dataset.tokenizer.sha256)
 
 
-def prepare_run(config: PretrainConfig, run: Path) -> IO[str]:
+def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
     """Make the run directory, save the resolved configuration, clear dead attempts.
     Returns the lock that keeps other trainers out until it is closed or we die.
     """
+    run = config.run
     run.mkdir(parents=True, exist_ok=True)
     lock = open(run / ".lock", "w")  # noqa: SIM115
     try:
@@ -380,10 +411,28 @@ def prepare_run(config: PretrainConfig, run: Path) -> IO[str]:
             f"another trainer is writing to {run}: wait for it or stop it, or take "
             "another --output"
         ) from None
-    checkpoint.discard_unfinished(run)
+    if checked.copy:
+        checked.copy.begin(checked.first_step)
+    else:
+        checkpoint.discard_unfinished(run)
     (run / COMPLETE).unlink(missing_ok=True)
     write_text(run / CONFIG, to_yaml(config))
     return lock
+
+
+def _brought(checked: Checked) -> str:
+    """Bring the checkpoint of a run behind a URL here; what to tell of it."""
+    assert checked.copy
+    checked.copy.checkpoints.tidy(clear=False)
+    if not checked.checkpoint:
+        return ""
+    began = time.perf_counter()
+    fetched = checked.copy.checkpoints.bring(checked.checkpoint)
+    took = time.perf_counter() - began
+    return (
+        f"fetched {fetched / 1e6:,.1f} MB of {checked.checkpoint.name} to "
+        f"{checked.copy.path} in {took:.1f} s"
+    )
 
 
 def _require_agreement(checked: Checked, world: World) -> None:
@@ -395,7 +444,7 @@ def _require_agreement(checked: Checked, world: World) -> None:
         world.leave()
         raise ValueError(
             f"ranks found checkpoints of different steps ({found} by rank): --output "
-            "must be one directory that every node sees"
+            "must be a URL, or one directory that every node sees"
         )
 
 
@@ -493,12 +542,19 @@ def data_state(loader: Loader, updates: Updates, step: int) -> dict[str, Any]:
 
 
 def finish(
-    metrics: Metrics, config: PretrainConfig, run: Path, step: int, *, interrupted: bool
+    metrics: Metrics,
+    config: PretrainConfig,
+    copy: RunCopy | None,
+    step: int,
+    *,
+    interrupted: bool,
 ) -> None:
     """Say where the run stands, and mark it complete at the end of its schedule."""
     metrics.close()
-    if mark_complete(config, run, step):
-        metrics.note(f"finished {step} steps: {run}")
+    if copy:
+        copy.push()
+    if mark_complete(config, copy, step):
+        metrics.note(f"finished {step} steps: {config.output}")
         return
     how = "the same command"
     if not interrupted:
@@ -509,12 +565,14 @@ def finish(
     )
 
 
-def mark_complete(config: PretrainConfig, run: Path, step: int) -> bool:
+def mark_complete(config: PretrainConfig, copy: RunCopy | None, step: int) -> bool:
     """Write the completion marker if the schedule has ended; whether it has."""
     if step < config.schedule.steps:
         return False
-    if not (run / COMPLETE).exists():
-        checkpoint.write_json(run / COMPLETE, {"step": step})
+    if copy:
+        copy.mark_complete({"step": step})
+    elif not (config.run / COMPLETE).exists():
+        checkpoint.write_json(config.run / COMPLETE, {"step": step})
     return True
 
 
@@ -529,8 +587,9 @@ class StopFlag:
     def __init__(self) -> None:
         self.asked = False
         self._first = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
@@ -541,7 +600,7 @@ class StopFlag:
 
 
 def _metrics(config: PretrainConfig, first_step: int) -> Metrics:
-    run = Path(config.output)
+    run = config.run
     drop_panels(run, first_step)
     return Metrics(
         run,

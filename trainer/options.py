@@ -308,7 +308,8 @@ class PretrainConfig:
     """Dataset directory that pipeline.preprocess made, or its URL (s3://, gs://, ...),
     or several: [photos, tables]."""
     output: str
-    """Run directory; one that holds a checkpoint is resumed."""
+    """Run directory, or its URL (s3://, gs://, ...), for nodes that share no disk; one
+    that holds a checkpoint is resumed."""
     seed: int = 0
     """Seed of weights, order, captions, crops and masks."""
     init: str | None = None
@@ -395,6 +396,11 @@ class PretrainConfig:
     def n_image(self) -> int:
         """Image tokens of a pair."""
         return (self.image.size // self.model.patch_size) ** 2
+
+    @property
+    def run(self) -> Path:
+        """Where the run lies on this node: --output, or a working copy of it."""
+        return self.storage.working_copy(self.output)
 
     @property
     def last_step(self) -> int:

@@ -116,7 +116,7 @@ class Panels:
             device=self.device,
             examples=self.config.eval.panel_pairs,
         )
-        path = panel_path(self.config.output, step)
+        path = panel_path(self.config.run, step)
         path.parent.mkdir(exist_ok=True)
         draw_panel(artist, path, title=f"step {step:,}")
         return path

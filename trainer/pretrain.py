@@ -19,7 +19,8 @@ Train a masked vision-language model on shards made by pipeline.preprocess.
       --data shards/ --output runs/first
 
 Any key of the recipe can be given dotted: --optimizer.lr 3e-4 --mask.heavy_rate 0.7.
-The same command continues a run that was stopped or killed.
+The same command continues a run that was stopped or killed. Nodes that share no disk
+take --output s3://bucket/runs/first, or another URL.
 """
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if checked.first_step >= config.last_step:
         if os.environ.get("RANK", "0") == "0":
             # A kill may have come between the last checkpoint and this marker.
-            mark_complete(config, Path(config.output), checked.first_step)
+            mark_complete(config, checked.copy, checked.first_step)
             print(
                 f"{config.output} is at step {checked.first_step} of "
                 f"{config.last_step} asked for: nothing left to do"
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     finally:
         # Or the end of the process would wait for whoever waits for storage.
         checked.dataset.close()
+        if checked.copy:
+            checked.copy.close()
 
 
 if __name__ == "__main__":

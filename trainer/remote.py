@@ -105,9 +105,9 @@ def raise_lasting(where: str, error: Exception) -> None:
     """
     if isinstance(error, ShortReadError):
         raise error
-    if _code(error) == "InvalidRange" or _status(error) == 416:
+    if error_code(error) == "InvalidRange" or _status(error) == 416:
         raise ShortReadError(f"{where} has no such range") from error
-    if _code(error) == "NoSuchBucket":
+    if error_code(error) == "NoSuchBucket":
         raise ValueError(
             f"{where}: there is no such bucket; create it, or correct its name"
         ) from error
@@ -140,7 +140,7 @@ def _is_missing(error: BaseException) -> bool:
     return _is_missing(cause) or getattr(cause, "status", None) in (404, 410)
 
 
-def _code(error: BaseException) -> str:
+def error_code(error: BaseException) -> str:
     """S3's own name of an error that s3fs put into Python's words."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)

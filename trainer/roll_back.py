@@ -16,13 +16,15 @@ second-newest point, because a checkpoint is taken with each point; so two are e
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
-from trainer.contract import complete_checkpoints
+from trainer.contract import CHECKPOINTS, complete_checkpoints
 from trainer.engine import World
 from trainer.options import CheckpointConfig, SafetyConfig
+from trainer.remote_checkpoints import RemoteCheckpoints
 from trainer.saving import Checkpoints
 
 FOLDER = "roll_back"
@@ -30,17 +32,30 @@ _KEEP = 2
 
 
 class RollBack:
-    """Points of one run, which has none unless `safety.spike_action` is roll_back."""
+    """Points of one run, which has none unless `safety.spike_action` is roll_back.
 
-    def __init__(self, run: Path, config: SafetyConfig, world: World) -> None:
-        self._folder, self._world = run / FOLDER, world
-        keep = CheckpointConfig(keep=_KEEP, keep_best=False)
-        self._checkpoints = Checkpoints(self._folder, keep, world)
+    Args:
+        run: run directory, or this node's working copy of it.
+        remote: where the points go of a run behind a URL.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: SafetyConfig,
+        world: World,
+        remote: RemoteCheckpoints | None = None,
+    ) -> None:
+        self._folder, self._world, self._remote = run / FOLDER, world, remote
         self._every = (
             config.roll_back_steps if config.spike_action == "roll_back" else 0
         )
-        if self._every and world.first:
+        if self._every and remote:
+            world.together(lambda: remote.tidy(clear=world.first))
+        elif self._every and world.first:
             checkpoint.discard_unfinished(self._folder)
+        keep = CheckpointConfig(keep=_KEEP, keep_best=False)
+        self._checkpoints = Checkpoints(self._folder, keep, world, remote)
 
     def due(self, step: int) -> bool:
         """Whether there is to be a point after `step` steps."""
@@ -52,7 +67,7 @@ class RollBack:
             # Of a part of the run that was given up: they would outlive this one.
             for at, path in complete_checkpoints(self._folder):
                 if at > step:
-                    checkpoint.delete(path)
+                    self._checkpoints.delete(path)
         self._checkpoints.save(engine, {"step": step})
         self._checkpoints.wait()
 
@@ -72,6 +87,10 @@ class RollBack:
                     "another --output"
                 )
             )
+        # A working copy of another node may lie elsewhere.
+        path = self._folder / CHECKPOINTS / path.name
+        if self._remote:
+            self._world.together(functools.partial(self._remote.bring, path))
         self._world.together(lambda: checkpoint.Stored(path))
         checkpoint.load(engine, path)
         return int(at)

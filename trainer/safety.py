@@ -100,7 +100,7 @@ class Guard:
     """
 
     def __init__(
-        self, config: SafetyConfig, run: Path, stored: Mapping[str, Any] | None
+        self, config: SafetyConfig, run: str | Path, stored: Mapping[str, Any] | None
     ) -> None:
         self._config, self._run = config, run
         self._state = _state(stored) if stored else State()

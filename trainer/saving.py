@@ -1,19 +1,20 @@
 """Writing checkpoints while training goes on.
 
 Owns when one is due by the clock, the copy that is taken of the training state, and the
-threads that write it. Does not own what lies in its directory (`trainer.checkpoint`).
+threads that write it. Does not own what lies in its directory (`trainer.checkpoint`) or
+how parts become one checkpoint (`trainer.placing`, `trainer.remote_checkpoints`).
 
-A save stops training for a copy to the host's memory. Each rank then writes its part in
-a thread and puts a record beside it once the bytes are on disk; rank 0's thread waits
-for all records, writes the completion marker, renames and prunes. One checkpoint is in
-flight at most. A kill at any moment leaves it whole or without a marker.
+A save stops training for a copy to the host's memory. Each rank then hands in its part
+in a thread, with a record beside it once the bytes are durable; rank 0's thread waits
+for all records, writes the completion marker and prunes. One checkpoint is in flight at
+most. A kill at any moment leaves it whole or without a marker.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -26,27 +27,32 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint
-from trainer.contract import CHECKPOINTS, COMPLETE, checkpoint_name
 from trainer.engine import World
-from trainer.files import write_text
 from trainer.options import CheckpointConfig
 from trainer.partition import adam_steps, shapes, shares
+from trainer.placing import Draft, Place, SharedFolder
 
-_POLL_S = 0.02
 # How long a rank that ends with an error lets a checkpoint finish.
 _PATIENCE_S = 20.0
-_ON_DISK = ".written"
 
 
 class Checkpoints:
     """Writes the checkpoints of one run. Every rank has one and calls it alike.
 
     Args:
-        run: run directory, seen by every rank.
+        run: run directory, or this node's working copy of it.
+        place: where they go; None for `run`, seen by every rank.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig, world: World) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        world: World,
+        place: Place | None = None,
+    ) -> None:
         self._run, self._config, self._world = run, config, world
+        self._place = place or SharedFolder(run)
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
@@ -94,14 +100,21 @@ class Checkpoints:
             if self._is_lowest(val_loss):
                 self._lowest = val_loss
         self._copy(engine)
-        attempt = f"{checkpoint.TEMPORARY}{uuid.uuid4().hex[:12]}"
-        folder = self._run / CHECKPOINTS / self._world.broadcast(attempt)
+        draft = Draft(
+            step=data_state["step"],
+            attempt=self._world.broadcast(uuid.uuid4().hex[:12]),
+            world_size=self._world.size,
+        )
         self._written.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(folder, marker, shapes(engine)), daemon=True
+            target=self._write, args=(draft, marker, shapes(engine)), daemon=True
         )
         self._thread.start()
         self._last = time.monotonic()
+
+    def delete(self, path: Path) -> None:
+        """Rank 0: delete a complete checkpoint; none is in flight."""
+        self._place.delete(path)
 
     def wait(self) -> None:
         """Wait until the checkpoint in flight is complete. When any rank could not
@@ -163,43 +176,27 @@ class Checkpoints:
             torch.cuda.synchronize()
 
     def _write(
-        self, folder: Path, marker: dict[str, Any], whole: dict[str, list[int]]
+        self, draft: Draft, marker: dict[str, Any], whole: dict[str, list[int]]
     ) -> None:
+        from safetensors.torch import save_file
+
         try:
-            self._write_part(folder, whole)
+            metadata = {"shapes": json.dumps(whole)}
+            write = functools.partial(save_file, self._host, metadata=metadata)
+            self._place.hand_in(draft, self._world.rank, write)
             self._written.set()
             if self._world.first:
-                self._complete(folder, marker)
+                self._complete(draft, marker)
         except Exception as error:
             self._failure = error
             self._written.set()
 
-    def _write_part(self, folder: Path, whole: dict[str, list[int]]) -> None:
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / checkpoint.part_name(self._world.rank)
-        save_file(self._host, part, metadata={"shapes": json.dumps(whole)})
-        checkpoint.fsync(part)
-        write_text(part.with_suffix(_ON_DISK), "")
-
-    def _complete(self, folder: Path, marker: dict[str, Any]) -> None:
-        """Rank 0: the marker, once every part is on disk."""
-        parts = [
-            folder / checkpoint.part_name(rank) for rank in range(self._world.size)
-        ]
-        while not all(part.with_suffix(_ON_DISK).exists() for part in parts):
-            if self._abandoned.wait(_POLL_S):
+    def _complete(self, draft: Draft, marker: dict[str, Any]) -> None:
+        """Rank 0: the marker, once every part is there."""
+        while not self._place.is_whole(draft):
+            if self._abandoned.wait(self._place.poll_s):
                 return
-        # The marker must not outlive what it marks when a node loses power.
-        checkpoint.fsync(folder)
-        checkpoint.write_json(folder / COMPLETE, marker)
-        checkpoint.fsync(folder)
-        target = self._run / CHECKPOINTS / checkpoint_name(marker["step"])
-        if target.exists():
-            checkpoint.delete(target)
-        os.replace(folder, target)
-        checkpoint.fsync(target.parent)
-        checkpoint.prune(
-            self._run, keep=self._config.keep, keep_best=self._config.keep_best
-        )
+        self._place.complete(draft, marker)
+        keep, keep_best = self._config.keep, self._config.keep_best
+        for path in checkpoint.superfluous(self._run, keep=keep, keep_best=keep_best):
+            self._place.delete(path)

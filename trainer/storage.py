@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -51,6 +53,13 @@ class StorageConfig:
     """Seconds after which a request is given up, and made again."""
     tries: int = 10
     """Times that a request is made before the run stops."""
+    work: str | None = None
+    """Folder for the working copy of a run whose --output is a URL, one below it for
+    each URL. Default: `runs` in the cache."""
+    writer: str | None = None
+    """Name of whoever starts the trainers of a run behind a URL: the next one under it
+    takes over at once from the one before, which stops if it is alive. Others wait half
+    a minute for one that may be dead."""
     hedge: float = 3.0
     """A second request is sent, and the first answer taken, when one takes this many
     times the median of the latest; 0 for never."""
@@ -73,6 +82,17 @@ class StorageConfig:
             return Path(self.cache).expanduser().absolute()
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser().absolute() / "palimpsest"
+
+    def working_copy(self, url: str) -> Path:
+        """The folder on this node that stands for a run at a path or URL."""
+        path = local_path(url)
+        if path is not None:
+            return path
+        _, _, rest = url.rstrip("/").partition("://")
+        base = Path(self.work).expanduser().absolute() if self.work else None
+        shown = re.sub(r"[^A-Za-z0-9._-]+", "-", rest.rpartition("@")[2])[-80:]
+        digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:8]
+        return (base or self.folder / "runs") / f"{shown}-{digest}"
 
 
 class StorageError(OSError):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainer.engine import World, apply_step, learning_rate
 from trainer.loader import Counts
 from trainer.options import PretrainConfig
+from trainer.remote_checkpoints import RemoteCheckpoints
 from trainer.roll_back import RollBack
 from trainer.safety import Guard, losses_over_ranks
 from trainer.watchdog import Watchdog
@@ -35,15 +35,20 @@ class Updates:
 
     Args:
         stored: what `Guard.to_plain` gave, of the checkpoint that is resumed.
+        remote: where roll-back points go, of a run behind a URL.
     """
 
     def __init__(
-        self, config: PretrainConfig, world: World, stored: Mapping[str, Any] | None
+        self,
+        config: PretrainConfig,
+        world: World,
+        stored: Mapping[str, Any] | None,
+        *,
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
-        run = Path(config.output)
         self._config, self._world = config, world
-        self.guard = Guard(config.safety, run, stored)
-        self._points = RollBack(run, config.safety, world)
+        self.guard = Guard(config.safety, config.output, stored)
+        self._points = RollBack(config.run, config.safety, world, remote)
 
     def update(
         self,

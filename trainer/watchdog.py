@@ -18,7 +18,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -69,7 +68,7 @@ class Watchdog:
     """
 
     def __init__(self, config: PretrainConfig, *, rank: int, world_size: int) -> None:
-        self._folder, self._size = Path(config.output) / FOLDER, world_size
+        self._folder, self._size = config.run / FOLDER, world_size
         self._limit_s = 60 * (config.safety.hang_minutes or 0)
         self._abort = config.safety.hang_action == "abort"
         self._watched = threading.get_ident()
