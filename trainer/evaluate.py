@@ -27,7 +27,8 @@ class EvaluateConfig:
     """What to measure, and on which pairs."""
 
     run: str
-    """Run directory that trainer.pretrain wrote (the first word of the command)."""
+    """Run directory that trainer.pretrain wrote, or its URL (the first word of the
+    command)."""
     task: Literal["probes"] = "probes"
     """What to measure."""
     data: str | None = None
@@ -59,13 +60,19 @@ def main(argv: Sequence[str]) -> None:
     config = parse(
         EvaluateConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
     )
-    result = probes(config, command=shlex.join(["python", "-m", PROG, *argv]))
+    from trainer.run_copy import local_run
+
+    command = shlex.join(["python", "-m", PROG, *argv])
+    with local_run(config.run, weights=True) as folder:
+        result = probes(folder, config, command=command)
     _print_table(result)
-    print(f"{Path(config.run) / 'probes.json'}")
+    print(f"{config.run.rstrip('/')}/probes.json")
 
 
-def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
-    """Run both probes and draw their figures; what `probes.json` holds."""
+def probes(folder: Path, config: EvaluateConfig, *, command: str) -> dict[str, Any]:
+    """Run both probes of the run that lies in `folder` and draw their figures; what
+    `probes.json` holds.
+    """
     import torch
     from tokenizers import Tokenizer
     from tqdm import tqdm
@@ -76,7 +83,6 @@ def probes(config: EvaluateConfig, *, command: str) -> dict[str, Any]:
     from trainer.probes import load_pairs, measure, summarise
     from trainer.trained import load_trained
 
-    folder = Path(config.run)
     trained = load_trained(folder, data=config.data)
     dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

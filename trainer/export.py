@@ -45,7 +45,8 @@ class ExportConfig:
     """What to export, and where to."""
 
     run: str
-    """Run directory that trainer.pretrain wrote (the first word of the command)."""
+    """Run directory that trainer.pretrain wrote, or its URL (the first word of the
+    command)."""
     output: str
     """Directory to write, new or empty (the second word)."""
     data: str | None = None
@@ -73,17 +74,24 @@ def export(config: ExportConfig) -> None:
         raise ValueError(
             f"{output} is not empty: give a new directory, or delete it first"
         )
+    from trainer.run_copy import local_run
+
+    with local_run(config.run, weights=True) as run:
+        _export(run, output, config)
+
+
+def _export(run: Path, output: Path, config: ExportConfig) -> None:
     from trainer.models.bert import require_bert
     from trainer.trained import load_trained
 
-    trained = load_trained(Path(config.run), data=config.data)
+    trained = load_trained(run, data=config.data)
     if config.body:
         require_bert(trained.model.config)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         folder.mkdir()
-        _write(folder, trained, config)
+        _write(folder, run, trained, config)
         # Over an empty directory too.
         os.replace(folder, output)
     except BaseException:
@@ -115,7 +123,7 @@ def preprocessor_config(image: ImageConfig) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, trained: Trained, config: ExportConfig) -> None:
+def _write(folder: Path, run: Path, trained: Trained, config: ExportConfig) -> None:
     from trainer.dataset import Dataset
     from trainer.model_card import model_card
     from trainer.models.bert import write_body
@@ -136,7 +144,7 @@ def _write(folder: Path, trained: Trained, config: ExportConfig) -> None:
             special_ids=dataset.tokenizer.special_ids,
         )
         _copy_files(tokenizer, folder / "body")
-    card = model_card(Path(config.run), trained, dataset, body=config.body)
+    card = model_card(run, trained, dataset, body=config.body)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -135,7 +135,10 @@ def _is_missing(error: BaseException) -> bool:
     ):
         return False
     cause = error.__cause__
-    if cause is None or isinstance(getattr(cause, "response", None), dict):
+    # In memory, a file that is not there is a missing key.
+    if cause is None or isinstance(cause, KeyError):
+        return True
+    if isinstance(getattr(cause, "response", None), dict):
         return True
     return _is_missing(cause) or getattr(cause, "status", None) in (404, 410)
 

@@ -84,7 +84,7 @@ class RemoteCheckpoints:
                     shutil.rmtree(path, ignore_errors=True)
                     continue
                 for file in path.iterdir():
-                    if known[path.name]["attempt"] not in file.name:
+                    if file.name not in _names(known[path.name]):
                         file.unlink()
             for step, marker in markers.items():
                 folder = self._folder / checkpoint_name(step)
@@ -102,7 +102,7 @@ class RemoteCheckpoints:
             self._store.download(f"{name}/{COMPLETE}", path / COMPLETE)
             marker = checkpoint.read_marker(path)
             for rank in range(int(marker["world_size"])):
-                part = checkpoint.part_name(rank, marker["attempt"])
+                part = checkpoint.part_name(rank, marker.get("attempt"))
                 if not (path / part).exists():
                     fetched += self._store.download(f"{name}/{part}", path / part)
         return fetched
@@ -182,9 +182,9 @@ class RemoteCheckpoints:
 
 
 def _names(marker: dict[str, Any]) -> Iterator[str]:
-    """Files of a complete checkpoint."""
+    """Files of a complete checkpoint; of one that was copied from a disk too."""
     yield COMPLETE
     for rank in range(int(marker["world_size"])):
-        part = checkpoint.part_name(rank, marker["attempt"])
+        part = checkpoint.part_name(rank, marker.get("attempt"))
         yield part
         yield part + RECORD

@@ -36,7 +36,8 @@ class ReplayConfig:
     """Which step to show, and how much of it."""
 
     run: str
-    """Run directory that trainer.pretrain wrote (the first word of the command)."""
+    """Run directory that trainer.pretrain wrote, or its URL (the first word of the
+    command)."""
     step: int
     """Step as metrics.jsonl counts: from 1, also beyond the end of the schedule."""
     data: str | None = None
@@ -64,17 +65,19 @@ def main(argv: Sequence[str]) -> int:
     from trainer.replay_data import as_json, replay
     from trainer.replay_page import page
     from trainer.replay_text import text
+    from trainer.run_copy import local_run
 
-    found = replay(
-        Path(config.run),
-        step=config.step,
-        data=config.data,
-        lane=config.lane,
-        rank=config.rank,
-        world_size=config.world_size,
-        limit=config.pairs,
-        pictures=config.html is not None,
-    )
+    with local_run(config.run) as folder:
+        found = replay(
+            folder,
+            step=config.step,
+            data=config.data,
+            lane=config.lane,
+            rank=config.rank,
+            world_size=config.world_size,
+            limit=config.pairs,
+            pictures=config.html is not None,
+        )
     if config.json:
         write_text(_file(config.json), jsonlib.dumps(as_json(found), indent=1) + "\n")
     if config.html:

@@ -121,16 +121,11 @@ class Store(Remote):
         while left:
             some, left = left[:_AT_ONCE], left[_AT_ONCE:]
             running = [
-                self._start(
-                    self._again(name, partial(self._call, "rm_file", self._path(name)))
-                )
+                self._start(self._again(name, partial(self._remove, name)))
                 for name in some
             ]
             for future in running:
-                try:
-                    self._result(future)
-                except FileNotFoundError:
-                    continue
+                self._result(future)
 
     def read_version(self, name: str) -> tuple[bytes, str] | None:
         """Content and version of a small file, for `replace`; None where there is
@@ -214,6 +209,10 @@ class Store(Remote):
     def _s3(self, method: str, name: str, **given: Any) -> Coroutine[Any, Any, Any]:
         bucket, key, _ = self._fs.split_path(self._path(name))
         return self._fs._call_s3(method, Bucket=bucket, Key=key, **given)
+
+    async def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            await self._call("rm_file", self._path(name))
 
     async def _make_folder(self, name: str) -> None:
         if self._has_folders:

@@ -6,6 +6,7 @@ Owns the command. What is read is in `trainer.report.data`, the page in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -33,7 +34,8 @@ class ReportConfig:
     """Which runs to show, and where."""
 
     runs: list[str]
-    """Run directories that trainer.pretrain wrote (the first words of the command)."""
+    """Run directories that trainer.pretrain wrote, or their URLs (the first words of
+    the command)."""
     output: str = "report.html"
     """The HTML file to write; an old one is replaced."""
     samples: int = 9
@@ -52,10 +54,13 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION)
     from trainer.report.data import read_datasets, read_runs
     from trainer.report.page import page
+    from trainer.run_copy import local_run
 
-    runs = read_runs([Path(path) for path in config.runs])
-    datasets = read_datasets(runs, samples=config.samples)
-    text = page(runs, datasets, panels=config.panels)
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(local_run(run)) for run in config.runs]
+        runs = read_runs(folders)
+        datasets = read_datasets(runs, samples=config.samples)
+        text = page(runs, datasets, panels=config.panels)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
