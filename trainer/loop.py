@@ -126,7 +126,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         model.compile_layers()
     engine = build_engine(model, config, world=world, micro_batch=loader.micro_batch)
     lock = world.together(lambda: prepare_run(config, checked) if world.first else None)
-    fetched = world.together(lambda: _brought(checked)) if copy else ""
+    fetched = _brought(checked, world) if copy else ""
     if checked.checkpoint:
         checkpoint.load(engine, checked.checkpoint)
     metrics = _metrics(config, first_step) if world.first else None
@@ -420,19 +420,18 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
     return lock
 
 
-def _brought(checked: Checked) -> str:
-    """Bring the checkpoint of a run behind a URL here; what to tell of it."""
+def _brought(checked: Checked, world: World) -> str:
+    """Bring the checkpoint of a run behind a URL to every node; what to tell of it."""
     assert checked.copy
-    checked.copy.checkpoints.tidy(clear=False)
-    if not checked.checkpoint:
-        return ""
+    checkpoints, path = checked.copy.checkpoints, checked.checkpoint
     began = time.perf_counter()
-    fetched = checked.copy.checkpoints.bring(checked.checkpoint)
+    world.together(lambda: checkpoints.tidy(clear=False))
+    fetched = world.together(lambda: checkpoints.bring(path) if path else 0)
     took = time.perf_counter() - began
-    return (
-        f"fetched {fetched / 1e6:,.1f} MB of {checked.checkpoint.name} to "
-        f"{checked.copy.path} in {took:.1f} s"
-    )
+    fetched = sum(world.gather(fetched))
+    if not path:
+        return ""
+    return f"{path.name} is here: fetched {fetched / 1e6:,.1f} MB in {took:.1f} s"
 
 
 def _require_agreement(checked: Checked, world: World) -> None:
@@ -579,7 +578,8 @@ def mark_complete(config: PretrainConfig, copy: RunCopy | None, step: int) -> bo
 class StopFlag:
     """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary. A second signal
     ends the process at once, but for the copies that a terminal and the launcher send
-    of one and the same Ctrl-C.
+    of one and the same Ctrl-C. Never set where a launcher runs the trainer in a thread,
+    in which Python takes no signals.
     """
 
     _ONE_REQUEST_S = 5.0

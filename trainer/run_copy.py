@@ -96,8 +96,8 @@ class RunCopy:
                 "the same command continues"
             )
         self.store.remove([COMPLETE])
-        for name in _files(self.path):
-            (self.path / name).unlink()
+        for path in (*map(self.path.joinpath, _files(self.path)), *_torn(self.path)):
+            path.unlink()
         for name in _CONTINUED:
             with contextlib.suppress(FileNotFoundError):
                 self.store.download(name, self.path / name)
@@ -203,6 +203,11 @@ def _files(run: Path) -> list[str]:
     """Files of a run that travel, by their paths below it."""
     below = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
     return sorted(name.as_posix() for name in below if _travels(name))
+
+
+def _torn(run: Path) -> list[Path]:
+    """Files beside those of a run that a kill left half-written."""
+    return [path for path in run.glob("tmp-*") if path.is_file()]
 
 
 def _travels(name: Path) -> bool:
