@@ -21,7 +21,15 @@ from tests.conftest import launch_environment, python
 from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.apart import apart_command, home
 from tests.trainer.sequence import launch_all
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, config, wait_until
+from tests.trainer.tiny import (
+    LAUNCH_LIMIT_S,
+    TINY,
+    column,
+    config,
+    metrics,
+    wait_until,
+    with_faults,
+)
 from trainer import checkpoint
 from trainer.contract import (
     complete_checkpoints,
@@ -183,6 +191,35 @@ def test_kills_during_uploads_and_at_random_moments_lose_no_complete_checkpoint(
     assert steps == [11, 12]
     # Nothing of attempts that died: two parts, two records and a marker each.
     assert len([name for name in names if name.startswith("checkpoints/")]) == 5 * 2
+
+
+def test_roll_back_points_travel_too(url: str, shards: Path, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    words = (
+        f"--data={shards}",
+        "--micro_batch=12",
+        "--max_steps=9",
+        "--safety.spike_action=roll_back",
+        "--safety.spike_window=3",
+        "--safety.spike_threshold=20",
+        "--safety.roll_back_steps=3",
+        "--checkpoint.every_steps=4",
+    )
+    faults = {"spike": [5], "rank": 0}
+    done = with_faults(1, faults, *words, f"--output={local}")
+    assert done.returncode == 0, done.stdout
+    assert metrics(local)[4]["rolled_back_to"] == 3
+    # Killed before it has gone back; then on another machine.
+    done = with_faults(1, faults | {"kill": 5}, *words, f"--output={url}")
+    assert done.returncode == -signal.SIGKILL, done.stdout
+    assert complete_steps(name.removeprefix("roll_back/") for name in files(url))
+    shutil.rmtree(tmp_path / "homes")
+    done = with_faults(1, faults, *words, f"--output={url}")
+    assert done.returncode == 0, done.stdout
+    assert "resuming after step" in done.stdout
+    run = copy_of(url, tmp_path / "copy")
+    for name in ("step", "sample_digest", "loss", "grad_norm", "skipped"):
+        assert column(run, name) == column(local, name)
 
 
 def test_a_run_that_somebody_writes_is_refused_and_left_alone(

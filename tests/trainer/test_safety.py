@@ -5,42 +5,16 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, free_port, launch_environment
-from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column, metrics
+from tests.trainer.tiny import column, metrics, with_faults
 from trainer.contract import complete_checkpoints
 from trainer.options import SafetyConfig, may_change
 from trainer.safety import Guard, Losses
 from trainer.spikes import Level
-
-SCRIPT = Path(__file__).with_name("faults.py")
-
-
-def with_faults(
-    ranks: int, spec: dict[str, Any], *words: str | Path
-) -> subprocess.CompletedProcess[str]:
-    """The tiny run with faults; on one rank without the launcher."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command: list[str | Path] = [sys.executable]
-    if ranks > 1:
-        command = [launcher, "--num_accelerators", str(ranks)]
-        command += ["--master_port", str(free_port())]
-    return subprocess.run(
-        [*command, SCRIPT, json.dumps(spec), *TINY, *words],
-        cwd=ROOT,
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LAUNCH_LIMIT_S,
-        check=False,
-    )
 
 
 def fingerprints(path: Path, rank: int) -> dict[int, tuple[str, str]]:

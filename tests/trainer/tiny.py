@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import parse
-from tests.conftest import deepspeed_command, launch_environment
+from tests.conftest import ROOT, deepspeed_command, free_port, launch_environment
 from trainer.contract import CHECKPOINTS, COMPLETE
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 
 LAUNCH_LIMIT_S = 240
+FAULTS = Path(__file__).with_name("faults.py")
 TINY = (
     "--config=emoji",
     "--image.size=16",
@@ -144,3 +146,24 @@ def launch(ranks: int, *words: str | Path) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def with_faults(
+    ranks: int, spec: dict[str, Any], *words: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """The tiny run with faults; on one rank without the launcher."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command: list[str | Path] = [sys.executable]
+    if ranks > 1:
+        command = [launcher, "--num_accelerators", str(ranks)]
+        command += ["--master_port", str(free_port())]
+    return subprocess.run(
+        [*command, FAULTS, json.dumps(spec), *TINY, *words],
+        cwd=ROOT,
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LAUNCH_LIMIT_S,
+        check=False,
+    )
