@@ -132,7 +132,9 @@ class RunConfig:
     """null: neither measured nor reported."""
     overlap: bool = False
     """Begin to train while shards are still being made, once `overlap_samples` are
-    committed, and follow the growing dataset."""
+    committed, and follow the growing dataset. Shards are committed as they come where
+    nothing is compared across the corpus (one split, images as bytes, no id column, no
+    filter of duplicates), and otherwise all at the end."""
     overlap_samples: int = 10_000
     """Committed samples to begin on."""
     prices: dict[str, float] = field(default_factory=dict)

@@ -34,6 +34,8 @@ from trainer.contract import COMPLETE
 _FIRST_WAIT_S = 5.0
 _POLL_S = 2.0
 _BAD_CONFIG = 2
+# Ray's word for a cluster that has scaled to zero, which the autoscaler will change.
+_NO_NODE_YET = "tasks with infeasible resource requests"
 PROBES = "probes.json"
 
 
@@ -85,7 +87,7 @@ def preprocess(
         for number in range(config.preprocess.tries):
             ended = run_guarded(
                 [PREPROCESS, *words],
-                tell=tell,
+                tell=lambda line: None if _NO_NODE_YET in line else tell(line),
                 stop=stop,
                 environment={"RAY_ADDRESS": gcs_address()},
             )

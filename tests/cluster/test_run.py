@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import yaml
 
 from cluster.journal import read_events
 from cluster.store import Store
+from cluster.trained import saved_step
 from tests.cluster.clusters import LocalCluster, local_cluster
 from tests.cluster.runs import ends, tiny_arguments, world_sizes
 from tests.conftest import EMOJI, ROOT
 from tests.pipeline.corpora import run_module
+from tests.pipeline.s3 import S3Server
 from tests.pipeline.test_preprocess import files
 from tests.trainer.tiny import column, launch, steps_taken
-from trainer.contract import COMPLETE
+from trainer.contract import COMPLETE, METRICS
 
 # fp32 sums in another order at another world size, which 60 steps of AdamW amplify.
 TOLERANCE = 2e-2
@@ -53,8 +56,16 @@ def pace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(pace: Path) -> Iterator[LocalCluster]:
+def server() -> Iterator[S3Server]:
+    with S3Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(pace: Path, server: S3Server) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as environment:
+        for name, value in server.environment.items():
+            environment.setenv(name, value)
         environment.setenv("PACE", str(pace))
         environment.setenv("PYTHONPATH", str(Path(__file__).with_name("paced")))
         environment.setenv("OMP_NUM_THREADS", "1")
@@ -104,10 +115,10 @@ class Job:
         return self.process.wait(400)
 
 
-def configured(output: Path, **more: Any) -> Path:
-    """run.yaml beside the run's folder."""
+def configured(folder: Path, **more: Any) -> Path:
+    """run.yaml beside a folder, in which its run is unless told otherwise."""
     config = {
-        "output": str(output),
+        "output": str(folder),
         "preprocess": {"arguments": CORPUS},
         "pretrain": {
             "config": "emoji",
@@ -118,9 +129,10 @@ def configured(output: Path, **more: Any) -> Path:
         },
         "evaluate": {"arguments": {"max_pairs": 32, "draws": 1, "examples": 2}},
         "prices": {"cpu": 1.0, "gpu": 10.0},
+        "overlap_samples": 60,
         **more,
     }
-    path = output.with_suffix(".yaml")
+    path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -129,6 +141,11 @@ def driver_pid(output: Path) -> int:
     events = read_events(Store(str(output)))
     started = [event for event in events if event.kind == "driver_started"]
     return int(started[-1].fields["pid"])
+
+
+def attempts(output: str) -> int:
+    events = read_events(Store(output))
+    return sum(event.kind == "attempt_started" for event in events)
 
 
 def mentioning(output: Path) -> list[list[str]]:
@@ -198,27 +215,56 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     assert len(ends(run)) == len(found["restarts"]) + 1
 
 
-def test_training_follows_shards_that_are_still_being_made(
-    cluster: LocalCluster, tmp_path: Path
+def test_on_object_storage_training_follows_shards_and_outlives_a_node(
+    cluster: LocalCluster,
+    server: S3Server,
+    pace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    output = tmp_path / "run"
-    config = configured(output, overlap=True, overlap_samples=60, evaluate=None)
+    """Nodes share nothing but a bucket, and training begins before the shards are all
+    made.
+    """
+    output = f"{server.bucket(monkeypatch)}/run"
+    run = f"{output}/pretrain"
+    # Shards are committed as they come where nothing is compared across the corpus.
+    corpus = {k: v for k, v in CORPUS.items() if k != "columns.id"} | {"split.val": 0}
+    config = configured(
+        tmp_path / "run",
+        output=output,
+        preprocess={"arguments": corpus},
+        overlap=True,
+        evaluate={"arguments": {"split": "train", "max_pairs": 32, "draws": 1}},
+    )
+    pace.write_text(SLOW)
     job = Job(cluster, config, tmp_path / "job.log")
+    job.reaches(lambda: saved_step(run) >= 10, "a checkpoint")
+    cluster.kill_node(cluster.nodes("gpu")[-1].id)
+    job.reaches(lambda: attempts(output) > 1, "an attempt without the node")
+    pace.write_text(FAST)
     assert job.ends() == 0, job.said()
-    events = read_events(Store(str(output)))
-    stages = [
-        (event.kind, event.fields["stage"])
+
+    events = read_events(Store(output))
+    stages = Counter(
+        (event.fields["stage"], event.kind)
         for event in events
         if event.kind.startswith("stage_")
-    ]
-    assert sorted(stages) == [
-        ("stage_finished", "preprocess"),
-        ("stage_finished", "pretrain"),
-        ("stage_started", "preprocess"),
-        ("stage_started", "pretrain"),
-    ]
-    assert (output / "pretrain" / COMPLETE).is_file()
-    assert steps_taken(output / "pretrain") == tiny_arguments()["schedule.steps"]
+    )
+    done = ("stage_started", "stage_finished")
+    names = ("preprocess", "pretrain", "evaluate")
+    assert stages == {(name, kind): 1 for name in names for kind in done}
+    first = [event for event in events if event.kind == "stage_started"]
+    assert [event.fields["stage"] for event in first[:2]] == list(names[:2])
+    made = next(event for event in events if event.kind == "stage_finished")
+    assert made.fields["stage"] == "preprocess"
+    assert made.time > first[1].time, "training waited for the last shard"
+    rows = (Store(run).read(METRICS) or b"").splitlines()
+    steps = [json.loads(row)["step"] for row in rows]
+    assert steps == list(range(1, tiny_arguments()["schedule.steps"] + 1))
+    assert Store(run).read(COMPLETE)
+    assert b"<html" in (Store(output).read("report.html") or b"")
+    # Nothing of the run is left on the driver's disk.
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_is_told_before_any_node_starts(
