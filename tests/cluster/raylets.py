@@ -84,7 +84,7 @@ class Node:
         (found,) = [
             process
             for process in self.processes
-            if Path(process.cmdline()[0]).name == "raylet"
+            if Path("".join(process.cmdline()[:1])).name == "raylet"
         ]
         return found
 
@@ -162,17 +162,13 @@ class Raylets:
         line = self._observer.stdout.readline()
         return json.loads(line) if line else None
 
-    def training(self, run: Path) -> list[psutil.Process]:
-        """Guards, launchers and ranks of a run, wherever they are, and runners."""
+    def runners(self) -> list[psutil.Process]:
+        """Runners, on whatever node."""
         found = []
-        for process in psutil.process_iter():
+        for process in (one for node in self.nodes for one in node.processes):
             with contextlib.suppress(psutil.Error):
-                words = process.cmdline()
-                if words and process.status() != psutil.STATUS_ZOMBIE:
-                    guarded = f"--output={run}" in words
-                    ours = any(process in node.processes for node in self.nodes)
-                    if guarded or (ours and words[0].startswith("ray::Runner")):
-                        found.append(process)
+                if "ray::Runner" in "".join(process.cmdline()):
+                    found.append(process)
         return found
 
     def drain(self, node: Node, *, seconds: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from cluster.store import Store
 from tests.trainer.tiny import TINY
 
 STEPS = 60
+# fp32 sums in another order at another world size, which 60 steps of AdamW amplify.
+TOLERANCE = 2e-2
 
 
 def tiny_arguments(**more: Any) -> dict[str, Any]:
@@ -61,12 +64,24 @@ def world_sizes(run: Path) -> list[int]:
     return [one.fields["world_size"] for one in events(run, "attempt_started")]
 
 
+def training(run: Path) -> list[psutil.Process]:
+    """Guards, launchers and ranks of a run, on whatever node."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if f"--output={run}" in process.cmdline():
+                found.append(process)
+    return found
+
+
 def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
     """The ranks among some processes of a run."""
     found = []
     for process in processes:
-        words = process.cmdline()
-        # The launcher's own have both words too, with others before them.
-        if words[1:4] == ["-u", "-m", "trainer.pretrain"]:
-            found.append(process)
+        with contextlib.suppress(psutil.Error):
+            # The launcher's own have both words too, with others before them.
+            if process.cmdline()[1:4] == ["-u", "-m", "trainer.pretrain"]:
+                found.append(process)
     return found

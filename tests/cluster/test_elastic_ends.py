@@ -19,6 +19,7 @@ from tests.cluster.runs import (
     events,
     ranks,
     tiny_arguments,
+    training,
     world_sizes,
     write_config,
 )
@@ -52,7 +53,7 @@ def test_what_the_trainer_refuses_ends_the_run_with_its_words(
     assert str(tmp_path) in last
     assert ends(run) == ["failure"]
     assert cluster.groups() == {}
-    assert cluster.training(run) == []
+    assert [*training(run), *cluster.runners()] == []
 
 
 def test_hangs_are_ended_notice_saves_and_failures_are_counted(
@@ -69,7 +70,7 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     driver = Driver(cluster, path)
     try:
         driver.reaches(lambda: steps_taken(run) >= 1)
-        ranks(cluster.training(run))[-1].send_signal(signal.SIGSTOP)
+        ranks(training(run))[-1].send_signal(signal.SIGSTOP)
         driver.reaches(lambda: ends(run) == ["failure"])
         assert (
             "ended with status 75" in events(run, "attempt_ended")[0].fields["detail"]
@@ -85,7 +86,7 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
         ((saved, _),) = complete_checkpoints(run)
         assert saved == events(run, "attempt_ended")[-1].fields["step"]
 
-        (rank,) = driver.reaches(lambda: ranks(cluster.training(run)))
+        (rank,) = driver.reaches(lambda: ranks(training(run)))
         rank.kill()
         assert driver.ends() == 1, driver.said()
     finally:
@@ -97,7 +98,7 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     assert log in last
     assert Path(log.partition(":")[2]).is_file()
     assert cluster.groups() == {}
-    assert cluster.training(run) == []
+    assert [*training(run), *cluster.runners()] == []
 
 
 def test_an_impossible_number_of_ranks_asks_for_no_node(
