@@ -81,12 +81,12 @@ def _intervals(axes: Any, under: Preempted) -> None:
         linestyle="--",
         label="longer than the best",
     )
-    axes.axvline(best.interval_s / 60, color="#888888")
+    axes.axvline(best.interval_s / 60, ymax=0.85, color="#888888", zorder=0)
     axes.annotate(
         f"best: {duration(best.interval_s)}",
-        (best.interval_s / 60, 1),
+        (best.interval_s / 60, 0.85),
         xycoords=("data", "axes fraction"),
-        xytext=(5, -32),
+        xytext=(5, -12),
         textcoords="offset points",
     )
     given = under.sweep.given
@@ -114,11 +114,7 @@ def _run(axes: Any, under: Preempted) -> None:
     spans = [span for span in shown.spans if span.nodes]
     for phase in ("training", "starting", "saving"):
         chosen = [span for span in spans if span.phase == phase]
-        _bars(
-            axes,
-            phase,
-            [(span.start_s, span.end_s, span.nodes) for span in chosen],
-        )
+        _bars(axes, phase, [(one.start_s, one.end_s, one.nodes) for one in chosen])
     ends = {span.end_s: span.nodes for span in spans if span.phase == "training"}
     _bars(axes, "lost", [(start, end, ends[end]) for start, end in shown.lost])
     end = shown.spans[-1].end_s if shown.spans else 0.0
@@ -131,6 +127,9 @@ def _run(axes: Any, under: Preempted) -> None:
         linewidth=1,
         label="nodes that are up",
     )
+    # By hand: what did not happen in this run has a colour too.
+    for name, colour in _COLOURS.items():
+        axes.bar(0, 0, color=colour, label=_WORDS[name])
     axes.set_xlabel("hours")
     axes.set_ylabel("nodes")
     axes.set_xlim(0, end / _HOUR)
@@ -147,6 +146,5 @@ def _bars(axes: Any, phase: str, bars: list[tuple[float, float, int]]) -> None:
         width=[(end - start) / _HOUR for start, end, _ in bars],
         align="edge",
         color=_COLOURS[phase],
-        label=_WORDS[phase],
         linewidth=0,
     )

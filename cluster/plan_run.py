@@ -42,7 +42,7 @@ class Preempted:
     sweep: Sweep
     """The interval that it was given is the recipe's."""
     calm_s: float
-    """Wall time without preemptions, with the recipe's interval."""
+    """Wall time without preemptions, with the same interval."""
     example: Timeline
     """A run with the best interval that takes as long as half of them do."""
 
@@ -182,7 +182,7 @@ def _preempted(config: PlanConfig, stage: PretrainStage, found: Pretrain) -> Pre
         training=best,
         spot=spot,
         sweep=tried,
-        calm_s=training.undisturbed_s(),
+        calm_s=best.undisturbed_s(),
         example=example,
     )
 

@@ -129,9 +129,7 @@ def sweep(
     look(_steps(*around, _FINE))
     best = _best(done)
     most = done[best].wall_s.mean * (1 + ALIKE)
-    alike = [
-        one for one, found in done.items() if _finishing(found) and _wall(found) <= most
-    ]
+    alike = [one for one, found in done.items() if _wall(found) <= most]
     return Sweep(
         points=tuple(done[one] for one in sorted(done)),
         given=done[training.interval_s],
@@ -157,10 +155,6 @@ def _best(done: Mapping[float, Expected]) -> float:
 
 def _wall(found: Expected) -> float:
     return found.wall_s.mean
-
-
-def _finishing(found: Expected) -> bool:
-    return found.unfinished == 0
 
 
 def _steps(low: float, high: float, factor: float) -> list[float]:

@@ -298,7 +298,8 @@ class _Run:
                 break
             if event.place in used and event.kind != RETURN:
                 gone = event.kind == DEATH
-                if gone or self._has_notice(event):
+                # Without notice the node is gone before a checkpoint is begun.
+                if gone or self.fits:
                     break
         stopped = self.now
         self._note(began, "training", nodes)
@@ -310,11 +311,6 @@ class _Run:
         self.saved += trained * self.training.speeds[nodes]
         if stopped >= end:
             self.saved = self.training.work_s
-
-    def _has_notice(self, event: Event) -> bool:
-        """Whether a checkpoint can be written before that node is gone."""
-        # Without notice its death is what happens next.
-        return self.fits and self.trace.event(self.seen).time > event.time
 
     def _save(self, used: frozenset[int]) -> bool:
         """Write a checkpoint. False: a node was gone before it existed."""
@@ -329,9 +325,9 @@ class _Run:
         """Fall back to the last checkpoint that existed when the node was gone."""
         training, died = self.training, self.now
         period, stall = training.period_s, training.stall_s
-        begun = math.floor((stopped - began + stall) / period)
+        # Begun in time: a death after the stop comes before another would be written.
         written = math.floor((died - began + stall - training.write_s) / period)
-        kept = max(0, min(begun, written)) * (period - stall)
+        kept = max(0, written) * (period - stall)
         trained, stalled = self._split(stopped - began)
         self.stalled += stalled
         self.lost += trained - kept

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from cluster.plan_sweep import Mean, expected, sweep, traces, young_daly_s
-from cluster.preemption import Outcome, Spot, Timeline, Trace, Training, simulate
+from cluster.preemption import (
+    DEATH,
+    NOTICE,
+    RETURN,
+    Event,
+    Outcome,
+    Spot,
+    Timeline,
+    Trace,
+    Training,
+    simulate,
+)
 
 HOUR = 3600.0
 CALM = Spot(rate=0, notice_s=0, return_s=0)
@@ -47,6 +58,18 @@ def elastic(**keys: Any) -> Training:
 def outcomes(one: Training, spot: Spot, runs: int = 20) -> list[Outcome]:
     seen = traces(spot, nodes=one.nodes, runs=runs, seed=1)
     return [simulate(one, trace) for trace in seen]
+
+
+def happening(*events: tuple[float, int, int], spot: Spot = CALM) -> Trace:
+    """Nodes to which only that happens: (time, kind, place)."""
+    trace = Trace(spot, nodes=8, seed=0)
+    trace._drawn.extend(Event(*event) for event in events)
+    return trace
+
+
+def gone(time: float, place: int) -> list[tuple[float, int, int]]:
+    """A node is gone at once."""
+    return [(time, NOTICE, place), (time, DEATH, place)]
 
 
 def holds(found: Mean, value: float) -> bool:
@@ -92,6 +115,63 @@ def test_notice_that_a_checkpoint_fits_into_loses_nothing(
     assert all((run.losses == 0) == lossless for run in found)
 
 
+@pytest.mark.parametrize(
+    ("died", "trained", "kept"),
+    [
+        # The first checkpoint is begun at 720 and there at 820.
+        (120 + 650, 640, 0),
+        (120 + 699, 689, 0),
+        (120 + 701, 691, 600),
+        # It stands still for the second, begun at 1330.
+        (120 + 1215, 1200, 600),
+    ],
+)
+def test_what_no_complete_checkpoint_holds_is_lost(
+    died: float, trained: float, kept: float
+) -> None:
+    one = training(stall_s=10, write_s=100, detect_s=20, work_s=3000)
+    run = simulate(one, happening(*gone(died, 0), (died + 7, RETURN, 0)))
+    assert run.lost_s == pytest.approx(trained - kept)
+    assert run.useful_s == pytest.approx(3000)
+    # Its return is within the time until its death is noticed.
+    assert run.restart_s == pytest.approx(120 + 20 + 120)
+    stalls = died - 120 - trained + 10 * (math.ceil((3000 - kept) / 600) - 1)
+    assert run.checkpoint_s == pytest.approx(stalls + 100)
+    assert run.node_s == pytest.approx(run.wall_s - 7)
+
+
+def test_with_notice_a_run_goes_on_where_it_was_on_fewer_nodes_and_then_on_more() -> (
+    None
+):
+    told = Spot(rate=0, notice_s=90, return_s=0)
+    one = elastic(wait_s=0, interval_s=1e9)
+    trace = happening(
+        *((4120, NOTICE, 3), (4210, DEATH, 3), (6000, RETURN, 3)), spot=told
+    )
+    run = simulate(one, trace)
+    # Stopped at 4120, it trains on six nodes from 4300 until there are eight again.
+    left = 10 * HOUR - 4000 - 0.75 * 1700
+    assert run.wall_s == pytest.approx(6000 + 60 + 120 + left + 60)
+    assert (run.lost_s, run.starts, run.waiting_s) == (0, 3, 0)
+
+
+def test_a_checkpoint_that_a_death_interrupts_does_not_count() -> None:
+    one = training(
+        speeds={1: 0.5, 2: 1.0}, write_s=100, stall_s=0, interval_s=1e9, settle_s=500
+    )
+    # Place 1 goes and comes back; while the run stops for it, place 0 goes.
+    growth = 1120 + 120 + 500
+    trace = happening(
+        *gone(1120, 1), (1200, RETURN, 1), *gone(growth + 50, 0), (9e9, RETURN, 0)
+    )
+    run = simulate(one, trace)
+    assert run.lost_s == pytest.approx(1000 + 500)
+    assert run.losses == 2
+    # A checkpoint that was not finished, and the last.
+    assert run.checkpoint_s == pytest.approx(50 + 100)
+    assert run.useful_s == pytest.approx(20 * HOUR)
+
+
 def test_a_preemption_without_notice_loses_work_all_the_same() -> None:
     sudden = dataclasses.replace(BUSY, sudden=0.5)
     found = outcomes(elastic(write_s=30), sudden)
@@ -130,6 +210,16 @@ def test_the_best_interval_is_that_of_young_and_daly_where_it_holds() -> None:
     for factor in (1 / 4, 4):
         other = dataclasses.replace(one, interval_s=factor * formula)
         assert expected(other, seen).wall_s.mean > found.best.wall_s.mean * 1.005
+
+
+def test_the_formula_counts_only_preemptions_that_lose_work() -> None:
+    one = elastic(write_s=20)
+    assert young_daly_s(one, BUSY) is None
+    tenth = dataclasses.replace(BUSY, sudden=0.1)
+    found = young_daly_s(one, tenth)
+    assert found == pytest.approx(math.sqrt(2 * 5 * HOUR / (0.2 * 8 * 0.1)))
+    unready = young_daly_s(elastic(write_s=31), tenth)
+    assert unready == pytest.approx(math.sqrt(2 * 5 * HOUR / (0.2 * 8)))
 
 
 def test_with_notice_for_a_checkpoint_the_longest_interval_is_best() -> None:
