@@ -117,10 +117,11 @@ def _pretrain(config: PlanConfig, found: Pretrain) -> Iterator[str]:
         yield _row("each node reads", f"{_figure(most.read_mb_s)} MB/s of shards")
     stage = config.pretrain
     assert stage is not None
+    ranks = f"{stage.ranks} ranks" if stage.ranks > 1 else "one rank"
     yield _row(
         "valid world sizes",
         f"{len(found.sizes)} with {stage.min_nodes} to {stage.max_nodes} nodes of "
-        f"{stage.ranks} ranks",
+        f"{ranks}",
     )
     yield _cells("  nodes", "ranks", "micro-batch", "time", "slower")
     for one in reversed(found.sizes):
