@@ -5,6 +5,17 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.datasets import preprocess, slices
+from tests.trainer.tiny import launch
+
+
+@pytest.fixture(scope="session")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two ranks by the deepspeed launcher, on a disk; not to be
+    changed.
+    """
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launch(2, f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=5")
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -18,21 +18,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, free_port, launch_environment
-from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY, column
 
 README = ROOT / "trainer" / "README.md"
 # What a process is given by none of the three, or by the shell that it runs in.
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "TRITON_INTERPRET")
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the deepspeed launcher."""
-    folder = tmp_path_factory.mktemp("whole")
-    words = [f"--data={shards}", f"--output={folder / 'run'}"]
-    launch_all(2, [words], folder / "calls.json")
-    return folder / "run"
 
 
 @pytest.fixture

@@ -72,14 +72,6 @@ def wait_for_group(group: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two ranks."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    launch(2, f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=5")
-    return run
-
-
 def test_a_run_writes_every_metric_of_every_step_once(whole: Path) -> None:
     rows = metrics(whole)
     assert [row["step"] for row in rows] == list(range(1, 13))

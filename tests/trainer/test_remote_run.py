@@ -11,21 +11,23 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from tests.conftest import launch_environment, python
+from tests.conftest import ROOT, launch_environment, python
 from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.apart import apart_command, home
-from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import (
     LAUNCH_LIMIT_S,
     TINY,
     column,
     config,
+    launch,
     metrics,
     wait_until,
     with_faults,
@@ -37,8 +39,12 @@ from trainer.contract import (
     parse_rows,
     read_metrics,
 )
+from trainer.evaluate import main as evaluate
+from trainer.export import main as export
 from trainer.lease import LEASE, Lease
 from trainer.loop import check
+from trainer.replay import main as replay
+from trainer.report.__main__ import main as report
 from trainer.storage import StorageConfig
 from trainer.store import Store
 
@@ -54,15 +60,6 @@ def url(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> st
     """URL of a run that is not there yet; nodes have their homes below `tmp_path`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "homes"))
     return f"{server.bucket(monkeypatch)}/runs/first"
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two ranks on a disk."""
-    folder = tmp_path_factory.mktemp("whole")
-    words = [f"--data={shards}", f"--output={folder / 'run'}"]
-    launch_all(2, [[*words, "--checkpoint.every_steps=2"]], folder / "calls.json")
-    return folder / "run"
 
 
 def files(url: str) -> dict[str, int]:
@@ -103,41 +100,23 @@ def test_nodes_that_share_no_disk_take_the_steps_of_a_local_run(
     there = files(url)
     assert complete_steps(there) == [6, 7]
     assert "complete.json" not in there
-    copies = [
-        [*home(tmp_path / "homes", rank).rglob("metrics.jsonl")] for rank in (0, 1)
-    ]
-    assert [len(found) for found in copies] == [1, 0]
-    # Machines that have never seen the run.
+    homes = [home(tmp_path / "homes", rank) for rank in range(2)]
+    assert [len([*at.rglob("metrics.jsonl")]) for at in homes] == [1, 0]
+    # One machine that has never seen the run.
     shutil.rmtree(tmp_path / "homes")
-    printed = launch_apart(2, *words)
+    printed = launch_apart(1, *words)
     assert "resuming after step 7" in printed
     assert "step-00000007 is here: fetched" in printed
     run = copy_of(url, tmp_path / "copy")
-    for name in ("step", "sample_digest", "loss", "grad_norm", "lr"):
-        assert column(run, name) == column(whole, name)
+    assert column(run, "sample_digest") == column(whole, "sample_digest")
+    for name in ("step", "loss", "grad_norm", "lr"):
+        assert column(run, name)[:7] == column(whole, name)[:7]
+    # Sums in another order, as on one disk.
+    assert column(run, "loss") == pytest.approx(column(whole, "loss"), rel=2e-3)
     assert (run / "complete.json").read_text() == (whole / "complete.json").read_text()
     names = [path.name for path in run.rglob("*") if path.is_file()]
     assert not [name for name in names if name.startswith((".", "tmp-"))]
     assert [step for step, _ in complete_checkpoints(run)] == [10, 12]
-    own = checkpoint.load_weights(complete_checkpoints(run)[-1][1])
-    local = checkpoint.load_weights(complete_checkpoints(whole)[-1][1])
-    assert all((own[name] == local[name]).all() for name in local)
-    state = checkpoint.read_marker(complete_checkpoints(run)[-1][1])
-    assert len(json.dumps(state)) < 1024
-
-
-def test_two_ranks_are_continued_by_one(
-    url: str, whole: Path, shards: Path, tmp_path: Path
-) -> None:
-    words = (f"--data={shards}", f"--output={url}", "--checkpoint.every_steps=2")
-    launch_apart(2, *words, "--max_steps=5")
-    # The node of one of the two, which has the half of it.
-    shutil.rmtree(home(tmp_path / "homes", 1))
-    assert "resuming after step 5" in launch_apart(1, *words)
-    run = copy_of(url, tmp_path / "copy")
-    assert column(run, "sample_digest") == column(whole, "sample_digest")
-    # Sums in another order, as on one disk.
-    assert column(run, "loss") == pytest.approx(column(whole, "loss"), rel=2e-3)
 
 
 def kill_when(reached: Callable[[], bool], *words: str | Path) -> None:
@@ -155,11 +134,10 @@ def kill_when(reached: Callable[[], bool], *words: str | Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_kills_during_uploads_and_at_random_moments_lose_no_complete_checkpoint(
+def test_kills_during_uploads_lose_no_complete_checkpoint(
     server: S3Server, url: str, whole: Path, shards: Path, tmp_path: Path
 ) -> None:
     seed = random.randrange(1 << 32)
-    draw = random.Random(seed)
     words = (f"--data={shards}", f"--output={url}", "--checkpoint.every_steps=1")
     server.inject(itertools.repeat(slow(0.4)), lambda _, path: ".safetensors" in path)
 
@@ -177,7 +155,7 @@ def test_kills_during_uploads_and_at_random_moments_lose_no_complete_checkpoint(
     first = complete_steps(files(url))
     # A node that never saw the run, and one that has its own parts.
     shutil.rmtree(home(tmp_path / "homes", 0))
-    goal, server.requests[:] = draw.randrange(1, 4), []
+    goal, server.requests[:] = random.Random(seed).randrange(1, 4), []
     kill_when(lambda: uploading(goal), *words)
     second = complete_steps(files(url))
     assert first[-1] < second[-1] < 12, seed
@@ -187,10 +165,59 @@ def test_kills_during_uploads_and_at_random_moments_lose_no_complete_checkpoint(
     run = copy_of(url, tmp_path / "copy")
     for name in ("step", "sample_digest", "loss", "grad_norm"):
         assert column(run, name) == column(whole, name), seed
-    steps = complete_steps(names := files(url))
-    assert steps == [11, 12]
+    own, local = (complete_checkpoints(one)[-1][1] for one in (run, whole))
+    weights = checkpoint.load_weights(local)
+    for name, value in checkpoint.load_weights(own).items():
+        assert (value == weights[name]).all()
+    assert len(json.dumps(checkpoint.read_marker(own))) < 1024
+    names = files(url)
+    assert complete_steps(names) == [11, 12]
     # Nothing of attempts that died: two parts, two records and a marker each.
     assert len([name for name in names if name.startswith("checkpoints/")]) == 5 * 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_kills_at_random_moments_give_the_losses_of_an_undisturbed_run(
+    server: S3Server, url: str, shards: Path, tmp_path: Path
+) -> None:
+    longer = (f"--data={shards}", "--schedule.steps=300", "--checkpoint.every_steps=3")
+    launch(2, *longer, f"--output={tmp_path / 'whole'}")
+    words = (*longer, f"--output={url}")
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    server.inject(itertools.repeat(slow(0.1)), lambda method, _: method == "PUT")
+    newest, inside = 0, 0
+    for number in range(10):
+        began, wait_s = time.monotonic(), draw.uniform(0, 3)
+
+        def later(newest: int = newest, wait_s: float = wait_s) -> bool:
+            nonlocal began
+            if (complete_steps(files(url)) or [0])[-1] == newest:
+                began = time.monotonic()
+            return time.monotonic() > began + wait_s
+
+        kill_when(later, *words)
+        steps = complete_steps(files(url))
+        assert steps[-1] > newest, seed
+        run = copy_of(url, tmp_path / f"copy-{number}")
+        for step, path in complete_checkpoints(run):
+            assert checkpoint.load_weights(path)
+            assert checkpoint.read_marker(path)["step"] == step
+        rows = [row["step"] for row in read_metrics(run)]
+        assert rows[: steps[-1]] == list(range(1, steps[-1] + 1)), seed
+        begun = {n.split("/")[1] for n in files(url) if n.startswith("checkpoints/")}
+        inside += len(begun) > len(steps)
+        print(f"kill {number}: newest {steps[-1]}, begun {sorted(begun)}")
+        newest = steps[-1]
+        for rank in range(2):
+            if draw.random() < 0.5:
+                shutil.rmtree(home(tmp_path / "homes", rank))
+    assert inside, "no kill fell into the upload of a checkpoint"
+    launch_apart(2, *words)
+    run = copy_of(url, tmp_path / "copy")
+    for name in ("step", "sample_digest", "loss", "grad_norm"):
+        assert column(run, name) == column(tmp_path / "whole", name), seed
 
 
 def test_roll_back_points_travel_too(url: str, shards: Path, tmp_path: Path) -> None:
@@ -246,6 +273,38 @@ def test_a_run_that_somebody_writes_is_refused_and_left_alone(
     assert not files(url)
 
 
+def test_a_trainer_that_lost_its_run_to_the_next_stops_and_changes_nothing(
+    url: str, shards: Path, tmp_path: Path
+) -> None:
+    words = (f"--data={shards}", f"--output={url}", "--checkpoint.every_steps=1")
+    endless = ("--storage.writer=launcher", "--schedule.steps=10000")
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer.pretrain", *TINY, *words, *endless],
+            cwd=ROOT,
+            env=launch_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: bool(complete_steps(files(url))), process, log.read_text)
+            following = Lease(Store(url, StorageConfig()), "launcher")
+            following.take()
+            # At most what it was about to complete.
+            most = complete_steps(files(url))[-1] + 1
+            assert process.wait(LAUNCH_LIMIT_S) == 1
+        finally:
+            process.kill()
+    assert "another trainer took over" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    following.check()
+    following.release()
+    assert complete_steps(files(url))[-1] <= most
+
+
 def test_storage_that_cannot_be_written_is_told_before_training(
     server: S3Server, url: str, shards: Path, tmp_path: Path
 ) -> None:
@@ -268,14 +327,10 @@ def test_tools_read_a_run_behind_a_url(
     url: str, whole: Path, shards: Path, tmp_path: Path
 ) -> None:
     fsspec.core.url_to_fs(url)[0].put(str(whole), url, recursive=True)
-    for words in (
-        ("trainer.evaluate", url, "--examples=1", "--max_pairs=8", "--draws=1"),
-        ("trainer.replay", url, "--step=3"),
-        ("trainer.export", url, tmp_path / "model"),
-        ("trainer.report", url, whole, "--output", tmp_path / "report.html"),
-    ):
-        done = python("-m", *words)
-        assert done.returncode == 0, done.stdout
+    evaluate([url, "--examples=1", "--max_pairs=8", "--draws=1"])
+    assert replay([url, "--step=3"]) == 0
+    export([url, str(tmp_path / "model")])
+    report([url, str(whole), f"--output={tmp_path / 'report.html'}"])
     assert {"probes.json", "config.yaml", "complete.json"} <= files(url).keys()
     assert "url" not in (tmp_path / "model" / "README.md").read_text()
     assert "probes" in (tmp_path / "report.html").read_text()
