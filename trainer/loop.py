@@ -289,12 +289,12 @@ def check(config: PretrainConfig) -> Checked:
             fit. The message has the cure.
     """
     run = config.output
-    _, world_size = world_from_environment()
+    rank, world_size = world_from_environment()
     check_world_size(world_size, lanes=config.lanes)
     check_installed(config.log.wandb)
     copy = RunCopy(config) if local_path(run) is None else None
     if copy:
-        copy.require_writable()
+        copy.require_writable(rank)
     found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
     if found:
         require_same(config, copy.config() if copy else load_config(config.run))

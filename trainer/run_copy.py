@@ -15,7 +15,6 @@ import contextlib
 import json
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,13 @@ class RunCopy:
             self.store, self.path, self._lease.check, f"{roll_back.FOLDER}/"
         )
 
-    def require_writable(self) -> None:
-        """Write and delete a small file.
+    def require_writable(self, rank: int) -> None:
+        """Write and delete a small file, of this rank's own.
 
         Raises:
             ValueError, OSError: that cannot be done here. The message has the cure.
         """
-        name = f".probe-{uuid.uuid4().hex}"
+        name = f".probe-{rank}"
         try:
             self.store.write(name, b"")
             self.store.remove([name])
@@ -173,8 +172,12 @@ def _bring_checkpoint(checkpoints: RemoteCheckpoints, *, weights: bool) -> None:
 
 
 def _download(store: Store, run: Path) -> States:
-    """Have the files of a run, and no others, in a local folder; their states."""
+    """Have the files of a run, and no others, in a local folder; their states. Raises
+    ValueError where there is no run.
+    """
     there = {name for name in store.sizes() if _travels(Path(name))}
+    if not there:
+        raise ValueError(f"{store.shown} is no run: nothing is there; train it first")
     for name in _files(run):
         if name not in there:
             (run / name).unlink()

@@ -37,8 +37,9 @@ _LOOKED_AT = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
-    """Datasets behind a URL: whole shards are fetched ahead into a folder on the node,
-    once for all its ranks. Of no use for a dataset on a local disk.
+    """Datasets and runs behind a URL: whole shards are fetched ahead into a folder on
+    the node, once for all its ranks; a run is written to a working copy and brought to
+    its URL with each checkpoint. Of no use for what lies on a local disk.
     """
 
     cache: str | None = None
@@ -48,7 +49,7 @@ class StorageConfig:
     """Most bytes in it. It should hold two windows of each lane that a node reads, 2 x
     lanes x shuffle_shards shards; where it does not, shards are fetched again."""
     parallel: int = 8
-    """Ranges of 8 MiB that each rank reads at once."""
+    """Ranges of 8 MiB that each rank reads, or writes, at once."""
     timeout_s: float = 30.0
     """Seconds after which a request is given up, and made again."""
     tries: int = 10

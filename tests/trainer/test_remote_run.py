@@ -326,6 +326,8 @@ def test_storage_that_cannot_be_written_is_told_before_training(
 def test_tools_read_a_run_behind_a_url(
     url: str, whole: Path, shards: Path, tmp_path: Path
 ) -> None:
+    with pytest.raises(ValueError, match=f"{url} is no run"):
+        replay([url, "--step=3"])
     fsspec.core.url_to_fs(url)[0].put(str(whole), url, recursive=True)
     evaluate([url, "--examples=1", "--max_pairs=8", "--draws=1"])
     assert replay([url, "--step=3"]) == 0
