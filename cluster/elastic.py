@@ -20,7 +20,7 @@ from cluster.attempt import Attempt, Ended, Plan
 from cluster.checks import valid_nodes
 from cluster.commands import PRETRAIN, Lanes, lanes_of, pretrain_words, resolved
 from cluster.demand import Nodes, taken
-from cluster.journal import FOLDER, Journal
+from cluster.journal import FOLDER, Journal, read_events
 from cluster.options import PretrainStage, RunConfig
 from cluster.store import Store
 from cluster.trained import is_done, saved_step, taken_step
@@ -87,7 +87,10 @@ class _Elastic:
     ) -> None:
         self._config, self._stage, self._journal = config, stage, journal
         self._words, self._lanes, self._stop = words, lanes, stop
-        self._number = self._failures = self._preemptions = self._locked = 0
+        self._failures = self._preemptions = self._locked = 0
+        # Drivers before this one may have made some.
+        started = read_events(Store(config.output))
+        self._number = sum(event.kind == "attempt_started" for event in started)
         self._checkpoint_s = stage.checkpoint_seconds
         self._proven = False
         self._last_failure: _Stand | None = None

@@ -21,7 +21,13 @@ from cluster.journal import read_events
 from cluster.store import Store
 from cluster.trained import saved_step
 from tests.cluster.clusters import LocalCluster, local_cluster
-from tests.cluster.runs import ends, tiny_arguments, world_sizes
+from tests.cluster.runs import (
+    TOLERANCE,
+    ends,
+    events,
+    tiny_arguments,
+    world_sizes,
+)
 from tests.conftest import EMOJI, ROOT
 from tests.pipeline.corpora import run_module
 from tests.pipeline.s3 import S3Server
@@ -29,8 +35,6 @@ from tests.pipeline.test_preprocess import files
 from tests.trainer.tiny import column, launch, steps_taken
 from trainer.contract import COMPLETE, METRICS
 
-# fp32 sums in another order at another world size, which 60 steps of AdamW amplify.
-TOLERANCE = 2e-2
 SLOW, FAST = "0.4", "0"
 RAY = str(Path(sys.executable).with_name("ray"))
 # Ranges enough for several nodes.
@@ -137,15 +141,13 @@ def configured(folder: Path, **more: Any) -> Path:
     return path
 
 
-def driver_pid(output: Path) -> int:
-    events = read_events(Store(str(output)))
-    started = [event for event in events if event.kind == "driver_started"]
-    return int(started[-1].fields["pid"])
+def driver_pid(run: Path) -> int:
+    return int(events(run, "driver_started")[-1].fields["pid"])
 
 
 def attempts(output: str) -> int:
-    events = read_events(Store(output))
-    return sum(event.kind == "attempt_started" for event in events)
+    seen = read_events(Store(output))
+    return sum(event.kind == "attempt_started" for event in seen)
 
 
 def mentioning(output: Path) -> list[list[str]]:
@@ -172,7 +174,7 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     job.reaches(lambda: steps_taken(run) >= 7, "some steps")
     assert files(output / "data") == files(undisturbed / "data")
 
-    os.kill(driver_pid(output), signal.SIGKILL)
+    os.kill(driver_pid(run), signal.SIGKILL)
     assert job.ends() != 0
     job = Job(cluster, config, tmp_path / "second.log")
     job.reaches(lambda: len(world_sizes(run)) == 2, "another attempt")
@@ -188,6 +190,8 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     assert (run / COMPLETE).is_file()
     assert (output / "report.html").is_file()
     assert "preemption" in ends(run)
+    numbers = [event.fields["attempt"] for event in events(run, "attempt_started")]
+    assert numbers == list(range(1, len(numbers) + 1))
     whole = undisturbed / "pretrain"
     assert column(run, "step") == column(whole, "step")
     assert column(run, "sample_digest") == column(whole, "sample_digest")
@@ -244,18 +248,18 @@ def test_on_object_storage_training_follows_shards_and_outlives_a_node(
     pace.write_text(FAST)
     assert job.ends() == 0, job.said()
 
-    events = read_events(Store(output))
+    seen = read_events(Store(output))
     stages = Counter(
         (event.fields["stage"], event.kind)
-        for event in events
+        for event in seen
         if event.kind.startswith("stage_")
     )
     done = ("stage_started", "stage_finished")
     names = ("preprocess", "pretrain", "evaluate")
     assert stages == {(name, kind): 1 for name in names for kind in done}
-    first = [event for event in events if event.kind == "stage_started"]
+    first = [event for event in seen if event.kind == "stage_started"]
     assert [event.fields["stage"] for event in first[:2]] == list(names[:2])
-    made = next(event for event in events if event.kind == "stage_finished")
+    made = next(event for event in seen if event.kind == "stage_finished")
     assert made.fields["stage"] == "preprocess"
     assert made.time > first[1].time, "training waited for the last shard"
     rows = (Store(run).read(METRICS) or b"").splitlines()
