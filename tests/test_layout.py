@@ -75,6 +75,16 @@ def test_trainer_imports_without_ray_and_pyarrow() -> None:
     assert run_without({"ray", "pyarrow"}, f"import {modules}") == "imported\n"
 
 
+def test_commands_of_the_cluster_answer_before_ray_is_imported() -> None:
+    modules = (
+        "cluster.run, cluster.preprocess, cluster.pretrain, cluster.status, "
+        "cluster.local, cluster.plan, cluster.guard, cluster.runner, cluster.elastic, "
+        "cluster.stages, cluster.checks"
+    )
+    blocked = {"ray", "torch", "pyarrow", "deepspeed", "transformers"}
+    assert run_without(blocked, f"import {modules}") == "imported\n"
+
+
 def test_manifest_needs_only_numpy() -> None:
     blocked = {"ray", "pyarrow", "torch", "yaml", "jsonargparse", "PIL", "tokenizers"}
     assert run_without(blocked, "import pipeline.manifest") == "imported\n"
