@@ -24,7 +24,7 @@ from cluster.journal import FOLDER, Journal, read_events
 from cluster.options import PretrainStage, RunConfig
 from cluster.store import Store
 from cluster.trained import is_done, saved_step, taken_step
-from pipeline.terminal import printable
+from pipeline.config import printable
 
 _LOGS = "logs"
 _FIRST_WAIT_S = 5.0

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import parse, run
-from pipeline.terminal import printable
+from pipeline.config import parse, printable, run
 
 PROG = "cluster.fallback"
 DESCRIPTION = """\

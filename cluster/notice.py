@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.metadata import CLOUDS, Interruption
-from pipeline.config import ConfigError, parse, run
-from pipeline.terminal import printable
+from pipeline.config import ConfigError, parse, printable, run
 
 PROG = "cluster.notice"
 DESCRIPTION = """\

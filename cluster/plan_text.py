@@ -14,8 +14,7 @@ from cluster.plan_options import PlanConfig
 from cluster.plan_run import Plan, Preempted
 from cluster.plan_stages import Preprocess, Pretrain
 from cluster.plan_sweep import Expected, Mean
-from pipeline.config import flat
-from pipeline.terminal import printable
+from pipeline.config import flat, printable
 
 _NAME = 24
 _CELL = 12

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cluster.options import RunConfig
-from pipeline.config import parse, run
-from pipeline.terminal import printable
+from pipeline.config import parse, printable, run
 
 PROG = "cluster.run"
 DESCRIPTION = """\

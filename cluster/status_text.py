@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from cluster.standing import StageStanding, Standing
-from pipeline.terminal import printable
+from pipeline.config import printable
 
 _BAR = 24
 _RESTARTS_SHOWN = 5
