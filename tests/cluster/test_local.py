@@ -105,6 +105,13 @@ def where(cluster: LocalCluster) -> tuple[str, str]:
     return f"--state={cluster.folder.parent}", f"--name={NAME}"
 
 
+def submit_job(cluster: LocalCluster) -> None:
+    words = (RAY, "job", "submit", "--", "python", "-c", JOB)
+    job = cluster.start(*words, stdout=subprocess.PIPE)
+    assert job.stdout
+    assert "JOB RUNS\n" in job.stdout
+
+
 def traces(folder: Path) -> dict[int, str]:
     """Processes with the folder in command, environment or open files, in any way."""
     found = {}
@@ -206,18 +213,7 @@ def test_status_shows_nodes_and_what_waits(cluster: LocalCluster) -> None:
 def test_down_leaves_nothing_even_after_kills() -> None:
     with local_cluster(cpu_nodes=2, idle_seconds=600) as cluster:
         cluster.start(sys.executable, "-c", ACTORS)
-        job = cluster.start(
-            RAY,
-            "job",
-            "submit",
-            "--",
-            "python",
-            "-c",
-            JOB,
-            stdout=subprocess.PIPE,
-        )
-        assert job.stdout
-        assert "JOB RUNS\n" in job.stdout
+        submit_job(cluster)
         cluster.wait_for({"cpu": 2})
         processes = cluster.processes()
         for started in cluster.started:
@@ -245,6 +241,7 @@ def test_down_leaves_nothing_even_after_kills() -> None:
 def test_what_a_dead_cluster_has_left_is_cleared_away() -> None:
     """A head that ends by itself ends its cluster; `up` starts another in its place."""
     with local_cluster(cpu_nodes=1, idle_seconds=2) as cluster:
+        submit_job(cluster)
         head = cluster.kill_node("head")
         cluster.wait_until(lambda: not cluster.processes(), "all is gone")
         assert "no cluster is up" in command("status", *where(cluster)).stderr
