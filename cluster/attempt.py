@@ -149,16 +149,13 @@ class Attempt:
         try:
             self._find_nodes()
             first = self._members[0]
-            port = ray.get(
-                first.actor.free_port.remote(first.address), timeout=_START_S
-            )
+            (port,) = self._answers([first.actor.free_port.remote(first.address)])
             launches = [
                 member.actor.start.remote(self._launch(rank, port))
                 for rank, member in enumerate(self._members)
             ]
-            for member, log in zip(
-                self._members, ray.get(launches, timeout=_START_S), strict=True
-            ):
+            logs = self._answers(launches)
+            for member, log in zip(self._members, logs, strict=True):
                 member.log = log
         except (ray.exceptions.RayError, KeyError) as error:
             return self._not_started(error)
@@ -192,15 +189,30 @@ class Attempt:
     def _find_nodes(self) -> None:
         import ray
 
-        asked = [member.actor.node.remote() for member in self._members]
-        for member, node in zip(
-            self._members, ray.get(asked, timeout=_START_S), strict=True
-        ):
+        ids = self._answers([member.actor.node.remote() for member in self._members])
+        for member, node in zip(self._members, ids, strict=True):
             member.id = node
         rows = {row["NodeID"]: row for row in ray.nodes()}
         for member in self._members:
             # As the other nodes reach it; a node may not know it by itself.
             member.address = rows[member.id]["NodeManagerAddress"]
+
+    def _answers(self, asked: list[ray.ObjectRef]) -> list[Any]:
+        """What runners answer while they start.
+
+        Raises:
+            RayError: one did not answer, or its node was lost.
+        """
+        import ray
+
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline and not self._stop.is_set():
+            _, missing = ray.wait(asked, num_returns=len(asked), timeout=_POLL_S)
+            if not missing:
+                return list(ray.get(asked, timeout=_ANSWER_S))
+            if not self._plan.nodes.whole():
+                raise ray.exceptions.NodeDiedError("a node was lost before the start")
+        raise ray.exceptions.GetTimeoutError(f"no answer within {_START_S:.0f} s")
 
     def _launch(self, rank: int, port: int) -> Launch:
         return Launch(
@@ -215,13 +227,12 @@ class Attempt:
         )
 
     def _not_started(self, error: Exception) -> Ended:
-        import ray
-
-        dead = {row["NodeID"] for row in ray.nodes() if not row["Alive"]}
-        # Where a runner's node is not known, whether it died is not known either.
-        gone = any(member.id in dead or not member.id for member in self._members)
-        cause = "preemption" if gone else "failure"
-        return Ended(cause=cause, detail=f"no start: {first_line(error)}")
+        if self._stop.is_set():
+            return Ended(cause="stopped", detail="the driver was asked to stop")
+        lost = not self._plan.nodes.whole()
+        # Of an error in a runner, Ray's own first line names the call alone.
+        said = first_line(getattr(error, "cause", None) or error)
+        return Ended(cause="preemption" if lost else "failure", detail=said)
 
     def _look(self) -> None:
         """Take the answers that have come, ask again."""

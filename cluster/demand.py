@@ -43,6 +43,10 @@ class Nodes:
     sizes: tuple[int, ...]
     more: tuple[PlacementGroup, ...]
 
+    def whole(self) -> bool:
+        """Whether none of them was lost."""
+        return _is_there(self.group)
+
     def could_be(self) -> int:
         """The largest valid number of nodes with those that have come since."""
         there = self.count + sum(map(_is_there, self.more))
@@ -77,7 +81,7 @@ def taken(
             stage,
             sizes,
             groups,
-            wait_seconds=max(wait_seconds, _THERE_S),
+            wait_seconds=wait_seconds,
             tell=tell,
             stop=stop,
         )
@@ -94,8 +98,18 @@ def taken(
             _give_back(group)
 
 
-def nodes_there(stage: PretrainStage) -> int:
-    """Nodes for training that nobody uses and that have had no notice."""
+@dataclass(frozen=True, kw_only=True)
+class There:
+    """Nodes for training that could be taken now."""
+
+    fit: int
+    """That are alive and have had no notice."""
+    free: int
+    """Of these, as far as is known, that nobody uses."""
+
+
+def nodes_there(stage: PretrainStage) -> There:
+    """What there is now. Nodes that were just given back may not be free yet."""
     import ray
 
     leaving = draining()
@@ -106,7 +120,8 @@ def nodes_there(stage: PretrainStage) -> int:
         and node["NodeID"] not in leaving
         and all(node["Resources"].get(k, 0) >= v for k, v in bundle(stage).items())
     ]
-    return min(len(fit), int(ray.available_resources().get(stage.node_resource, 0)))
+    free = int(ray.available_resources().get(stage.node_resource, 0))
+    return There(fit=len(fit), free=min(len(fit), free))
 
 
 def _take(
@@ -119,23 +134,24 @@ def _take(
     stop: threading.Event,
 ) -> int:
     """Put the group that was taken into `groups`; of how many nodes, 0 for none."""
-    started, told = time.monotonic(), 0.0
+    started, told = time.monotonic(), _THERE_S
     groups.append(_asked(stage, sizes[-1]))
     while not stop.is_set():
         if _is_there(groups[0]):
             return sizes[-1]
-        now, there = time.monotonic(), nodes_there(stage)
-        if now - started >= wait_seconds and there >= sizes[0]:
-            for size in reversed([size for size in sizes if size <= there]):
+        waited, there = time.monotonic() - started, nodes_there(stage)
+        known = there.free == there.fit or waited >= _THERE_S
+        if known and waited >= wait_seconds and there.free >= sizes[0]:
+            for size in reversed([size for size in sizes if size <= there.free]):
                 _give_back(groups.pop())
                 groups.append(_asked(stage, size))
                 if _comes(groups[0], stop):
                     return size
             _give_back(groups.pop())
             groups.append(_asked(stage, sizes[-1]))
-        if now - told >= _TELL_EVERY_S and now - started >= _THERE_S:
-            tell(sizes[-1], there)
-            told = now
+        if waited >= told:
+            tell(sizes[-1], there.free)
+            told = waited + _TELL_EVERY_S
         stop.wait(_POLL_S)
     return 0
 

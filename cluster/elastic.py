@@ -148,7 +148,9 @@ class _Elastic:
             ValueError, OSError: it is not worth another attempt.
         """
         now = self._stand()
-        self._proven |= now.taken > before.saved
+        # Steps that were not saved stay in the metrics until a trainer starts.
+        taken = now.taken > before.saved and now.taken != before.taken
+        self._proven |= taken or now.saved > before.saved
         if ended.silent:
             self._await_death(ended.silent)
         if ended.cause == "preemption":

@@ -21,7 +21,7 @@ from tests.cluster.runs import (
 from tests.trainer.tiny import column, half_written, launch, steps_taken
 from trainer.contract import COMPLETE, complete_checkpoints
 
-SLOW, FAST = "0.4", "0"
+SLOW, FAST = "0.3", "0"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from tests.trainer.tiny import column, half_written, launch, steps_taken
 from trainer.contract import COMPLETE
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3000)]
-KILLS = 10
+KILLS = 6
 STEPS = 300
 SLOW, FAST = "0.3", "0"
 LIMIT_S = 300
@@ -69,8 +70,10 @@ class Job:
 
     def start(self) -> None:
         with self.config.with_suffix(".log").open("a") as log:
-            words = ("python", "-m", "cluster.pretrain", f"--config={self.config}")
-            self.process = self.cluster.start(*words, stdout=log, stderr=log)
+            words = (sys.executable, "-m", "cluster.pretrain")
+            self.process = self.cluster.start(
+                *words, f"--config={self.config}", stdout=log, stderr=log
+            )
 
     def said(self) -> str:
         return self.config.with_suffix(".log").read_text()
