@@ -106,8 +106,9 @@ class PlanConfig(RunConfig):
     gpu: str | None = None
     """Kind of the GPUs: h100, h200, a100-80, l40s, ...; a wrong one lists all."""
     cluster: str | None = None
-    """YAML file of `ray up` to take node types from: their names, most nodes and CPUs.
-    Without it types are cpu, gpu, their -ondemand kin, and head."""
+    """YAML file of `ray up` to take from: node types, CPUs and most nodes of the one
+    for preprocessing, idle minutes. Without it types are cpu, gpu, their -ondemand kin,
+    and head."""
     types: NodeTypes = field(default_factory=NodeTypes)
     """Which node type does what."""
     assume: Assumptions = field(default_factory=Assumptions)

@@ -14,7 +14,7 @@ from cluster.plan_options import PlanConfig
 from cluster.plan_run import Plan, Preempted
 from cluster.plan_stages import Preprocess, Pretrain
 from cluster.plan_sweep import Expected, Mean
-from pipeline.config import flat, printable
+from pipeline.config import printable
 
 _NAME = 24
 _CELL = 12
@@ -230,24 +230,28 @@ def _total(found: Plan) -> Iterator[str]:
     if costs.head is not None:
         yield _row("head", f"all the time{_money(costs.head, currency)}")
     cost = _money(costs.total(), currency)
-    yield _row("in all, on spot", f"{duration(found.total_s)}{cost}")
+    yield _row(
+        "in all, on spot" if preempted else "in all", f"{duration(found.total_s)}{cost}"
+    )
     if found.config.overlap:
         yield _row("", "less with overlap, which is not counted")
     if costs.missing:
         names = ", ".join(f"{name}: ..." for name in costs.missing)
         yield from _wrapped(
-            "No cost without prices: give those of a node for an hour, by node type, "
-            f"with the key prices: {{{names}}}"
+            "Costs need prices: give those of a node for an hour, by node type, with "
+            f"the key prices: {{{names}}}"
         )
 
 
 def _assumptions(found: Plan) -> Iterator[str]:
     config = found.config
     yield "ASSUMED (every one is a key; --help explains them)"
+    groups = ("assume", "spot") if config.pretrain else ("assume",)
     values = {
         f"{group}.{key}": value
-        for group in ("assume", "spot")
-        for key, value in flat(dataclasses.asdict(getattr(config, group))).items()
+        for group in groups
+        for key, value in dataclasses.asdict(getattr(config, group)).items()
+        if value is not None
     }
     values |= _settled(found)
     if config.pretrain:
@@ -255,12 +259,17 @@ def _assumptions(found: Plan) -> Iterator[str]:
     yield from _wrapped(
         ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
     )
-    yield from _wrapped(
-        "Speed grows with the number of nodes (the same MFU on all). Preempted nodes "
-        "come back as often as they go, at the same price. Not counted: comparisons "
-        "across the corpus, preemptions while preprocessing (each costs the ranges in "
-        "work), evaluation, processes that fail, storage and traffic."
-    )
+    if config.pretrain:
+        yield from _wrapped(
+            "Speed grows with the number of nodes (the same MFU on all). Nodes come "
+            "back at the same price, and are the only ones: no on-demand nodes in "
+            "their place. Not counted: processes that fail, evaluation."
+        )
+    if found.preprocess:
+        yield from _wrapped(
+            "Not counted: comparisons across the corpus, preemptions of nodes for "
+            "preprocessing (each costs the ranges in work), storage and traffic."
+        )
 
 
 def _settled(found: Plan) -> Mapping[str, float]:

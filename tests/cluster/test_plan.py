@@ -172,7 +172,7 @@ def test_the_text_says_what_the_numbers_say(found: Plan) -> None:
     # Every assumption is named by its key, with its value.
     for key in ("assume.mfu 0.35", "spot.rate 0.5", "assume.detect_seconds 60"):
         assert key in " ".join(said.split())
-    assert "No cost" not in said
+    assert "Costs need prices" not in said
 
 
 def test_without_prices_there_are_hours_and_a_word_on_the_key(run_yaml: Path) -> None:
@@ -200,7 +200,8 @@ def test_node_types_come_from_the_yaml_of_the_cluster(
     cluster.write_text(
         "available_node_types:\n"
         "  crunch: {resources: {CPU: 3}, max_workers: 4}\n"
-        "  gpu: {resources: {GPU: 2}}\n"
+        "  gpu: {resources: {GPU: 2}, max_workers: 9}\n"
+        "idle_timeout_minutes: 7\n"
     )
     words = [f"--config={run_yaml}", "--pretrain=null", f"--cluster={cluster}"]
     assert main([*words, "--types.cpu=crunch", "--prices={crunch: 3}", "--json"]) == 0
@@ -208,9 +209,17 @@ def test_node_types_come_from_the_yaml_of_the_cluster(
     # Six ranges, three cores.
     assert found["preprocess"]["nodes"] == 2
     assert found["config"]["assume"]["cpu_nodes"] == 4
+    assert found["config"]["assume"]["idle_minutes"] == 7
     assert found["costs"]["preprocess"] == pytest.approx(
         3 * found["preprocess"]["node_s"] / 3600
     )
+    gpus = [f"--config={run_yaml}", *FEW, f"--cluster={cluster}", "--types.cpu=crunch"]
+    for key, message in (
+        ("--pretrain.gpus_per_node=4", r"'gpu' has 2 in .*correct one"),
+        ("--pretrain.max_nodes=20", "max_nodes is 20, and .* allows 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*gpus, "--prices={}", key])
     with pytest.raises(ValueError, match=r"'cpu' is no node type of .*crunch, gpu"):
         main(words)
 
