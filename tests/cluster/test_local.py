@@ -91,6 +91,13 @@ def cluster() -> Iterator[LocalCluster]:
         yield started
 
 
+@pytest.fixture
+def state() -> Iterator[Path]:
+    """A state folder whose path is short."""
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cluster.local", *map(str, words)],
@@ -252,13 +259,12 @@ def test_what_a_dead_cluster_has_left_is_cleared_away() -> None:
         assert cluster.nodes("head")[0].raylet != head.raylet
 
 
-def test_a_head_that_does_not_start_leaves_nothing() -> None:
-    folder = Path("/tmp/pc-slow/t")
-    done = command("up", "--state=/tmp/pc-slow", f"--name={NAME}", "--start-seconds=1")
+def test_a_head_that_does_not_start_leaves_nothing(state: Path) -> None:
+    done = command("up", f"--state={state}", f"--name={NAME}", "--start-seconds=1")
     assert done.returncode == 1
     assert "give it longer (--start-seconds)" in done.stderr
-    assert not traces(folder)
-    assert not folder.exists()
+    assert not traces(state / NAME)
+    assert not (state / NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -279,23 +285,22 @@ def test_wrong_keys_name_their_cure(words: str, said: str) -> None:
         local.main(["up", *words.split()])
 
 
-def test_a_cluster_too_large_for_the_machine_is_not_started() -> None:
-    done = command("up", "--state=/tmp/pc-large", "--cpu-nodes=100000")
+def test_a_cluster_too_large_for_the_machine_is_not_started(state: Path) -> None:
+    done = command("up", f"--state={state}", f"--name={NAME}", "--cpu-nodes=100000")
     assert done.returncode == 1
     assert "MB of memory are free" in done.stderr
-    assert not Path("/tmp/pc-large/local").exists()
+    assert not (state / NAME).exists()
 
 
 @pytest.mark.parametrize("action", ["up", "down"])
-def test_a_folder_of_something_else_is_left_alone(action: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as state:
-        precious = Path(state) / NAME / "precious"
-        precious.parent.mkdir()
-        precious.touch()
-        done = command(action, f"--state={state}", f"--name={NAME}")
-        assert done.returncode == 1
-        assert "is no cluster's: give another" in done.stderr
-        assert precious.exists()
+def test_a_folder_of_something_else_is_left_alone(action: str, state: Path) -> None:
+    precious = state / NAME / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    done = command(action, f"--state={state}", f"--name={NAME}")
+    assert done.returncode == 1
+    assert "is no cluster's: give another" in done.stderr
+    assert precious.exists()
 
 
 def test_without_root_namespaces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
