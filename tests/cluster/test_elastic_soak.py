@@ -90,11 +90,14 @@ class Job:
         assert self.process
         return self.process.wait(LIMIT_S)
 
-    def is_training(self) -> bool:
-        """Do ranks take steps, of the newest attempt?"""
-        return len(ends(self.run)) < len(world_sizes(self.run)) and bool(
-            ranks(training(self.run))
-        )
+    def has_ranks(self) -> bool:
+        """Are there ranks, which may still be starting?"""
+        return bool(ranks(training(self.run)))
+
+    def has_begun(self) -> bool:
+        """Has the newest attempt begun to take steps?"""
+        newest = self.said().rpartition(", from step ")[2]
+        return " parameters, " in newest and " ended after step " not in newest
 
 
 def kill_node(job: Job, draw: random.Random) -> None:
@@ -142,9 +145,9 @@ def test_kills_at_random_moments_leave_the_steps_of_an_undisturbed_run(
     with local_cluster(gpu_nodes=2, idle_seconds=10) as cluster:
         job = Job(cluster, config, run)
         for number, way in enumerate(ways):
-            job.until(job.is_training)
             # At a start, in the first steps, later.
-            time.sleep(draw.uniform(0, 25))
+            job.until(job.has_begun if number % 3 else job.has_ranks)
+            time.sleep(draw.uniform(0, 12))
             print(f"{number}: {way.__name__} after step {steps_taken(run)}")
             before = len(ends(run))
             way(job, draw)
