@@ -229,10 +229,17 @@ class Attempt:
     def _not_started(self, error: Exception) -> Ended:
         if self._stop.is_set():
             return Ended(cause="stopped", detail="the driver was asked to stop")
-        lost = not self._plan.nodes.whole()
         # Of an error in a runner, Ray's own first line names the call alone.
-        said = first_line(getattr(error, "cause", None) or error)
-        return Ended(cause="preemption" if lost else "failure", detail=said)
+        raised = getattr(error, "cause", None)
+        said = first_line(raised or error)
+        # The cluster takes its time to know that a node is lost.
+        patience = 0.0 if raised else self._plan.stage.silent_seconds
+        deadline = time.monotonic() + patience
+        while self._plan.nodes.whole():
+            if time.monotonic() >= deadline:
+                return Ended(cause="failure", detail=said)
+            time.sleep(_POLL_S)
+        return Ended(cause="preemption", detail=said)
 
     def _look(self) -> None:
         """Take the answers that have come, ask again."""
