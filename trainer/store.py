@@ -148,26 +148,17 @@ class Store(Remote):
     def replace(self, name: str, data: bytes, version: str | None) -> bool:
         """Write a small file unless it is no longer of this version (None: there is
         none); then False, or where an answer was lost: read it again to know. Atomic on
-        S3; elsewhere a comparison that another writer may come behind.
+        S3 and on what obeys its conditions; elsewhere a comparison that another writer
+        may come behind.
         """
-        if not self._is_s3:
-            found = self.read_version(name)
-            if (found[1] if found else None) != version:
-                return False
-            self.write(name, data)
-            return True
-        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-
-        async def put() -> bool:
-            try:
-                await self._s3("put_object", name, Body=data, **condition)
-            except OSError as error:
-                if error_code(error) in ("PreconditionFailed", "NoSuchKey"):
-                    return False
-                raise
-            return True
-
-        return self._wait(name, put)
+        written = self._put_if(name, data, version) if self._is_s3 else None
+        if written is not None:
+            return written
+        found = self.read_version(name)
+        if (found[1] if found else None) != version:
+            return False
+        self.write(name, data)
+        return True
 
     def abort_uploads(self, prefix: str) -> None:
         """Give up all uploads in parts below `prefix` that have not ended."""
@@ -183,6 +174,24 @@ class Store(Remote):
         for upload in self._wait(prefix, find).get("Uploads", []):
             key = upload["Key"].removeprefix(self._fs.split_path(self._path(""))[1])
             self._abort(key.lstrip("/"), upload["UploadId"])
+
+    def _put_if(self, name: str, data: bytes, version: str | None) -> bool | None:
+        """As `replace`, by a condition; None where the store knows none."""
+        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+
+        async def put() -> bool | None:
+            try:
+                await self._s3("put_object", name, Body=data, **condition)
+            except OSError as error:
+                code = error_code(error)
+                if code in ("PreconditionFailed", "NoSuchKey"):
+                    return False
+                if code == "NotImplemented":
+                    return None
+                raise
+            return True
+
+        return self._wait(name, put)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

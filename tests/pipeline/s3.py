@@ -35,6 +35,7 @@ _CODES = {
     503: "SlowDown",
     429: "TooManyRequests",
     403: "AccessDenied",
+    501: "NotImplemented",
 }
 
 

@@ -90,6 +90,22 @@ def test_of_two_writers_of_one_version_one_wins(url: str) -> None:
     assert one.read("x") == b"2"
 
 
+def test_a_store_that_knows_no_conditions_is_compared_with_first(
+    server: S3Server, bucket: str
+) -> None:
+    folder = store(bucket)
+    # Every other write is the one without a condition.
+    refused = itertools.cycle([status(501), None])
+    server.inject(refused, lambda method, _: method == "PUT")
+    assert folder.replace("x", b"1", None)
+    found = folder.read_version("x")
+    assert found
+    assert folder.replace("x", b"2", found[1])
+    server.inject(itertools.repeat(status(501)), lambda method, _: method == "PUT")
+    assert not folder.replace("x", b"3", found[1])
+    assert folder.read("x") == b"2"
+
+
 @pytest.mark.parametrize("fault", [DROP, LOSE, status(503), status(500)])
 def test_requests_that_fail_are_made_again(
     server: S3Server, bucket: str, large: Path, tmp_path: Path, fault: object
