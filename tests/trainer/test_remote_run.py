@@ -214,6 +214,7 @@ def test_kills_at_random_moments_give_the_losses_of_an_undisturbed_run(
             if draw.random() < 0.5:
                 shutil.rmtree(home(tmp_path / "homes", rank))
     assert inside, "no kill fell into the upload of a checkpoint"
+    server.inject(())
     launch_apart(2, *words)
     run = copy_of(url, tmp_path / "copy")
     for name in ("step", "sample_digest", "loss", "grad_norm"):
