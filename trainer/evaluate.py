@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(
         EvaluateConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
     )
-    from trainer.run_copy import local_run
+    from trainer.local_run import local_run
 
     command = shlex.join(["python", "-m", PROG, *argv])
     with local_run(config.run, weights=True) as folder:

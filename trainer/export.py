@@ -74,7 +74,7 @@ def export(config: ExportConfig) -> None:
         raise ValueError(
             f"{output} is not empty: give a new directory, or delete it first"
         )
-    from trainer.run_copy import local_run
+    from trainer.local_run import local_run
 
     with local_run(config.run, weights=True) as run:
         _export(run, output, config)

@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
         ReplayConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
     )
     from trainer.files import write_text
+    from trainer.local_run import local_run
     from trainer.replay_data import as_json, replay
     from trainer.replay_page import page
     from trainer.replay_text import text
-    from trainer.run_copy import local_run
 
     with local_run(config.run) as folder:
         found = replay(

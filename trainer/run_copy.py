@@ -25,7 +25,7 @@ from trainer.lease import Lease
 from trainer.options import PretrainConfig, load_config
 from trainer.remote import AccessDeniedError
 from trainer.remote_checkpoints import RemoteCheckpoints
-from trainer.storage import StorageConfig, local_path
+from trainer.storage import StorageConfig
 from trainer.store import Store
 from trainer.tracking import WANDB
 from trainer.watchdog import FOLDER as WATCHDOG
@@ -131,22 +131,13 @@ class RunCopy:
 
 
 @contextlib.contextmanager
-def local_run(run: str, *, weights: bool = False) -> Iterator[Path]:
-    """The local directory of a run: itself, or what is brought here of a run behind a
-    URL, with its newest checkpoint if `weights` are wanted. Files that are added or
-    changed there are brought to the URL at the end.
-
-    Raises:
-        ValueError, OSError: storage that cannot be reached. The message has the cure.
-    """
+def brought_run(url: str, *, weights: bool) -> Iterator[Path]:
+    """As `trainer.local_run`, of a run behind a URL."""
     config = StorageConfig()
-    path = config.working_copy(run)
-    if local_path(run) is not None:
-        yield path
-        return
+    path = config.working_copy(url)
     # A trainer on this machine has its own.
     path = path.with_name(f"{path.name}-read")
-    store = Store(run, config)
+    store = Store(url, config)
     try:
         before = _download(store, path)
         checkpoints = RemoteCheckpoints(store, path, lambda: None)

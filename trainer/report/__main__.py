@@ -52,9 +52,9 @@ class ReportConfig:
 def main(argv: Sequence[str]) -> None:
     """Read the runs, write the page."""
     config = parse(ReportConfig, _runs_as_key(argv), prog=PROG, description=DESCRIPTION)
+    from trainer.local_run import local_run
     from trainer.report.data import read_datasets, read_runs
     from trainer.report.page import page
-    from trainer.run_copy import local_run
 
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(local_run(run)) for run in config.runs]
