@@ -20,7 +20,8 @@ from cluster import local_node
 from cluster.local_node import HEAD
 from cluster.namespaces import Network
 
-TOKEN = "token"
+TOKEN = "cluster-token"
+"""Its file, whose name also says whose folder it lies in: such a folder is removed."""
 _CLUSTER = "cluster.json"
 
 

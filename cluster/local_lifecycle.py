@@ -109,11 +109,23 @@ def _clear(folder: Path) -> int:
     Raises:
         OSError: some do not end, or the folder is something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / TOKEN).exists():
+    if folder.exists() and not _is_cluster(folder):
         raise OSError(
             f"{folder} is there and is no cluster's: give another --state or --name"
         )
     ended = local_processes.end_members(folder)
     Network(folder=folder).remove()
+    # The mark goes last: who is killed meanwhile leaves a folder that can be cleared.
+    for path in folder.glob("*"):
+        if path.name != TOKEN and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != TOKEN:
+            path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return ended
+
+
+def _is_cluster(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return (folder / TOKEN).exists() or not any(folder.iterdir())

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from cluster.local_processes import MARK, end_members, runs, same_process
+from cluster.local_processes import MARK, began, end_members, runs, same_process
 
 ROOT = Path(__file__).parents[1]
 HEAD = "head"
@@ -53,7 +53,7 @@ class Node:
     pid: int | None = None
     """Of its keeper; None until that is started."""
     started: float | None = None
-    """When the keeper was created, which tells it from a later process of its pid."""
+    """When the keeper `began`, which tells it from a later process of its pid."""
 
 
 def write(folder: Path, node: Node) -> None:
@@ -111,7 +111,7 @@ def start(
             | {"RAY_CLOUD_INSTANCE_ID": node.id, "RAY_NODE_TYPE_NAME": node.type},
             start_new_session=True,
         )
-    started = psutil.Process(process.pid).create_time()
+    started = began(psutil.Process(process.pid))
     node = dataclasses.replace(node, pid=process.pid, started=started)
     write(folder, node)
     return node, process

@@ -67,11 +67,18 @@ def end_members(folder: Path) -> int:
     return len(ended)
 
 
+def began(process: psutil.Process) -> float:
+    """Seconds from this machine's start to the process's: unlike a time of day they
+    stay what they are when somebody sets the clock.
+    """
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
 def same_process(pid: int, started: float) -> psutil.Process | None:
-    """The process `pid` that was created at `started`, if it still runs."""
+    """The process `pid` that `began` at `started`, if it still runs."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        if process.create_time() == started and runs(process):
+        if began(process) == started and runs(process):
             return process
     return None
 

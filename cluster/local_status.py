@@ -54,6 +54,7 @@ def status(folder: Path, *, json: bool) -> str:
     if cluster is None:
         raise OSError(
             f"no cluster is up at {folder}: start it with python -m cluster.local up"
+            f"{where(folder)}"
         )
     found = describe(cluster)
     states, waiting = _seen_by_autoscaler(cluster)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,12 +17,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from cluster import local, local_processes
-from cluster.local_cluster import TOKEN
+from cluster import local, local_lifecycle, local_processes, local_status
+from cluster.local_cluster import TOKEN, write_token
 from cluster.local_options import LocalConfig
 from cluster.namespaces import Network
 from pipeline.config import ConfigError
@@ -297,10 +299,49 @@ def test_a_folder_of_something_else_is_left_alone(action: str, state: Path) -> N
     precious = state / NAME / "precious"
     precious.parent.mkdir()
     precious.touch()
+    # Many things have a file of this name.
+    precious.with_name("token").touch()
     done = command(action, f"--state={state}", f"--name={NAME}")
     assert done.returncode == 1
     assert "is no cluster's: give another" in done.stderr
     assert precious.exists()
+
+
+def test_who_is_killed_while_clearing_leaves_what_can_be_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / NAME
+    (folder / "head").mkdir(parents=True)
+    (folder / "autoscaler.json").touch()
+    write_token(folder, "secret")
+
+    def killed(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            local_lifecycle.down(folder, tell=print)
+    local_lifecycle.down(folder, tell=print)
+    assert not folder.exists()
+
+
+def test_a_keeper_is_known_after_the_clock_was_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = psutil.Process()
+    began = local_processes.began(process)
+    assert local_processes.same_process(process.pid, began)
+    # What Linux derives the time of day of a process's birth from moves with the clock.
+    set_back = psutil.boot_time() - 5
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: set_back)
+    assert local_processes.same_process(process.pid, began)
+    assert not local_processes.same_process(process.pid, began + 5)
+
+
+def test_status_of_no_cluster_names_the_flags_to_start_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"local up --state {tmp_path} --name {NAME}"):
+        local_status.status(tmp_path / NAME, json=False)
 
 
 def test_without_root_namespaces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
