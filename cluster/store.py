@@ -101,7 +101,8 @@ class Store:
             self.remove(name)
         except Exception as error:
             raise OSError(
-                f"cannot write to {without_password(self.url)}: {first_line(error)}; "
+                f"cannot write to {without_password(self.url)}: "
+                f"{first_line(error.__cause__ or error)}; "
                 "check that it exists, that this node reaches it, and that its "
                 "credentials may write there"
             ) from error
@@ -165,6 +166,16 @@ class Store:
             except OSError:
                 if self.path or tries == _TRIES - 1:
                     raise
+            except Exception as error:
+                # Clients of stores have errors of their own for a network that is away
+                # and for credentials that are not there.
+                if self.path:
+                    raise
+                if tries == _TRIES - 1:
+                    raise OSError(
+                        f"{without_password(self.url)}: {first_line(error)}; check "
+                        "that this machine reaches it and has credentials for it"
+                    ) from error
             time.sleep(wait_s)
             wait_s *= 2
         raise AssertionError("the last try returns or raises")

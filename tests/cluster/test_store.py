@@ -74,3 +74,24 @@ def test_where_nothing_can_be_written_is_said(
     url = str(tmp_path / "file" / "run") if where == "disk" else f"{bucket}-not/run"
     with pytest.raises(OSError, match=r"cannot write to .*; check that it exists"):
         Store(url).refuse_unwritable()
+
+
+def test_errors_of_a_client_are_tried_again_and_end_as_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """botocore's NoCredentialsError and EndpointConnectionError are no OSError."""
+    monkeypatch.setattr("cluster.store._FIRST_WAIT_S", 0)
+    store = Store("memory://errors/run")
+    store.write("a", b"1")
+    failing = iter([Exception("away"), Exception("away")])
+
+    def cat(path: str, **_: object) -> bytes:
+        for error in failing:
+            raise error
+        return b"1"
+
+    monkeypatch.setattr(store._fs, "cat_file", cat)
+    assert store.read("a") == b"1"
+    failing = iter([Exception("no credentials")] * 4)
+    with pytest.raises(OSError, match=r"errors/run: no credentials; check that this"):
+        store.read("a")
