@@ -26,6 +26,8 @@ from cluster.store import Store, first_line
 FOLDER = "cluster"
 _EVENTS = "events"
 _USAGE = "usage"
+# Of a file of such a name that somebody else wrote, or that a failing disk has changed.
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
 
 Kind = Literal[
     "driver_started",  # command, config
@@ -109,11 +111,11 @@ def read_events(run: Store) -> list[Event]:
     for name in store.names():
         if not name.startswith(f"{_EVENTS}-"):
             continue
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(*_NOT_OURS):
             row = json.loads(store.read(name) or b"")
             events.append(
                 Event(
-                    time=row.pop("time"),
+                    time=float(row.pop("time")),
                     driver=row.pop("driver"),
                     kind=row.pop("kind"),
                     fields=row,
@@ -142,10 +144,10 @@ def read_usage(run: Store) -> Usage:
     for name in store.names():
         if not name.startswith(f"{_USAGE}-"):
             continue
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(*_NOT_OURS):
             row = json.loads(store.read(name) or b"")
             for kind, seconds in row["node_seconds"].items():
                 total[kind] = total.get(kind, 0.0) + float(seconds)
             if row["time"] > last:
-                last, alive = row["time"], row["alive"]
+                last, alive = row["time"], dict(row["alive"])
     return Usage(time=last, node_seconds=total, alive=alive)

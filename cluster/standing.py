@@ -224,7 +224,7 @@ def _preprocess(shards: str, **parts: Any) -> StageStanding:
 def _pretrain(
     store: Store, events: Sequence[Event], *, state: State, **parts: Any
 ) -> StageStanding:
-    config = yaml.safe_load(store.read(CONFIG) or b"") or {}
+    config = _config_of(store)
     rows = _last_rows(store)
     total = config.get("schedule", {}).get("steps", 0)
     if config.get("max_steps") is not None:
@@ -255,6 +255,15 @@ def _pretrain(
         },
         **parts,
     )
+
+
+def _config_of(store: Store) -> dict[str, Any]:
+    """Of the trainer; nothing where it is not one."""
+    try:
+        found = yaml.safe_load(store.read(CONFIG) or b"")
+    except (yaml.YAMLError, UnicodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _restarts(events: Sequence[Event]) -> list[Restart]:

@@ -204,6 +204,20 @@ def test_watching_ends_with_the_run(training: tuple[Path, Journal]) -> None:
         watching.wait()
 
 
+@pytest.mark.parametrize("content", ["null", "3", "[]", '{"time": "x"}', "\x00"])
+def test_files_that_say_something_else_are_left_out(
+    content: str, training: tuple[Path, Journal]
+) -> None:
+    output, _ = training
+    before = text(standing(str(output)))
+    for name in ("events-0-x-1.json", "usage-x.json"):
+        (output / "cluster" / name).write_text(content)
+    after = standing(str(output))
+    assert text(after).splitlines()[1:] == before.splitlines()[1:]
+    (output / "pretrain" / "config.yaml").write_text(content)
+    assert "pretrain    running" in text(standing(str(output)))
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     done = command(str(tmp_path))
     assert done.returncode == 1
