@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.plan_options import PlanConfig
-from pipeline.config import parse, run
+from pipeline.config import ConfigError, parse, run
 
 PROG = "cluster.plan"
 DESCRIPTION = """\
@@ -40,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
     from cluster.plan_run import as_json, plan
     from cluster.plan_text import text
 
+    for key, path in (("png", config.png), ("html", config.html)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"--{key} {path} is in a folder that does not exist")
     found = plan(config)
     print(jsonlib.dumps(as_json(found), indent=1) if config.json else text(found))
     if config.png or config.html:

@@ -234,6 +234,7 @@ def test_node_types_come_from_the_yaml_of_the_cluster(
         (["--gpu=null"], "--gpu must be given"),
         (["--cluster=nowhere.yaml"], "--cluster nowhere.yaml cannot be read"),
         (["--cluster={run}"], "has no available_node_types"),
+        (["--html=/nowhere/plan.html"], "--html /nowhere/plan.html is in a folder"),
         (["--assume.mfu=2"], "assume.mfu is 2"),
         (["--spot.runs=3"], "spot.runs is 3"),
         (["--preprocess=null", "--data={folder}"], "has no manifest.json"),
