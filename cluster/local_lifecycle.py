@@ -41,7 +41,8 @@ def up(config: LocalConfig, *, tell: Tell) -> Cluster:
             return there
         if folder.exists():
             tell(f"clearing away what a dead cluster has left in {folder}")
-            _clear(folder)
+        # Processes and networks may be left where somebody has removed the folder.
+        _clear(folder)
         _check_machine(config)
         try:
             return start_head(config, tell)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster import local_lifecycle
+from cluster.local_options import LocalConfig
 from cluster.namespaces import Network
 from tests.cluster.clusters import LocalCluster, local_cluster, no_namespaces
 
@@ -42,6 +45,7 @@ while all(node["Alive"] for node in ray.nodes()):
     time.sleep(1)
 print("DEAD", [n["NodeName"] for n in ray.nodes() if not n["Alive"]], flush=True)
 """
+
 
 ALIVE = """
 import ray
@@ -107,3 +111,21 @@ def test_a_subnet_that_is_in_use_is_refused(tmp_path: Path) -> None:
             Network(folder=tmp_path).create()
     finally:
         network.remove()
+
+
+def test_up_clears_a_network_whose_folder_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_lifecycle, "_check_machine", lambda _: None)
+    monkeypatch.setattr(local_lifecycle, "start_head", lambda *_: None)
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as state:
+        config = LocalConfig(action="up", state=state, namespaces=True)
+        network = Network(folder=config.folder)
+        network.create()
+        try:
+            local_lifecycle.up(config, tell=print)
+            # It could not be made where one is left.
+            network.create()
+        finally:
+            network.remove()
