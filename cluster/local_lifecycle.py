@@ -10,8 +10,10 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -39,13 +41,14 @@ def up(config: LocalConfig, *, tell: Tell) -> Cluster:
             _same(there, config)
             tell(f"{config.name} is up already")
             return there
-        if folder.exists():
+        if folder.exists() and _is_cluster(folder):
             tell(f"clearing away what a dead cluster has left in {folder}")
         # Processes and networks may be left where somebody has removed the folder.
         _clear(folder)
         _check_machine(config)
         try:
-            return start_head(config, tell)
+            with _signals_raised():
+                return start_head(config, tell)
         except BaseException:
             _clear(folder)
             raise
@@ -65,6 +68,22 @@ def down(folder: Path, *, tell: Tell) -> None:
             tell(f"{folder.name} is down: ended {ended} processes")
         else:
             tell(f"no cluster at {folder}")
+
+
+@contextlib.contextmanager
+def _signals_raised() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is begun here as Ctrl-C does: by an exception."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

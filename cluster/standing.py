@@ -7,6 +7,7 @@ files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -89,6 +90,8 @@ class Standing:
     """What a driver waits for."""
     read: float
     """When this was read."""
+    ended: float | None
+    """When something was last heard of it, where it does not run."""
 
 
 def standing(run: str) -> Standing:
@@ -132,6 +135,7 @@ def standing(run: str) -> Standing:
         restarts=_restarts(events),
         waiting=_waiting(events) if running else None,
         read=time.time(),
+        ended=None if running else events[-1].time,
     )
 
 
@@ -141,7 +145,9 @@ def _config(drivers: Sequence[Event]) -> dict[str, Any]:
     """
     config: dict[str, Any] = {}
     for event in drivers:
-        given = event.fields.get("config", {})
+        given = event.fields.get("config")
+        if not isinstance(given, Mapping):
+            continue
         config |= {key: value for key, value in given.items() if value is not None}
     return config
 
@@ -149,7 +155,7 @@ def _config(drivers: Sequence[Event]) -> dict[str, Any]:
 def _state(events: Sequence[Event], driver: Event, usage: Usage) -> tuple[Any, Any]:
     for event in reversed(events):
         if event.kind == "driver_ended" and event.driver == driver.driver:
-            status = str(event.fields["status"])
+            status = str(event.fields.get("status"))
             known = status in ("finished", "stopped")
             return (status, None) if known else ("failed", status)
     seen = max(usage.time, *(event.time for event in events))
@@ -166,7 +172,7 @@ def _stage(
     if last and last.kind == "stage_finished":
         state = "done"
     elif last and last.kind == "stage_failed":
-        cause = str(last.fields["cause"])
+        cause = str(last.fields.get("cause"))
         state = "stopped" if cause == "asked to stop" else "failed"
     elif last:
         state = "running" if running else "stopped"
@@ -175,12 +181,14 @@ def _stage(
         "cause": cause,
         "seconds": _seconds(own, running=running),
     }
-    output = str(config["output"]).rstrip("/")
-    if name == "preprocess":
-        shards = str(config.get("data") or f"{output}/{DATA}")
-        return _preprocess(shards, **parts)
-    if name == "pretrain":
-        return _pretrain(Store(f"{output}/{PRETRAIN}"), events, **parts)
+    output = str(config.get("output")).rstrip("/")
+    # A file that somebody else wrote, or that is damaged, costs its figures alone.
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        if name == "preprocess":
+            shards = str(config.get("data") or f"{output}/{DATA}")
+            return _preprocess(shards, **parts)
+        if name == "pretrain":
+            return _pretrain(Store(f"{output}/{PRETRAIN}"), events, **parts)
     return StageStanding(name=name, **parts)
 
 
@@ -284,7 +292,8 @@ def _waiting(events: Sequence[Event]) -> str | None:
     last = events[-1]
     if last.kind != "waiting":
         return None
-    return "{wanted} nodes for training wanted, {there} there".format(**last.fields)
+    wanted, there = last.fields.get("wanted"), last.fields.get("there")
+    return f"{wanted} nodes for training wanted, {there} there"
 
 
 def _last_rows(store: Store) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -61,8 +62,12 @@ def main(argv: Sequence[str]) -> None:
             indent = None if config.watch else 1
             print(json.dumps(dataclasses.asdict(found), indent=indent), flush=True)
         else:
-            clear = "\x1b[H\x1b[J" if config.watch and sys.stdout.isatty() else ""
-            print(clear + text(found), flush=True)
+            shown = text(found)
+            if config.watch and sys.stdout.isatty():
+                # What does not fit would scroll, and pile up above.
+                rows = shutil.get_terminal_size().lines - 1
+                shown = "\x1b[H\x1b[J" + "\n".join(shown.split("\n")[:rows])
+            print(shown, flush=True)
         if not config.watch or found.state != "running":
             return
         time.sleep(config.every)

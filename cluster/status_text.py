@@ -49,8 +49,8 @@ def duration(seconds: float) -> str:
 
 
 def _lines(found: Standing) -> Iterator[str]:
-    age = duration(found.read - found.started)
-    yield f"{found.run}  {_STATES[found.state]}, {age} since its start"
+    age = duration((found.ended or found.read) - found.started)
+    yield f"{found.run}  {_STATES[found.state]}, {age} from its start"
     if found.said:
         yield f"  {found.said}"
     if found.state not in ("running", "finished"):

@@ -76,7 +76,11 @@ def parse(
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(_explain(str(error), known_keys(config_class))) from error
+        said = _explain(str(error), known_keys(config_class))
+        if positional and said.startswith(f"--{positional} must be given"):
+            # Nobody types the flag.
+            said = f"{positional.upper()} (--{positional}) m" + said.partition(" m")[2]
+        raise ConfigError(said) from error
     if show:
         # The parser's own flag of that name would print what is not checked yet.
         print(to_yaml(config), end="")
@@ -250,6 +254,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
     # Of a group that may be left out; the other error says that it is not left out.
     if found := re.search(r"Union subtypes .*?Errors: - (.+?) - Expected a", text):
         return found[1]
+    text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     if text.startswith("Unexpected config"):
         return "the file given as --config holds no keys"
     if found := re.search(r"arguments are required: (.+)", text):

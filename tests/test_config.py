@@ -91,7 +91,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "--data must be given"),
+        ([], "DATA (--data) must be given"),
         (["d", "--inner.width", "wide"], "inner.width"),
         (["d", "--inner.kind", "odd"], "inner.kind"),
         (["d", "surplus"], "surplus"),

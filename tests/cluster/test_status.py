@@ -231,3 +231,23 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 )
 def test_durations_have_two_units(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {"accounting": None}])
+def test_foreign_figures_cost_themselves_alone(
+    value: object, training: tuple[Path, Journal]
+) -> None:
+    output, journal = training
+    (output / "data.progress.json").write_text(json.dumps(value))
+    (output / "pretrain" / "config.yaml").write_text(json.dumps({"schedule": value}))
+    journal.write("driver_ended")
+    found = standing(str(output))
+    assert [stage.state for stage in found.stages] == ["done", "stopped", "waiting"]
+    assert "restarts: 1" in text(found)
+
+
+def test_a_run_that_has_ended_grows_no_older(training: tuple[Path, Journal]) -> None:
+    output, journal = training
+    journal.write("driver_ended", status="finished")
+    aged(output, 3600)
+    assert "0 s from its start" in text(standing(str(output)))
