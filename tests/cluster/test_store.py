@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
+from cluster.journal import Journal
 from cluster.store import Store
+from tests.conftest import free_port
 from tests.pipeline.s3 import S3Server, status
 
 
@@ -53,6 +56,25 @@ def test_errors_of_the_server_are_weathered(
     store.write("a", b"1")
     server.inject([status(500)])
     assert store.read("a") == b"1"
+
+
+def test_storage_that_is_away_is_an_error_of_the_system(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore's own is none, and would end the driver that writes an event down."""
+    monkeypatch.setattr("cluster.store._TRIES", 1)
+    bucket = server.bucket(monkeypatch)
+    with monkeypatch.context() as away:
+        away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        away.setenv("AWS_MAX_ATTEMPTS", "1")
+        S3FileSystem.clear_instance_cache()
+        store = Store(f"{bucket}/run")
+        with pytest.raises(OSError, match="Could not connect"):
+            store.read("a")
+        told: list[str] = []
+        Journal(store, told.append).write("note", text="hello")
+        assert "is not written" in told[-1]
+    S3FileSystem.clear_instance_cache()
 
 
 def test_a_relative_path_is_refused() -> None:
