@@ -22,7 +22,8 @@ from cluster.commands import (
     resolved,
     trainer_config,
 )
-from cluster.options import PretrainStage, RunConfig
+from cluster.demand import bundle
+from cluster.options import EvaluateStage, PretrainStage, RunConfig
 from cluster.store import Store, without_password
 from pipeline.config import nearest
 from pipeline.manifest import MANIFEST, Manifest, manifest_from_json
@@ -54,6 +55,7 @@ def check(config: RunConfig) -> None:
     if config.evaluate:
         words = evaluate_words(config.evaluate, run=config.trained, data=config.shards)
         resolved(EVALUATE, words)
+        _refuse_too_much(config.evaluate)
     _refuse_unknown_types(config)
 
 
@@ -106,15 +108,22 @@ def read_manifest(data: str) -> Manifest | None:
 
 
 def _refuse_missing_nodes(stage: PretrainStage) -> None:
-    offers = nodes.offered(stage.node_resource)
-    if offers is None:
+    kinds = nodes.offered({stage.node_resource: 1})
+    offers = nodes.offered(bundle(stage))
+    if kinds is None or offers is None:
         return
-    if not offers:
+    if not kinds:
         raise ValueError(
             f"no node type of the cluster has the resource {stage.node_resource!r} "
             f"({_listed(nodes.known_types() or [])}): give the nodes for training "
             f"`resources: {{{stage.node_resource}: 1}}` in the cluster's YAML, or name "
             "theirs in pretrain.node_resource"
+        )
+    if not offers:
+        raise ValueError(
+            f"pretrain.gpus_per_node is {stage.gpus_per_node} and cpus_per_node "
+            f"{stage.cpus_per_node:g}: no node for training has as many "
+            f"({_listed(list(kinds))}); see `resources` in the cluster's YAML"
         )
     most = sum(offers.values())
     if most < stage.min_nodes:
@@ -122,6 +131,15 @@ def _refuse_missing_nodes(stage: PretrainStage) -> None:
             f"pretrain.min_nodes is {stage.min_nodes}, and the cluster may have "
             f"{most} such nodes at most ({_listed(list(offers))}): raise their "
             "max_workers, or lower min_nodes"
+        )
+
+
+def _refuse_too_much(stage: EvaluateStage) -> None:
+    if nodes.offered({"GPU": stage.gpus, "CPU": stage.cpus}) == {}:
+        raise ValueError(
+            f"evaluate.gpus is {stage.gpus:g} and evaluate.cpus {stage.cpus:g}: no "
+            f"node type of the cluster has as many "
+            f"({_listed(nodes.known_types() or [])})"
         )
 
 

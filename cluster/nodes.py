@@ -43,9 +43,9 @@ def alive_by_type() -> dict[str, int]:
     return dict(Counter(node_type(node) for node in ray.nodes() if node["Alive"]))
 
 
-def offered(resource: str) -> dict[str, int] | None:
-    """Node types that have some of a resource, with the most nodes that the autoscaler
-    may start of each; None where nobody says.
+def offered(needed: Mapping[str, float]) -> dict[str, int] | None:
+    """Node types that have so much of each resource, with the most nodes that the
+    autoscaler may start of each; None where nobody says.
     """
     types = _configured()
     if types is None:
@@ -53,7 +53,7 @@ def offered(resource: str) -> dict[str, int] | None:
     return {
         name: int(row.get("max_workers", 0))
         for name, row in types.items()
-        if (row.get("resources") or {}).get(resource, 0) > 0
+        if all((row.get("resources") or {}).get(k, 0) >= v for k, v in needed.items())
     }
 
 

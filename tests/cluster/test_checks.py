@@ -14,10 +14,14 @@ import ray
 from cluster import nodes
 from cluster.checks import check, read_manifest, valid_nodes
 from cluster.commands import Lanes
-from cluster.options import PreprocessStage, PretrainStage, RunConfig
+from cluster.options import EvaluateStage, PreprocessStage, PretrainStage, RunConfig
 from tests.conftest import EMOJI
 
-TYPES = {"cpu": {"cpu_node": 1.0}, "gpu": {"gpu_node": 1.0}, "gpu-ondemand": {}}
+TYPES = {
+    "cpu": {"CPU": 2, "cpu_node": 1},
+    "gpu": {"CPU": 4, "GPU": 1, "gpu_node": 1},
+    "gpu-ondemand": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,10 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def types(monkeypatch: pytest.MonkeyPatch) -> None:
     """Node types as the autoscaler's configuration would have them."""
-    monkeypatch.setattr(nodes, "known_types", lambda: sorted(TYPES))
     monkeypatch.setattr(
-        nodes, "offered", lambda name: {k: 2 for k, v in TYPES.items() if name in v}
+        nodes,
+        "_configured",
+        lambda: {k: {"resources": v, "max_workers": 2} for k, v in TYPES.items()},
     )
 
 
@@ -78,6 +83,9 @@ def test_a_sound_run_passes(tmp_path: Path) -> None:
             {"pretrain": pretrain(node_resource="gpus")},
             "no node type of the cluster has the resource 'gpus'",
         ),
+        ({"pretrain": pretrain(gpus_per_node=2)}, "gpus_per_node is 2 .*has as many"),
+        ({"pretrain": pretrain(cpus_per_node=5)}, "cpus_per_node 5: no node for train"),
+        ({"evaluate": EvaluateStage(gpus=2)}, "evaluate.gpus is 2 .*has as many"),
         ({"prices": {"gpo": 3.0}}, "node type 'gpo', .* Did you mean 'gpu'"),
         ({"preprocess": None, "data": "/nowhere"}, "/nowhere has no manifest.json"),
         (
@@ -98,7 +106,7 @@ def test_what_cannot_work_is_refused_with_the_cure(
 @pytest.mark.usefixtures("local_ray")
 def test_a_cluster_without_autoscaler_is_taken_as_it_is(tmp_path: Path) -> None:
     assert nodes.known_types() is None
-    assert nodes.offered("gpu_node") is None
+    assert nodes.offered({"gpu_node": 1}) is None
     assert nodes.alive_by_type() == {"head": 1}
     check(config(tmp_path, prices={"anything": 1.0}))
 
