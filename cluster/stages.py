@@ -91,7 +91,8 @@ def preprocess(
                 stop=stop,
                 environment={"RAY_ADDRESS": gcs_address()},
             )
-            if ended.stopped:
+            # Whoever stops the job may end the command before this driver does.
+            if ended.stopped or (ended.status and stop.is_set()):
                 raise Stopped
             if ended.status == 0 and _made(config.shards):
                 return

@@ -12,6 +12,8 @@ from cluster.commands import Lanes
 from cluster.store import Store
 from trainer.contract import CHECKPOINTS, COMPLETE, METRICS, checkpoint_name
 
+# A line has some hundred bytes; a long run has a hundred thousand of them.
+_TAIL = 1 << 16
 _PREFIX = checkpoint_name(0).rstrip("0")
 
 
@@ -31,8 +33,8 @@ def taken_step(run: str) -> int:
     """The last step that was written down, 0 without one. A run behind a URL writes its
     steps down with each checkpoint.
     """
-    for line in reversed((Store(run).read(METRICS) or b"").splitlines()):
-        # The last one may be torn.
+    for line in reversed((Store(run).tail(METRICS, _TAIL) or b"").splitlines()):
+        # The first one may be cut, the last one torn.
         with suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["step"])
     return 0
