@@ -7,7 +7,6 @@ wish to stop that a signal brings. Does not own what a driver does (`cluster.sta
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -16,6 +15,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from cluster.store import run_id
 
 if TYPE_CHECKING:
     import ray
@@ -122,7 +123,7 @@ def _take(output: str) -> ray.actor.ActorHandle:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    name = f"run-{hashlib.sha256(output.encode()).hexdigest()[:32]}"
+    name = f"run-{run_id(output)}"
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )

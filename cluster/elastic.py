@@ -8,7 +8,6 @@ world size (`trainer.loop`).
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import threading
 import time
@@ -22,7 +21,7 @@ from cluster.commands import PRETRAIN, Lanes, lanes_of, pretrain_words, resolved
 from cluster.demand import Nodes, taken
 from cluster.journal import FOLDER, Journal, read_events
 from cluster.options import PretrainStage, RunConfig
-from cluster.store import Store
+from cluster.store import Store, run_id
 from cluster.trained import is_done, saved_step, taken_step
 from pipeline.config import printable
 
@@ -63,7 +62,7 @@ def pretrain(
     if found["storage"].get("writer", "") is None:
         # There is one driver of a run at a time, so its next trainer need not wait
         # until the one before is seen to be dead.
-        words.append(f"--storage.writer={_short_name(config.output)}")
+        words.append(f"--storage.writer={run_id(config.output)}")
     _Elastic(config, config.pretrain, journal, tuple(words), lanes, stop).run(sizes)
 
 
@@ -208,7 +207,7 @@ class _Elastic:
         if path := Store(self._config.output).path:
             return str(path / FOLDER / _LOGS / name)
         # A launcher cannot write to a URL: on its node, then.
-        folder = f"palimpsest-{_short_name(self._config.output)}"
+        folder = f"palimpsest-{run_id(self._config.output)}"
         return str(Path(tempfile.gettempdir()) / folder / name)
 
     def _tell_waiting(self, wanted: int, there: int) -> None:
@@ -251,11 +250,6 @@ class _Elastic:
             log=ended.log,
             tail=ended.tail[-2000:],
         )
-
-
-def _short_name(output: str) -> str:
-    """Of a run, the same for all of its drivers."""
-    return hashlib.sha256(output.encode()).hexdigest()[:16]
 
 
 def _backoff(times: int) -> float:

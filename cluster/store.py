@@ -7,6 +7,7 @@ large files: shards and checkpoints are written by the commands that make them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -184,6 +185,13 @@ class Store:
 def without_password(url: str) -> str:
     """`url` as it may be shown and written down."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
+
+
+def run_id(output: str) -> str:
+    """Of a run, the same for all of its drivers, however they write its `output`."""
+    path = output.removeprefix("file://")
+    one = output.rstrip("/") if "://" in path else os.path.realpath(path)
+    return hashlib.sha256(one.encode()).hexdigest()[:32]
 
 
 def first_line(error: BaseException) -> str:

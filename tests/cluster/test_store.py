@@ -9,7 +9,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from cluster.journal import Journal
-from cluster.store import Store
+from cluster.store import Store, run_id
 from tests.conftest import free_port
 from tests.pipeline.s3 import S3Server, status
 
@@ -75,6 +75,15 @@ def test_storage_that_is_away_is_an_error_of_the_system(
         Journal(store, told.append).write("note", text="hello")
         assert "is not written" in told[-1]
     S3FileSystem.clear_instance_cache()
+
+
+def test_a_run_has_one_name_however_it_is_written(tmp_path: Path) -> None:
+    """The lock against a second driver has it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    same = [tmp_path / "run", f"{tmp_path}/run/", f"file://{tmp_path}/run"]
+    assert len({run_id(str(one)) for one in (*same, tmp_path / "link" / "run")}) == 1
+    assert run_id("s3://bucket/run/") == run_id("s3://bucket/run")
+    assert run_id("s3://bucket/run") != run_id("s3://bucket/run2")
 
 
 def test_a_relative_path_is_refused() -> None:
