@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.elastic import pretrain
+from cluster.attempt import Ended
+from cluster.commands import Lanes
+from cluster.elastic import _Elastic, pretrain
 from cluster.journal import Journal
 from cluster.options import PretrainStage, RunConfig
 from cluster.store import Store
@@ -99,6 +101,24 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     assert Path(log.partition(":")[2]).is_file()
     assert cluster.groups() == {}
     assert [*training(run), *cluster.runners()] == []
+
+
+def test_steps_of_an_attempt_before_prove_nothing_of_what_the_trainer_refuses(
+    tmp_path: Path,
+) -> None:
+    """A killed run has taken steps after its checkpoint; then its keys are changed."""
+    stage = PretrainStage(config="emoji")
+    config = RunConfig(output=str(tmp_path), data=str(tmp_path), pretrain=stage)
+    folder = tmp_path / "pretrain" / "checkpoints" / "step-00000010"
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text("{}")
+    (tmp_path / "pretrain" / "metrics.jsonl").write_text('{"step": 13}\n')
+    lanes = Lanes(lanes=12, global_batch=24, group=1, steps=60, stops_early=False)
+    journal = Journal(Store(str(tmp_path)), print)
+    elastic = _Elastic(config, stage, journal, (), lanes, threading.Event())
+    ended = Ended(cause="failure", refusal="it was started with another configuration")
+    with pytest.raises(ValueError, match=r"^pretrain: it was started with another"):
+        elastic._account(ended, elastic._stand())
 
 
 def test_an_impossible_number_of_ranks_asks_for_no_node(
