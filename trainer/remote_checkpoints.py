@@ -64,10 +64,9 @@ class RemoteCheckpoints:
         """Where the newest complete checkpoint lies once it is brought here, and its
         marker, if there is one.
         """
-        steps = self._complete()
-        if not steps:
-            return None
-        return self._folder / checkpoint_name(steps[-1]), self._marker(steps[-1])
+        for step, marker in self._complete():
+            return self._folder / checkpoint_name(step), marker
+        return None
 
     def tidy(self, *, clear: bool) -> list[int]:
         """Give this node the markers of all complete checkpoints, and delete what it
@@ -75,7 +74,7 @@ class RemoteCheckpoints:
         saves. Steps of the complete ones.
         """
         with self._locked():
-            markers = {step: self._marker(step) for step in self._complete()}
+            markers = dict(reversed(list(self._complete())))
             known = {checkpoint_name(step): of for step, of in markers.items()}
             if clear:
                 self._clear(markers)
@@ -140,10 +139,21 @@ class RemoteCheckpoints:
         self._store.remove(list(self._store.sizes(name)))
         shutil.rmtree(path, ignore_errors=True)
 
-    def _complete(self) -> list[int]:
+    def _complete(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Steps and markers, newest first, of checkpoints whose parts are there. A
+        trainer that is cut off at its marker may write it after the next has cleared
+        its parts away.
+        """
         names = self._store.sizes(self._remote)
         start = self._remote.removesuffix(CHECKPOINTS)
-        return complete_steps(name.removeprefix(start) for name in names)
+        for step in reversed(
+            complete_steps(name.removeprefix(start) for name in names)
+        ):
+            marker, folder = self._marker(step), checkpoint_name(step)
+            if all(
+                f"{self._remote}/{folder}/{part}" in names for part in _parts(marker)
+            ):
+                yield step, marker
 
     def _marker(self, step: int) -> dict[str, Any]:
         name = f"{self._remote}/{checkpoint_name(step)}/{COMPLETE}"
@@ -184,7 +194,11 @@ class RemoteCheckpoints:
 def _names(marker: dict[str, Any]) -> Iterator[str]:
     """Files of a complete checkpoint; of one that was copied from a disk too."""
     yield COMPLETE
-    for rank in range(int(marker["world_size"])):
-        part = checkpoint.part_name(rank, marker.get("attempt"))
+    for part in _parts(marker):
         yield part
         yield part + RECORD
+
+
+def _parts(marker: dict[str, Any]) -> Iterator[str]:
+    for rank in range(int(marker["world_size"])):
+        yield checkpoint.part_name(rank, marker.get("attempt"))

@@ -134,3 +134,23 @@ def test_whoever_may_not_write_completes_nothing(store: Store, tmp_path: Path) -
     with pytest.raises(ValueError, match="taken over"):
         places[0].complete(draft, marker(4))
     assert places[0].newest() is None
+
+
+def test_a_marker_that_came_too_late_makes_no_checkpoint(
+    store: Store, tmp_path: Path
+) -> None:
+    """Of a trainer that was cut off before its marker, when the next has cleared its
+    parts away: the one before is the newest.
+    """
+    places = [place(store, tmp_path / str(rank)) for rank in range(RANKS)]
+    places[0].complete(save(places, 4, "a"), marker(4))
+    late = save(places, 8, "b")
+    other = place(store, tmp_path / "other")
+    assert other.tidy(clear=True) == [4]
+    places[0].complete(late, marker(8))
+    found = other.newest()
+    assert found
+    assert found[1]["step"] == 4
+    assert other.tidy(clear=True) == [4]
+    other.bring(found[0])
+    assert parts(found[0]) == ["4 0", "4 1"]
