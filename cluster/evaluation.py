@@ -16,7 +16,7 @@ from cluster.commands import EVALUATE, REPORT
 from cluster.driver import Stopped
 from cluster.options import RunConfig
 from cluster.process import run_guarded
-from cluster.store import Store
+from cluster.store import Store, first_line
 
 REPORT_FILE = "report.html"
 _TRIES = 4
@@ -51,6 +51,8 @@ def measure(
             raise Stopped
     try:
         failure, lines = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise OSError(f"evaluate: {first_line(error.cause)}") from error
     except ray.exceptions.RayError as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
