@@ -12,6 +12,8 @@ checkpoint is resumed, the metrics of its steps are there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import tempfile
 import threading
@@ -135,17 +137,31 @@ def brought_run(url: str, *, weights: bool) -> Iterator[Path]:
     """As `trainer.local_run`, of a run behind a URL."""
     config = StorageConfig()
     path = config.working_copy(url)
-    # A trainer on this machine has its own.
-    path = path.with_name(f"{path.name}-read")
     store = Store(url, config)
-    try:
+    # A trainer on this machine has its own, and so has each of several readers: one
+    # would take what another fetches anew for changes of its own, and bring it back.
+    own = _alone(path.with_name(f"{path.name}-read"))
+    with contextlib.closing(store), own as path:
         before = _download(store, path)
         checkpoints = RemoteCheckpoints(store, path, lambda: None)
         _bring_checkpoint(checkpoints, weights=weights)
         yield path
         _upload(store, path, before)
-    finally:
-        store.close()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A folder that no other process uses: `path`, or one beside it."""
+    for number in itertools.count(1):
+        found = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        found.mkdir(parents=True, exist_ok=True)
+        with open(found / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield found
+            return
 
 
 def _bring_checkpoint(checkpoints: RemoteCheckpoints, *, weights: bool) -> None:

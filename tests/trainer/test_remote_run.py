@@ -45,6 +45,7 @@ from trainer.lease import LEASE, Lease
 from trainer.loop import check
 from trainer.replay import main as replay
 from trainer.report.__main__ import main as report
+from trainer.run_copy import local_run
 from trainer.storage import StorageConfig
 from trainer.store import Store
 
@@ -339,3 +340,17 @@ def test_tools_read_a_run_behind_a_url(
     assert "probes" in (tmp_path / "report.html").read_text()
     rows = parse_rows(fsspec.open(f"{url}/metrics.jsonl", "r").open().read())
     assert rows == read_metrics(whole)
+
+
+def test_readers_at_once_lose_nothing_and_bring_nothing_old_back(url: str) -> None:
+    """As an evaluation and a report on one machine, while a trainer goes on."""
+    store = Store(url, StorageConfig())
+    store.write("metrics.jsonl", b"1")
+    with local_run(url) as evaluation:
+        (evaluation / "probes.json").write_text("{}")
+        store.write("metrics.jsonl", b"12")
+        with local_run(url) as other:
+            assert (other / "metrics.jsonl").read_bytes() == b"12"
+        store.write("metrics.jsonl", b"123")
+    assert store.read("metrics.jsonl") == b"123"
+    assert store.read("probes.json") == b"{}"
