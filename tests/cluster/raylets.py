@@ -121,7 +121,10 @@ class Raylets:
         self._log = open(folder / "start.log", "w")  # noqa: SIM115
         self.nodes: list[Node] = []
         self._observer: subprocess.Popen[str] | None = None
-        self._start("--head", f"--port={port}", "--num-cpus=0", "--num-gpus=0")
+        # Left alone, the head listens at fixed ports, which another head may hold.
+        others = ("ray-client-server-port", "dashboard-port", "metrics-export-port")
+        ports = [f"--{name}={free_port()}" for name in others]
+        self._start("--head", f"--port={port}", "--num-cpus=0", "--num-gpus=0", *ports)
 
     def add(self) -> Node:
         """Start a node for training, and wait until the cluster knows it."""
