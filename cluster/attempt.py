@@ -232,6 +232,8 @@ class Attempt:
         # Of an error in a runner, Ray's own first line names the call alone.
         raised = getattr(error, "cause", None)
         said = first_line(raised or error)
+        if isinstance(raised, ValueError):
+            return Ended(cause="failure", detail=said, refusal=said)
         # The cluster takes its time to know that a node is lost.
         patience = 0.0 if raised else self._plan.stage.silent_seconds
         deadline = time.monotonic() + patience
@@ -261,7 +263,8 @@ class Attempt:
                 state = ray.get(reference, timeout=_ANSWER_S)
             except ray.exceptions.ActorDiedError as error:
                 member.died = " ".join(str(error).split())
-            except (ray.exceptions.ActorUnavailableError, TimeoutError):
+            except (ray.exceptions.RayError, TimeoutError):
+                # Asked again; who answers nothing for too long is taken for dead.
                 continue
             else:
                 self._learn(member, state)

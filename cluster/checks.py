@@ -38,7 +38,8 @@ def check(config: RunConfig) -> None:
     Store(config.output).refuse_unwritable()
     if config.preprocess:
         words = preprocess_words(config.preprocess, output=config.shards)
-        if "input" not in " ".join(words) and not config.preprocess.config:
+        named = any(word.startswith(("--input=", "--inputs=")) for word in words)
+        if not named and not config.preprocess.config:
             raise ValueError("preprocess.arguments.input must name the corpus")
         resolved(PREPROCESS, words)
     elif read_manifest(config.shards) is None:

@@ -90,7 +90,6 @@ def printed(module: str, words: Sequence[str]) -> str:
         ValueError: what the command says against its arguments, or it takes too long.
     """
     command = [sys.executable, "-m", module, *words]
-    # Not the directory of the caller: `-m` would import what lies there.
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_SECONDS, check=False

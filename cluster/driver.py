@@ -10,13 +10,15 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.store import run_id
+from cluster.journal import read_events, read_usage
+from cluster.store import Store, first_line, run_id
 
 if TYPE_CHECKING:
     import ray
@@ -25,6 +27,9 @@ NAMESPACE = "palimpsest"
 # The cluster notices after a moment that the driver of a killed job is gone.
 _TAKING_SECONDS = 30.0
 _POLL_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
+# A driver says this often that it is there (`cluster.nodes`), and a little more.
+_SIGN_OF_LIFE_SECONDS = 25.0
 
 
 class Stopped(Exception):
@@ -46,6 +51,7 @@ def connected() -> Iterator[None]:
             "python -m cluster.run ...`), or export RAY_ADDRESS; `python -m "
             "cluster.local up` starts a cluster on this machine to try it on"
         )
+    _refuse_dead_end(os.environ["RAY_ADDRESS"])
     try:
         ray.init(
             address=os.environ["RAY_ADDRESS"],
@@ -55,16 +61,33 @@ def connected() -> Iterator[None]:
         )
     except Exception as error:
         # Ray raises plain Exceptions too.
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
             f"cannot join the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: "
-            f"{line}; is it up, and is its token in RAY_AUTH_TOKEN or "
+            f"{first_line(error)}; is it up, and is its token in RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH?"
         ) from error
     try:
         yield
+    except ray.exceptions.RayError as error:
+        raise OSError(
+            f"the cluster failed ({first_line(error)}); the same command continues"
+        ) from error
     finally:
         ray.shutdown()
+
+
+def _refuse_dead_end(address: str) -> None:
+    """Ray would try for a quarter of an hour to reach a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise OSError(
+            f"no cluster answers at RAY_ADDRESS={address} ({error}): start it, or "
+            "correct the address"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -83,6 +106,33 @@ def only_driver(output: str) -> Iterator[None]:
 
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(lock)
+
+
+def refuse_driver_elsewhere(run: Store, tell: Callable[[str], None]) -> None:
+    """Raise ValueError where a driver on another cluster works on the run: one that has
+    not said that it ended, and goes on giving signs of life. On this cluster there is
+    none (`only_driver`).
+    """
+    events = read_events(run)
+    started = [event for event in events if event.kind == "driver_started"]
+    if not started:
+        return
+    last = started[-1]
+    ended = any(e.kind == "driver_ended" and e.driver == last.driver for e in events)
+    if ended or last.fields.get("cluster") == gcs_address():
+        return
+    host = last.fields.get("host")
+    tell(f"the last driver, on {host}, has not said that it ended: is it alive?")
+    before = len(events), read_usage(run).time
+    deadline = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        if (len(read_events(run)), read_usage(run).time) != before:
+            raise ValueError(
+                f"a driver on another cluster ({host}, process "
+                f"{last.fields.get('pid')}) works on {run.url}: wait for it or stop "
+                "it, or take another output"
+            )
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ class _Elastic:
         self._config, self._stage, self._journal = config, stage, journal
         self._words, self._lanes, self._stop = words, lanes, stop
         self._failures = self._preemptions = self._locked = 0
+        self._waiting = ""
         # Drivers before this one may have made some.
         started = read_events(Store(config.output))
         self._number = sum(event.kind == "attempt_started" for event in started)
@@ -118,6 +119,7 @@ class _Elastic:
     def _attempt(self, nodes: Nodes) -> tuple[Ended, _Stand]:
         """One attempt; how it ended, and how far the run was before."""
         self._number += 1
+        self._waiting = ""
         before = self._stand()
         plan = Plan(
             stage=self._stage,
@@ -211,9 +213,15 @@ class _Elastic:
         return str(Path(tempfile.gettempdir()) / folder / name)
 
     def _tell_waiting(self, wanted: int, there: int) -> None:
+        line = f"waiting for nodes: {wanted} wanted, {there} there"
+        if line == self._waiting:
+            # A week of waiting is no week of events.
+            _say(line)
+            return
+        self._waiting = line
         self._journal.write(
             "waiting",
-            f"waiting for nodes: {wanted} wanted, {there} there",
+            line,
             wanted=wanted,
             there=there,
         )

@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
         os._exit(_guarded(argv[3:], held))
     os.close(held)
     _, status = os.waitpid(inner, 0)
-    if os.WIFSIGNALED(status):
-        end_tree()
+    # What the inner one has left, if it did not end as it should.
+    end_tree()
     return _exit_status(status)
 
 
@@ -69,7 +69,7 @@ def end_tree() -> int:
     ended: set[int] = set()
     while children := psutil.Process().children(recursive=True):
         for child in children:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 if child.status() != psutil.STATUS_ZOMBIE:
                     child.kill()
                     ended.add(child.pid)
@@ -132,7 +132,7 @@ def _ask(asked: set[int]) -> None:
     for rank in ranks(psutil.Process()):
         if rank.pid not in asked:
             asked.add(rank.pid)
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 rank.terminate()
 
 
@@ -158,7 +158,9 @@ def _adopt_orphans() -> None:
 
 
 def _tell(text: str) -> None:
-    os.write(2, f"guard: {text}\n".encode())
+    # A disk that is full must not end the guard.
+    with suppress(OSError):
+        os.write(2, f"guard: {text}\n".encode())
 
 
 if __name__ == "__main__":

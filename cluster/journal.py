@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cluster.store import Store, first_line
+from cluster.store import Store, first_line, without_password
 
 FOLDER = "cluster"
 _EVENTS = "events"
@@ -30,7 +30,7 @@ _USAGE = "usage"
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
 
 Kind = Literal[
-    "driver_started",  # command, config
+    "driver_started",  # command, config, cluster (its address), host, pid
     "driver_ended",  # status: finished, or an error's line
     "stage_started",  # stage
     "stage_finished",  # stage, seconds
@@ -99,7 +99,8 @@ class Journal:
 
     def _put(self, name: str, value: Mapping[str, Any]) -> None:
         try:
-            self._store.write(name, (json.dumps(value) + "\n").encode())
+            text = without_password(json.dumps(value)) + "\n"
+            self._store.write(name, text.encode())
         except OSError as error:
             self._tell(f"{self._store.url}/{name} is not written: {first_line(error)}")
 

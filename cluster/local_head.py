@@ -26,6 +26,8 @@ _AUTOSCALER = "autoscaler.json"
 _MB = 1_000_000
 _POLL_S = 0.25
 _TELL_S = 5
+# A job that is asked to stop saves a checkpoint first; Ray's own patience is 3 s.
+_STOP_SECONDS = 600
 _HEALTH_FAILURES = 4
 
 
@@ -154,6 +156,7 @@ def _environment(config: LocalConfig, cluster: Cluster) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(cluster.folder / TOKEN),
         "RAY_enable_autoscaler_v2": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": str(int(1000 * check)),

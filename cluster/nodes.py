@@ -126,7 +126,7 @@ class NodeClock:
                 for name, count in self._alive.items():
                     before = self._seconds.get(name, 0.0)
                     self._seconds[name] = before + count * (now - last)
-            except (RayError, ConnectionError):
+            except (RayError, OSError, RuntimeError):
                 # The head does not answer: whether nodes are there is not known.
                 continue
             finally:

@@ -53,16 +53,29 @@ def drive(
 ) -> int:
     """Be the driver of a run: join the cluster, be alone, check, then run `stages`."""
     from cluster.checks import check
-    from cluster.driver import Stopped, connected, only_driver, stop_asked
+    from cluster.driver import (
+        Stopped,
+        connected,
+        gcs_address,
+        only_driver,
+        refuse_driver_elsewhere,
+        stop_asked,
+    )
     from cluster.journal import Journal
     from cluster.nodes import NodeClock
-    from cluster.store import Store
+    from cluster.store import Store, first_line
 
     with connected(), only_driver(config.output), stop_asked() as stop:
         check(config)
-        journal = Journal(Store(config.output), tell)
-        given = dataclasses.asdict(config)
-        journal.write("driver_started", command=shlex.join(command), config=given)
+        run_store = Store(config.output)
+        refuse_driver_elsewhere(run_store, tell)
+        journal = Journal(run_store, tell)
+        journal.write(
+            "driver_started",
+            command=shlex.join(command),
+            config=dataclasses.asdict(config),
+            cluster=gcs_address(),
+        )
         status = "finished"
         try:
             with NodeClock(journal.usage):
@@ -70,7 +83,7 @@ def drive(
         except Stopped:
             status = "stopped"
         except BaseException as error:
-            status = f"{error}"
+            status = first_line(error)
             raise
         finally:
             journal.write("driver_ended", status=status)

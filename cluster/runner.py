@@ -96,9 +96,17 @@ class Runner:
         """Start the launcher; the log file as this node knows it.
 
         Raises:
+            ValueError: this node does not see the run's directory.
             OSError: there is no place for the log.
         """
         self._log = Path(launch.log)
+        # The driver has made it: below the run's directory, unless that is a URL.
+        if not self._log.parent.parent.is_dir():
+            raise ValueError(
+                f"node {launch.own} does not see {self._log.parent.parent}, so its "
+                "checkpoints would be lost to the others: give as `output` a folder "
+                "that all nodes share, or a URL such as s3://bucket/run"
+            )
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._hosts = self._log.with_suffix(".hosts")
         self._hosts.write_text(hostfile(launch))

@@ -184,7 +184,7 @@ class Store:
 
 def without_password(url: str) -> str:
     """`url` as it may be shown and written down."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
+    return re.sub(r"(?<=://)[^/@\s\"']*@", "", url)
 
 
 def run_id(output: str) -> str:

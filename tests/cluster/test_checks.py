@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from cluster import nodes
 from cluster.checks import check, read_manifest, valid_nodes
@@ -22,14 +20,6 @@ TYPES = {
     "gpu": {"CPU": 4, "GPU": 1, "gpu_node": 1},
     "gpu-ondemand": {},
 }
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A real cluster of one node, without an autoscaler."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

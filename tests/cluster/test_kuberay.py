@@ -188,6 +188,9 @@ def test_the_head_runs_nothing_and_shows_its_dashboard_to_nobody(
     assert not head.get("enableIngress")
     assert pod(head)["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}
     check_shared_memory(head)
+    (container,) = pod(head)["containers"]
+    patience = {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "600"}
+    assert patience in container["env"]
 
 
 def test_nobody_without_the_token_and_no_other_pod_gets_in(

@@ -99,6 +99,15 @@ def test_what_the_trainer_refuses_is_in_the_last_answer(
     assert runners[0].state().said == "", "nothing is said twice"
 
 
+def test_a_node_that_does_not_see_the_run_refuses_to_start(
+    tmp_path: Path, runners: list[Runner]
+) -> None:
+    elsewhere = launch(tmp_path / "not" / "mounted" / "here")
+    with pytest.raises(ValueError, match=r"does not see .* a folder that all nodes"):
+        runners[0].start(elsewhere)
+    assert runners[0].state().status is None
+
+
 def test_a_port_that_is_taken_is_not_offered(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -175,6 +175,10 @@ def test_the_head_computes_nothing_and_hides_its_dashboard(
     )
 
 
+def test_a_job_that_is_asked_to_stop_has_time_to_save(given: dict[str, Any]) -> None:
+    assert "-e RAY_JOB_STOP_WAIT_TIME_S=600" in given["docker"]["run_options"]
+
+
 def test_nothing_is_open_to_the_world(given: dict[str, Any]) -> None:
     for value in values(given):
         assert "0.0.0.0" not in value
