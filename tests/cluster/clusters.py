@@ -57,6 +57,8 @@ class LocalCluster:
         """Of a driver: this process's, and where the cluster is."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         found = {**kept, "OMP_NUM_THREADS": "1", **self.cluster.environment}
+        # Tests read lines while a command goes on.
+        found["PYTHONUNBUFFERED"] = "1"
         found["PYTHONPATH"] = str(ROOT)
         return found
 

@@ -115,7 +115,7 @@ def where(cluster: LocalCluster) -> tuple[str, str]:
 
 
 def submit_job(cluster: LocalCluster) -> None:
-    words = (RAY, "job", "submit", "--", "python", "-c", JOB)
+    words = (RAY, "job", "submit", "--", sys.executable, "-c", JOB)
     job = cluster.start(*words, stdout=subprocess.PIPE)
     assert job.stdout
     assert "JOB RUNS\n" in job.stdout
