@@ -101,7 +101,9 @@ class Job:
 
 
 def kill_node(job: Job, draw: random.Random) -> None:
-    nodes = [node for node in job.cluster.nodes("gpu") if node.raylet]
+    # An attempt may be between its end and the next one's start.
+    while not (nodes := [node for node in job.cluster.nodes("gpu") if node.raylet]):
+        time.sleep(0.05)
     job.cluster.kill_node(draw.choice(nodes).id)
 
 
@@ -111,8 +113,10 @@ def kill_node_in_checkpoint(job: Job, draw: random.Random) -> None:
 
 
 def kill_rank(job: Job, draw: random.Random) -> None:
+    while not (found := ranks(training(job.run))):
+        time.sleep(0.05)
     with contextlib.suppress(psutil.NoSuchProcess):
-        draw.choice(ranks(training(job.run))).kill()
+        draw.choice(found).kill()
 
 
 def kill_driver(job: Job, draw: random.Random) -> None:
