@@ -20,7 +20,10 @@ _OWNED = {
 }
 
 
-def _at_least(group: str, config: object, **lowest: float) -> None:
+def at_least(group: str, config: object, **lowest: float) -> None:
+    """Raise ValueError for a key of `config`, a group of run.yaml, below its lowest
+    value.
+    """
     for name, low in lowest.items():
         value = getattr(config, name)
         if value is not None and not value >= low:
@@ -41,7 +44,7 @@ class PreprocessStage:
     each time it goes on with what is committed."""
 
     def __post_init__(self) -> None:
-        _at_least("preprocess", self, tries=1)
+        at_least("preprocess", self, tries=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +86,11 @@ class PretrainStage:
     """How many attempts may end because a node was taken away."""
 
     def __post_init__(self) -> None:
-        _at_least("pretrain", self, min_nodes=1, max_nodes=self.min_nodes)
-        _at_least("pretrain", self, gpus_per_node=0, ranks_per_node=1, cpus_per_node=0)
-        _at_least("pretrain", self, wait_seconds=0, settle_seconds=0, stop_seconds=1)
-        _at_least("pretrain", self, silent_seconds=1, checkpoint_seconds=0)
-        _at_least("pretrain", self, failures=0, preemptions=0)
+        at_least("pretrain", self, min_nodes=1, max_nodes=self.min_nodes)
+        at_least("pretrain", self, gpus_per_node=0, ranks_per_node=1, cpus_per_node=0)
+        at_least("pretrain", self, wait_seconds=0, settle_seconds=0, stop_seconds=1)
+        at_least("pretrain", self, silent_seconds=1, checkpoint_seconds=0)
+        at_least("pretrain", self, failures=0, preemptions=0)
         if self.ranks_per_node is None and self.gpus_per_node == 0:
             raise ValueError(
                 "pretrain.gpus_per_node is 0: say with pretrain.ranks_per_node how "
@@ -112,7 +115,7 @@ class EvaluateStage:
     """CPUs that it asks for."""
 
     def __post_init__(self) -> None:
-        _at_least("evaluate", self, gpus=0, cpus=0)
+        at_least("evaluate", self, gpus=0, cpus=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ class RunConfig:
     """Of the prices."""
 
     def __post_init__(self) -> None:
-        _at_least("run", self, overlap_samples=1)
+        at_least("run", self, overlap_samples=1)
         if not (self.preprocess or self.pretrain or self.evaluate):
             raise ValueError(
                 "the run has no stage: give preprocess, pretrain or evaluate, each a "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.options import RunConfig
+from cluster.options import RunConfig, at_least
 
 NO_OUTPUT = "RUN"
 
@@ -49,10 +49,10 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         _above_zero("assume", self, "core_speed", "write_mb_s", "mfu")
-        _at_least("assume", self, cpu_cores=1, cpu_nodes=1, node_minutes=0)
-        _at_least("assume", self, idle_minutes=0, stall_seconds=0, restart_seconds=0)
-        _at_least("assume", self, detect_seconds=0, least_step_ms=0)
-        _at_least("assume", self, wait_seconds=0)
+        at_least("assume", self, cpu_cores=1, cpu_nodes=1, node_minutes=0)
+        at_least("assume", self, idle_minutes=0, stall_seconds=0, restart_seconds=0)
+        at_least("assume", self, detect_seconds=0, least_step_ms=0)
+        at_least("assume", self, wait_seconds=0)
         if self.mfu > 1:
             raise ValueError(f"assume.mfu is {self.mfu}: a share, at most 1")
 
@@ -77,8 +77,8 @@ class SpotOptions:
     """Of the simulation."""
 
     def __post_init__(self) -> None:
-        _at_least("spot", self, rate=0, notice_seconds=0, return_minutes=0, seed=0)
-        _at_least("spot", self, runs=10)
+        at_least("spot", self, rate=0, notice_seconds=0, return_minutes=0, seed=0)
+        at_least("spot", self, runs=10)
         if not 0 <= self.sudden <= 1:
             raise ValueError(f"spot.sudden is {self.sudden}: a share, from 0 to 1")
 
@@ -140,10 +140,3 @@ def _above_zero(group: str, config: object, *names: str) -> None:
         if not getattr(config, name) > 0:
             value = getattr(config, name)
             raise ValueError(f"{group}.{name} is {value}: it must be above 0")
-
-
-def _at_least(group: str, config: object, **lowest: float) -> None:
-    for name, low in lowest.items():
-        value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"{group}.{name} is {value}: it must be {low} or more")

@@ -29,6 +29,7 @@ from tests.trainer.tiny import (
     config,
     launch,
     metrics,
+    succeeds,
     wait_until,
     with_faults,
 )
@@ -42,10 +43,10 @@ from trainer.contract import (
 from trainer.evaluate import main as evaluate
 from trainer.export import main as export
 from trainer.lease import LEASE, Lease
+from trainer.local_run import local_run
 from trainer.loop import check
 from trainer.replay import main as replay
 from trainer.report.__main__ import main as report
-from trainer.run_copy import local_run
 from trainer.storage import StorageConfig
 from trainer.store import Store
 
@@ -79,17 +80,7 @@ def copy_of(url: str, folder: Path) -> Path:
 
 def launch_apart(ranks: int, *words: str | Path) -> str:
     """Run the launcher on nodes that share no disk to its end; it must succeed."""
-    done = subprocess.run(
-        apart_command(ranks, *TINY, *words),
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LAUNCH_LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return succeeds(apart_command(ranks, *TINY, *words))
 
 
 def test_nodes_that_share_no_disk_take_the_steps_of_a_local_run(

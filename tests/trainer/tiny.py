@@ -135,8 +135,13 @@ def column(run: Path, name: str) -> list[Any]:
 
 def launch(ranks: int, *words: str | Path) -> str:
     """Run the launcher to its end; its output. It must succeed."""
+    return succeeds(deepspeed_command(ranks, *TINY, *words))
+
+
+def succeeds(command: Sequence[str]) -> str:
+    """Run a launcher's command to its end; its output. It must succeed."""
     done = subprocess.run(
-        deepspeed_command(ranks, *TINY, *words),
+        command,
         env=launch_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
