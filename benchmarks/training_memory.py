@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import parse, run
+from pipeline.config import run
 from trainer.engine import chosen_precision, world_from_environment
 from trainer.loop import check, train
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, parse_run
 from trainer.plan_data import facts_of
 from trainer.plan_run import Budget, parameters_by_part
 from trainer.pretrain import RECIPES
@@ -37,7 +37,7 @@ _M_MMAP_THRESHOLD = -3
 def main(argv: Sequence[str]) -> None:
     """Train twice and print what the second time took."""
     words = [word for word in argv if not word.startswith("--local_rank")]
-    config = parse(
+    config = parse_run(
         PretrainConfig, words, prog=PROG, description=__doc__ or "", recipes=RECIPES
     )
     # Blocks of 64 KiB and more go back to the system when they are freed.

@@ -38,16 +38,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loader_data import ROOT
-from pipeline.config import parse
 from trainer.dataset import Dataset
 from trainer.masking import Masks, mam
-from trainer.models.mlim import (
-    MlimForPreTraining,
-    MlimInputs,
-    masked_words,
-    recon_pixels,
-)
-from trainer.options import PretrainConfig
+from trainer.models.base import Inputs
+from trainer.models.mlim import MlimForPreTraining, masked_words
+from trainer.options import PretrainConfig, parse_run
 from trainer.pretrain import RECIPES
 from trainer.probes import drawn_places, read_pairs
 from trainer.stream import capacity, pack
@@ -178,8 +173,8 @@ def ours(
         lengths = np.array([len(text) for text in batch.texts])
         stream, ids = pack(lengths, np.concatenate(batch.texts), config.n_image)
         n_words = int(masked_words(stream, masks).sum())
-        n_pixels = int(recon_pixels(masks.counts.image, config.n_image, shape).sum())
-        inputs = MlimInputs(
+        n_pixels = int(shape.recon_pixels(masks.counts.image, config.n_image).sum())
+        inputs = Inputs(
             stream=stream,
             token_ids=ids,
             pixels=torch.from_numpy(batch.pixels),
@@ -189,8 +184,8 @@ def ours(
 
         def loss() -> Tensor:
             output = model(inputs, drawn_masks(config, batch))
-            mlm = output.mlm_sum * (shape.mlm_weight / n_words)
-            return mlm + output.recon_sum * (shape.recon_weight / n_pixels)
+            mlm = output.losses["mlm"] * (shape.mlm_weight / n_words)
+            return mlm + output.losses["recon"] * (shape.recon_weight / n_pixels)
 
         return loss
 
@@ -327,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given, keys = parser.parse_known_args(argv)
     torch.set_num_threads(given.threads)
-    config = parse(
+    config = parse_run(
         PretrainConfig,
         [
             *(f"--config={given.config}", f"--data={given.data or '-'}", "--output=-"),

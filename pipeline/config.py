@@ -88,6 +88,21 @@ def parse(
     return config
 
 
+def given(argv: Sequence[str], key: str, *, recipes: Path | None = None) -> Any:
+    """What `argv` gives for a dotted key, by a flag or in its file; None if neither
+    does. For a command whose other keys depend on this one.
+    """
+    found, words = None, _config_first(argv, recipes)
+    for word, following in itertools.pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name == "--config":
+            found = _in_file(value, key)
+        elif name == f"--{key}":
+            found = value
+    return found
+
+
 def known_keys(config_class: type, prefix: str = "") -> list[str]:
     """Dotted names of every key of `config_class`, groups included."""
     types = typing.get_type_hints(config_class)
@@ -215,6 +230,18 @@ def _refuse_unknown_empty(path: str, known: Sequence[str]) -> None:
                 f"unknown key {key!r}.{nearest(str(key), known)} (--help lists every "
                 "key)"
             )
+
+
+def _in_file(path: str, key: str) -> Any:
+    """What a YAML file has for a dotted key; None if it has nothing."""
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        # The parser says it better.
+        return None
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def _config_path(given: str, recipes: Path | None) -> str:

@@ -38,24 +38,27 @@ def sums_of_modes(mode: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tenso
     )
 
 
-def mode_metrics(sums: Sequence[float], *, patch_size: int) -> dict[str, float]:
+def mode_metrics(
+    sums: Sequence[float], *, patch_size: int, names: tuple[str, str]
+) -> dict[str, float]:
     """Losses of each mode that masked something in a step.
 
     Args:
         sums: of the whole step, `SIZE` of them: those of `sums_of_modes`, row by row.
         patch_size: side in pixels of an image position.
+        names: of the loss of words and of that of images.
     """
-    modes = len(Mode)
+    modes, (of_words, of_images) = len(Mode), names
     mlm, recon, words, positions = (
         sums[first : first + modes] for first in range(0, SIZE, modes)
     )
     row = {
-        f"mlm_loss_{mode.name.lower()}": mlm[mode] / words[mode]
+        f"{of_words}_loss_{mode.name.lower()}": mlm[mode] / words[mode]
         for mode in Mode
         if words[mode]
     }
     return row | {
-        f"recon_loss_{mode.name.lower()}": recon[mode]
+        f"{of_images}_loss_{mode.name.lower()}": recon[mode]
         / (positions[mode] * patch_size**2)
         for mode in Mode
         if positions[mode]

@@ -11,6 +11,8 @@ Shapes: B pairs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from trainer.masking import Masks
@@ -24,20 +26,19 @@ _LOW = 0xFFFFFFFF
 _DIGEST_KEY = (0x70616C69, 0x6D707365)
 
 
-def digest_of(
-    rows: Rows, *, flips: bool, masks: Masks | None, matching: Matching | None
-) -> int:
+def digest_of(rows: Rows, *, flips: bool, masks: Masks | None, matching: Any) -> int:
     """Digest of B pairs: uid, caption and crop, and what else is given of them.
 
     Args:
         flips: images may be mirrored.
+        matching: hashed where it says what texts are matched with.
     """
     total = _samples(rows.uids, rows.captions, rows.crops)
     if flips:
         total += _flips(rows.uids, rows.flips)
     if masks:
         total += _masked(rows.uids, masks)
-    if matching:
+    if isinstance(matching, Matching):
         total += _matched(rows.uids, matching)
     return wrap(total)
 

@@ -17,7 +17,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from trainer.masking import Masks, Mode
-from trainer.models.mlim import MlimForPreTraining, MlimInputs
+from trainer.models.base import Inputs
+from trainer.models.mlim import MlimForPreTraining
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, make_inputs, partners
 
@@ -124,7 +125,7 @@ class Artist:
 
     def _inputs(
         self, images: np.ndarray, texts: np.ndarray, mode: Mode
-    ) -> tuple[MlimInputs, Masks]:
+    ) -> tuple[Inputs, Masks]:
         return make_inputs(
             self.config,
             uids=self.pairs.uids[images],

@@ -7,6 +7,7 @@ checkpoints (`trainer.checkpoint`) or export (`trainer.export`).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,9 @@ from torch import Tensor, nn
 from pipeline.manifest import file_sha256
 from trainer import checkpoint
 from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG
-from trainer.models.mlim import MlimConfig
+from trainer.models.base import ModelConfig
 
 _SHOWN = 5
-# Keys that decide what weights mean and not how large they are.
-_UNSHAPED = ("heads", "norm", "norm_eps")
-_ITM = "itm_"
 
 
 def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tensor]:
@@ -51,10 +49,10 @@ def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tens
     words = folder / "tokenizer.json"
     if words.is_file():
         _require_same(folder, file_sha256(words), tokenizer_sha256)
-    return _read_files(files)
+    return _read_files(files, _model_keys(folder).get("name", ""))
 
 
-def require_alike(folder: str | Path, config: MlimConfig) -> None:
+def require_alike(folder: str | Path, config: ModelConfig) -> None:
     """Raise ValueError, with the keys to change, where the model that the weights in
     `folder` were trained in differs from `config` in what no shape shows. A folder that
     does not say how it was trained is taken as it is.
@@ -62,7 +60,7 @@ def require_alike(folder: str | Path, config: MlimConfig) -> None:
     stored = _model_keys(Path(folder))
     cures = [
         f"--model.{key} {stored[key]} (now {getattr(config, key)})"
-        for key in _UNSHAPED
+        for key in ("name", *config.unshaped)
         if key in stored and stored[key] != getattr(config, key)
     ]
     if cures:
@@ -80,20 +78,28 @@ def _model_keys(folder: Path) -> dict[str, Any]:
             found = yaml.safe_load((run / CONFIG).read_text())
             return dict(found.get("model", {}))
     if (folder / "config.json").is_file():
-        return dict(json.loads((folder / "config.json").read_text()))
+        found = json.loads((folder / "config.json").read_text())
+        return {**found, "name": found.get("model_type", "")}
     return {}
 
 
-def require_fit(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
+def require_fit(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    *,
+    source: str,
+    optional: Sequence[str],
+) -> None:
     """Raise ValueError, naming what differs, unless `weights` are all that `model`
-    needs. It may lie on the meta device. An ITM head may be on one side alone: it is
-    drawn, or left.
+    needs. It may lie on the meta device. What begins as one of `optional` may be on one
+    side alone: it is drawn, or left.
     """
     own = model.state_dict(keep_vars=True)
-    heads = [{n for n in names if n.startswith(_ITM)} for names in (own, weights)]
-    if not all(heads):
-        own = {name: own[name] for name in own if name not in heads[0]}
-        weights = {name: weights[name] for name in weights if name not in heads[1]}
+    for start in optional:
+        heads = [{n for n in names if n.startswith(start)} for names in (own, weights)]
+        if not all(heads):
+            own = {name: own[name] for name in own if name not in heads[0]}
+            weights = {name: weights[name] for name in weights if name not in heads[1]}
     # Of a tensor under several names, a file holds one.
     present = {id(own[name]) for name in own.keys() & weights.keys()}
     missing = [
@@ -136,14 +142,14 @@ def _require_same(path: Path, trained: str, tokenizer_sha256: str) -> None:
         )
 
 
-def _read_files(files: list[Path]) -> dict[str, Tensor]:
+def _read_files(files: list[Path], model: str) -> dict[str, Tensor]:
+    # An export's names begin with that of the model in its `transformers` class.
     from safetensors.torch import load_file
 
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= load_file(file)
-    # An export's names begin with that of the model in its `transformers` class.
     return {
-        name.removeprefix("mlim."): value.to(torch.float32)
+        name.removeprefix(f"{model}."): value.to(torch.float32)
         for name, value in weights.items()
     }

@@ -29,8 +29,8 @@ from trainer.folder import DamagedError
 from trainer.geometry import flipped
 from trainer.kernels.mam_masks import mam_masks
 from trainer.masking import Masks, mam_counts
-from trainer.matching import Matching, caption_table, drawn_matching
-from trainer.models.mlim import recon_pixels, scored_positions
+from trainer.matching import caption_table
+from trainer.models.base import Inputs
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.quarantine import Quarantine, Quarantined
@@ -105,7 +105,7 @@ class Counts:
     squared_lengths: int
     """Sum over pairs of the square of their tokens."""
     scored_lengths: int
-    """Sum over pairs of their tokens times the positions that MLM or RECON reads."""
+    """Sum over pairs of their tokens times the positions that a loss reads."""
     recon_images: int
     """Images with a masked position."""
     rows: int
@@ -393,12 +393,12 @@ class Loader:
         )
         matching = self.matching(batch) if config.digest == "full" else None
         lengths = torch.from_numpy(read.lengths + self.n_image)
-        scored = scored_positions(masked, self.n_image, config.model)
+        scored = config.model.scored_positions(masked, self.n_image)
         counts = Counts(
             pairs=len(rows),
             masked_words=n_words,
             recon_pixels=int(
-                recon_pixels(masked.image, self.n_image, config.model).sum()
+                config.model.recon_pixels(masked.image, self.n_image).sum()
             ),
             tokens=stream.text_used + len(rows) * self.n_image,
             squared_lengths=int(lengths.square().sum()),
@@ -474,21 +474,27 @@ class Loader:
         """Masks of a micro-batch of a step, on the device that its tensors are on."""
         return self._masked(mam_masks, uids, stream, epochs, text_capacity, step=step)
 
-    def matching(self, batch: MicroBatch) -> Matching | None:
-        """What each text of a micro-batch is matched with, on the device that its
-        tensors are on; None without an ITM head.
+    def inputs(self, batch: MicroBatch) -> Inputs:
+        """What the model is given of a micro-batch, where it lies."""
+        return Inputs(
+            stream=batch.stream,
+            token_ids=batch.token_ids,
+            pixels=batch.pixels,
+            n_masked_words=batch.n_masked_words,
+            n_recon_images=batch.n_recon_images,
+            matching=self.matching(batch),
+        )
+
+    def matching(self, batch: MicroBatch) -> Any:
+        """What an ITM loss of a micro-batch needs, on the device that its tensors are
+        on; None without one.
         """
-        model = self.config.model
-        if not model.itm_weight:
-            return None
-        return drawn_matching(
-            mismatched=model.itm_mismatched,
-            group=model.itm_group,
+        return self.config.model.matching(
             seed=self.config.seed,
             epochs=batch.epochs,
             uids=batch.uids,
             images=batch.images,
-            captions=caption_table(
+            captions=lambda: caption_table(
                 batch.stream, batch.token_ids, self.config.text.max_tokens
             ),
         )

@@ -26,6 +26,7 @@ from pipeline.config import to_yaml
 from pipeline.manifest import TokenizerInfo
 from trainer import by_mode, checkpoint, environment
 from trainer.contract import COMPLETE, CONFIG, check_world_size, read_validation
+from trainer.contrast import contrasts_of
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import (
@@ -43,8 +44,7 @@ from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
-from trainer.models.bert import read_body, require_body_fit
-from trainer.models.mlim import MlimForPreTraining, MlimInputs
+from trainer.models.base import Inputs, ModelConfig, Output, Sizes
 from trainer.options import PretrainConfig, blocking_changes, load_config
 from trainer.panels import drop_panels
 from trainer.parameters import parameter_norm
@@ -118,7 +118,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     build = functools.partial(build_model, config, loader.dataset.tokenizer)
     model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    given = config.init or config.model.body
+    bodies = config.model.bodies
+    given = config.init or ", ".join(bodies.values())
     if given and not checked.checkpoint:
         model.load_state_dict(_initial(config, loader.dataset), strict=False)
     model.recompute = config.deepspeed.activation_checkpointing
@@ -136,7 +137,9 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         metrics.note(_opening(loader, world, first_step, parameters))
         environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
-            key = "--init" if config.init else "model.body"
+            key = (
+                "--init" if config.init else ", ".join(f"model.{key}" for key in bodies)
+            )
             metrics.note(f"{key} {given} is not looked at: the run is resumed")
     parts = Parts(
         config=config,
@@ -208,7 +211,7 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
             took = spent_on(batch, feed, elapsed)
             watch.at("all-reduce of metrics")
             asked = (stop.asked, checkpoints.due, checkpoints.failed)
-            summed = summed_over_ranks(result, took, asked, world)
+            summed = summed_over_ranks(result, took, asked, loader, totals, world)
             row = metrics_row(batch, totals, summed, loader, world, elapsed)
             row |= {"step": step, **updated.row, **_of_model(parts, step)}
             spent += summed.spent
@@ -356,15 +359,12 @@ def require_start(config: PretrainConfig, dataset: Dataset) -> None:
         require_alike(config.init, config.model)
         with torch.device("meta"):
             model = build_model(config, dataset.tokenizer)
-        require_fit(model, _initial(config, dataset), source=config.init)
-    if config.model.body:
-        require_body_fit(
-            config.model.body,
-            config.model,
-            vocab_size=dataset.tokenizer.vocab_size,
-            max_text=config.text.max_tokens,
-            tokenizer_file=dataset.tokenizer_file,
-        )
+        weights = _initial(config, dataset)
+        optional = config.model.optional
+        require_fit(model, weights, source=config.init, optional=optional)
+    if config.model.bodies:
+        sizes = model_sizes(config, dataset.tokenizer)
+        config.model.require_bodies(sizes, dataset.tokenizer_file)
 
 
 def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loader:
@@ -379,10 +379,14 @@ def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loa
     )
 
 
-def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> MlimForPreTraining:
+def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> Any:
     """The model of a recipe, sized by the dataset's tokenizer."""
-    return MlimForPreTraining(
-        config.model,
+    return config.model.build(model_sizes(config, tokenizer))
+
+
+def model_sizes(config: PretrainConfig, tokenizer: TokenizerInfo) -> Sizes:
+    """What a model is made with besides its keys."""
+    return Sizes(
         vocab_size=tokenizer.vocab_size,
         special_ids=tokenizer.special_ids,
         max_text=config.text.max_tokens,
@@ -391,9 +395,8 @@ def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> MlimForPreT
 
 
 def _initial(config: PretrainConfig, dataset: Dataset) -> dict[str, torch.Tensor]:
-    if config.model.body:
-        return read_body(config.model.body, max_text=config.text.max_tokens)
-    assert config.init
+    if not config.init:
+        return config.model.read_bodies(model_sizes(config, dataset.tokenizer))
     return read_weights(config.init, tokenizer_sha256=dataset.tokenizer.sha256)
 
 
@@ -467,44 +470,47 @@ def global_counts(counts: Counts, world: World) -> Counts:
 def run_micro_batches(
     engine: Any, loader: Loader, batch: StepBatch, totals: Counts, world: World
 ) -> list[float]:
-    """Forward and backward of a rank's micro-batches; its sums of MLM, RECON and ITM
-    loss, correct words and pairs, and `by_mode.SIZE` more by masking mode.
+    """Forward and backward of a rank's micro-batches; its sums of the model's losses
+    and figures, and `by_mode.SIZE` more by masking mode.
 
     DeepSpeed divides gradients by ranks and by accumulation, so a local sum times both,
     over the global count, gives the gradient of the global mean however it was split.
     """
-    config = loader.config
+    model = loader.config.model
     split = world.size * len(batch.micro_batches)
-    word_scale = config.model.mlm_weight * split / max(totals.masked_words, 1)
-    pixel_scale = config.model.recon_weight * split / max(totals.recon_pixels, 1)
-    pair_scale = config.model.itm_weight * split / totals.pairs
-    sums = torch.zeros(5 + by_mode.SIZE, device=world.device)
+    scales = {
+        term.name: term.weight * split / max(getattr(totals, term.count), 1)
+        for term in model.terms
+    }
+    size = len(model.terms) + len(model.figures) + by_mode.SIZE
+    sums = torch.zeros(size, device=world.device)
+    contrasts = contrasts_of(engine, loader, batch, world)
     for number, micro in enumerate(batch.micro_batches):
         inputs, masks = model_inputs(loader, micro)
         with span("forward"):
-            output = engine(inputs, masks)
-        loss = output.mlm_sum * word_scale + output.recon_sum * pixel_scale
-        loss = loss + output.itm_sum * pair_scale
+            output = engine(inputs._replace(contrast=contrasts[number]), masks)
+        loss = sum(output.losses[name] * scale for name, scale in scales.items())
         with span("backward"):
             engine.backward(loss)
-        sums += torch.cat([part.detach().float().flatten() for part in output])
+        sums += summed_of(output, model)
         if number + 1 < len(batch.micro_batches):
             engine.step()
     return sums.tolist()
 
 
-def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[MlimInputs, Masks]:
-    """What the model is given of a micro-batch, and its masks, drawn where it lies."""
-    inputs = MlimInputs(
-        stream=micro.stream,
-        token_ids=micro.token_ids,
-        pixels=micro.pixels,
-        n_masked_words=micro.n_masked_words,
-        n_recon_images=micro.n_recon_images,
-        matching=loader.matching(micro),
+def summed_of(output: Output, model: ModelConfig) -> torch.Tensor:
+    """What a micro-batch adds to a step's sums: losses, figures, and both by mode."""
+    parts = [output.losses[term.name] for term in model.terms]
+    parts += [output.figures[figure.name] for figure in model.figures]
+    return torch.cat(
+        [part.detach().float().flatten() for part in (*parts, output.by_mode)]
     )
+
+
+def model_inputs(loader: Loader, micro: MicroBatch) -> tuple[Inputs, Masks]:
+    """What the model is given of a micro-batch, and its masks, drawn where it lies."""
     drawn = (micro.uids, micro.stream, micro.epochs, micro.text_capacity)
-    return inputs, loader.masks(*drawn, step=micro.step)
+    return loader.inputs(micro), loader.masks(*drawn, step=micro.step)
 
 
 def tell_replaced(

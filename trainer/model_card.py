@@ -158,12 +158,13 @@ def _body_name(body: str | None) -> str | None:
 def _without_paths(config: PretrainConfig) -> PretrainConfig:
     """The configuration with the last part of each path."""
     data = _names(config.data)
+    bodies = {key: _body_name(body) for key, body in config.model.bodies.items()}
     return dataclasses.replace(
         config,
         data=data if isinstance(config.data, list) else data[0],
         output=_names(config.output)[0],
         init=_names(config.init)[0] if config.init else None,
-        model=dataclasses.replace(config.model, body=_body_name(config.model.body)),
+        model=config.model.with_bodies(bodies),
         tokenizer=_names(config.tokenizer)[0] if config.tokenizer else None,
         storage=type(config.storage)(),
     )

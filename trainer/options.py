@@ -2,22 +2,27 @@
 
 Owns names, defaults and checks that need no data, and reading them back from a run
 directory. Masking keys live with masking
-(`trainer.mask_config`), model keys with the model (`trainer.models.mlim`), storage keys
+(`trainer.mask_config`), model keys with each model (`trainer.models`), storage keys
 with storage (`trainer.storage`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from pipeline.config import ConfigError, given, parse
 from trainer.contract import CONFIG
 from trainer.mask_config import MaskConfig
-from trainer.models.mlim import MlimConfig
+from trainer.models.base import ModelConfig, find
+from trainer.models.mlim_config import MlimConfig
 from trainer.philox import check_seed
 from trainer.storage import StorageConfig
+
+RunT = TypeVar("RunT", bound="PretrainConfig")
 
 # What may differ between the calls that make up one run. `data` may move: the
 # manifest hash in the checkpoint says whether it is the same dataset.
@@ -25,7 +30,6 @@ MAY_CHANGE = (
     "data",
     "output",
     "init",
-    "model.body",
     "max_steps",
     "micro_batch",
     "threads",
@@ -347,7 +351,7 @@ class PretrainConfig:
     steps take minutes; needs a C compiler."""
     digest: Literal["samples", "full"] = "samples"
     """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
-    model: MlimConfig = field(default_factory=MlimConfig)
+    model: ModelConfig = field(default_factory=MlimConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -368,11 +372,12 @@ class PretrainConfig:
             raise ValueError("data names no dataset: give a directory, or several")
         at_least("", self, lanes=1, global_batch=1, micro_batch=1, threads=1)
         at_least("", self, shuffle_shards=1, max_steps=1)
-        if self.init and self.model.body:
-            raise ValueError(
-                f"the weights of --init {self.init} replace those of model.body "
-                f"{self.model.body}: give --model.body null with it"
-            )
+        for key, body in self.model.bodies.items():
+            if self.init:
+                raise ValueError(
+                    f"the weights of --init {self.init} replace those of model.{key} "
+                    f"{body}: give --model.{key} null with it"
+                )
         if self.compile != "none" and self.deepspeed.zero_stage == 3:
             raise ValueError(
                 "compile layers cannot see through ZeRO stage 3, which gathers weights "
@@ -383,7 +388,7 @@ class PretrainConfig:
             raise ValueError(
                 f"image.size {self.image.size} is not a multiple of the "
                 f"{self.model.patch_size} px that an image token covers "
-                "(2 to the number of model.embedder_widths)"
+                f"({self.model.patch_key})"
             )
         side = self.image.size // self.model.patch_size
         if self.mask.image_block > side:
@@ -408,6 +413,45 @@ class PretrainConfig:
         return min(self.max_steps or self.schedule.steps, self.schedule.steps)
 
 
+def parse_run(
+    kind: type[RunT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    recipes: Path | None = None,
+) -> RunT:
+    """`pipeline.config.parse` of a run's keys, those of the model that `model.name`
+    names among them.
+
+    Raises:
+        ConfigError: as there, or no such model.
+    """
+    name = given(argv, "model.name", recipes=recipes) or MlimConfig.name
+    try:
+        keys = find(str(name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return parse(
+        with_model(kind, keys),  # type: ignore[arg-type]
+        argv,
+        prog=prog,
+        description=description,
+        recipes=recipes,
+    )
+
+
+@functools.cache
+def with_model(kind: type[RunT], keys: type[ModelConfig]) -> type[RunT]:
+    """`kind` with the keys of a model."""
+    model = ("model", keys, field(default_factory=keys))
+    made = make_dataclass(
+        kind.__name__, [model], bases=(kind,), frozen=True, kw_only=True
+    )
+    made.__doc__, made.__module__ = kind.__doc__, kind.__module__
+    return made
+
+
 def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
     """The configuration that `run` was last started with. Keys that there were none of
     then have their defaults, which change nothing.
@@ -418,16 +462,16 @@ def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
     Raises:
         ValueError: no run.
     """
-    from pipeline.config import parse
-
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
     words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
-    return parse(PretrainConfig, words, prog="", description="")
+    return parse_run(PretrainConfig, words, prog="", description="")
 
 
 def may_change(key: str) -> bool:
     """Whether a dotted key may differ when a run is resumed."""
+    if key.startswith("model.") and key.endswith("body"):
+        return True
     return key in MAY_CHANGE or key.startswith(MAY_CHANGE_GROUPS)
 
 

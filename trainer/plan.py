@@ -10,7 +10,8 @@ import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import parse, run
+from pipeline.config import run
+from trainer.options import parse_run
 from trainer.plan_options import PlanConfig
 
 PROG = "trainer.plan"
@@ -35,7 +36,7 @@ and it says which.
 
 def main(argv: Sequence[str]) -> int:
     """Plan, and print the plan."""
-    config = parse(
+    config = parse_run(
         PlanConfig, argv, prog=PROG, description=DESCRIPTION, recipes=RECIPES
     )
     from trainer.plan_run import as_json, plan

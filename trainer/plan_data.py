@@ -17,7 +17,6 @@ from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.loop import require_start
 from trainer.masking import mam_counts
-from trainer.models.mlim import scored_positions
 from trainer.options import PretrainConfig
 from trainer.philox import signed_uids
 from trainer.plan_memory import Shapes
@@ -155,7 +154,7 @@ def shapes(config: PretrainConfig, facts: Facts, pairs: int) -> Shapes:
         rows=capacity(used) + pairs * n_image,
         table=(pairs + spare) * longest,
         masked_words=capacity(_largest(each["masked_words"], pairs)),
-        recon_images=images if config.model.recon_weight else 0,
+        recon_images=images if config.model.scores_images else 0,
     )
 
 
@@ -172,7 +171,7 @@ def _each(config: PretrainConfig, facts: Facts) -> dict[str, np.ndarray]:
         text_capacity=int(facts.lengths.max()),
         n_image=n_image,
     )
-    scored = scored_positions(masked, n_image, config.model)
+    scored = config.model.scored_positions(masked, n_image)
     return {
         "tokens": tokens,
         "squared_lengths": tokens.astype(np.float64) ** 2,

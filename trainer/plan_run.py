@@ -16,13 +16,13 @@ import torch
 from pipeline.manifest import TokenizerInfo
 from trainer.contract import check_world_size, micro_batch_size
 from trainer.engine import chosen_precision
-from trainer.flops import forward_flops, step_flops
+from trainer.flops import step_flops
 from trainer.gpus import Gpu, gpu_named
 from trainer.loader import STEPS_HELD
-from trainer.loop import build_model
+from trainer.loop import build_model, model_sizes
 from trainer.options import PretrainConfig
 from trainer.plan_data import Facts, expected, facts_of, facts_without_data, shapes
-from trainer.plan_memory import Activations, States, activations, states
+from trainer.plan_memory import Activations, States, states
 from trainer.plan_options import NO_DATA, PlanConfig
 
 GIB = 1 << 30
@@ -189,7 +189,7 @@ def plan(config: PlanConfig) -> Plan:
         stages=stages,
         recommended=recommended(stages),
         host_buffers=STEPS_HELD * budget.images,
-        forward_flops=forward_flops(config.model, work, **sizes),
+        forward_flops=config.model.forward_flops(work, **sizes),
         step_flops=flops,
         peak_tflops=peak,
         step_s=flops / (config.gpus * peak * 1e12 * config.mfu),
@@ -223,13 +223,17 @@ class Budget:
         if self.lazy:
             # Attention on a CPU takes no table.
             sizes = dataclasses.replace(sizes, table=sizes.rows)
-        return activations(
-            self.config.model,
+        found = self.config.model.activations(
             sizes,
-            vocab_size=self.facts.tokenizer.vocab_size,
-            image_size=self.config.image.size,
+            sizes=model_sizes(self.config, self.facts.tokenizer),
             bf16=self.bf16,
         )
+        if found is None:
+            raise ValueError(
+                f"what {self.config.model.name} keeps for its backward pass is not "
+                "known: nothing can be planned for it"
+            )
+        return found
 
     def states(self, stage: int) -> States:
         """Under a ZeRO stage."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import parse, run
+from pipeline.config import run
 
 PROG = "trainer.pretrain"
 RECIPES = Path(__file__).parent / "recipes"
@@ -19,6 +19,8 @@ Train a masked vision-language model on shards made by pipeline.preprocess.
       --data shards/ --output runs/first
 
 Any key of the recipe can be given dotted: --optimizer.lr 3e-4 --mask.heavy_rate 0.7.
+--model.name (or the recipe) says which model is trained, and which model keys there
+are: `--model.name maskvlm --help` shows those of MaskVLM.
 The same command continues a run that was stopped or killed. Nodes that share no disk
 take --output s3://bucket/runs/first, or another URL.
 """
@@ -27,12 +29,12 @@ take --output s3://bucket/runs/first, or another URL.
 def main(argv: Sequence[str]) -> int:
     """Parse `argv`, check everything that can be checked, and train."""
     from trainer.loop import check, mark_complete, train
-    from trainer.options import PretrainConfig
+    from trainer.options import PretrainConfig, parse_run
 
     # The launcher appends this; the environment says the same.
     words = [word for word in argv if not word.startswith("--local_rank")]
     try:
-        config = parse(
+        config = parse_run(
             PretrainConfig,
             words,
             prog=PROG,

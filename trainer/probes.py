@@ -24,12 +24,8 @@ from tqdm import tqdm
 from trainer.dataset import Dataset
 from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, Mode, mam
-from trainer.models.mlim import (
-    MlimForPreTraining,
-    MlimInputs,
-    masked_words,
-    recon_pixels,
-)
+from trainer.models.base import Inputs
+from trainer.models.mlim import MlimForPreTraining, masked_words
 from trainer.options import ImageConfig, PretrainConfig
 from trainer.philox import Use, permutation, signed_uids
 from trainer.rows import caption_choice
@@ -251,7 +247,7 @@ def make_inputs(
     draw_number: int,
     mode: Mode,
     device: torch.device,
-) -> tuple[MlimInputs, Masks]:
+) -> tuple[Inputs, Masks]:
     """A micro-batch of given pixels and texts with evaluation masks of one mode."""
     n_image = config.n_image
     lengths = np.array([len(text) for text in texts])
@@ -266,7 +262,7 @@ def make_inputs(
         n_image=n_image,
         mode=mode,
     )
-    inputs = MlimInputs(
+    inputs = Inputs(
         stream=stream.to(device),
         token_ids=token_ids.to(device),
         pixels=torch.from_numpy(np.ascontiguousarray(pixels)).to(device),
@@ -290,7 +286,7 @@ def _pixels(pairs: Pairs, whose: np.ndarray | None, rows: np.ndarray) -> np.ndar
 
 
 def _pair_losses(
-    model: MlimForPreTraining, inputs: MlimInputs, masks: Masks, probe: str
+    model: MlimForPreTraining, inputs: Inputs, masks: Masks, probe: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and count (B,) of each pair of a micro-batch."""
     loss = torch.zeros(inputs.stream.pairs, device=inputs.pixels.device)
@@ -304,7 +300,7 @@ def _pair_losses(
             image, error = model.score_images(hidden_td, inputs, masks)
             loss.index_add_(0, image, error)
             masked = masks.counts.image
-            count = recon_pixels(masked, masks.image.shape[1], model.config)
+            count = model.config.recon_pixels(masked, masks.image.shape[1])
     return loss.cpu().numpy().astype(np.float64), count.cpu().numpy()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,22 @@ import torch
 
 from trainer.engine import World
 from trainer.loader import Counts
+from trainer.models.base import Term, means_of
 from trainer.options import SafetyConfig
 from trainer.spikes import Level
 
-_LOSSES = ("mlm", "recon", "itm")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Losses:
     """Means of a step over all ranks."""
 
-    mlm: float
-    recon: float
-    itm: float = 0.0
+    means: Mapping[str, float]
+    """By name of the model's term."""
 
     @property
     def finite(self) -> bool:
         """All are."""
-        return all(map(math.isfinite, (self.mlm, self.recon, self.itm)))
+        return all(map(math.isfinite, self.means.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +63,8 @@ class Outcome:
 class State:
     """What is remembered of the steps before."""
 
-    mlm: Level = Level()
-    recon: Level = Level()
-    itm: Level = Level()
+    levels: Mapping[str, Level] = field(default_factory=dict)
+    """Of each loss, by name."""
     nonfinite: int = 0
     """Steps in a row that were not finite."""
     spikes: int = 0
@@ -76,18 +73,15 @@ class State:
     """Steps since the last one."""
 
 
-def losses_over_ranks(sums: Sequence[float], totals: Counts, world: World) -> Losses:
-    """Mean losses of the step over all ranks, from this rank's sums of MLM, RECON and
-    ITM loss. An all-reduce of three numbers: the other figures of a step can wait until
+def losses_over_ranks(
+    sums: Sequence[float], terms: Sequence[Term], totals: Counts, world: World
+) -> Losses:
+    """Mean losses of the step over all ranks, from this rank's sums, the model's terms
+    first. An all-reduce of a few numbers: the other figures of a step can wait until
     its end, but these decide whether the optimizer step is taken.
     """
-    values = torch.tensor(sums[:3], dtype=torch.float64)
-    mlm, recon, itm = world.sum(values).tolist()
-    return Losses(
-        mlm=mlm / max(totals.masked_words, 1),
-        recon=recon / max(totals.recon_pixels, 1),
-        itm=itm / totals.pairs,
-    )
+    values = torch.tensor(sums[: len(terms)], dtype=torch.float64)
+    return Losses(means_of(terms, world.sum(values).tolist(), totals))
 
 
 class Guard:
@@ -114,17 +108,21 @@ class Guard:
         if not losses.finite:
             return Ruling(losses=losses, apply=False)
         config, state = self._config, self._state
-        judge = {"window": config.spike_window, "threshold": config.spike_threshold}
+        judge: Any = {
+            "window": config.spike_window,
+            "threshold": config.spike_threshold,
+        }
         spikes = []
-        for name in _LOSSES:
-            level, loss = getattr(state, name), getattr(losses, name)
+        levels = dict(state.levels)
+        for name, loss in losses.means.items():
+            level = levels.get(name, Level())
             if level.is_spike(loss, **judge):
                 spikes.append(
                     f"{name}_loss {loss:.4g} is {level.rise(loss):.1f} deviations "
                     f"above its mean of {level.mean:.4g}"
                 )
-            state = replace(state, **{name: level.after(loss, **judge)})
-        self._state = state
+            levels[name] = level.after(loss, **judge)
+        self._state = replace(state, levels=levels)
         wanted = not spikes or config.spike_action == "log"
         return Ruling(losses=losses, apply=wanted, spikes=tuple(spikes))
 
@@ -206,10 +204,10 @@ class Guard:
 def _not_finite(losses: Losses, grad_norm: float) -> str:
     if losses.finite:
         return f"the gradient is not finite (norm {grad_norm})"
-    each = ", ".join(f"{name} {getattr(losses, name):.4g}" for name in _LOSSES)
+    each = ", ".join(f"{name} {value:.4g}" for name, value in losses.means.items())
     return f"the loss is not finite ({each})"
 
 
 def _state(stored: Mapping[str, Any]) -> State:
-    levels = {name: Level(**stored[name]) for name in _LOSSES}
-    return State(**{**stored, **levels})
+    levels = {name: Level(**level) for name, level in stored["levels"].items()}
+    return State(**{**stored, "levels": levels})

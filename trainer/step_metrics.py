@@ -20,17 +20,16 @@ from trainer.flops import step_flops, utilisation
 from trainer.gpus import device_peak
 from trainer.limits import Spent
 from trainer.loader import Counts, Loader, StepBatch
+from trainer.models.base import means_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summed:
     """What the ranks' shares of a step add up to."""
 
-    mlm: float
-    recon: float
-    itm: float
-    correct: float
-    itm_correct: float
+    losses: dict[str, float]
+    """Mean of each of the model's terms."""
+    figures: dict[str, float]
     by_mode: list[float]
     spent: Spent
     stop: bool
@@ -56,23 +55,26 @@ def summed_over_ranks(
     result: list[float],
     spent: Spent,
     asked: tuple[bool, bool, bool],
+    loader: Loader,
+    totals: Counts,
     world: World,
 ) -> Summed:
     """One all-reduce for all that is to be known of a step; `asked` as the last three
     fields of what it gives.
     """
+    model = loader.config.model
+    terms, figures = model.terms, model.figures
     local = [*result, *dataclasses.astuple(spent), *map(float, asked)]
     values = torch.tensor(local, dtype=torch.float64)
-    mlm, recon, itm, correct, itm_correct, *rest = world.sum(values).tolist()
+    rest = world.sum(values).tolist()
+    losses, rest = rest[: len(terms)], rest[len(terms) :]
+    found, rest = rest[: len(figures)], rest[len(figures) :]
     modes, rest = rest[: by_mode.SIZE], rest[by_mode.SIZE :]
     *seconds, stop, due, failed = rest
     names = [field.name for field in dataclasses.fields(Spent)]
     return Summed(
-        mlm=mlm,
-        recon=recon,
-        itm=itm,
-        correct=correct,
-        itm_correct=itm_correct,
+        losses=means_of(terms, losses, totals),
+        figures=means_of(figures, found, totals),
         by_mode=modes,
         spent=Spent(**dict(zip(names, seconds, strict=True))),
         stop=stop > 0,
@@ -92,17 +94,13 @@ def metrics_row(
     """One line of `metrics.jsonl`, but for what only the optimizer knows."""
     config, order = loader.config, loader.order
     model = config.model
-    mlm = summed.mlm / max(totals.masked_words, 1)
-    recon = summed.recon / max(totals.recon_pixels, 1)
-    itm = summed.itm / totals.pairs
-    loss = model.mlm_weight * mlm + model.recon_weight * recon + model.itm_weight * itm
-    row = {
+    loss = sum(term.weight * summed.losses[term.name] for term in model.terms)
+    row: dict[str, Any] = {
         "step": 0,
         "epoch": batch.epoch,
         "loss": loss,
-        "mlm_loss": mlm,
-        "recon_loss": recon,
-        "mlm_accuracy": summed.correct / max(totals.masked_words, 1),
+        **{f"{name}_loss": value for name, value in summed.losses.items()},
+        **summed.figures,
         "lr": 0.0,
         "grad_norm": 0.0,
         "pairs_per_s": totals.pairs / elapsed,
@@ -116,11 +114,13 @@ def metrics_row(
         "step_s": elapsed,
         "sample_digest": totals.digest_text,
     }
-    if model.itm_weight:
-        row["itm_loss"] = itm
-        row["itm_accuracy"] = summed.itm_correct / totals.pairs
-    row |= by_mode.mode_metrics(summed.by_mode, patch_size=model.patch_size)
-    if (decibels := by_mode.psnr(recon)) is not None:
+    row |= by_mode.mode_metrics(
+        summed.by_mode,
+        patch_size=model.patch_size,
+        names=(model.word_loss, model.image_loss),
+    )
+    decibels = by_mode.psnr(summed.losses.get("recon", 0.0))
+    if decibels is not None:
         row["psnr"] = decibels
     row |= _utilisation(totals, loader, world, elapsed)
     if order.mixture:

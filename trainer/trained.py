@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer import checkpoint
 from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
 from trainer.loop import build_model
-from trainer.models.mlim import MlimForPreTraining
 from trainer.options import PretrainConfig, load_config
 from trainer.sources import sources_of
 
@@ -19,7 +19,8 @@ class Trained:
     """A run's newest checkpoint."""
 
     config: PretrainConfig
-    model: MlimForPreTraining
+    model: Any
+    """What `config.model` builds."""
     step: int
 
 

@@ -62,7 +62,7 @@ class Updates:
         """The update of the step numbered `step` from 0, whose last backward is done.
 
         Args:
-            sums: MLM, RECON and ITM loss, this rank's sums.
+            sums: this rank's, the model's terms first.
 
         Raises:
             ValueError: the run is to stop, or cannot go back. The weights are those
@@ -70,7 +70,9 @@ class Updates:
         """
         config = self._config
         watch.at("all-reduce of losses")
-        ruling = self.guard.before_update(losses_over_ranks(sums, totals, self._world))
+        ruling = self.guard.before_update(
+            losses_over_ranks(sums, config.model.terms, totals, self._world)
+        )
         watch.at("optimizer step")
         lr = learning_rate(step, config.optimizer, config.schedule)
         norm = apply_step(engine, lr=lr, clip=config.optimizer.clip, take=ruling.apply)

@@ -12,9 +12,10 @@ by mode are then sums that the model gives anyway.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.loader import Loader
 from trainer.masking import Masks, Mode, drawn_modes
-from trainer.matching import Matching, fixed_matching
+from trainer.matching import fixed_matching
 from trainer.metrics import Metrics
-from trainer.models.mlim import MlimInputs
+from trainer.models.base import Inputs, ModelConfig, Output, as_matched
 from trainer.options import PretrainConfig
 from trainer.panels import Panels
 from trainer.parameters import whole_model
@@ -38,9 +39,9 @@ from trainer.rows import caption_choice
 
 Build = Callable[[], nn.Module]
 
-# What is summed for each mode: MLM, RECON and ITM loss, correct words and pairs, words,
-# pixels, pairs.
-_SUMS = 8
+# What sums are divided by, summed for each mode behind the model's losses and figures.
+_COUNTS = ("masked_words", "recon_pixels", "pairs")
+_ITM, _ITM_FIGURE = "itm", "itm_accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class Share:
     """Row of `pairs` whose image each row's text is matched with."""
     matched: np.ndarray
     """Which of them are their own."""
+    numbers: np.ndarray
+    """Which pair of the whole set each row is."""
 
 
 class HeldOut:
@@ -116,26 +119,36 @@ class HeldOut:
         """Losses of the whole set, the same on every rank: `VALIDATION_NAMES` but for
         the step, and each loss by mode.
         """
-        sums = torch.zeros(
-            len(Mode), _SUMS, dtype=torch.float64, device=self._world.device
-        )
+        share, model, device = self._share, self._config.model, self._world.device
+        sums = torch.zeros(len(Mode), _size(model), dtype=torch.float64, device=device)
+        features = torch.empty(0)
         engine.eval()
         try:
             with torch.no_grad():
                 for mode, rows, counts in self._share.batches:
                     alive()
-                    found = self._batch_sums(engine, mode, rows)
+                    inputs, masks = self._inputs(mode, rows)
+                    found = self._batch_sums(engine, mode, inputs, masks, rows)
+                    if model.contrastive:
+                        own = engine(inputs, None).features.float()
+                        if not len(features):
+                            features = own.new_zeros(share.total, own.shape[1])
+                        if counts:
+                            features[share.numbers[rows]] = own
                     if counts:
                         sums[mode] += found
+                contrast = {}
+                if model.contrastive:
+                    table = self._world.sum(features)
+                    contrast = engine.module.held_out_contrast(table)
         finally:
             engine.train()
-        return losses_row(
-            self._world.sum(sums).cpu().numpy(), self._config, self._share.total
-        )
+        summed = self._world.sum(sums).cpu().numpy()
+        return losses_row(summed, self._config, share.total, contrast)
 
-    def _batch_sums(self, engine: Any, mode: Mode, rows: np.ndarray) -> Tensor:
+    def _inputs(self, mode: Mode, rows: np.ndarray) -> tuple[Inputs, Masks]:
         pairs, config = self._share.pairs, self._config
-        inputs, masks = make_inputs(
+        return make_inputs(
             config,
             uids=pairs.uids[rows],
             pixels=pairs.pixels[rows],
@@ -145,26 +158,28 @@ class HeldOut:
             mode=mode,
             device=self._world.device,
         )
-        output = engine(inputs, masks)
+
+    def _batch_sums(
+        self, engine: Any, mode: Mode, inputs: Inputs, masks: Masks, rows: np.ndarray
+    ) -> Tensor:
+        """Losses, figures and counts of a micro-batch, as `_COUNTS` has them."""
+        model = self._config.model
+        output: Output = engine(inputs, masks)
+        losses, figures = dict(output.losses), dict(output.figures)
+        if model.mismatched is not None:
+            whole = self._matching(engine, inputs, masks, rows)
+            losses[_ITM] = whole.losses[_ITM]
+            figures[_ITM_FIGURE] = whole.figures[_ITM_FIGURE]
         _, _, words, positions = output.by_mode[:, mode]
-        itm_sum, itm_correct = output.itm_sum, output.itm_correct
-        if config.model.itm_weight:
-            itm_sum, itm_correct = self._matching(engine, inputs, masks, rows)
-        found = (
-            output.mlm_sum,
-            output.recon_sum,
-            itm_sum,
-            output.mlm_correct,
-            itm_correct,
-            words,
-            positions * config.model.patch_size**2,
-            words.new_full((), len(rows)),
-        )
+        found = [losses[term.name] for term in model.terms]
+        found += [figures[figure.name] for figure in model.figures]
+        found += [words, positions * model.patch_size**2]
+        found += [words.new_full((), len(rows))]
         return torch.stack([value.double() for value in found])
 
     def _matching(
-        self, engine: Any, inputs: MlimInputs, masks: Masks, rows: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
+        self, engine: Any, inputs: Inputs, masks: Masks, rows: np.ndarray
+    ) -> Output:
         """ITM loss of some pairs, and how many are rightly told apart."""
         share, device = self._share, self._world.device
         whole = inputs._replace(
@@ -173,9 +188,8 @@ class HeldOut:
             ),
             n_masked_words=1,
             n_recon_images=1,
-            matching=Matching(
-                torch.arange(len(rows), device=device),
-                torch.from_numpy(share.matched[rows]).to(device),
+            matching=as_matched(
+                len(rows), torch.from_numpy(share.matched[rows]).to(device)
             ),
         )
         # Only the pass over whole pairs is wanted.
@@ -184,8 +198,8 @@ class HeldOut:
             text=torch.zeros_like(masks.text),
             image=torch.zeros_like(masks.image),
         )
-        output = engine(whole, nothing)
-        return output.itm_sum, output.itm_correct
+        found: Output = engine(whole, nothing)
+        return found
 
 
 def held_out(
@@ -230,35 +244,42 @@ def share_of(
 
 
 def losses_row(
-    sums: np.ndarray, config: PretrainConfig, pairs: int
+    sums: np.ndarray,
+    config: PretrainConfig,
+    pairs: int,
+    contrast: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float | int]:
-    """Means of the sums (modes, `_SUMS`) of `pairs` pairs."""
+    """Means of the sums (modes, losses and figures and `_COUNTS`) of `pairs` pairs.
+
+    Args:
+        contrast: what the model says of the features of all of them.
+    """
     model = config.model
+    of_terms = [(f"val_{term.name}_loss", term.count) for term in model.terms]
+    names = of_terms + [(f"val_{one.name}", one.count) for one in model.figures]
 
     def means(suffix: str, of: np.ndarray) -> dict[str, float]:
-        mlm, recon, itm, correct, itm_correct, words, pixels, pairs = of.tolist()
-        row = {}
-        if words:
-            row[f"val_mlm_loss{suffix}"] = mlm / words
-            row[f"val_mlm_accuracy{suffix}"] = correct / words
-        if pixels:
-            row[f"val_recon_loss{suffix}"] = recon / pixels
-        if pairs and model.itm_weight and not suffix:
-            # Nothing is masked, so the mode means nothing.
-            row["val_itm_loss"] = itm / pairs
-            row["val_itm_accuracy"] = itm_correct / pairs
-        return row
+        counts = dict(zip(_COUNTS, of[len(names) :].tolist(), strict=True))
+        return {
+            name + suffix: value / counts[count]
+            for (name, count), value in zip(names, of.tolist(), strict=False)
+            # What is of whole pairs does not depend on the mode of masking.
+            if counts[count] and not (suffix and count == "pairs")
+        }
 
     # Like a step's: an empty count gives loss 0.
-    nothing = dict.fromkeys(("val_mlm_loss", "val_mlm_accuracy", "val_recon_loss"), 0.0)
-    row = nothing | means("", sums.sum(0))
-    loss = model.mlm_weight * row["val_mlm_loss"]
-    loss += model.recon_weight * row["val_recon_loss"]
-    loss += model.itm_weight * row.get("val_itm_loss", 0.0)
+    row = dict.fromkeys((name for name, _ in names), 0.0) | means("", sums.sum(0))
+    row |= {f"val_{name}": value for name, value in contrast.items()}
+    loss = sum(term.weight * row[f"val_{term.name}_loss"] for term in model.terms)
     by_mode: dict[str, float] = {}
     for mode in Mode:
         by_mode |= means(f"_{mode.name.lower()}", sums[mode])
     return {"val_loss": loss, **row, **by_mode, "val_pairs": pairs}
+
+
+def _size(model: ModelConfig) -> int:
+    """Numbers that are summed for each mode."""
+    return len(model.terms) + len(model.figures) + len(_COUNTS)
 
 
 def _shards(dataset: Dataset, config: PretrainConfig) -> list[int]:
@@ -306,11 +327,11 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
     )
     mine = np.unique(np.concatenate([rows for _, rows, _ in batches]))
     image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
-    if config.model.itm_weight:
+    if config.model.mismatched is not None:
         image_of, matched = fixed_matching(
             uids,
             _alike(dataset, config, places, records),
-            mismatched=config.model.itm_mismatched,
+            mismatched=config.model.mismatched,
             seed=seed,
         )
         mine = np.union1d(mine, image_of[mine])
@@ -324,6 +345,7 @@ def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
         # Of a row that is only there for its image nobody asks.
         image_of=np.searchsorted(mine, image_of[mine]).clip(max=len(mine) - 1),
         matched=matched[mine],
+        numbers=mine,
     )
 
 

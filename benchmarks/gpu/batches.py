@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import parse
 from pipeline.manifest import INDEX_DTYPE, TokenizerInfo
 from trainer.loader import Loader, MicroBatch, Samples, StepBatch, sum_counts
 from trainer.masking import Masks
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, parse_run
 from trainer.pretrain import RECIPES
 from trainer.rows import Rows
 from trainer.stream import lay_out
@@ -61,7 +60,7 @@ def recipe(
     chosen = TINY_WORDS if tiny else (f"--config={name}",)
     batch = (f"--global_batch={pairs}", f"--micro_batch={pairs}", "--lanes=1")
     needed = ("--data=none", "--output=none", "--seed=0")
-    return parse(
+    return parse_run(
         PretrainConfig,
         [*chosen, *batch, *needed, *words],
         prog="benchmarks.gpu",

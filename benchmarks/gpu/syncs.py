@@ -33,7 +33,8 @@ from benchmarks.gpu.training import trainee
 from trainer.feed import Feed
 from trainer.loader import Loader, MicroBatch
 from trainer.loop import build_model, model_inputs
-from trainer.models.mlim import MlimForPreTraining, MlimOutput
+from trainer.models.base import Output
+from trainer.models.mlim import MlimForPreTraining
 
 _NAMES = ("mlim-base", "mlim-large-384")
 _PAIRS = {"mlim-base": 96, "mlim-large-384": 24}
@@ -86,7 +87,7 @@ def forward_and_backward(one: Any, micro: MicroBatch) -> None:
     """Masks, losses and gradients of a micro-batch on the device."""
     inputs, masks = model_inputs(one.loader, micro)
     output = one.engine(inputs, masks)
-    one.engine.backward(output.mlm_sum + output.recon_sum + output.itm_sum)
+    one.engine.backward(output.total)
 
 
 def waits(run: Callable[[], object]) -> Counter[str]:
@@ -117,7 +118,7 @@ def without_values(loader: Loader, micro: MicroBatch) -> dict[str, Any]:
     return {"passed": not any(found.values()), **found}
 
 
-def fake_forward(loader: Loader, micro: MicroBatch, device: str) -> MlimOutput:
+def fake_forward(loader: Loader, micro: MicroBatch, device: str) -> Output:
     """Masks and losses of a micro-batch in bf16 on a device that need not be there.
 
     Raises:
@@ -135,7 +136,7 @@ def fake_forward(loader: Loader, micro: MicroBatch, device: str) -> MlimOutput:
                 setattr(module, name, nn.Parameter(there))
         there = _like(micro, device)
         with NoCopies():
-            output: MlimOutput = model(*model_inputs(loader, there))
+            output: Output = model(*model_inputs(loader, there))
     return output
 
 
@@ -151,7 +152,7 @@ def meta_backward(loader: Loader, micro: MicroBatch) -> None:
     there = _like(micro, "meta")
     with NoCopies():
         output = model(*model_inputs(loader, there))
-        (output.mlm_sum + output.recon_sum + output.itm_sum).backward()
+        output.total.backward()
 
 
 class NoCopies(TorchDispatchMode):

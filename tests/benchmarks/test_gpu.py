@@ -272,7 +272,7 @@ def losses(loader: batches.Drawn, micro: MicroBatch, masks: Masks | None = None)
     model = syncs._model(loader)
     inputs, drawn = model_inputs(loader, micro)
     output = model(inputs, masks or drawn)
-    return float(output.mlm_sum.detach()), float(output.recon_sum.detach())
+    return float(output.losses["mlm"].detach()), float(output.losses["recon"].detach())
 
 
 def test_other_forms_of_a_batch_have_its_pairs_and_masks(loader: batches.Drawn) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks import vilt
-from pipeline.config import parse
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, parse_run
 from trainer.pretrain import RECIPES
 
 TINY = (
@@ -46,7 +45,9 @@ def test_a_smoke_run_measures_every_contender(
 
 def test_both_are_asked_for_the_same_words() -> None:
     words = [*TINY, "--data=-", "--output=-", "--text.max_tokens=40"]
-    config = parse(PretrainConfig, words, prog="test", description="", recipes=RECIPES)
+    config = parse_run(
+        PretrainConfig, words, prog="test", description="", recipes=RECIPES
+    )
     (batch,), known = vilt.drawn_batches(config, 1, 8)
     masks = vilt.drawn_masks(config, batch)
     given = vilt.vilt_inputs(batch, masks, known)

@@ -76,7 +76,8 @@ def install(spec: dict[str, Any]) -> None:
     def damaged(module: Any, inputs: Any, output: Any) -> Any:
         for name, fault in FAULTS.items():
             if faulty and module.training and now["step"] in spec.get(name, ()):
-                output = output._replace(mlm_sum=fault(output.mlm_sum))
+                losses = {**output.losses, "mlm": fault(output.losses["mlm"])}
+                output = output._replace(losses=losses)
         return output
 
     def build_model(*args: Any) -> Any:

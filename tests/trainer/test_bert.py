@@ -17,8 +17,9 @@ from trainer import checkpoint
 from trainer.contract import complete_checkpoints
 from trainer.loop import check
 from trainer.masking import Masks
+from trainer.models.base import Inputs
 from trainer.models.bert import from_bert, read_body, to_bert
-from trainer.models.mlim import MlimConfig, MlimForPreTraining, MlimInputs
+from trainer.models.mlim import MlimConfig, MlimForPreTraining
 from trainer.stream import pack
 
 V, MAX_TEXT = 60, 24
@@ -72,7 +73,7 @@ def our_states(model: MlimForPreTraining) -> list[torch.Tensor]:
     stream, ids = pack(lengths, torch.cat(texts()).numpy(), 0)
     none = torch.zeros(len(lengths), MAX_TEXT, dtype=torch.bool)
     masks = Masks(mode=none[:, 0].long(), text=none, image=none[:, :0])
-    inputs = MlimInputs(stream, ids, torch.empty(0), 8, 1)
+    inputs = Inputs(stream, ids, torch.empty(0), 8, 1)
     with torch.no_grad():
         hidden = model.encode(inputs, masks)
     return [

@@ -22,7 +22,8 @@ def test_sums_are_of_each_mode_and_carry_no_gradient() -> None:
 def test_only_modes_that_masked_something_have_a_loss() -> None:
     mlm, recon = [0.0, 30.0, 8.0], [48.0, 0.0, 16.0]
     words, positions = [0.0, 10.0, 4.0], [3.0, 0.0, 2.0]
-    row = mode_metrics([*mlm, *recon, *words, *positions], patch_size=4)
+    sums = [*mlm, *recon, *words, *positions]
+    row = mode_metrics(sums, patch_size=4, names=("mlm", "recon"))
     assert row == {
         "mlm_loss_text_heavy": 3.0,
         "mlm_loss_light": 2.0,

@@ -27,8 +27,9 @@ from trainer.initial import read_weights
 from trainer.loop import check
 from trainer.masking import MaskConfig, mam
 from trainer.models import hf
+from trainer.models.base import Inputs
 from trainer.models.bert import read_body
-from trainer.models.mlim import MlimInputs, masked_words
+from trainer.models.mlim import masked_words
 from trainer.stream import capacity, pack
 from trainer.trained import Trained, load_trained
 
@@ -63,7 +64,7 @@ def trained(runs: Path) -> Trained:
     return load_trained(runs / "post")
 
 
-def example(trained: Trained) -> tuple[MlimInputs, object, dict[str, torch.Tensor]]:
+def example(trained: Trained) -> tuple[Inputs, object, dict[str, torch.Tensor]]:
     """A masked micro-batch, and the same padded as `transformers` has it."""
     model = trained.model
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +84,7 @@ def example(trained: Trained) -> tuple[MlimInputs, object, dict[str, torch.Tenso
     shape = (len(LENGTHS), size, size, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     hidden = masked_words(stream, masks)
-    inputs = MlimInputs(stream, ids, pixels, capacity(int(hidden.sum())), len(LENGTHS))
+    inputs = Inputs(stream, ids, pixels, capacity(int(hidden.sum())), len(LENGTHS))
     padded = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
     labels, real = torch.full_like(padded, -100), torch.zeros_like(padded)
     mask_id = model.mask_id
@@ -124,8 +125,8 @@ def test_the_loaded_model_gives_the_outputs_and_losses_of_the_run(
     torch.testing.assert_close(image, hidden[stream.image_row])
     words = int((padded["labels"] >= 0).sum())
     pixels = int(masks.image.sum()) * trained.model.config.patch_size**2
-    torch.testing.assert_close(found.mlm_loss, losses.mlm_sum / words)
-    torch.testing.assert_close(found.recon_loss, losses.recon_sum / pixels)
+    torch.testing.assert_close(found.mlm_loss, losses.losses["mlm"] / words)
+    torch.testing.assert_close(found.recon_loss, losses.losses["recon"] / pixels)
     weight = trained.model.config.recon_weight
     total = found.mlm_loss + weight * found.recon_loss
     torch.testing.assert_close(found.loss, total)

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer.test_mlim import SIZE, TINY, batch, build, matching
 from tests.trainer.test_mlim import V as VOCABULARY
-from trainer.flops import forward_flops, step_flops, utilisation
+from trainer.flops import step_flops, utilisation
 from trainer.gpus import GPUS, device_peak, gpu_named, known_peak
 from trainer.masking import Masks
-from trainer.models.mlim import MlimConfig, MlimInputs, scored_positions
+from trainer.models.base import Inputs
+from trainer.models.mlim import MlimConfig
 
 N_IMAGE = (SIZE // TINY.patch_size) ** 2
 RAGGED = [7, 12, 20, 5]
@@ -35,7 +36,7 @@ class Counted:
 
 def real_work(lengths: list[int], masks: Masks, sizes: MlimConfig = TINY) -> Counted:
     """What the loader counts of a batch."""
-    scored = scored_positions(masks.counts, N_IMAGE, sizes).tolist()
+    scored = sizes.scored_positions(masks.counts, N_IMAGE).tolist()
     return Counted(
         pairs=len(lengths),
         tokens=sum(lengths) + len(lengths) * N_IMAGE,
@@ -49,7 +50,7 @@ def real_work(lengths: list[int], masks: Masks, sizes: MlimConfig = TINY) -> Cou
     )
 
 
-def padded_work(inputs: MlimInputs, masks: Masks) -> Counted:
+def padded_work(inputs: Inputs, masks: Masks) -> Counted:
     """What the plain implementation computes: rows and lists of some capacity."""
     segments = inputs.stream.cu_seqlens.diff()
     kept = build()._scored_rows(inputs, masks)
@@ -65,13 +66,13 @@ def padded_work(inputs: MlimInputs, masks: Masks) -> Counted:
     )
 
 
-def counted(inputs: MlimInputs, masks: Masks, sizes: MlimConfig) -> tuple[int, int]:
+def counted(inputs: Inputs, masks: Masks, sizes: MlimConfig) -> tuple[int, int]:
     """FLOPs of products and convolutions that torch dispatches, forward and both."""
     model = build(sizes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(inputs, masks)
         forward = counter.get_total_flops()
-        (output.mlm_sum + output.recon_sum + output.itm_sum).backward()
+        output.total.backward()
     return forward, counter.get_total_flops()
 
 
@@ -92,7 +93,7 @@ def test_the_formula_is_the_count_where_nothing_is_padded(
     )
     forward, both = counted(exact, masks, tiny)
     sizes = {"vocab_size": VOCABULARY, "image_size": SIZE}
-    assert sum(forward_flops(tiny, work, **sizes).values()) == forward
+    assert sum(tiny.forward_flops(work, **sizes).values()) == forward
     assert step_flops(tiny, work, **sizes) == both
 
 

@@ -22,7 +22,6 @@ from trainer.geometry import Box, box_of, decode_into
 from trainer.loader import Loader, StepBatch, sum_counts
 from trainer.loop import model_inputs
 from trainer.masking import Mode
-from trainer.models.mlim import recon_pixels
 from trainer.options import ImageConfig
 
 
@@ -149,7 +148,7 @@ def test_what_the_loader_counts_is_what_the_model_masks(
                 words += int(masks.text.sum())
                 counts = masks.counts.image
                 pixels += int(
-                    recon_pixels(counts, reader.n_image, reader.config.model).sum()
+                    reader.config.model.recon_pixels(counts, reader.n_image).sum()
                 )
             assert (words, pixels) == (
                 batch.counts.masked_words,

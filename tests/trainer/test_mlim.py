@@ -10,14 +10,8 @@ from torch import Tensor
 
 from trainer.masking import MaskConfig, Masks, Mode, mam
 from trainer.matching import Matching
-from trainer.models.mlim import (
-    MlimConfig,
-    MlimForPreTraining,
-    MlimInputs,
-    compact,
-    masked_words,
-    recon_pixels,
-)
+from trainer.models.base import Inputs
+from trainer.models.mlim import MlimConfig, MlimForPreTraining, compact, masked_words
 from trainer.replacement import Replacement, random_words
 from trainer.stream import capacity, lay_out
 
@@ -50,7 +44,7 @@ def build(config: MlimConfig = TINY) -> MlimForPreTraining:
     return model
 
 
-def batch(lengths: list[int], seed: int = 0) -> tuple[MlimInputs, Masks]:
+def batch(lengths: list[int], seed: int = 0) -> tuple[Inputs, Masks]:
     generator = torch.Generator().manual_seed(seed)
     stream = lay_out(np.array(lengths), GRID**2)
     ids = torch.zeros(len(stream.text_pair), dtype=torch.int64)
@@ -69,7 +63,7 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[MlimInputs, Masks]:
         text_capacity=max(lengths),
         n_image=GRID**2,
     )
-    inputs = MlimInputs(
+    inputs = Inputs(
         stream=stream,
         token_ids=ids,
         pixels=pixels,
@@ -79,7 +73,7 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[MlimInputs, Masks]:
     return inputs, masks
 
 
-def one(inputs: MlimInputs, masks: Masks, pair: int) -> tuple[MlimInputs, Masks]:
+def one(inputs: Inputs, masks: Masks, pair: int) -> tuple[Inputs, Masks]:
     """A pair of a batch as a batch of its own."""
     mine = (inputs.stream.text_pair == pair) & (
         torch.arange(len(inputs.token_ids)) < inputs.stream.text_used
@@ -89,7 +83,7 @@ def one(inputs: MlimInputs, masks: Masks, pair: int) -> tuple[MlimInputs, Masks]
     ids[: stream.text_used] = inputs.token_ids[mine]
     row = slice(pair, pair + 1)
     alone = Masks(mode=masks.mode[row], text=masks.text[row], image=masks.image[row])
-    return MlimInputs(
+    return Inputs(
         stream=stream,
         token_ids=ids,
         pixels=inputs.pixels[row],
@@ -146,9 +140,9 @@ def test_losses_are_those_of_naive_loops() -> None:
                         recon += float(
                             (restored[:, y, x] - true).square().sum().detach()
                         )
-    assert float(output.mlm_sum.detach()) == pytest.approx(mlm, rel=1e-4)
-    assert float(output.recon_sum.detach()) == pytest.approx(recon, rel=1e-4)
-    assert int(output.mlm_correct) == correct
+    assert float(output.losses["mlm"].detach()) == pytest.approx(mlm, rel=1e-4)
+    assert float(output.losses["recon"].detach()) == pytest.approx(recon, rel=1e-4)
+    assert int(output.figures["mlm_accuracy"]) == correct
 
 
 def test_whole_region_scores_every_pixel_of_images_with_a_mask() -> None:
@@ -160,15 +154,17 @@ def test_whole_region_scores_every_pixel_of_images_with_a_mask() -> None:
         restored = model.decode_images(hidden, inputs, pair[None])[0]
         true = inputs.pixels[pair].permute(2, 0, 1).float() / 255
         expected += float((restored - true).square().sum().detach())
-    assert float(model(inputs, masks).recon_sum) == pytest.approx(expected, rel=1e-5)
-    pixels = recon_pixels(masks.counts.image, masks.image.shape[1], config)
+    assert float(model(inputs, masks).losses["recon"]) == pytest.approx(
+        expected, rel=1e-5
+    )
+    pixels = config.recon_pixels(masks.counts.image, masks.image.shape[1])
     assert torch.equal(pixels, masks.image.any(1) * SIZE * SIZE)
 
 
 def test_recon_counts_the_pixels_of_masked_squares() -> None:
     _, masks = batch(LENGTHS)
     expected = masks.image.sum(1) * TINY.patch_size**2
-    found = recon_pixels(masks.counts.image, masks.image.shape[1], TINY)
+    found = TINY.recon_pixels(masks.counts.image, masks.image.shape[1])
     assert torch.equal(found, expected)
 
 
@@ -206,12 +202,12 @@ def test_capacities_do_not_change_losses_or_gradients() -> None:
     for each in (inputs, roomy):
         model = build()
         output = model(each, masks)
-        (output.mlm_sum + output.recon_sum).backward()
+        output.total.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append((output, gradients))
     (tight, g_tight), (wide, g_wide) = results
-    torch.testing.assert_close(tight.mlm_sum, wide.mlm_sum)
-    torch.testing.assert_close(tight.recon_sum, wide.recon_sum)
+    torch.testing.assert_close(tight.losses["mlm"], wide.losses["mlm"])
+    torch.testing.assert_close(tight.losses["recon"], wide.losses["recon"])
     assert len(g_tight) == len(list(build().parameters()))
     for a, b in zip(g_tight, g_wide, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -228,8 +224,8 @@ def test_losses_by_mode_are_those_of_the_pairs_of_each_mode() -> None:
         counts = masks.counts
         expected[:, mode] += torch.stack(
             [
-                alone.mlm_sum.detach(),
-                alone.recon_sum.detach(),
+                alone.losses["mlm"].detach(),
+                alone.losses["recon"].detach(),
                 counts.text[pair],
                 counts.image[pair],
             ]
@@ -279,7 +275,7 @@ def test_swapped_words_show_another_word_and_the_true_one_is_asked_for() -> None
     assert torch.equal(hidden, model.encode(inputs._replace(token_ids=ids), bare))
     true = model.score_words(hidden, inputs, swap).nll.sum()
     wrong = model.score_words(hidden, inputs._replace(token_ids=ids), swap).nll.sum()
-    assert float(true) == pytest.approx(float(model(inputs, swap).mlm_sum))
+    assert float(true) == pytest.approx(float(model(inputs, swap).losses["mlm"]))
     assert float(true) != pytest.approx(float(wrong))
 
 
@@ -322,9 +318,9 @@ def test_nothing_masked_gives_loss_zero_and_finite_gradients() -> None:
     )
     model = build()
     output = model(inputs, clean)
-    assert float(output.mlm_sum) == 0
-    assert float(output.recon_sum) == 0
-    (output.mlm_sum + output.recon_sum).backward()
+    assert float(output.losses["mlm"]) == 0
+    assert float(output.losses["recon"]) == 0
+    output.total.backward()
     for parameter in model.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
@@ -425,11 +421,14 @@ def test_itm_loss_is_that_of_every_pair_alone_with_nothing_masked(norm: str) -> 
         truth = int(drawn.matched[pair])
         expected -= float(logits.log_softmax(0)[truth].detach())
         right += int(logits.argmax()) == truth
-    assert float(output.itm_sum.detach()) == pytest.approx(expected, rel=1e-4)
-    assert int(output.itm_correct) == right
+    assert float(output.losses["itm"].detach()) == pytest.approx(expected, rel=1e-4)
+    assert int(output.figures["itm_accuracy"]) == right
     plain = model(inputs, masks)
-    for name in ("mlm_sum", "recon_sum", "mlm_correct", "by_mode"):
-        torch.testing.assert_close(getattr(output, name), getattr(plain, name))
+    for name in ("mlm", "recon"):
+        torch.testing.assert_close(output.losses[name], plain.losses[name])
+    name = "mlm_accuracy"
+    torch.testing.assert_close(output.figures[name], plain.figures[name])
+    torch.testing.assert_close(output.by_mode, plain.by_mode)
 
 
 def test_a_model_without_itm_weight_has_no_itm_head() -> None:
@@ -453,7 +452,7 @@ def test_layers_are_compiled_for_few_shapes_and_change_no_loss() -> None:
         for model in (plain, compiled):
             model.zero_grad()
             output = model(inputs, masks)
-            loss = output.mlm_sum + output.recon_sum
+            loss = output.total
             loss.backward()
             losses.append(loss.detach())
             gradients.append([p.grad for p in model.parameters()])

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from tests.trainer.test_mlim import SIZE, TINY, batch, build, matching
 from tests.trainer.test_mlim import V as VOCABULARY
+from trainer.models.mlim_memory import activations, saved_ends
 from trainer.plan_memory import (
     REDUCE_BUCKET,
     Shapes,
-    activations,
-    saved_ends,
     states,
 )
 
@@ -36,7 +35,7 @@ def kept_by_autograd(model: torch.nn.Module, *arguments: object) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(*arguments)
-    assert output.mlm_sum.requires_grad
+    assert output.losses["mlm"].requires_grad
     return sum(kept.values())
 
 

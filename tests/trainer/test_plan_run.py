@@ -16,7 +16,6 @@ from tests.trainer.tiny import TINY, config, metrics
 from trainer.dataset import Dataset
 from trainer.flops import step_flops
 from trainer.loader import Loader
-from trainer.models.mlim import scored_positions
 from trainer.plan_run import checkpoint_bytes
 
 # Large enough that a process's own hundred megabytes do not hide it.
@@ -118,7 +117,7 @@ def test_a_run_writes_the_flops_of_its_real_tokens(
             ]
             counts = [mask.counts for mask in masks]
             scored = torch.cat(
-                [scored_positions(one, loader.n_image, same.model) for one in counts]
+                [same.model.scored_positions(one, loader.n_image) for one in counts]
             )
             work = Work(
                 pairs=len(lengths),

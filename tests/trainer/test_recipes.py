@@ -8,9 +8,8 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import parse
 from trainer.models.mlim import MlimForPreTraining
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, parse_run
 from trainer.pretrain import RECIPES
 
 BERT_WORDS = 30522
@@ -19,7 +18,7 @@ CARD = ("command", "hardware", "parameters", "expect")
 
 def recipe(name: str) -> PretrainConfig:
     words = [f"--config={name}", "--data=shards", "--output=run"]
-    return parse(PretrainConfig, words, prog="", description="", recipes=RECIPES)
+    return parse_run(PretrainConfig, words, prog="", description="", recipes=RECIPES)
 
 
 def count(*modules: torch.nn.Module) -> int:

@@ -135,7 +135,7 @@ def guard(**keys: Any) -> Guard:
 
 def judged(guard: Guard, mlm: float, step: int = 1, norm: float = 1.0) -> bool:
     """Whether the update of a step is applied."""
-    ruling = guard.before_update(Losses(mlm=mlm, recon=0.1))
+    ruling = guard.before_update(Losses({"mlm": mlm, "recon": 0.1}))
     return guard.after_update(ruling, norm, step=step, digest="d").applied
 
 
@@ -166,7 +166,7 @@ def test_a_logged_spike_is_told_and_taken() -> None:
     logs = guard(spike_window=4, max_spikes=0)
     for _ in range(5):
         judged(logs, 5.0)
-    ruling = logs.before_update(Losses(mlm=50.0, recon=0.1))
+    ruling = logs.before_update(Losses({"mlm": 50.0, "recon": 0.1}))
     outcome = logs.after_update(ruling, 1.0, step=6, digest="cafe")
     assert outcome.applied
     assert not outcome.roll_back

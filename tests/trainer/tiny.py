@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import parse
 from tests.conftest import ROOT, deepspeed_command, free_port, launch_environment
 from trainer.contract import CHECKPOINTS, COMPLETE
-from trainer.options import PretrainConfig
+from trainer.options import PretrainConfig, parse_run
 from trainer.order import Drawn, SampleOrder
 
 LAUNCH_LIMIT_S = 240
@@ -49,7 +48,7 @@ def config(shards: Path, output: Path, *more: str) -> PretrainConfig:
     from trainer.pretrain import RECIPES
 
     words = [*TINY, f"--data={shards}", f"--output={output}", *more]
-    return parse(PretrainConfig, words, prog="", description="", recipes=RECIPES)
+    return parse_run(PretrainConfig, words, prog="", description="", recipes=RECIPES)
 
 
 def steps_per_epoch(order: SampleOrder) -> int:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -32,13 +32,15 @@ from trainer.stream import Stream
 
 if TYPE_CHECKING:
     from trainer.flops import Work
+    from trainer.loader import Counts
     from trainer.masking import MaskCounts
     from trainer.plan_memory import Activations, Shapes
 
 _DEFINES = re.compile(r"^CONFIG\b", re.MULTILINE)
 
 
-class Term(NamedTuple):
+@dataclass(frozen=True)
+class Term:
     """A loss of a model."""
 
     name: str
@@ -49,13 +51,24 @@ class Term(NamedTuple):
     by."""
 
 
-class Figure(NamedTuple):
+@dataclass(frozen=True)
+class Figure:
     """What else of a model is summed, for metrics alone."""
 
     name: str
     """As `Output.figures` and metrics have it."""
     count: str
     """As a `Term` has it."""
+
+
+def means_of(
+    summed: Sequence[Term | Figure], sums: Sequence[float], totals: Counts
+) -> dict[str, float]:
+    """The mean of each term or figure over a step, from their sums and its counts."""
+    return {
+        each.name: value / max(getattr(totals, each.count), 1)
+        for each, value in zip(summed, sums, strict=True)
+    }
 
 
 class Contrast(NamedTuple):
@@ -125,6 +138,10 @@ class ModelConfig:
     them here.
     """
 
+    name: str
+    """Which model this is: the name of its module."""
+    patch_key: ClassVar[str] = "model.patch_size"
+    """The key that decides `patch_size`, for messages."""
     image_loss: ClassVar[str] = "recon"
     """The term that is of pixels."""
     word_loss: ClassVar[str] = "mlm"
@@ -152,6 +169,11 @@ class ModelConfig:
     def contrastive(self) -> bool:
         """A loss is over the global batch: the model is given a `Contrast`."""
         return False
+
+    @property
+    def scores_images(self) -> bool:
+        """There is a loss of images."""
+        return any(term.name == self.image_loss and term.weight for term in self.terms)
 
     @property
     def mismatched(self) -> float | None:
@@ -230,11 +252,10 @@ class ModelConfig:
         given = {key: getattr(self, key) for key in self.body_keys}
         return {key: value for key, value in given.items() if value}
 
-    def without_bodies(self) -> Self:
-        """The same keys, starting from the seed."""
-        from dataclasses import replace
-
-        return replace(self, **dict.fromkeys(self.body_keys))
+    def with_bodies(self, bodies: Mapping[str, str | None]) -> Self:
+        """The same keys with other checkpoints to start from."""
+        changed: dict[str, Any] = dict(bodies)
+        return replace(self, **changed)
 
     def require_bodies(self, sizes: Sizes, tokenizer_file: Path) -> None:
         """Raise ValueError, with the keys to change, unless `bodies` fit the keys, the

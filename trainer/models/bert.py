@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.models.mlim import MlimConfig
+from trainer.models.mlim_config import MlimConfig
 
 _EMBEDDINGS = "bert.embeddings."
 _HEAD = "cls.predictions."

@@ -30,14 +30,15 @@ from transformers.utils import ModelOutput
 
 from trainer.masking import Masks
 from trainer.models import mlim
-from trainer.models.mlim import MlimInputs
+from trainer.models.base import Inputs
 from trainer.stream import pack
 
 _RECIPE_KEYS = {
     field.name: field.default
     for field in dataclasses.fields(mlim.MlimConfig)
-    # Where weights came from is nothing that a model needs to know.
-    if field.name != "body"
+    # Where weights came from is nothing that a model needs to know; its name is the
+    # type of the model.
+    if field.name not in ("body", "name")
 }
 
 
@@ -143,7 +144,7 @@ class MlimPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None,
         pixel_values: Tensor | None,
         bool_masked_pos: Tensor | None,
-    ) -> tuple[MlimInputs, Masks]:
+    ) -> tuple[Inputs, Masks]:
         """The stream of a padded batch. Its lengths are read on the host."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -167,7 +168,7 @@ class MlimPreTrainedModel(PreTrainedModel):
         if not images or bool_masked_pos is None:
             bool_masked_pos = torch.zeros(pairs, n_image, dtype=torch.bool)
         # Words are masked by the [MASK] in `input_ids`: its vector is the mask's.
-        return MlimInputs(
+        return Inputs(
             stream=stream.to(device),
             token_ids=token_ids.to(device),
             pixels=pixel_values if pixel_values is not None else input_ids[:0],
@@ -302,7 +303,7 @@ def from_trained(model: mlim.MlimForPreTraining) -> MlimForPreTraining:
     return wrapped
 
 
-def _padded(hidden_td: Tensor, inputs: mlim.MlimInputs, length: int) -> Tensor:
+def _padded(hidden_td: Tensor, inputs: Inputs, length: int) -> Tensor:
     """Stream (T, D) -> (B, L + P, D)."""
     stream = inputs.stream
     used = stream.text_used

@@ -17,8 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,125 +30,15 @@ from trainer.kernels.cross_entropy import masked_cross_entropy
 from trainer.kernels.mam_embed import Embedding, mam_embed
 from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
 from trainer.kernels.pixels import normalised
-from trainer.masking import MaskCounts, Masks
-from trainer.matching import Matching
+from trainer.masking import Masks
+from trainer.models.base import Inputs, Output
 from trainer.models.layers import Block
+from trainer.models.mlim_config import MlimConfig
 from trainer.models.scored_rows import Rows, first_rows, scored_rows
 from trainer.replacement import random_words
 from trainer.stream import Stream
 
-
-@dataclass(frozen=True, kw_only=True)
-class MlimConfig:
-    """The MLIM model."""
-
-    layers: int = 4
-    """Transformer layers."""
-    width: int = 128
-    """Width of the stream."""
-    heads: int = 4
-    """Attention heads; they divide the width."""
-    ffn_width: int = 512
-    """Width inside the feed-forward layers."""
-    norm: Literal["post", "pre"] = "post"
-    """LayerNorm after each residual (BERT, the paper's body) or before each branch."""
-    norm_eps: float = 1e-12
-    """Epsilon of LayerNorm (BERT's)."""
-    embedder_widths: tuple[int, ...] = (24, 48, 64)
-    """Channels of the 2x2 stride-2 convolutions: n of them give tokens of 2^n px."""
-    embedder_hidden: int = 96
-    """Channels of the first of the two 1x1 convolutions behind them."""
-    decoder_widths: tuple[int, ...] = (64, 64, 48, 48, 32)
-    """Channels between the decoder's layers, transposed 3x3/1 and 4x4/2 in turn."""
-    recon_region: Literal["masked", "whole"] = "masked"
-    """RECON over masked squares only, or over whole images that have one."""
-    mlm_weight: float = 1.0
-    """Weight of the MLM loss."""
-    recon_weight: float = 1.0
-    """Weight of the RECON loss; 0: it is not computed, and every RECON metric of
-    training and validation is 0. Probes measure the decoder nevertheless."""
-    itm_weight: float = 0.0
-    """Weight of the image-text matching loss, which MLIM does without (the paper
-    compares with it); 0: no ITM head. It takes a second pass through the transformer,
-    on unmasked pairs, some of whose texts are shown with another pair's image."""
-    itm_group: int = 8
-    """Pairs of a step that stand together: a text that is not to match gets the image
-    of another of them. Micro-batches hold whole groups."""
-    itm_mismatched: float = 0.5
-    """Share of texts that are shown with another pair's image."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights."""
-    body: str | None = None
-    """BERT checkpoint of Hugging Face (a directory, or a hub name such as
-    bert-base-uncased) that words, text positions, layers and the MLM head start from;
-    null: from the seed. Not looked at when a run is resumed."""
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "ffn_width", "embedder_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be 1 or more")
-        for name in ("embedder_widths", "decoder_widths"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"model.{name} must hold numbers of 1 or more")
-        weights = ("mlm_weight", "recon_weight", "itm_weight")
-        for name in (*weights, "init_std", "norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} must not be negative")
-        if self.itm_group < 2:
-            raise ValueError(
-                f"model.itm_group {self.itm_group} leaves a text no other image: give "
-                "2 or more"
-            )
-        if not 0 < self.itm_mismatched < 1:
-            raise ValueError(
-                f"model.itm_mismatched {self.itm_mismatched} leaves nothing to tell "
-                "apart: give a share between 0 and 1, both excluded"
-            )
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.heads {self.heads} does not divide model.width {self.width}"
-            )
-        if self.body and self.norm == "pre":
-            raise ValueError(
-                f"model.body {self.body} is a BERT, which is post-norm: give "
-                "--model.norm post, or --model.body null to start from the seed"
-            )
-        layers = 2 * len(self.embedder_widths)
-        if len(self.decoder_widths) != layers - 1:
-            raise ValueError(
-                f"model.decoder_widths needs {layers - 1} numbers: two layers for each "
-                f"of the {len(self.embedder_widths)} model.embedder_widths, less one"
-            )
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels on a side of the square that an image token covers."""
-        return 2 ** len(self.embedder_widths)
-
-    @property
-    def group(self) -> int:
-        """Consecutive pairs of a step that the model needs in one micro-batch."""
-        return self.itm_group if self.itm_weight else 1
-
-
-class MlimOutput(NamedTuple):
-    """Sums over a micro-batch; the caller divides by the step's global counts."""
-
-    mlm_sum: Tensor
-    """Negative log likelihood over masked words, fp32."""
-    recon_sum: Tensor
-    """Squared error over scored pixels, summed over channels, fp32; 0 where its weight
-    is, and the decoder is left out."""
-    itm_sum: Tensor
-    """Negative log likelihood over pairs that they match or not, fp32; 0 without an
-    ITM head."""
-    mlm_correct: Tensor
-    """Masked words whose most likely token is the true one."""
-    itm_correct: Tensor
-    """Pairs that are rightly said to match or not."""
-    by_mode: Tensor
-    """(4, 3) fp32, for metrics: NLL, squared error, masked words and scored image
-    positions of each masking mode; 0 as `recon_sum` is."""
+CONFIG = MlimConfig
 
 
 class WordScores(NamedTuple):
@@ -163,22 +52,6 @@ class WordScores(NamedTuple):
     """(M,) bool: the most likely token is the true one."""
     logits: Tensor
     """(M, V); on CUDA a backward pass leaves their gradient there."""
-
-
-class MlimInputs(NamedTuple):
-    """A micro-batch on the model's device."""
-
-    stream: Stream
-    token_ids: Tensor
-    """(K,) int64, 0 where padding."""
-    pixels: Tensor
-    """(B, H, W, 3) uint8."""
-    n_masked_words: int
-    """M: capacity for masked words, counted by the loader."""
-    n_recon_images: int
-    """R: capacity for images with a masked position."""
-    matching: Matching | None = None
-    """Whose image each text is matched with; None: no ITM loss is wanted."""
 
 
 class MlimEncoder(nn.Module):
@@ -231,7 +104,7 @@ class MlimEncoder(nn.Module):
 
     def encode(
         self,
-        inputs: MlimInputs,
+        inputs: Inputs,
         masks: Masks | None,
         image_bpd: Tensor | None = None,
         rows: Rows | None = None,
@@ -263,7 +136,7 @@ class MlimEncoder(nn.Module):
         return self.final_norm(x_td)
 
     def _embedding(
-        self, inputs: MlimInputs, masks: Masks | None, image_bpd: Tensor | None
+        self, inputs: Inputs, masks: Masks | None, image_bpd: Tensor | None
     ) -> Embedding:
         """What the embedding stage is given."""
         stream = inputs.stream
@@ -295,7 +168,7 @@ class MlimEncoder(nn.Module):
         for block in self.blocks:
             block.compile(backend=backend)
 
-    def shown_words(self, inputs: MlimInputs, masks: Masks) -> tuple[Tensor, Tensor]:
+    def shown_words(self, inputs: Inputs, masks: Masks) -> tuple[Tensor, Tensor]:
         """Token id (K,) at each text row, and which of them (K,) the mask vector hides:
         all masked words but those that BERT's 80/10/10 leaves or swaps.
         """
@@ -371,7 +244,7 @@ class MlimForPreTraining(MlimEncoder):
             self.initialise(self.itm_pooler)
             self.initialise(self.itm_head)
 
-    def forward(self, inputs: MlimInputs, masks: Masks) -> MlimOutput:
+    def forward(self, inputs: Inputs, masks: Masks) -> Output:
         """Losses of a micro-batch under `masks`."""
         image_bpd = self.embed_pixels(inputs.pixels)
         rows = self._scored_rows(inputs, masks)
@@ -386,7 +259,7 @@ class MlimForPreTraining(MlimEncoder):
                 words.nll[:0],
             )
         counts = masks.counts
-        positions = recon_pixels(counts.image, masks.image.shape[1], self.config)
+        positions = self.config.recon_pixels(counts.image, masks.image.shape[1])
         if not self.config.recon_weight:
             positions = torch.zeros_like(positions)
         pairs = torch.arange(len(masks.mode), device=masks.mode.device)
@@ -399,17 +272,14 @@ class MlimForPreTraining(MlimEncoder):
                 (pairs, positions // self.config.patch_size**2),
             ],
         )
-        itm_sum, itm_correct = self.score_matching(inputs, image_bpd)
-        return MlimOutput(
-            mlm_sum=words.nll.sum(),
-            recon_sum=recon_r.sum(),
-            itm_sum=itm_sum,
-            mlm_correct=words.correct.sum(),
-            itm_correct=itm_correct,
-            by_mode=by_mode,
-        )
+        losses = {"mlm": words.nll.sum(), "recon": recon_r.sum()}
+        figures = {"mlm_accuracy": words.correct.sum()}
+        if self.config.itm_weight:
+            itm_sum, itm_correct = self.score_matching(inputs, image_bpd)
+            losses["itm"], figures["itm_accuracy"] = itm_sum, itm_correct
+        return Output(losses=losses, figures=figures, by_mode=by_mode)
 
-    def _scored_rows(self, inputs: MlimInputs, masks: Masks) -> Rows | None:
+    def _scored_rows(self, inputs: Inputs, masks: Masks) -> Rows | None:
         """The rows that MLM and RECON read; None: all."""
         images_b, n_images = masks.image.any(1), inputs.n_recon_images
         if not self.config.recon_weight:
@@ -428,7 +298,7 @@ class MlimForPreTraining(MlimEncoder):
         return F.linear(h, self.words.weight, self.mlm_bias)
 
     def score_words(
-        self, hidden_td: Tensor, inputs: MlimInputs, masks: Masks
+        self, hidden_td: Tensor, inputs: Inputs, masks: Masks
     ) -> WordScores:
         """Loss of every masked word, zero in rows beyond their number."""
         hidden_k = masked_words(inputs.stream, masks)
@@ -440,7 +310,7 @@ class MlimForPreTraining(MlimEncoder):
         return WordScores(text, nll_m, correct, logits_mv)
 
     def score_images(
-        self, hidden_td: Tensor, inputs: MlimInputs, masks: Masks
+        self, hidden_td: Tensor, inputs: Inputs, masks: Masks
     ) -> tuple[Tensor, Tensor]:
         """Pair (R,) and squared error (R,) over the pixels that count of every image
         with a masked position, zero in rows beyond their number. The decoder mixes
@@ -455,7 +325,7 @@ class MlimForPreTraining(MlimEncoder):
         return image, masked_pixel_error(raw, inputs.pixels, image, scored, side=side)
 
     def score_matching(
-        self, inputs: MlimInputs, image_bpd: Tensor
+        self, inputs: Inputs, image_bpd: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss of saying of every pair whether it matches, and how often that is right.
         Nothing is masked: with most of a modality hidden there is little to match.
@@ -487,13 +357,11 @@ class MlimForPreTraining(MlimEncoder):
         cls_bd = hidden_td.index_select(0, stream.cu_seqlens[: stream.pairs])
         return self.itm_head(torch.tanh(self.itm_pooler(cls_bd)))
 
-    def decode_images(
-        self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor
-    ) -> Tensor:
+    def decode_images(self, hidden_td: Tensor, inputs: Inputs, image: Tensor) -> Tensor:
         """Reconstructions (R, 3, H, W), 0..1, of the pairs numbered `image` (R,)."""
         return torch.sigmoid(self._decode(hidden_td, inputs, image).float())
 
-    def _decode(self, hidden_td: Tensor, inputs: MlimInputs, image: Tensor) -> Tensor:
+    def _decode(self, hidden_td: Tensor, inputs: Inputs, image: Tensor) -> Tensor:
         """The same before the sigmoid, in the decoder's dtype."""
         rows = inputs.stream.image_row[image]
         hidden_rpd = hidden_td.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -505,7 +373,7 @@ class MlimForPreTraining(MlimEncoder):
         return sums_of_squares(pixels_rhw, self.config.patch_size)
 
 
-def _of_rows(inputs: MlimInputs, rows: Rows | None) -> MlimInputs:
+def _of_rows(inputs: Inputs, rows: Rows | None) -> Inputs:
     """Inputs whose stream says where its rows are among `rows`; None: all."""
     return inputs if rows is None else inputs._replace(stream=rows.of(inputs.stream))
 
@@ -521,25 +389,6 @@ def at_words(stream: Stream, table: Tensor) -> Tensor:
     """
     word = (stream.text_position - 1).clamp(0, table.shape[1] - 1)
     return table[stream.text_pair, word]
-
-
-def recon_pixels(masked: Tensor, n_image: int, config: MlimConfig) -> Tensor:
-    """Pixels that RECON scores in each pair (B,), of which `masked` (B,) of `n_image`
-    positions are masked: the loss is a mean over them.
-    """
-    side = config.patch_size**2
-    if config.recon_region == "masked":
-        return masked * side
-    return (masked > 0) * n_image * side
-
-
-def scored_positions(masked: MaskCounts, n_image: int, config: MlimConfig) -> Tensor:
-    """Positions (B,) of each pair whose hidden states MLM or RECON reads: masked words,
-    and all of an image that has a masked position.
-    """
-    if not config.recon_weight:
-        return masked.text
-    return masked.text + (masked.image > 0) * n_image
 
 
 def _embedder(config: MlimConfig) -> nn.Sequential:

@@ -146,10 +146,11 @@ def losses_and_gradients() -> dict[str, torch.Tensor]:
     model = build(dataclasses.replace(TINY, itm_weight=1))
     inputs, masks = batch(LENGTHS)
     output = model(inputs._replace(matching=matching(len(LENGTHS))), masks)
-    (output.mlm_sum + output.recon_sum + output.itm_sum).backward()
+    output.total.backward()
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return {**gradients, **output._asdict()}
+    losses = {f"{name} loss": loss for name, loss in output.losses.items()}
+    return {**gradients, **losses, **output.figures, "by_mode": output.by_mode}

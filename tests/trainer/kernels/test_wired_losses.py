@@ -14,7 +14,8 @@ from trainer.kernels.cross_entropy import masked_cross_entropy_fused
 from trainer.kernels.pixel_sse import masked_pixel_error_fused
 from trainer.masking import Masks
 from trainer.models import mlim
-from trainer.models.mlim import MlimForPreTraining, MlimInputs, MlimOutput
+from trainer.models.base import Inputs, Output
+from trainer.models.mlim import MlimForPreTraining
 
 LENGTHS = [7, 2, 12, 9, 3, 15]
 
@@ -26,11 +27,11 @@ def choose_kernels(patch: pytest.MonkeyPatch) -> None:
 
 
 def step(
-    model: MlimForPreTraining, inputs: MlimInputs, masks: Masks
-) -> tuple[MlimOutput, list[Tensor]]:
+    model: MlimForPreTraining, inputs: Inputs, masks: Masks
+) -> tuple[Output, list[Tensor]]:
     """Losses, and the gradients of all parameters."""
     output = model(inputs, masks)
-    loss = 0.3 * output.mlm_sum + 2 * output.recon_sum
+    loss = 0.3 * output.losses["mlm"] + 2 * output.losses["recon"]
     return output, list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -51,7 +52,7 @@ def test_losses_and_gradients_are_those_of_plain_torch(
         [*found, *found_gradients], [*wanted, *wanted_gradients], strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert int(found.mlm_correct) == int(wanted.mlm_correct)
+    assert int(found.figures["mlm_accuracy"]) == int(wanted.figures["mlm_accuracy"])
 
 
 def test_bf16_losses_are_those_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +62,13 @@ def test_bf16_losses_are_those_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -
     wanted, wanted_gradients = step(model, inputs, masks)
     choose_kernels(monkeypatch)
     found, found_gradients = step(model, inputs, masks)
-    assert found.mlm_sum.dtype == found.recon_sum.dtype == torch.float32
-    torch.testing.assert_close(found.mlm_sum, wanted.mlm_sum, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.recon_sum, wanted.recon_sum, rtol=1e-5, atol=0)
+    assert found.losses["mlm"].dtype == found.losses["recon"].dtype == torch.float32
+    torch.testing.assert_close(
+        found.losses["mlm"], wanted.losses["mlm"], rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        found.losses["recon"], wanted.losses["recon"], rtol=1e-5, atol=0
+    )
     for ours, theirs in zip(found_gradients, wanted_gradients, strict=True):
         # Both round to bf16 at every layer on the way back.
         error = (ours.float() - theirs.float()).norm()
@@ -92,5 +97,9 @@ def test_nothing_masked_gives_loss_zero(monkeypatch: pytest.MonkeyPatch) -> None
     )
     choose_kernels(monkeypatch)
     output, gradients = step(build(), inputs, nothing)
-    assert float(output.mlm_sum.detach()) == float(output.recon_sum.detach()) == 0
+    assert (
+        float(output.losses["mlm"].detach())
+        == float(output.losses["recon"].detach())
+        == 0
+    )
     assert all(not gradient.any() for gradient in gradients)
