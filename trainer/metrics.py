@@ -124,6 +124,16 @@ def _append(file: IO[str], row: dict[str, Any]) -> None:
     file.flush()
 
 
+def _losses(row: dict[str, Any]) -> str:
+    """Each loss of a step by its short name."""
+    found = {
+        name.removesuffix("_loss"): value
+        for name, value in row.items()
+        if name.endswith("_loss")
+    }
+    return "".join(f"{name} {value:#.4g}  " for name, value in found.items())
+
+
 class _LiveLine:
     """One line that follows the run on a terminal; a line now and then elsewhere."""
 
@@ -149,8 +159,7 @@ class _LiveLine:
         eta = (self._last - step) / max(rate, 1e-9)
         text = (
             f"step {step}/{self._last}  loss {row['loss']:.4f}  "
-            f"mlm {row['mlm_loss']:.4f}  recon {row['recon_loss']:.5f}  "
-            f"{self._held_out}"
+            f"{_losses(row)}{self._held_out}"
             f"{row['pairs_per_s']:.0f} pairs/s  data wait "
             f"{row['data_wait_frac']:.1%}  ETA {duration(eta)}"
         )

@@ -96,15 +96,8 @@ def _results(run: Path, step: int) -> str:
     measured = [row for row in read_validation(run) if row["step"] <= step]
     parts = []
     if trained:
-        names: tuple[str, ...] = (
-            "loss",
-            "mlm_loss",
-            "recon_loss",
-            "itm_loss",
-            "mlm_accuracy",
-            "itm_accuracy",
-            "psnr",
-        )
+        kinds = ("loss", "accuracy", "psnr")
+        names = tuple(name for name in trained[-1] if name.endswith(kinds))
         parts.append(_table(f"Training, step {step}", trained[-1], names))
     if measured:
         row = measured[-1]

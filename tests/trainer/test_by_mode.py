@@ -30,7 +30,8 @@ def test_only_modes_that_masked_something_have_a_loss() -> None:
         "recon_loss_image_heavy": 1.0,
         "recon_loss_light": 0.5,
     }
-    everything = mode_metrics([1.0] * 12, patch_size=1)
+    names = ("mlm", "recon")
+    everything = mode_metrics([1.0] * 12, patch_size=1, names=names)
     assert set(everything) | {"psnr"} == set(MODE_METRIC_NAMES)
     assert len(everything) == 2 * len(Mode)
 

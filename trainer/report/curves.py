@@ -45,10 +45,12 @@ GROUPS = (
     Group(title="Losses", pattern=r"(?!val_|probe_)(\w+_)?loss"),
     Group(
         title="On held-out pairs",
-        pattern=r"val_((mlm|recon|itm)_)?loss",
+        pattern=r"val_(\w+_)?loss",
         lead="The same pairs and masks in all runs that share eval.seed and data.",
     ),
-    Group(title="Words and pixels", pattern=r"(val_)?(mlm|itm)_accuracy|psnr"),
+    Group(
+        title="Words and pixels", pattern=r"(val_)?\w+_(accuracy|r1)|psnr|temperature"
+    ),
     Group(title="Optimizer", pattern=r"lr|(?!val_|probe_)\w*norm"),
     Group(
         title="By masking mode",
@@ -68,7 +70,11 @@ _TITLES = {
     "loss": "Total loss",
     "mlm_loss": "MLM: nats a masked word",
     "recon_loss": "RECON: squared error a masked pixel",
+    "mim_loss": "MIM: absolute error a masked value",
+    "itc_loss": "ITC: nats a pair",
     "itm_loss": "ITM: nats a pair",
+    "itc_image_to_text_r1": "ITC: share of images whose text ranks first",
+    "itc_text_to_image_r1": "ITC: share of texts whose image ranks first",
     "mlm_accuracy": "Share of masked words right",
     "itm_accuracy": "Share of ITM pairs right",
     "psnr": "PSNR of reconstructions, dB",

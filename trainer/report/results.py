@@ -6,6 +6,7 @@ Owns which numbers stand in the tables and which way is better. Does not own cur
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,9 +20,9 @@ from trainer.report.probes import PROBES, shuffled_gap
 
 # Share of the last steps of a run that its training numbers are a mean of.
 _TAIL = 20
-_LOSSES = ("loss", "mlm_loss", "recon_loss", "itm_loss")
-_TRAINING = (*_LOSSES, "mlm_accuracy", "itm_accuracy", "psnr")
-_HELD_OUT = tuple(f"val_{name}" for name in (*_LOSSES, "mlm_accuracy", "itm_accuracy"))
+# What a model is judged by: losses first, whichever it has.
+_KINDS = (r"(?!val_|probe_)(\w+_)?loss", r"(?!val_|probe_)(\w+_accuracy|psnr)")
+_HELD_OUT_KINDS = (r"val_(\w+_)?loss", r"val_\w+_(accuracy|r1)")
 # metric, column, factor, unit
 _SPEEDS = (
     ("pairs_per_s", "pairs/s", 1, ""),
@@ -95,9 +96,9 @@ def speed_section(runs: Sequence[Run]) -> str:
 
 
 def _lines(runs: Sequence[Run]) -> Iterator[Line]:
-    for name in _TRAINING:
+    for name in _names(runs, _KINDS):
         yield from _of_metric(runs, name, title_of(name), _tail_mean)
-    for name in _HELD_OUT:
+    for name in _names(runs, _HELD_OUT_KINDS):
         yield from _of_metric(runs, name, title_of(name), _last)
     yield from _best_step(runs)
     for probe, _, _, partner in PROBES:
@@ -109,6 +110,12 @@ def _lines(runs: Sequence[Run]) -> Iterator[Line]:
     speeds = [run.typical("pairs_per_s") for run in runs]
     if any(speeds):
         yield _numbers("Pairs a second, median", speeds, "higher")
+
+
+def _names(runs: Sequence[Run], kinds: Sequence[str]) -> list[str]:
+    """Metrics of any of the runs that one of `kinds` matches, in their order."""
+    every = dict.fromkeys(name for run in runs for name in run.names())
+    return [name for kind in kinds for name in every if re.fullmatch(kind, name)]
 
 
 def _of_metric(
