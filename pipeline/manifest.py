@@ -49,6 +49,20 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+# One record per pair of samples, in `pairs.npy`: do they match?
+PAIR_DTYPE = np.dtype(
+    [
+        ("left_uid", "<u8"),
+        ("right_uid", "<u8"),
+        ("label", "u1"),
+        # Number of the caption that a side shows; -1: one that is drawn.
+        ("left_caption", "<i2"),
+        ("right_caption", "<i2"),
+        # Equal for pairs that are no independent evidence.
+        ("group", "<u8"),
+    ]
+)
+
 # A shard's files by the name of their digest in the manifest, and how they end.
 SHARD_FILES = {
     "tar": ".tar",

@@ -1,166 +1,72 @@
-"""`python -m trainer.evaluate RUN --task probes`: what a trained model can do."""
+"""`python -m trainer.evaluate RUN --task TASK`: what a trained model can do.
+
+Owns the command line alone: probes are in `trainer.probing`, tasks in `trainer.tasks`.
+"""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 from pipeline.config import parse, run
 
 PROG = "trainer.evaluate"
 DESCRIPTION = """\
-Measure a run's newest checkpoint on held-out pairs.
+Measure a model on held-out pairs.
 
   python -m trainer.evaluate runs/first --task probes
+  python -m trainer.evaluate runs/matched --task matching --pairs val-pairs.npy
 
-probes: does each modality help to restore the other? MLM loss with the true, another
-pair's and a blank image; RECON loss with the true, another pair's and an empty caption.
-Writes RUN/probes.json and figures to RUN/probes/.
+probes (the default), of a run of trainer.pretrain: does each modality help to restore
+the other? MLM loss with the true, another pair's and a blank image; loss of images with
+the true, another pair's and an empty caption. Writes RUN/probes.json and figures to
+RUN/probes/.
+
+{tasks}: RUN is what trainer.finetune wrote, or, where a task needs no fine-tuning, a
+run or an export. Writes RUN/TASK.json (value, confidence interval, chance, dataset
+hash, command) and RUN/TASK.html, examples to look at. --help with --task explains the
+keys of a task.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to measure, and on which pairs."""
-
-    run: str
-    """Run directory that trainer.pretrain wrote, or its URL (the first word of the
-    command)."""
-    task: Literal["probes"] = "probes"
-    """What to measure."""
-    data: str | None = None
-    """Dataset directory; by default the one that the run was trained on."""
-    split: str = "val"
-    """Split to measure on."""
-    seed: int = 0
-    """Seed of the pairs' order, the masks, the partners and the bootstrap."""
-    draws: int = 2
-    """Mask draws of each pair."""
-    max_pairs: int | None = 4096
-    """Measure on at most this many pairs, drawn by the seed; null for all."""
-    group: str | None = None
-    """json key: pairs with the same value are resampled together in the bootstrap, and
-    a pair's wrong partner has another value."""
-    batch: int = 128
-    """Pairs that go through the model at once."""
-    examples: int = 6
-    """Pairs shown in figures."""
-
-    def __post_init__(self) -> None:
-        from trainer.options import at_least
-
-        at_least("", self, draws=1, max_pairs=2, batch=1, examples=1, seed=0)
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure, write `RUN/TASK.json`, print a table."""
-    config = parse(
-        EvaluateConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
-    )
-    from trainer.local_run import local_run
+    from trainer.tasks.command import given_task
 
-    command = shlex.join(["python", "-m", PROG, *argv])
+    task, command = given_task(argv), shlex.join(["python", "-m", PROG, *argv])
+    description = _description()
+    if task in (None, "probes"):
+        _probes(argv, description, command)
+        return
+    from trainer.tasks import evaluation
+
+    config = parse(
+        evaluation.keys_of(task),
+        argv,
+        prog=PROG,
+        description=description,
+        positional="run",
+    )
+    print(evaluation.evaluate(config, command=command))
+
+
+def _probes(argv: Sequence[str], description: str, command: str) -> None:
+    from trainer.local_run import local_run
+    from trainer.probing import ProbesConfig, print_probes, probes
+
+    config = parse(
+        ProbesConfig, argv, prog=PROG, description=description, positional="run"
+    )
     with local_run(config.run, weights=True) as folder:
         result = probes(folder, config, command=command)
-    _print_table(result)
+    print_probes(result)
     print(f"{config.run.rstrip('/')}/probes.json")
 
 
-def probes(folder: Path, config: EvaluateConfig, *, command: str) -> dict[str, Any]:
-    """Run both probes of the run that lies in `folder` and draw their figures; what
-    `probes.json` holds.
-    """
-    import torch
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
+def _description() -> str:
+    from trainer.tasks.names import NAMES
 
-    from trainer.checkpoint import write_json
-    from trainer.dataset import Dataset
-    from trainer.figures import Artist
-    from trainer.probes import load_pairs, measure, summarise
-    from trainer.trained import load_trained
-
-    trained = load_trained(folder, data=config.data)
-    dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = trained.model.to(device).eval()
-    pairs = load_pairs(
-        dataset,
-        trained.config,
-        seed=config.seed,
-        limit=config.max_pairs,
-        group=config.group,
-    )
-    if len(pairs) < 2:
-        raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
-    with tqdm(total=6 * config.draws * len(pairs), desc="probes", unit="pair") as bar:
-        losses = measure(
-            model,
-            trained.config,
-            pairs,
-            seed=config.seed,
-            draws=config.draws,
-            batch=config.batch,
-            device=device,
-            progress=bar,
-        )
-    pictures = folder / "probes"
-    pictures.mkdir(exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
-    artist = Artist(
-        model=model,
-        config=trained.config,
-        pairs=pairs,
-        tokenizer=tokenizer,
-        seed=config.seed,
-        device=device,
-        examples=config.examples,
-    )
-    artist.reconstructions(pictures / "recon.png")
-    result = {
-        "task": "probes",
-        "step": trained.step,
-        "seed": config.seed,
-        "split": config.split,
-        "pairs": len(pairs),
-        "draws": config.draws,
-        "group": config.group,
-        "groups": len(set(pairs.groups.tolist())),
-        "data": dataset.name,
-        "manifest_sha256": dataset.manifest_hash,
-        "command": command,
-        **{
-            name: summarise(values, pairs.groups, config.seed)
-            for name, values in losses.items()
-        },
-        "figures": [
-            {
-                "file": "probes/recon.png",
-                "title": "Reconstructions",
-                "caption": "Held-out pairs, the first of a drawn order. Masked squares "
-                "are filled by the model, the rest is the original.",
-            }
-        ],
-        "top_words": artist.top_words(pictures),
-    }
-    write_json(folder / "probes.json", result)
-    return result
-
-
-def _print_table(result: dict[str, Any]) -> None:
-    for probe, unit in (("mlm", "nats a word"), ("recon", "squared error a pixel")):
-        print(f"{probe} loss, {unit}, {result['pairs']} held-out pairs")
-        for name, row in result[probe]["conditions"].items():
-            low, high = row["ci95"]
-            line = f"  {name:9s} {row['mean']:.4f}  [{low:.4f}, {high:.4f}]"
-            if name in result[probe]["gaps"]:
-                gap = result[probe]["gaps"][name]
-                low, high = gap["ci95"]
-                line += f"   worse by {gap['mean']:.4f}  [{low:.4f}, {high:.4f}]"
-            print(line)
+    return DESCRIPTION.format(tasks=", ".join(NAMES))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Use(enum.IntEnum):
     MODALITY_DROPOUT = 10
     EVALUATION = 11
     MIXTURE = 12
+    FINETUNE = 13
     DROPOUT = 64
     """First of the dropout sites, one number each."""
 

@@ -1,0 +1,139 @@
+"""`--task probes` of `trainer.evaluate`: what each modality is worth to the other.
+
+Owns its keys, its table and what `probes.json` holds. Does not own the measurement
+(`trainer.probes`) or its figures (`trainer.figures`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """What to measure, and on which pairs."""
+
+    run: str
+    """Run directory that trainer.pretrain wrote, or its URL (the first word of the
+    command)."""
+    task: Literal["probes"] = "probes"
+    """What to measure."""
+    data: str | None = None
+    """Dataset directory; by default the one that the run was trained on."""
+    split: str = "val"
+    """Split to measure on."""
+    seed: int = 0
+    """Seed of the pairs' order, the masks, the partners and the bootstrap."""
+    draws: int = 2
+    """Mask draws of each pair."""
+    max_pairs: int | None = 4096
+    """Measure on at most this many pairs, drawn by the seed; null for all."""
+    group: str | None = None
+    """json key: pairs with the same value are resampled together in the bootstrap, and
+    a pair's wrong partner has another value."""
+    batch: int = 128
+    """Pairs that go through the model at once."""
+    examples: int = 6
+    """Pairs shown in figures."""
+
+    def __post_init__(self) -> None:
+        from trainer.options import at_least
+
+        at_least("", self, draws=1, max_pairs=2, batch=1, examples=1, seed=0)
+
+
+def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any]:
+    """Run both probes of the run that lies in `folder` and draw their figures; what
+    `probes.json` holds.
+    """
+    import torch
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+    from trainer.checkpoint import write_json
+    from trainer.dataset import Dataset
+    from trainer.figures import Artist
+    from trainer.probes import load_pairs, measure, summarise
+    from trainer.trained import load_trained
+
+    trained = load_trained(folder, data=config.data)
+    dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model.to(device).eval()
+    pairs = load_pairs(
+        dataset,
+        trained.config,
+        seed=config.seed,
+        limit=config.max_pairs,
+        group=config.group,
+    )
+    if len(pairs) < 2:
+        raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
+    with tqdm(total=6 * config.draws * len(pairs), desc="probes", unit="pair") as bar:
+        losses = measure(
+            model,
+            trained.config,
+            pairs,
+            seed=config.seed,
+            draws=config.draws,
+            batch=config.batch,
+            device=device,
+            progress=bar,
+        )
+    pictures = folder / "probes"
+    pictures.mkdir(exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+    artist = Artist(
+        model=model,
+        config=trained.config,
+        pairs=pairs,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        device=device,
+        examples=config.examples,
+    )
+    artist.reconstructions(pictures / "recon.png")
+    result = {
+        "task": "probes",
+        "step": trained.step,
+        "seed": config.seed,
+        "split": config.split,
+        "pairs": len(pairs),
+        "draws": config.draws,
+        "group": config.group,
+        "groups": len(set(pairs.groups.tolist())),
+        "data": dataset.name,
+        "manifest_sha256": dataset.manifest_hash,
+        "command": command,
+        **{
+            name: summarise(values, pairs.groups, config.seed)
+            for name, values in losses.items()
+        },
+        "figures": [
+            {
+                "file": "probes/recon.png",
+                "title": "Reconstructions",
+                "caption": "Held-out pairs, the first of a drawn order. Masked squares "
+                "are filled by the model, the rest is the original.",
+            }
+        ],
+        "top_words": artist.top_words(pictures),
+    }
+    write_json(folder / "probes.json", result)
+    return result
+
+
+def print_probes(result: dict[str, Any]) -> None:
+    """Both probes, for a terminal."""
+    for probe, unit in (("mlm", "nats a word"), ("recon", "squared error a pixel")):
+        print(f"{probe} loss, {unit}, {result['pairs']} held-out pairs")
+        for name, row in result[probe]["conditions"].items():
+            low, high = row["ci95"]
+            line = f"  {name:9s} {row['mean']:.4f}  [{low:.4f}, {high:.4f}]"
+            if name in result[probe]["gaps"]:
+                gap = result[probe]["gaps"][name]
+                low, high = gap["ci95"]
+                line += f"   worse by {gap['mean']:.4f}  [{low:.4f}, {high:.4f}]"
+            print(line)

@@ -1,0 +1,30 @@
+"""Tasks by name. A task adds its module and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from pipeline.config import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from trainer.tasks.base import Spec
+
+_MODULES = {
+    "matching": "trainer.tasks.matching",
+}
+NAMES = tuple(_MODULES)
+
+
+def find(name: str) -> Spec:
+    """What a task is.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if name not in _MODULES:
+        raise ConfigError(
+            f"--task {name!r} is none of {', '.join(NAMES)}.{nearest(name, NAMES)}"
+        )
+    spec: Spec = importlib.import_module(_MODULES[name]).SPEC
+    return spec

@@ -1,0 +1,110 @@
+"""`pairs.npy`: which two samples are shown, and whether they match.
+
+Owns reading and checking it. Does not own making it (`pipeline.pairs`) or its form
+(`pipeline.manifest.PAIR_DTYPE`). A file of `left_uid`, `right_uid` and `label` alone
+will do: captions are drawn then, and every pair is resampled by itself.
+
+Shapes: N pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.manifest import PAIR_DTYPE, file_sha256
+from trainer.philox import signed_uids
+from trainer.tasks.samples import DRAWN, Samples
+
+_NEEDED = ("left_uid", "right_uid", "label")
+_SIDES = ("left", "right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """N pairs, by rows of `Samples`."""
+
+    name: str
+    sha256: str
+    rows: np.ndarray
+    """(N, 2) row of the left and the right sample."""
+    captions: np.ndarray
+    """(N, 2) number of the caption that each shows, or `DRAWN`."""
+    labels: np.ndarray
+    """(N,) bool: they match."""
+    groups: np.ndarray
+    """(N,) equal for pairs that are resampled together."""
+    uids: np.ndarray
+    """(N,) int64, of a pair: what is drawn for it is a function of this."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_pairs(path: str, samples: Samples) -> Pairs:
+    """The pairs of a file.
+
+    Raises:
+        ValueError: no such file, not of this form, nothing to tell apart, or samples
+            that the dataset lacks. The message has the cure.
+    """
+    table = _read(path)
+    labels = table["label"].astype(np.int64)
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{path}: a label is neither 0 nor 1")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            f"{path}: all {len(table)} pairs have the same label, so that there is "
+            "nothing to tell apart; make it with python -m pipeline.pairs"
+        )
+    rows = np.stack([samples.rows(table[f"{side}_uid"]) for side in _SIDES], axis=1)
+    whole = {name: _or(table, name) for name in ("left_caption", "right_caption")}
+    alone = np.arange(len(table), dtype=np.uint64)
+    return Pairs(
+        name=path,
+        sha256=file_sha256(path),
+        rows=rows,
+        captions=np.stack(list(whole.values()), axis=1),
+        labels=labels.astype(bool),
+        groups=table["group"] if "group" in (table.dtype.names or ()) else alone,
+        uids=_pair_uids(table),
+    )
+
+
+def _read(path: str) -> np.ndarray:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{path} is no file: make it with python -m pipeline.pairs DATASET "
+            f"--column COLUMN --output {path}"
+        )
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no array of numpy ({error}): make it with python -m "
+            "pipeline.pairs"
+        ) from error
+    names = getattr(table, "dtype", np.dtype("u1")).names or ()
+    missing = [name for name in _NEEDED if name not in names]
+    if missing or table.ndim != 1 or not len(table):
+        raise ValueError(
+            f"{path} holds no pairs: it has to be a structured array with the fields "
+            f"{', '.join(PAIR_DTYPE.names or ())}, of which {', '.join(_NEEDED)} are "
+            "needed; make it with python -m pipeline.pairs"
+        )
+    return np.asarray(table)
+
+
+def _or(table: np.ndarray, name: str) -> np.ndarray:
+    if name in (table.dtype.names or ()):
+        return table[name].astype(np.int64)
+    return np.full(len(table), DRAWN, dtype=np.int64)
+
+
+def _pair_uids(table: np.ndarray) -> np.ndarray:
+    """One number of both uids; that of (a, b) is not that of (b, a)."""
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    mixed = table["left_uid"].astype(np.uint64) * odd
+    return signed_uids(mixed ^ table["right_uid"].astype(np.uint64))

@@ -1,0 +1,163 @@
+"""The model that a task starts from: a pretraining run, or an export of one.
+
+Owns what RUN of `trainer.finetune` may be, and the same model without pretraining. Does
+not own runs (`trainer.trained`), exports (`trainer.export`) or what fine-tuning writes
+(`trainer.tasks.tuned`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256
+from trainer import checkpoint
+from trainer.contract import CONFIG
+from trainer.dataset import Dataset
+from trainer.initial import read_weights
+from trainer.loop import build_model
+from trainer.options import PretrainConfig, load_config
+from trainer.trained import load_trained
+
+_EXPORTED = "config.json"
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model and what it was made with."""
+
+    config: PretrainConfig
+    model: nn.Module
+    """fp32, on the CPU."""
+    tokenizer: TokenizerInfo
+    tokenizer_file: Path
+    step: int | None
+    """Steps of pretraining; 0: none; None: nobody wrote them down."""
+
+
+def load_pretrained(
+    run: Path, *, data: str | None, from_scratch: bool, seed: int
+) -> Pretrained:
+    """The model of a run or an export.
+
+    Args:
+        data: dataset directory instead of the one that the run was trained on.
+        from_scratch: with weights drawn by `seed` in place of the trained ones.
+
+    Raises:
+        ValueError: neither run nor export, no checkpoint, or a dataset of another
+            tokenizer. The message has the cure.
+    """
+    if (run / CONFIG).is_file():
+        return _of_run(run, data, from_scratch, seed)
+    if (run / _EXPORTED).is_file():
+        return _of_export(run, data, from_scratch, seed)
+    raise ValueError(
+        f"{run} is neither a run nor an export: it has no {CONFIG} and no {_EXPORTED}; "
+        "give what trainer.pretrain or trainer.export wrote"
+    )
+
+
+def drawn_model(config: PretrainConfig, info: TokenizerInfo, *, seed: int) -> nn.Module:
+    """The model of a recipe with weights drawn by `seed`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_model(config, info)
+
+
+def _of_run(run: Path, data: str | None, from_scratch: bool, seed: int) -> Pretrained:
+    config = load_config(run, data=data)
+    dataset = Dataset(
+        config.data, _any_split(config, data), growing=True, storage=config.storage
+    )
+    info, step = dataset.tokenizer, 0
+    if from_scratch:
+        model = drawn_model(config, info, seed=seed)
+    elif data is None:
+        trained = load_trained(run)
+        model, step = trained.model, trained.step
+    else:
+        found = checkpoint.newest(run)
+        if found is None:
+            raise ValueError(f"{run} has no complete checkpoint yet")
+        weights = read_weights(run, tokenizer_sha256=info.sha256)
+        model = drawn_model(config, info, seed=seed)
+        model.load_state_dict(weights)
+        step = int(found[1]["step"])
+    return Pretrained(
+        config=config,
+        model=model,
+        tokenizer=info,
+        tokenizer_file=dataset.tokenizer_file,
+        step=step,
+    )
+
+
+def _of_export(
+    folder: Path, data: str | None, from_scratch: bool, seed: int
+) -> Pretrained:
+    keys = json.loads((folder / _EXPORTED).read_text())
+    words = folder / "tokenizer.json"
+    if not words.is_file():
+        raise ValueError(
+            f"{words} is missing: export the run again (python -m trainer.export RUN "
+            "OUT)"
+        )
+    config = _config_of(keys, json.loads((folder / _PREPROCESSOR).read_text()), data)
+    info = TokenizerInfo(
+        path=TOKENIZER,
+        sha256=file_sha256(words),
+        vocab_size=keys["vocab_size"],
+        special_ids=keys["special_ids"],
+    )
+    model = drawn_model(config, info, seed=seed)
+    if not from_scratch:
+        model.load_state_dict(read_weights(folder, tokenizer_sha256=info.sha256))
+    return Pretrained(
+        config=config,
+        model=model,
+        tokenizer=info,
+        tokenizer_file=words,
+        step=0 if from_scratch else None,
+    )
+
+
+def _config_of(
+    keys: dict[str, Any], preprocessor: dict[str, Any], data: str | None
+) -> PretrainConfig:
+    """The keys of a run that would train what was exported."""
+    known = asdict(PretrainConfig(data="-", output="-").model)
+    crops = preprocessor.get("do_center_crop", True)
+    plain = {
+        "data": data or "-",
+        "output": "-",
+        "model": {name: keys[name] for name in known if name in keys},
+        "image": {
+            "size": keys["image_size"],
+            "geometry": "center_crop" if crops else "resize",
+        },
+        "text": {"max_tokens": keys["max_text"]},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(yaml.safe_dump(plain))
+        return load_config(Path(folder))
+
+
+def _any_split(config: PretrainConfig, data: str | None) -> str:
+    """A split to open the dataset by: one that is given may have been made for a task
+    alone, and lack that of pretraining.
+    """
+    if data is None or not (Path(data) / "manifest.json").is_file():
+        return config.split
+    from pipeline.manifest import load_manifest
+
+    splits = {shard.split for shard in load_manifest(data).shards}
+    return config.split if config.split in splits else min(splits)

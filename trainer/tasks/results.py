@@ -1,0 +1,188 @@
+"""What an evaluation writes: a JSON file of numbers, and a page of examples.
+
+Owns the form of both. Does not own the numbers (each task), intervals
+(`trainer.tasks.bootstrap`) or the looks of a page (`trainer.report.elements`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.files import write_text
+from trainer.report.elements import card, document, grid, header, image, section, table
+
+
+class Metric(NamedTuple):
+    """A number, how sure it is, and what chance would give."""
+
+    value: float
+    ci95: Sequence[float] | None = None
+    chance: float | None = None
+    n: int | None = None
+    """How many examples it is of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Something to look at. Texts are escaped when the page is written."""
+
+    images: Sequence[bytes]
+    """As files: JPEG, PNG or WebP."""
+    texts: Sequence[str]
+    """What the model was shown or asked, a paragraph each."""
+    title: str
+    """What the model said, such as "0.93: match"."""
+    note: str = ""
+    """What is true."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a task found."""
+
+    metrics: Mapping[str, Metric]
+    """By name, the one to look at first at the top."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else belongs in the JSON: counts, settings, hashes of input files."""
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    """By the title of their part of the page: best, worst, near the threshold."""
+
+
+def write_result(
+    folder: Path, name: str, result: Result, *, facts: Mapping[str, Any]
+) -> Path:
+    """Write `folder/name.json` and `folder/name.html`; the path of the first.
+
+    Args:
+        facts: what the command knows: task, seed, step, data, manifest_sha256, command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    write_text(folder / f"{name}.html", page(name, result, facts=facts))
+    text = json.dumps(as_plain(result, facts=facts), indent=1, allow_nan=False)
+    write_text(path, text + "\n")
+    return path
+
+
+def as_plain(result: Result, *, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the JSON file holds. What is not a number there is null."""
+    metrics = {
+        name: {
+            "value": _finite(metric.value),
+            "ci95": None if metric.ci95 is None else [_finite(v) for v in metric.ci95],
+            "chance": metric.chance,
+            "n": metric.n,
+        }
+        for name, metric in result.metrics.items()
+    }
+    return {**facts, "metrics": metrics, **result.details}
+
+
+def page(name: str, result: Result, *, facts: Mapping[str, Any]) -> str:
+    """The HTML document. It refers to nothing outside itself."""
+    first, metric = next(iter(result.metrics.items()))
+    tiles = [(first, _short(metric.value), _interval(metric))]
+    tiles += [
+        (key, str(facts[key]), "") for key in ("step", "seed", "split") if key in facts
+    ]
+    rows = [
+        (key, _short(one.value), _interval(one), _or_dash(one.chance), _or_dash(one.n))
+        for key, one in result.metrics.items()
+    ]
+    head = ("", "value", "95 % interval", "chance", "examples")
+    parts = [
+        section(title, grid(*map(_card, examples), classes="three"))
+        for title, examples in result.examples.items()
+        if examples
+    ]
+    said = [(str(key), str(value)) for key, value in facts.items()]
+    return document(
+        name,
+        header(name, tiles, kicker="Palimpsest"),
+        section("Results", table(head, rows)),
+        *parts,
+        section("How it was measured", table(("", ""), said, texts=2)),
+        style=_STYLE,
+    )
+
+
+def print_table(result: Result) -> None:
+    """The metrics, for a terminal."""
+    width = max(map(len, result.metrics))
+    for name, metric in result.metrics.items():
+        line = f"  {name:{width}s}  {metric.value:.4f}"
+        if metric.ci95 is not None:
+            line += "  [{:.4f}, {:.4f}]".format(*metric.ci95)
+        if metric.chance is not None:
+            line += f"   chance {metric.chance:.4f}"
+        print(line)
+
+
+_STYLE = """
+.shown { display: flex; gap: .5rem; flex-wrap: wrap }
+.shown img { width: auto; max-width: 48%; height: 9rem; object-fit: contain }
+.card p.said { margin: .4rem 0 0; overflow-wrap: anywhere }
+"""
+
+
+def _card(example: Example) -> str:
+    from html import escape
+
+    shown = "".join(image(one, "", suffix=_suffix(one)) for one in example.images)
+    said = "".join(f'<p class="said">{escape(text)}</p>' for text in example.texts)
+    return card(
+        f'<div class="shown">{shown}</div>{said}',
+        title=example.title,
+        note=example.note,
+    )
+
+
+def _suffix(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    return ".webp" if data[8:12] == b"WEBP" else ".jpg"
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _interval(metric: Metric) -> str:
+    if metric.ci95 is None:
+        return ""
+    return "{:.4g} to {:.4g}".format(*metric.ci95)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def extremes(
+    score: Sequence[float], right: Sequence[bool], count: int
+) -> dict[str, list[int]]:
+    """Numbers of examples to show: the surest right ones, the surest wrong ones, and
+    those nearest to the threshold; of equal ones the first.
+
+    Args:
+        score: how far above (or below) the threshold each was put, signed.
+        right: was it put on the right side?
+    """
+    order = sorted(range(len(score)), key=lambda row: (-abs(score[row]), row))
+
+    def first(rows: Iterable[int]) -> list[int]:
+        return [row for row, _ in zip(rows, range(count), strict=False)]
+
+    return {
+        "Best": first(row for row in order if right[row]),
+        "Worst": first(row for row in order if not right[row]),
+        "Near the threshold": first(sorted(order, key=lambda row: abs(score[row]))),
+    }

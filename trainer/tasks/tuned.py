@@ -1,0 +1,205 @@
+"""What fine-tuning writes: a folder with everything that evaluation needs.
+
+Owns the layout, checkpoints, resuming, and refusing a folder that holds another run.
+Does not own the loop (`trainer.tasks.training`).
+
+    OUTPUT/finetune.yaml            keys of the command, resolved
+    OUTPUT/pretraining/config.yaml  keys of the run that the model comes from
+    OUTPUT/origin.json              its step, the tokenizer's hash and special ids
+    OUTPUT/tokenizer.json           its words
+    OUTPUT/metrics.jsonl            a line a step; `dev_*` where there was a checkpoint
+    OUTPUT/checkpoints/step-…/      weights, Adam's moments, complete.json (the marker)
+
+A checkpoint exists when its marker does. The newest is kept, and the one with the best
+dev metric, which is what evaluation takes.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import differences, to_yaml
+from pipeline.manifest import TokenizerInfo
+from trainer import checkpoint
+from trainer.contract import (
+    CHECKPOINTS,
+    COMPLETE,
+    CONFIG,
+    checkpoint_name,
+    complete_checkpoints,
+)
+from trainer.files import write_text
+from trainer.options import load_config
+from trainer.tasks.pretrained import Pretrained, drawn_model
+
+FINETUNE = "finetune.yaml"
+_ORIGIN, _PRETRAINING, _WORDS = "origin.json", "pretraining", "tokenizer.json"
+_WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
+_MEASURED = "dev"
+# What may differ between the calls that make up one run.
+_MAY_CHANGE = ("output", "max_steps", "data")
+
+
+def begin(output: Path, keys: Any, start: Pretrained) -> None:
+    """Write what every fine-tuning has, or see that it is the same there.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+    """
+    path, new = output / FINETUNE, yaml.safe_load(to_yaml(keys))
+    if path.is_file():
+        changed = [
+            line
+            for line in differences(yaml.safe_load(path.read_text()), new)
+            if line.split(":")[0] not in _MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"{output} holds a fine-tuning with other keys ({'; '.join(changed)}): "
+                "take another --output, or delete it"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"{output} holds something else than a fine-tuning: take another --output"
+        )
+    (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
+    write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
+    origin = {"step": start.step, "tokenizer": asdict(start.tokenizer)}
+    checkpoint.write_json(output / _ORIGIN, origin)
+    if not (output / _WORDS).is_file():
+        write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
+    # Last: with it the folder is a fine-tuning.
+    write_text(path, to_yaml(keys))
+
+
+def is_tuned(folder: Path) -> bool:
+    """Did fine-tuning write this folder?"""
+    return (folder / FINETUNE).is_file()
+
+
+def read_keys(folder: Path) -> dict[str, Any]:
+    """The keys that it was started with."""
+    found: dict[str, Any] = yaml.safe_load((folder / FINETUNE).read_text())
+    return found
+
+
+def load_start(folder: Path, *, seed: int) -> Pretrained:
+    """The model that fine-tuning started from, with drawn weights: those of a
+    checkpoint replace them.
+    """
+    origin = json.loads((folder / _ORIGIN).read_text())
+    info = TokenizerInfo(**origin["tokenizer"])
+    config = load_config(folder / _PRETRAINING)
+    return Pretrained(
+        config=config,
+        model=drawn_model(config, info, seed=seed),
+        tokenizer=info,
+        tokenizer_file=folder / _WORDS,
+        step=origin["step"],
+    )
+
+
+def load_best(folder: Path, model: nn.Module) -> int:
+    """Load the checkpoint with the best dev metric, of equal ones the oldest; without
+    any measured the newest. Its step.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    found = [
+        (path, checkpoint.read_marker(path)) for _, path in complete_checkpoints(folder)
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder} has no complete checkpoint yet: run trainer.finetune to its end"
+        )
+    path, marker = _best(found) or found[-1]
+    model.load_state_dict(load_file(path / _WEIGHTS))
+    return int(marker["step"])
+
+
+def resume(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint, if there is one; steps taken until then."""
+    checkpoint.discard_unfinished(output)
+    found = complete_checkpoints(output)
+    if not found:
+        return 0
+    step, path = found[-1]
+    model.load_state_dict(load_file(path / _WEIGHTS))
+    moments = load_file(path / _MOMENTS)
+    for name, parameter in model.named_parameters():
+        if f"exp_avg/{name}" not in moments:
+            continue
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(moments[f"step/{name}"])),
+            "exp_avg": moments[f"exp_avg/{name}"].to(parameter.device),
+            "exp_avg_sq": moments[f"exp_avg_sq/{name}"].to(parameter.device),
+        }
+    return step
+
+
+def save(
+    output: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    final: bool,
+    measured: float | None,
+) -> None:
+    """Write a checkpoint, then delete those that are neither the newest nor the best.
+
+    Args:
+        final: the last of the schedule.
+        measured: its dev metric, higher is better; None without dev examples.
+    """
+    folder = output / CHECKPOINTS / f"{checkpoint.TEMPORARY}{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    _write(folder / _WEIGHTS, dict(model.state_dict()))
+    _write(folder / _MOMENTS, _moments(model, optimizer))
+    marker: dict[str, Any] = {"step": step, "final": final}
+    if measured is not None:
+        marker[_MEASURED] = measured
+    checkpoint.write_json(folder / COMPLETE, marker)
+    checkpoint.fsync(folder)
+    path = output / CHECKPOINTS / checkpoint_name(step)
+    folder.rename(path)
+    checkpoint.fsync(path.parent)
+    found = [
+        (path, checkpoint.read_marker(path)) for _, path in complete_checkpoints(output)
+    ]
+    best = _best(found)
+    for path, _ in found[:-1]:
+        if best is None or path != best[0]:
+            checkpoint.delete(path)
+
+
+def _best(
+    found: list[tuple[Path, dict[str, Any]]],
+) -> tuple[Path, dict[str, Any]] | None:
+    measured = [one for one in found if _MEASURED in one[1]]
+    # Of equal ones `max` takes the first, which is the oldest.
+    return max(measured, key=lambda one: one[1][_MEASURED]) if measured else None
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            found[f"{kind}/{name}"] = torch.as_tensor(value)
+    return found
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    # A tied tensor stands under each of its names: files hold no shared memory.
+    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, path)
+    checkpoint.fsync(path)
