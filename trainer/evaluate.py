@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from pipeline.config import parse, run
+from pipeline.config import given, parse, run
 
 PROG = "trainer.evaluate"
 DESCRIPTION = """\
@@ -31,9 +31,7 @@ keys of a task.
 
 def main(argv: Sequence[str]) -> None:
     """Measure, write `RUN/TASK.json`, print a table."""
-    from trainer.tasks.command import given_task
-
-    task, command = given_task(argv), shlex.join(["python", "-m", PROG, *argv])
+    task, command = given(argv, "task"), shlex.join(["python", "-m", PROG, *argv])
     description = _description()
     if task in (None, "probes"):
         _probes(argv, description, command)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from pipeline.config import ConfigError, parse, run
+from pipeline.config import ConfigError, given, parse, run
 
 PROG = "trainer.finetune"
 DESCRIPTION = """\
@@ -31,10 +31,9 @@ beside the newest, if there are dev examples.
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune, and say where the result is."""
-    from trainer.tasks.command import given_task
     from trainer.tasks.names import NAMES
 
-    task = given_task(argv)
+    task = given(argv, "task")
     from trainer.tasks import finetuning
 
     if task is None and not {"-h", "--help"} & set(argv):

@@ -1,34 +1,13 @@
 """Command lines whose keys depend on the task.
 
-Owns finding the task before the rest is parsed, and joining its keys with those of the
-command. Does not own either (`trainer.tasks.finetuning`, `trainer.tasks.evaluation`,
-each task).
+Owns joining the keys of a task with those of the command. Does not own either
+(`trainer.tasks.finetuning`, `trainer.tasks.evaluation`, each task).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import make_dataclass
-from pathlib import Path
-
-import yaml
-
-
-def given_task(argv: Sequence[str]) -> str | None:
-    """What `argv` gives for --task, by a flag or in its --config; None if neither
-    does.
-    """
-    found: str | None = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        value = value if equals else following
-        if name == "--task":
-            return value
-        if name == "--config" and Path(value).is_file():
-            keys = yaml.safe_load(Path(value).read_text())
-            found = keys.get("task") if isinstance(keys, dict) else None
-    return found
 
 
 @functools.cache

@@ -247,7 +247,7 @@ class Matching:
         right = (scores > 0) == self._pairs.labels
         return {
             title: [self._example(row, float(scores[row])) for row in rows]
-            for title, rows in extremes(scores, right, count).items()
+            for title, rows in extremes(scores.tolist(), right.tolist(), count).items()
         }
 
     def _example(self, row: int, score: float) -> Example:

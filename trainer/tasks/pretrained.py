@@ -1,7 +1,7 @@
 """The model that a task starts from: a pretraining run, or an export of one.
 
 Owns what RUN of `trainer.finetune` may be, and the same model without pretraining. Does
-not own runs (`trainer.trained`), exports (`trainer.export`) or what fine-tuning writes
+not own runs (`trainer.loop`), exports (`trainer.export`) or what fine-tuning writes
 (`trainer.tasks.tuned`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from trainer.contract import CONFIG
 from trainer.dataset import Dataset
 from trainer.initial import read_weights
 from trainer.loop import build_model
+from trainer.models.base import find
 from trainer.options import PretrainConfig, load_config
-from trainer.trained import load_trained
+from trainer.storage import open_files, read_manifest
 
 _EXPORTED = "config.json"
 _PREPROCESSOR = "preprocessor_config.json"
@@ -79,19 +80,15 @@ def _of_run(run: Path, data: str | None, from_scratch: bool, seed: int) -> Pretr
         config.data, _any_split(config, data), growing=True, storage=config.storage
     )
     info, step = dataset.tokenizer, 0
-    if from_scratch:
-        model = drawn_model(config, info, seed=seed)
-    elif data is None:
-        trained = load_trained(run)
-        model, step = trained.model, trained.step
-    else:
+    model = drawn_model(config, info, seed=seed)
+    if not from_scratch:
         found = checkpoint.newest(run)
         if found is None:
-            raise ValueError(f"{run} has no complete checkpoint yet")
-        weights = read_weights(run, tokenizer_sha256=info.sha256)
-        model = drawn_model(config, info, seed=seed)
-        model.load_state_dict(weights)
-        step = int(found[1]["step"])
+            raise ValueError(f"{run} has no complete checkpoint yet: train it first")
+        path, marker = found
+        _require_words(run, marker["tokenizer_sha256"], dataset)
+        model.load_state_dict(checkpoint.load_weights(path))
+        step = int(marker["step"])
     return Pretrained(
         config=config,
         model=model,
@@ -134,12 +131,13 @@ def _config_of(
     keys: dict[str, Any], preprocessor: dict[str, Any], data: str | None
 ) -> PretrainConfig:
     """The keys of a run that would train what was exported."""
-    known = asdict(PretrainConfig(data="-", output="-").model)
+    name = keys["model_type"]
+    known = [field.name for field in fields(find(name))]
     crops = preprocessor.get("do_center_crop", True)
     plain = {
         "data": data or "-",
         "output": "-",
-        "model": {name: keys[name] for name in known if name in keys},
+        "model": {"name": name} | {key: keys[key] for key in known if key in keys},
         "image": {
             "size": keys["image_size"],
             "geometry": "center_crop" if crops else "resize",
@@ -151,13 +149,23 @@ def _config_of(
         return load_config(Path(folder))
 
 
+def _require_words(run: Path, trained: str, dataset: Dataset) -> None:
+    found = dataset.tokenizer.sha256
+    if found != trained:
+        raise ValueError(
+            f"the tokens of {dataset.name} were made with tokenizer {found}, and {run} "
+            f"was trained on tokens of {trained}: make the dataset anew with the run's "
+            f"(python -m pipeline.retokenize {dataset.name} --tokenizer "
+            "DATASET/tokenizer --output NEW)"
+        )
+
+
 def _any_split(config: PretrainConfig, data: str | None) -> str:
     """A split to open the dataset by: one that is given may have been made for a task
     alone, and lack that of pretraining.
     """
-    if data is None or not (Path(data) / "manifest.json").is_file():
+    if data is None:
         return config.split
-    from pipeline.manifest import load_manifest
-
-    splits = {shard.split for shard in load_manifest(data).shards}
+    manifest, _ = read_manifest(open_files(data, config.storage))
+    splits = {shard.split for shard in manifest.shards}
     return config.split if config.split in splits else min(splits)

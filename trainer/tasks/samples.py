@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
@@ -182,7 +183,7 @@ class Samples:
         dataset, place, record = self._at(row)
         return bytes(dataset.jpeg(place, record))
 
-    def json(self, row: int) -> dict[str, object]:
+    def json(self, row: int) -> dict[str, Any]:
         """What is known of a sample, for people."""
         dataset, place, record = self._at(row)
         return dataset.json(place, record)
