@@ -8,14 +8,19 @@ rules themselves: keys are the commands' own, valid world sizes those of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+import yaml
 
 from cluster import nodes
 from cluster.commands import (
     EVALUATE,
     PREPROCESS,
+    PRETRAIN,
     Lanes,
+    config_file,
     evaluate_words,
     lanes_of,
     preprocess_words,
@@ -25,9 +30,10 @@ from cluster.commands import (
 from cluster.demand import bundle
 from cluster.options import EvaluateStage, PretrainStage, RunConfig
 from cluster.store import Store, without_password
-from pipeline.config import nearest
+from cluster.trained import saved_step
+from pipeline.config import differences, nearest
 from pipeline.manifest import MANIFEST, Manifest, manifest_from_json
-from trainer.contract import valid_world_sizes
+from trainer.contract import CONFIG, blocking, valid_world_sizes
 
 
 def check(config: RunConfig) -> None:
@@ -52,6 +58,7 @@ def check(config: RunConfig) -> None:
             config.pretrain, data=config.shards, output=config.trained
         )
         valid_nodes(config.pretrain, lanes_of(given))
+        _refuse_other_run(config.trained, given)
         _refuse_missing_nodes(config.pretrain)
     if config.evaluate:
         words = evaluate_words(config.evaluate, run=config.trained, data=config.shards)
@@ -106,6 +113,33 @@ def read_manifest(data: str) -> Manifest | None:
             "again to have it written anew"
         ) from error
     return manifest_from_json(value)
+
+
+def _refuse_other_run(run: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where the trainer's run was made with a configuration that
+    `given` cannot continue; nor is a complete one what `given` would make.
+    """
+    text = Store(run).read(CONFIG)
+    if text is None or not saved_step(run):
+        # The trainer starts anew.
+        return
+    with suppress(yaml.YAMLError, AttributeError):
+        if not _changed(yaml.safe_load(text), given):
+            return
+    # Read by the trainer, keys that there were none of then have their defaults.
+    with config_file(text) as path:
+        changed = _changed(resolved(PRETRAIN, [f"--config={path}"]), given)
+    if changed:
+        raise ValueError(
+            f"{without_password(run)} was trained with another configuration: "
+            f"{'; '.join(changed)}. Take the old values to continue it, or another "
+            "`output` for a new run"
+        )
+
+
+def _changed(before: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    lines = differences(before, given)
+    return blocking(lines, changed_data=given["changed_data"])
 
 
 def _refuse_missing_nodes(stage: PretrainStage) -> None:

@@ -7,10 +7,11 @@ each command checks its own, and is asked here before any node starts.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,10 @@ def trainer_config(stage: PretrainStage, *, data: str, output: str) -> dict[str,
     return resolved(PRETRAIN, pretrain_words(stage, data=data, output=output))
 
 
-def written(config: Mapping[str, Any]) -> Path:
-    """A temporary YAML file with a configuration; whoever asks removes it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(dict(config), file)
-    return Path(file.name)
+@contextlib.contextmanager
+def config_file(content: bytes) -> Iterator[Path]:
+    """A file with a configuration, for as long as it is needed."""
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)

@@ -24,14 +24,13 @@ from cluster.options import PretrainStage, RunConfig
 from cluster.store import Store, run_id
 from cluster.trained import is_done, saved_step, taken_step
 from pipeline.config import printable
+from trainer.contract import LOCKED
 
 _LOGS = "logs"
 _FIRST_WAIT_S = 5.0
 _LONGEST_WAIT_S = 300.0
 _TAIL_LINES = 12
-# Of a trainer that finds another one in its directory: one that was killed, or on a
-# node that was cut off, takes a while to end.
-_LOCKED = "another trainer is writing"
+# A trainer that was killed, or is on a node that was cut off, takes a while to end.
 _LOCKED_TRIES = 20
 _POLL_S = 1.0
 
@@ -164,7 +163,7 @@ class _Elastic:
                 )
         if ended.cause != "failure":
             return
-        if _LOCKED in ended.refusal and self._locked < _LOCKED_TRIES:
+        if LOCKED in ended.refusal and self._locked < _LOCKED_TRIES:
             self._locked += 1
             self._stop.wait(_backoff(self._locked))
             return

@@ -17,6 +17,8 @@ VALIDATION = "validation.jsonl"
 COMPLETE = "complete.json"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
+LOCKED = "another trainer is writing"
+"""How a refusal begins where another trainer holds the run: who waits may try again."""
 _PANELS = "panels"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 _PANEL_NAME = re.compile(r"step-(\d{8})\.png")
@@ -61,6 +63,57 @@ VALIDATION_NAMES = (
     "val_mlm_accuracy",
     "val_pairs",
 )
+
+# What may differ between the calls that make up one run. `data` may move: the
+# manifest hash in the checkpoint says whether it is the same dataset.
+_MAY_CHANGE = (
+    "data",
+    "output",
+    "init",
+    "max_steps",
+    "micro_batch",
+    "threads",
+    "compile",
+    "digest",
+    "tokenizer",
+    "grow",
+    "changed_data",
+    # Not which pairs and masks: one curve would be of two measurements.
+    "eval.every_steps",
+    "eval.probes_every_steps",
+    "eval.probe_pairs",
+    "eval.panel_pairs",
+    "deepspeed.zero_stage",
+    "deepspeed.offload",
+    "deepspeed.activation_checkpointing",
+    # When a run stops, not what it computes until then.
+    "safety.nonfinite",
+    "safety.max_nonfinite",
+    "safety.max_spikes",
+    "safety.hang_minutes",
+    "safety.hang_action",
+)
+_MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key of the configuration may differ when a run is resumed."""
+    # Which checkpoints a model started from, whatever the model.
+    body = key.startswith("model.") and key.endswith("body")
+    return body or key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_GROUPS)
+
+
+def blocking(changes: Iterable[str], *, changed_data: object) -> list[str]:
+    """Of `key: old -> new` lines, those that a resumed run may not change.
+
+    Args:
+        changed_data: the key of that name, in the new configuration.
+    """
+    found = [line for line in changes if not may_change(line.partition(":")[0])]
+    if changed_data == "new_epoch":
+        # Sources may have come or gone.
+        found = [line for line in found if not line.startswith("mixture")]
+    return found
 
 
 def check_world_size(world_size: int, *, lanes: int) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.contract import LOCKED
 from trainer.store import Store
 
 LEASE = ".lease.json"
@@ -136,7 +137,7 @@ class Lease:
 
     def _refuse(self, holder: Mapping[str, Any]) -> None:
         raise ValueError(
-            f"another trainer is writing to {self._store.shown}: process "
+            f"{LOCKED} to {self._store.shown}: process "
             f"{holder.get('pid')} on {holder.get('host')}; wait for it or stop it, or "
             "take another --output"
         )

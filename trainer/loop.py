@@ -25,7 +25,13 @@ import yaml
 from pipeline.config import to_yaml
 from pipeline.manifest import TokenizerInfo
 from trainer import by_mode, checkpoint, environment
-from trainer.contract import COMPLETE, CONFIG, check_world_size, read_validation
+from trainer.contract import (
+    COMPLETE,
+    CONFIG,
+    LOCKED,
+    check_world_size,
+    read_validation,
+)
 from trainer.contrast import contrasts_of
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
@@ -340,9 +346,6 @@ def require_same(config: PretrainConfig, before: PretrainConfig) -> None:
     changed = blocking_changes(
         *(yaml.safe_load(to_yaml(each)) for each in (before, config))
     )
-    if config.changed_data == "new_epoch":
-        # Sources may have come or gone.
-        changed = [line for line in changed if not line.startswith("mixture")]
     if changed:
         raise ValueError(
             f"{config.output} was started with another configuration: "
@@ -411,8 +414,7 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"another trainer is writing to {run}: wait for it or stop it, or take "
-            "another --output"
+            f"{LOCKED} to {run}: wait for it or stop it, or take another --output"
         ) from None
     if checked.copy:
         checked.copy.begin(checked.first_step)

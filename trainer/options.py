@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.config import ConfigError, given, parse
-from trainer.contract import CONFIG
+from trainer.contract import CONFIG, blocking
 from trainer.mask_config import MaskConfig
 from trainer.models.base import ModelConfig, find
 from trainer.models.mlim_config import MlimConfig
@@ -23,37 +23,6 @@ from trainer.philox import check_seed
 from trainer.storage import StorageConfig
 
 RunT = TypeVar("RunT", bound="PretrainConfig")
-
-# What may differ between the calls that make up one run. `data` may move: the
-# manifest hash in the checkpoint says whether it is the same dataset.
-MAY_CHANGE = (
-    "data",
-    "output",
-    "init",
-    "max_steps",
-    "micro_batch",
-    "threads",
-    "compile",
-    "digest",
-    "tokenizer",
-    "grow",
-    "changed_data",
-    # Not which pairs and masks: one curve would be of two measurements.
-    "eval.every_steps",
-    "eval.probes_every_steps",
-    "eval.probe_pairs",
-    "eval.panel_pairs",
-    "deepspeed.zero_stage",
-    "deepspeed.offload",
-    "deepspeed.activation_checkpointing",
-    # When a run stops, not what it computes until then.
-    "safety.nonfinite",
-    "safety.max_nonfinite",
-    "safety.max_spikes",
-    "safety.hang_minutes",
-    "safety.hang_action",
-)
-MAY_CHANGE_GROUPS = ("checkpoint.", "log.", "damage.", "storage.", "profile.")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
@@ -468,17 +437,8 @@ def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
     return parse_run(PretrainConfig, words, prog="", description="")
 
 
-def may_change(key: str) -> bool:
-    """Whether a dotted key may differ when a run is resumed."""
-    if key.startswith("model.") and key.endswith("body"):
-        return True
-    return key in MAY_CHANGE or key.startswith(MAY_CHANGE_GROUPS)
-
-
 def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each changed key that a resumed run may not change."""
     from pipeline.config import differences
 
-    return [
-        line for line in differences(old, new) if not may_change(line.split(":")[0])
-    ]
+    return blocking(differences(old, new), changed_data=new.get("changed_data"))

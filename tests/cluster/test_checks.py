@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from cluster import nodes
+from cluster import commands, nodes
 from cluster.checks import check, read_manifest, valid_nodes
-from cluster.commands import Lanes
+from cluster.commands import Lanes, trainer_config
 from cluster.options import EvaluateStage, PreprocessStage, PretrainStage, RunConfig
 from tests.conftest import EMOJI
+from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG, checkpoint_name
 
 TYPES = {
     "cpu": {"CPU": 2, "cpu_node": 1},
     "gpu": {"CPU": 4, "GPU": 1, "gpu_node": 1},
     "gpu-ondemand": {},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def answers() -> Iterator[None]:
+    """The commands say the same of the same words: most are asked once here."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = functools.cache(commands.printed)
+        patch.setattr(
+            commands, "printed", lambda module, words: asked(module, tuple(words))
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of runs that are never started."""
+    return tmp_path_factory.mktemp("place")
 
 
 @pytest.fixture
@@ -46,8 +67,8 @@ def config(tmp_path: Path, **keys: Any) -> RunConfig:
 
 
 @pytest.mark.usefixtures("types")
-def test_a_sound_run_passes(tmp_path: Path) -> None:
-    check(config(tmp_path, prices={"gpu": 3.0, "head": 0.1}))
+def test_a_sound_run_passes(place: Path) -> None:
+    check(config(place, prices={"gpu": 3.0, "head": 0.1}))
 
 
 @pytest.mark.usefixtures("types")
@@ -87,18 +108,45 @@ def test_a_sound_run_passes(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_with_the_cure(
-    change: dict[str, Any], words: str, tmp_path: Path
+    change: dict[str, Any], words: str, place: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        check(config(tmp_path, **change))
+        check(config(place, **change))
+
+
+@pytest.mark.usefixtures("types")
+def test_a_finished_run_is_not_taken_for_what_another_recipe_would_make(
+    tmp_path: Path,
+) -> None:
+    """Nor is another one continued: said here, and not by the trainer on its nodes."""
+    given = config(tmp_path)
+    assert given.pretrain
+    kept = trainer_config(given.pretrain, data=given.shards, output=given.trained)
+    # A key that there was none of when the run was made.
+    del kept["digest"]
+    run = Path(given.trained)
+    saved = run / CHECKPOINTS / checkpoint_name(1)
+    saved.mkdir(parents=True)
+    (run / CONFIG).write_text(yaml.safe_dump(kept))
+    other = pretrain(arguments={"optimizer.lr": 0.5, "checkpoint.every_minutes": 3})
+    # Without a complete checkpoint the trainer starts anew.
+    check(dataclasses.replace(given, pretrain=other))
+    (saved / COMPLETE).touch()
+    (run / COMPLETE).touch()
+    check(given)
+    words = (
+        r"configuration: optimizer.lr: 0.\d+ -> 0.5. Take the old.* another `output`"
+    )
+    with pytest.raises(ValueError, match=words):
+        check(dataclasses.replace(given, pretrain=other))
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_cluster_without_autoscaler_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_cluster_without_autoscaler_is_taken_as_it_is(place: Path) -> None:
     assert nodes.known_types() is None
     assert nodes.offered({"gpu_node": 1}) is None
     assert nodes.alive_by_type() == {"head": 1}
-    check(config(tmp_path, prices={"anything": 1.0}))
+    check(config(place, prices={"anything": 1.0}))
 
 
 def test_storage_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:

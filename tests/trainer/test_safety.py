@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.trainer.tiny import column, metrics, with_faults
-from trainer.contract import complete_checkpoints
-from trainer.options import SafetyConfig, may_change
+from trainer.contract import complete_checkpoints, may_change
+from trainer.options import SafetyConfig
 from trainer.safety import Guard, Losses
 from trainer.spikes import Level
 

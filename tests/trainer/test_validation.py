@@ -17,14 +17,13 @@ from PIL import Image
 
 from tests.conftest import launch_environment, python
 from tests.trainer.tiny import TINY, column, config, damaged_copy, launch, metrics
-from trainer.contract import VALIDATION_NAMES, read_validation
+from trainer.contract import VALIDATION_NAMES, may_change, read_validation
 from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.loader import Loader
 from trainer.loop import build_model
 from trainer.masking import Mode
 from trainer.metrics import Metrics
-from trainer.options import may_change
 from trainer.validation import HeldOut, held_out, share_of
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
