@@ -56,6 +56,8 @@ class Plan:
     """Log file of a node, by its rank."""
     checkpoint_seconds: float
     """How long a stop with a checkpoint takes, as far as is known."""
+    advanced: Callable[[], bool]
+    """Whether steps were taken, without which it is not stopped to grow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,10 +360,10 @@ class Attempt:
                     f"{member.name} leaves in {left:.0f} s, too soon for a checkpoint "
                     f"({self._plan.checkpoint_seconds:.0f} s): going on until then"
                 )
-        if time.monotonic() - self._began >= self._plan.stage.settle_seconds:
-            size = self._plan.nodes.could_be()
-            if size > self._plan.nodes.count:
-                return Ended(cause="growth", detail=f"to {size} nodes")
+        size = self._plan.nodes.could_be()
+        settled = time.monotonic() - self._began >= self._plan.stage.settle_seconds
+        if settled and size > self._plan.nodes.count and self._plan.advanced():
+            return Ended(cause="growth", detail=f"to {size} nodes")
         return None
 
     def _act_on(self, wish: Ended | None) -> None:

@@ -143,6 +143,11 @@ def _changed(before: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_missing_nodes(stage: PretrainStage) -> None:
+    if several := nodes.with_several(stage.node_resource):
+        raise ValueError(
+            f"node type {several[0]} has more than one {stage.node_resource!r}, so one "
+            f"node would count as several: give it `{stage.node_resource}: 1`"
+        )
     kinds = nodes.offered({stage.node_resource: 1})
     offers = nodes.offered(bundle(stage))
     if kinds is None or offers is None:

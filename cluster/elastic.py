@@ -103,6 +103,7 @@ class _Elastic:
                 sizes,
                 wait_seconds=wait_seconds,
                 tell=self._tell_waiting,
+                note=lambda text: self._journal.write("note", text, text=text),
                 stop=self._stop,
             ) as nodes:
                 if nodes is None:
@@ -126,6 +127,7 @@ class _Elastic:
             words=self._words,
             logs=self._log,
             checkpoint_seconds=self._checkpoint_s,
+            advanced=lambda: _advanced(before, self._stand()),
         )
         ended = Attempt(
             plan, started=self._tell_start(before), tell=_say, stop=self._stop
@@ -148,20 +150,20 @@ class _Elastic:
             ValueError, OSError: it is not worth another attempt.
         """
         now = self._stand()
-        # Steps that were not saved stay in the metrics until a trainer starts.
-        taken = now.taken > before.saved and now.taken != before.taken
-        self._proven |= taken or now.saved > before.saved
+        self._proven |= _advanced(before, now)
         if ended.silent:
             self._await_death(ended.silent)
-        if ended.cause == "preemption":
+        if ended.cause in ("preemption", "notice"):
             self._preemptions += 1
             if self._preemptions > self._stage.preemptions:
                 raise OSError(
-                    f"pretrain: nodes were lost {self._preemptions} times, more than "
-                    f"pretrain.preemptions {self._stage.preemptions}; the same command "
-                    "continues"
+                    f"pretrain: nodes were lost or gave notice {self._preemptions} "
+                    f"times, more than pretrain.preemptions {self._stage.preemptions}; "
+                    "the same command continues"
                 )
-        if ended.cause != "failure":
+        # Each growth takes the run further, so there is an end of them.
+        vain = ended.cause == "growth" and now.saved <= before.saved
+        if ended.cause != "failure" and not vain:
             return
         if LOCKED in ended.refusal and self._locked < _LOCKED_TRIES:
             self._locked += 1
@@ -257,6 +259,13 @@ class _Elastic:
             log=ended.log,
             tail=ended.tail[-2000:],
         )
+
+
+def _advanced(before: _Stand, now: _Stand) -> bool:
+    """Whether steps were taken since."""
+    # Those that were not saved stay in the metrics until a trainer starts.
+    taken = now.taken > before.saved and now.taken != before.taken
+    return taken or now.saved > before.saved
 
 
 def _backoff(times: int) -> float:

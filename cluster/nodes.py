@@ -57,6 +57,20 @@ def offered(needed: Mapping[str, float]) -> dict[str, int] | None:
     }
 
 
+def with_several(resource: str) -> list[str]:
+    """Node types that have more than one of a resource; where nobody says what types
+    there are, those of nodes that are alive.
+    """
+    import ray
+
+    if (types := _configured()) is not None:
+        rows = {name: row.get("resources") or {} for name, row in types.items()}
+    else:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        rows = {node_type(node): node["Resources"] for node in alive}
+    return sorted(name for name, found in rows.items() if found.get(resource, 0) > 1)
+
+
 def known_types() -> list[str] | None:
     """Every node type of the cluster's configuration; None where nobody says."""
     types = _configured()

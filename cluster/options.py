@@ -83,7 +83,7 @@ class PretrainStage:
     failures: int = 3
     """How many attempts may end because a process failed on a sound node."""
     preemptions: int = 1000
-    """How many attempts may end because a node was taken away."""
+    """How many attempts may end because a node was taken away, or gave notice of it."""
 
     def __post_init__(self) -> None:
         at_least("pretrain", self, min_nodes=1, max_nodes=self.min_nodes)

@@ -126,11 +126,14 @@ class Raylets:
         ports = [f"--{name}={free_port()}" for name in others]
         self._start("--head", f"--port={port}", "--num-cpus=0", "--num-gpus=0", *ports)
 
-    def add(self) -> Node:
-        """Start a node for training, and wait until the cluster knows it."""
+    def add(self, size: int = 1) -> Node:
+        """Start a node for training, and wait until the cluster knows it. One of a
+        larger `size` looks like several to who does not ask for their names.
+        """
         before = self.alive()
-        resources = json.dumps({"gpu_node": 1})
-        words = ("--num-cpus=1", "--num-gpus=1", f"--resources={resources}")
+        resources = json.dumps({"gpu_node": size})
+        amounts = (f"--num-cpus={size}", f"--num-gpus={size}")
+        words = (*amounts, f"--resources={resources}")
         node = self._start(f"--address={self.address}", *words)
         new = wait_until(lambda: self.alive() - before, self._said)
         (node.id,) = new
@@ -145,6 +148,16 @@ class Raylets:
         table = "ray.util.placement_group_table()"
         found = self.ask(f"{{k: v['state'] for k, v in {table}.items()}}") or {}
         return {key: state for key, state in found.items() if state != "REMOVED"}
+
+    def drive(self, code: str) -> subprocess.Popen[str]:
+        """Start a driver that runs `code`; its output is one text."""
+        return subprocess.Popen(
+            [sys.executable, "-uc", code],
+            env={**self.environment, "RAY_ADDRESS": self.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def ask(self, expression: str) -> Any:
         """Value of an expression of `ray` in a driver that is there for that."""

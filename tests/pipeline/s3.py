@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
 import pytest
+from s3fs import S3FileSystem
 
 _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "expect", "content-length")
@@ -114,6 +115,8 @@ class S3Server:
             monkeypatch.setenv(key, value)
         for key in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
             monkeypatch.delenv(key, raising=False)
+        # fsspec keeps clients of a server that an earlier test had, under equal words.
+        S3FileSystem.clear_instance_cache()
         self.inject(())
         self.requests.clear()
         return f"s3://{name}"

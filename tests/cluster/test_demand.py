@@ -1,0 +1,72 @@
+"""Nodes that are asked for are those that training can go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.raylets import Raylets, raylets, wait_until
+
+TAKEN = """
+import threading, time, ray
+from cluster import demand, nodes
+from cluster.options import PretrainStage
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+demand._LEAST_KEPT_S = 2.0
+stage = PretrainStage(config="emoji", max_nodes={sizes}[-1], wait_seconds=0)
+with demand.taken(
+    stage, {sizes}, wait_seconds=0, tell=print, note=print, stop=threading.Event()
+) as found:
+    print("TAKEN", found.count, "SEVERAL", nodes.with_several("gpu_node"))
+    while True:
+        free = ray.available_resources().get("gpu_node", 0)
+        print("COULD BE", found.could_be(), "FREE", free)
+        time.sleep(0.5)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
+    with raylets(tmp_path_factory.mktemp("pace") / "pace", nodes=0) as found:
+        yield found
+
+
+def test_a_node_with_room_for_two_is_one_node(cluster: Raylets) -> None:
+    """Otherwise a run would stop to grow onto it, again and again."""
+    node = cluster.add(size=2)
+    driver = cluster.drive(TAKEN.format(sizes=[1, 2]))
+    try:
+        lines = iter(driver.stdout or ())
+        assert any("TAKEN 1 SEVERAL ['unknown']" in line for line in lines)
+        # Its second half is given to who asks for one node more.
+        assert any("FREE 0" in line for line in lines)
+        assert "COULD BE 1 " in next(lines)
+    finally:
+        driver.kill()
+        driver.communicate()
+        node.end()
+    wait_until(lambda: len(cluster.alive()) == 1)
+
+
+def test_a_node_too_few_to_grow_with_is_let_go_until_another_comes(
+    cluster: Raylets,
+) -> None:
+    for _ in range(3):
+        cluster.add()
+    driver = cluster.drive(TAKEN.format(sizes=[2, 4]))
+    try:
+        lines = iter(driver.stdout or ())
+        assert any("TAKEN 2 SEVERAL []" in line for line in lines)
+        assert "COULD BE 2 FREE 1" in next(lines)
+        assert any("2 are needed to go on with 4: they are let go" in x for x in lines)
+        assert "COULD BE 2 FREE 1" in next(lines)
+        # Nothing keeps an autoscaler from taking it away, and it is asked for again.
+        wait_until(lambda: list(cluster.groups().values()) == ["CREATED"])
+        wait_until(lambda: "PENDING" in cluster.groups().values(), cluster.groups)
+        cluster.add()
+        assert any("COULD BE 4 FREE 0" in line for line in lines)
+    finally:
+        driver.kill()
+        driver.communicate()
