@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -139,6 +140,17 @@ def test_a_finished_run_is_not_taken_for_what_another_recipe_would_make(
     )
     with pytest.raises(ValueError, match=words):
         check(dataclasses.replace(given, pretrain=other))
+
+
+@pytest.mark.parametrize("resources", [{"gpu_node": 2}, {"gpu_node": 1, "GPU": 1}])
+def test_a_node_that_would_count_as_several_is_refused(
+    resources: dict[str, float], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"gpu": {"resources": TYPES["gpu"] | resources, "max_workers": 2}}
+    monkeypatch.setattr(nodes, "_configured", lambda: rows)
+    refused = pytest.raises(ValueError, match="type gpu has more than one 'gpu_node'")
+    with refused if resources["gpu_node"] > 1 else contextlib.nullcontext():
+        check(config(place))
 
 
 @pytest.mark.usefixtures("local_ray")

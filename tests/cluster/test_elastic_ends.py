@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,13 @@ from tests.cluster.runs import (
     write_config,
 )
 from tests.trainer.tiny import steps_taken
-from trainer.contract import complete_checkpoints
+from trainer.contract import (
+    CHECKPOINTS,
+    COMPLETE,
+    METRICS,
+    checkpoint_name,
+    complete_checkpoints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +111,55 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     assert [*training(run), *cluster.runners()] == []
 
 
+def between_attempts(folder: Path, **stage: Any) -> _Elastic:
+    """A run that has saved 10 of its 60 steps, and taken 13."""
+    keys = PretrainStage(config="emoji", **stage)
+    config = RunConfig(output=str(folder), data=str(folder), pretrain=keys)
+    run = folder / "pretrain"
+    saved = run / CHECKPOINTS / checkpoint_name(10)
+    saved.mkdir(parents=True)
+    (saved / COMPLETE).write_text("{}")
+    (run / METRICS).write_text('{"step": 13}\n')
+    lanes = Lanes(lanes=12, global_batch=24, group=1, steps=60, stops_early=False)
+    journal = Journal(Store(str(folder)), print)
+    return _Elastic(config, keys, journal, (), lanes, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("cause", "budget", "words"),
+    [
+        ("notice", "preemptions", "lost or gave notice 2 times, more than .* 1;"),
+        ("preemption", "preemptions", "lost or gave notice 2 times, more than .* 1;"),
+        ("growth", "failures", "failed 2 times.* after step 13.*: to 2 nodes"),
+    ],
+)
+def test_no_way_to_end_is_taken_for_ever_without_getting_further(
+    cause: str,
+    budget: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.elastic._FIRST_WAIT_S", 0)
+    elastic = between_attempts(tmp_path, **{budget: 1})
+    ended = Ended(cause=cause, detail="to 2 nodes")
+    before = elastic._stand()
+    elastic._account(ended, before)
+    with pytest.raises(OSError, match=words):
+        elastic._account(ended, before)
+
+
+def test_growing_and_getting_further_is_no_failure(tmp_path: Path) -> None:
+    elastic = between_attempts(tmp_path, failures=0)
+    before = dataclasses.replace(elastic._stand(), saved=9)
+    elastic._account(Ended(cause="growth"), before)
+
+
 def test_steps_of_an_attempt_before_prove_nothing_of_what_the_trainer_refuses(
     tmp_path: Path,
 ) -> None:
     """A killed run has taken steps after its checkpoint; then its keys are changed."""
-    stage = PretrainStage(config="emoji")
-    config = RunConfig(output=str(tmp_path), data=str(tmp_path), pretrain=stage)
-    folder = tmp_path / "pretrain" / "checkpoints" / "step-00000010"
-    folder.mkdir(parents=True)
-    (folder / "complete.json").write_text("{}")
-    (tmp_path / "pretrain" / "metrics.jsonl").write_text('{"step": 13}\n')
-    lanes = Lanes(lanes=12, global_batch=24, group=1, steps=60, stops_early=False)
-    journal = Journal(Store(str(tmp_path)), print)
-    elastic = _Elastic(config, stage, journal, (), lanes, threading.Event())
+    elastic = between_attempts(tmp_path)
     ended = Ended(cause="failure", refusal="it was started with another configuration")
     with pytest.raises(ValueError, match=r"^pretrain: it was started with another"):
         elastic._account(ended, elastic._stand())
