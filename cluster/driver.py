@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.journal import read_events, read_usage
+from cluster.journal import read_events, shows_life
 from cluster.store import Store, first_line, run_id
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ NAMESPACE = "palimpsest"
 _TAKING_SECONDS = 30.0
 _POLL_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
-# A driver says this often that it is there (`cluster.nodes`), and a little more.
-_SIGN_OF_LIFE_SECONDS = 25.0
 
 
 class Stopped(Exception):
@@ -123,16 +121,11 @@ def refuse_driver_elsewhere(run: Store, tell: Callable[[str], None]) -> None:
         return
     host = last.fields.get("host")
     tell(f"the last driver, on {host}, has not said that it ended: is it alive?")
-    before = len(events), read_usage(run).time
-    deadline = time.monotonic() + _SIGN_OF_LIFE_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-        if (len(read_events(run)), read_usage(run).time) != before:
-            raise ValueError(
-                f"a driver on another cluster ({host}, process "
-                f"{last.fields.get('pid')}) works on {run.url}: wait for it or stop "
-                "it, or take another output"
-            )
+    if shows_life(run):
+        raise ValueError(
+            f"a driver on another cluster ({host}, process {last.fields.get('pid')}) "
+            f"works on {run.url}: wait for it or stop it, or take another output"
+        )
 
 
 @contextlib.contextmanager

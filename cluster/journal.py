@@ -24,6 +24,9 @@ from typing import Any, Literal
 from cluster.store import Store, first_line, without_password
 
 FOLDER = "cluster"
+# A driver says this often that it is there (`cluster.nodes`), and a little more.
+SIGN_OF_LIFE_SECONDS = 25.0
+_POLL_SECONDS = 1.0
 _EVENTS = "events"
 _USAGE = "usage"
 # Of a file of such a name that somebody else wrote, or that a failing disk has changed.
@@ -123,6 +126,23 @@ def read_events(run: Store) -> list[Event]:
                 )
             )
     return sorted(events, key=lambda event: event.time)
+
+
+def shows_life(run: Store, seconds: float = SIGN_OF_LIFE_SECONDS) -> bool:
+    """Whether a driver writes to the journal within some seconds. By what changes and
+    no stamp in it: clocks of two machines may differ by any amount.
+    """
+    before = _signs(run)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(_POLL_SECONDS, seconds))
+        if _signs(run) != before:
+            return True
+    return False
+
+
+def _signs(run: Store) -> tuple[int, float]:
+    return len(run.below(FOLDER).names()), read_usage(run).time
 
 
 @dataclass(frozen=True, kw_only=True)

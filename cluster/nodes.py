@@ -57,6 +57,17 @@ def offered(needed: Mapping[str, float]) -> dict[str, int] | None:
     }
 
 
+def exists(resource: str) -> bool:
+    """Whether a node type has a resource; where nobody says what types there are,
+    whether a node that is alive has it.
+    """
+    import ray
+
+    if (found := offered({resource: 1})) is not None:
+        return bool(found)
+    return any(node["Alive"] and resource in node["Resources"] for node in ray.nodes())
+
+
 def with_several(resource: str) -> list[str]:
     """Node types that have more than one of a resource; where nobody says what types
     there are, those of nodes that are alive.

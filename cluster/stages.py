@@ -12,14 +12,16 @@ import json
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from cluster import nodes
 from cluster.checks import read_manifest
 from cluster.commands import (
     EVALUATE,
     PREPROCESS,
     evaluate_words,
     preprocess_words,
+    resolved,
 )
 from cluster.driver import Stopped, gcs_address
 from cluster.elastic import pretrain
@@ -37,6 +39,9 @@ _BAD_CONFIG = 2
 # Ray's word for a cluster that has scaled to zero, which the autoscaler will change.
 _NO_NODE_YET = "tasks with infeasible resource requests"
 PROBES = "probes.json"
+# Of a node for preprocessing; a share of it keeps tasks off the nodes for training.
+_CPU_NODE = "cpu_node"
+_CPU_NODE_SHARE = 0.001
 
 
 def run_stages(
@@ -81,7 +86,7 @@ def preprocess(
         Stopped: `stop` was set.
     """
     assert config.preprocess
-    words = preprocess_words(config.preprocess, output=config.shards)
+    words = placed(preprocess_words(config.preprocess, output=config.shards))
     before, wait_s = None, _FIRST_WAIT_S
     with staged("preprocess", journal):
         for number in range(config.preprocess.tries):
@@ -111,6 +116,16 @@ def preprocess(
             if stop.wait(wait_s):
                 raise Stopped
             wait_s *= 2
+
+
+def placed(words: Sequence[str]) -> list[str]:
+    """Arguments of preprocessing, with which its tasks stay off the nodes for training:
+    as they are where they say that themselves, or no node is there for it alone.
+    """
+    given = resolved(PREPROCESS, words)["task_resources"]
+    if given is not None or not nodes.exists(_CPU_NODE):
+        return [*words]
+    return [*words, f"--task_resources={json.dumps({_CPU_NODE: _CPU_NODE_SHARE})}"]
 
 
 def train(

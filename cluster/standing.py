@@ -17,14 +17,23 @@ from typing import Any, Literal
 
 import yaml
 
-from cluster.journal import CAUSES, Event, Usage, read_events, read_usage
+from cluster.journal import (
+    CAUSES,
+    SIGN_OF_LIFE_SECONDS,
+    Event,
+    Usage,
+    read_events,
+    read_usage,
+    shows_life,
+)
 from cluster.options import DATA, PRETRAIN
 from cluster.store import Store, without_password
 from trainer.contract import COMPLETE, CONFIG, METRICS
 
 STAGES = ("preprocess", "pretrain", "evaluate")
-# A driver writes at least this often.
+# A driver writes more often than this, and clocks agree better than that.
 _SILENT_SECONDS = 60.0
+_AHEAD_SECONDS = 10.0
 _TAIL_BYTES = 1 << 17
 _RECENT_STEPS = 50
 
@@ -89,13 +98,23 @@ class Standing:
     waiting: str | None
     """What a driver waits for."""
     read: float
-    """When this was read."""
+    """When this was read, by the driver's clock as far as that is known."""
+    clock_s: float
+    """By how much this machine's clock is ahead of the driver's, where a driver was
+    seen to live whose stamps are long past or still to come; else 0."""
     ended: float | None
     """When something was last heard of it, where it does not run."""
 
 
-def standing(run: str) -> Standing:
+def standing(
+    run: str, *, clock_s: float = 0.0, listen_s: float = SIGN_OF_LIFE_SECONDS
+) -> Standing:
     """How the run at `run`, a path or URL, stands.
+
+    Args:
+        clock_s: as an earlier look has found it.
+        listen_s: how long to listen for a driver whose last stamp is long past or still
+            to come: it may be gone, or have another clock.
 
     Raises:
         ValueError: no driver has ever started there.
@@ -111,10 +130,17 @@ def standing(run: str) -> Standing:
     config = _config(drivers)
     usage = read_usage(store)
     prices = config.get("prices", {})
-    state, said = _state(events, drivers[-1], usage)
-    running = state == "running"
+    state, said = _ended(events, drivers[-1])
+    if state is None:
+        age = time.time() - clock_s - _newest(events, usage)
+        lives = -_AHEAD_SECONDS <= age <= _SILENT_SECONDS
+        if not lives and shows_life(store, listen_s):
+            lives, events, usage = True, read_events(store), read_usage(store)
+            clock_s = time.time() - _newest(events, usage)
+        state = "running" if lives else "gone"
+    running, now = state == "running", time.time() - clock_s
     stages = [
-        _stage(name, config, events, running=running)
+        _stage(name, config, events, now=now if running else None)
         for name in STAGES
         if config.get(name) is not None
     ]
@@ -134,7 +160,8 @@ def standing(run: str) -> Standing:
         attempts=sum(event.kind == "attempt_started" for event in events),
         restarts=_restarts(events),
         waiting=_waiting(events) if running else None,
-        read=time.time(),
+        read=now,
+        clock_s=clock_s,
         ended=None if running else events[-1].time,
     )
 
@@ -152,19 +179,24 @@ def _config(drivers: Sequence[Event]) -> dict[str, Any]:
     return config
 
 
-def _state(events: Sequence[Event], driver: Event, usage: Usage) -> tuple[Any, Any]:
+def _newest(events: Sequence[Event], usage: Usage) -> float:
+    return max(usage.time, *(event.time for event in events))
+
+
+def _ended(events: Sequence[Event], driver: Event) -> tuple[Any, str | None]:
+    """How a driver says that it ended, and why; None where it does not."""
     for event in reversed(events):
         if event.kind == "driver_ended" and event.driver == driver.driver:
             status = str(event.fields.get("status"))
             known = status in ("finished", "stopped")
             return (status, None) if known else ("failed", status)
-    seen = max(usage.time, *(event.time for event in events))
-    return ("gone" if time.time() - seen > _SILENT_SECONDS else "running"), None
+    return None, None
 
 
 def _stage(
-    name: str, config: Mapping[str, Any], events: Sequence[Event], *, running: bool
+    name: str, config: Mapping[str, Any], events: Sequence[Event], *, now: float | None
 ) -> StageStanding:
+    """`now` is None where the run does not go on."""
     own = [event for event in events if event.fields.get("stage") == name]
     last = own[-1] if own else None
     cause = None
@@ -175,11 +207,11 @@ def _stage(
         cause = str(last.fields.get("cause"))
         state = "stopped" if cause == "asked to stop" else "failed"
     elif last:
-        state = "running" if running else "stopped"
+        state = "running" if now is not None else "stopped"
     parts: dict[str, Any] = {
         "state": state,
         "cause": cause,
-        "seconds": _seconds(own, running=running),
+        "seconds": _seconds(own, now),
     }
     output = str(config.get("output")).rstrip("/")
     # A file that somebody else wrote, or that is damaged, costs its figures alone.
@@ -192,14 +224,14 @@ def _stage(
     return StageStanding(name=name, **parts)
 
 
-def _seconds(own: Sequence[Event], *, running: bool) -> float:
+def _seconds(own: Sequence[Event], now: float | None) -> float:
     total, since = 0.0, None
     for event in own:
         if event.kind == "stage_started":
             since = event.time
         elif since is not None:
             total, since = total + event.time - since, None
-    return total + (time.time() - since if since is not None and running else 0.0)
+    return total + (now - since if since is not None and now is not None else 0.0)
 
 
 def _preprocess(shards: str, **parts: Any) -> StageStanding:

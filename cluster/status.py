@@ -25,8 +25,10 @@ far, throughput, restarts and their causes, and how long it will take.
   python -m cluster.status s3://bucket/runs/first --watch
   python -m cluster.status /shared/runs/first --json | jq .stages
 
-It reads the run's directory alone: no cluster need be up, and no driver alive. Costs
-are of the nodes that drivers saw while they ran; prices come from run.yaml.
+It reads the run's directory alone: no cluster need be up, and no driver alive. Where
+the driver's last sign of life is a minute old or more, it listens for another for half
+a minute before it calls the driver gone: clocks may differ. Costs are of the nodes that
+drivers saw while they ran; prices come from run.yaml.
 """
 
 
@@ -56,8 +58,10 @@ def main(argv: Sequence[str]) -> None:
     config = parse(
         StatusConfig, argv, prog=PROG, description=DESCRIPTION, positional="run"
     )
+    clock_s = 0.0
     while True:
-        found = standing(config.run)
+        found = standing(config.run, clock_s=clock_s)
+        clock_s = found.clock_s
         if config.json:
             indent = None if config.watch else 1
             print(json.dumps(dataclasses.asdict(found), indent=indent), flush=True)

@@ -51,6 +51,10 @@ def duration(seconds: float) -> str:
 def _lines(found: Standing) -> Iterator[str]:
     age = duration((found.ended or found.read) - found.started)
     yield f"{found.run}  {_STATES[found.state]}, {age} from its start"
+    if found.clock_s:
+        how = "ahead of" if found.clock_s > 0 else "behind"
+        by = duration(abs(found.clock_s))
+        yield f"  the clock here is {by} {how} the driver's, whose times these are"
     if found.said:
         yield f"  {found.said}"
     if found.state not in ("running", "finished"):

@@ -313,6 +313,9 @@ class PreprocessConfig:
     workers: int | None = None
     """CPUs of the Ray that this command starts itself (default: all of this machine).
     On a running cluster (RAY_ADDRESS, `ray job submit`): most tasks at a time."""
+    task_resources: dict[str, float] | None = None
+    """On a running cluster: what a task asks for besides a CPU. A share of a custom
+    resource, {cpu_node: 0.001}, keeps tasks on the nodes that have it."""
     limit: int | None = None
     """Only the first this many inputs: for trying things out."""
     sample: float | None = None

@@ -345,7 +345,13 @@ class Run:
         poll = bar.running if watched else None
         workers = self._config.workers
         results = map_tasks(
-            function, work, items, workers=workers, poll=poll, ordered=ordered
+            function,
+            work,
+            items,
+            workers=workers,
+            poll=poll,
+            ordered=ordered,
+            resources=self._config.task_resources or {},
         )
         for done in results:
             bar.ended(done.number, done.tally)

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.retries import retried
@@ -144,6 +145,7 @@ def map_tasks(
     workers: int | None,
     poll: Poll | None,
     ordered: bool = False,
+    resources: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[Finished[ResultT]]:
     """Run `function(work, item, report)` on every `(number, item)` as a Ray task,
     yielding what comes of it as tasks end or, `ordered`, in the order of the items.
@@ -153,7 +155,8 @@ def map_tasks(
     At most a bounded number is under way; in order, those that wait for an earlier one
     to be yielded are included, so that one slow task holds up the others. Tasks whose
     worker dies are run again. `poll`, where there is one, gets the last report of every
-    task under way, by number, a few times a second.
+    task under way, by number, a few times a second. On a cluster that was joined, a
+    task asks for `resources` besides its CPU.
     """
     import ray
 
@@ -161,7 +164,11 @@ def map_tasks(
     if poll is not None:
         board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
     shared = ray.put(work)
-    remote: Any = ray.remote(_run_task).options(num_cpus=1, max_retries=_ATTEMPTS - 1)
+    remote: Any = ray.remote(_run_task).options(
+        num_cpus=1,
+        max_retries=_ATTEMPTS - 1,
+        resources=dict(resources) if os.environ.get("RAY_ADDRESS") else None,
+    )
     pending: dict[ray.ObjectRef, int] = {}
     finished: dict[int, Finished[ResultT]] = {}
     queue = iter(items)

@@ -126,13 +126,14 @@ class Raylets:
         ports = [f"--{name}={free_port()}" for name in others]
         self._start("--head", f"--port={port}", "--num-cpus=0", "--num-gpus=0", *ports)
 
-    def add(self, size: int = 1) -> Node:
-        """Start a node for training, and wait until the cluster knows it. One of a
-        larger `size` looks like several to who does not ask for their names.
+    def add(self, size: int = 1, *, kind: str = "gpu") -> Node:
+        """Start a node, for training by default, and wait until the cluster knows it.
+        One of a larger `size` looks like several to who does not ask for their names.
         """
         before = self.alive()
-        resources = json.dumps({"gpu_node": size})
-        amounts = (f"--num-cpus={size}", f"--num-gpus={size}")
+        resources = json.dumps({f"{kind}_node": size})
+        gpus = size if kind == "gpu" else 0
+        amounts = (f"--num-cpus={size}", f"--num-gpus={gpus}")
         words = (*amounts, f"--resources={resources}")
         node = self._start(f"--address={self.address}", *words)
         new = wait_until(lambda: self.alive() - before, self._said)

@@ -25,6 +25,24 @@ with demand.taken(
         print("COULD BE", found.could_be(), "FREE", free)
         time.sleep(0.5)
 """
+TASKS = """
+import json, time, ray
+from cluster import nodes
+from pipeline.ray_session import map_tasks
+
+def where(work, item, report):
+    time.sleep(0.1)
+    return ray.get_runtime_context().get_node_id()
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+tasks = map_tasks(
+    where, None, ((n, n) for n in range(40)), workers=None, poll=None, resources={asked}
+)
+used = {{done.result for done in tasks}}
+kinds = {{row["NodeID"]: row["Resources"] for row in ray.nodes()}}
+print("CPU NODES", nodes.exists("cpu_node"), "OTHERS", nodes.exists("other"))
+print("USED", sorted({{"gpu_node" in kinds[one] for one in used}}))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +88,16 @@ def test_a_node_too_few_to_grow_with_is_let_go_until_another_comes(
     finally:
         driver.kill()
         driver.communicate()
+
+
+def test_tasks_that_ask_for_a_share_of_a_cpu_node_stay_off_the_others(
+    cluster: Raylets,
+) -> None:
+    """As those of preprocessing do beside training (`overlap`)."""
+    cluster.add(kind="cpu")
+    if len(cluster.alive()) == 2:
+        cluster.add()
+    for asked, used in (({}, [False, True]), ({"cpu_node": 0.001}, [False])):
+        said, _ = cluster.drive(TASKS.format(asked=asked)).communicate(timeout=120)
+        assert "CPU NODES True OTHERS False" in said, said
+        assert f"USED {used}" in said, said

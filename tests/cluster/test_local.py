@@ -247,6 +247,31 @@ def test_down_leaves_nothing_even_after_kills() -> None:
         assert "no cluster at" in command("down", *where(cluster)).stderr
 
 
+def test_down_ends_the_head_of_an_up_that_was_killed(state: Path) -> None:
+    """In the middle of its start, and by a signal that leaves it no time."""
+    given = (f"--state={state}", f"--name={NAME}")
+    starting = subprocess.Popen(
+        [sys.executable, "-m", "cluster.local", "up", *given],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(local_processes.members(state / NAME)) < 3:
+        assert starting.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    starting.kill()
+    starting.wait()
+    left = local_processes.members(state / NAME)
+    assert left
+    done = command("down", *given)
+    assert done.returncode == 0, done.stderr
+    assert not [process for process in left if local_processes.runs(process)]
+    assert not traces(state / NAME)
+    assert not (state / NAME).exists()
+
+
 def test_what_a_dead_cluster_has_left_is_cleared_away() -> None:
     """A head that ends by itself ends its cluster; `up` starts another in its place."""
     with local_cluster(cpu_nodes=1, idle_seconds=2) as cluster:

@@ -173,6 +173,8 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     job.reaches(lambda: cluster.counts().get("cpu") == 2, "two nodes preprocess")
     job.reaches(lambda: steps_taken(run) >= 7, "some steps")
     assert files(output / "data") == files(undisturbed / "data")
+    progress = json.loads((output / "data.progress.json").read_text())
+    assert progress["config"]["task_resources"] == {"cpu_node": 0.001}
 
     os.kill(driver_pid(run), signal.SIGKILL)
     assert job.ends() != 0

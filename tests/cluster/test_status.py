@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -140,12 +141,45 @@ def test_a_driver_that_is_gone_is_told_from_one_that_works(
 ) -> None:
     output, journal = training
     aged(output, 100)
-    found = standing(str(output))
+    found = standing(str(output), listen_s=0.1)
     assert found.state == "gone"
     assert "submit the same command to continue" in text(found)
     assert found.command in text(found)
     journal.usage({}, {})
     assert standing(str(output)).state == "running"
+
+
+@pytest.mark.parametrize("seconds", [7200, -7200])
+def test_a_driver_with_another_clock_is_not_taken_for_gone(
+    seconds: float, training: tuple[Path, Journal]
+) -> None:
+    """Nor one that is gone for alive, whatever time it wrote."""
+    output, _ = training
+    ended = threading.Event()
+
+    def live() -> None:
+        row: dict[str, object] = {"node_seconds": {}, "alive": {"gpu": 3}}
+        while not ended.wait(0.2):
+            row["time"] = time.time() - seconds
+            Store(f"{output}/{FOLDER}").write("usage-x.json", json.dumps(row).encode())
+
+    aged(output, seconds)
+    assert standing(str(output), listen_s=0.1).state == "gone"
+    driver = threading.Thread(target=live)
+    driver.start()
+    try:
+        found = standing(str(output))
+        assert found.state == "running"
+        assert found.clock_s == pytest.approx(seconds, abs=30)
+        # Known from then on.
+        again = standing(str(output), clock_s=found.clock_s, listen_s=0)
+        assert again.state == "running"
+    finally:
+        ended.set()
+        driver.join()
+    assert found.read == pytest.approx(found.started, abs=30)
+    how = "ahead of" if seconds > 0 else "behind"
+    assert f"{how} the driver's, whose times these are" in text(found)
 
 
 @pytest.mark.parametrize(
