@@ -178,6 +178,7 @@ class Checkpoints:
     def _write(
         self, draft: Draft, marker: dict[str, Any], whole: dict[str, list[int]]
     ) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
@@ -187,9 +188,20 @@ class Checkpoints:
             self._written.set()
             if self._world.first:
                 self._complete(draft, marker)
+        except SafetensorError as error:
+            # A full disk is no error of the system to it.
+            self._fail(
+                OSError(
+                    f"cannot write the checkpoint of step {draft.step} below "
+                    f"{self._run}: {error}"
+                )
+            )
         except Exception as error:
-            self._failure = error
-            self._written.set()
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._written.set()
 
     def _complete(self, draft: Draft, marker: dict[str, Any]) -> None:
         """Rank 0: the marker, once every part is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,38 @@ def test_what_the_trainer_refuses_ends_the_run_with_its_words(
     assert ends(run) == ["failure"]
     assert cluster.groups() == {}
     assert [*training(run), *cluster.runners()] == []
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with too little room for a checkpoint."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    words = ["-t", "tmpfs", "-o", "size=256k", "palimpsest-test", str(path)]
+    done = subprocess.run(
+        ["mount", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.soak
+def test_a_full_disk_is_said(cluster: Raylets, shards: Path, full_disk: Path) -> None:
+    path = full_disk / "run.yaml"
+    write_config(path, shards, tiny_arguments(), max_nodes=1, failures=0)
+    driver = Driver(cluster, path)
+    try:
+        assert driver.ends() == 1, driver.said()
+    finally:
+        driver.kill()
+    last = driver.said().splitlines()[-1]
+    assert "cannot write the checkpoint of step 5 below" in last
+    assert "No space left on device" in last
+    assert last.endswith("give the same command, which continues")
+    assert cluster.groups() == {}
+    assert cluster.runners() == []
 
 
 def test_hangs_are_ended_notice_saves_and_failures_are_counted(

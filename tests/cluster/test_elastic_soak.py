@@ -201,6 +201,34 @@ def test_a_node_that_is_cut_off_is_noticed_and_replaced(
     assert column(run, "step") == list(range(1, 61))
 
 
+def test_a_run_whose_head_is_killed_goes_on_on_another_cluster(
+    pace: Path, shards: Path, tmp_path: Path
+) -> None:
+    """All that matters of it is on storage."""
+    pace.write_text(SLOW)
+    config, arguments = tmp_path / "run.yaml", tiny_arguments()
+    run = write_config(config, shards, arguments)
+    with local_cluster(gpu_nodes=2, idle_seconds=10) as cluster:
+        job = Job(cluster, config, run)
+        job.until(lambda: steps_taken(run) >= 7)
+        cluster.kill_node("head")
+        cluster.wait_until(lambda: not cluster.processes(), "all is gone")
+        assert job.ends() != 0
+        assert training(run) == []
+    pace.write_text(FAST)
+    with local_cluster(gpu_nodes=2, idle_seconds=10) as cluster:
+        job = Job(cluster, config, run)
+        assert job.ends() == 0, job.said()
+        cluster.wait_for({})
+    assert training(run) == []
+    starts = [one.fields["step"] for one in events(run, "attempt_started")]
+    assert starts[0] == 0 < starts[-1]
+    words = [f"--{key}={value}" for key, value in arguments.items()]
+    launch(2, *words, f"--data={shards}", f"--output={tmp_path / 'whole'}")
+    for name in ("step", "sample_digest", "loss"):
+        assert column(run, name) == column(tmp_path / "whole", name)
+
+
 def test_a_trainer_that_still_holds_the_run_is_waited_for(
     pace: Path, shards: Path, tmp_path: Path
 ) -> None:

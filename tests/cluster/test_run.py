@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -27,13 +28,14 @@ from tests.cluster.runs import (
     events,
     tiny_arguments,
     world_sizes,
+    write_config,
 )
 from tests.conftest import EMOJI, ROOT
 from tests.pipeline.corpora import run_module
 from tests.pipeline.s3 import S3Server
 from tests.pipeline.test_preprocess import files
 from tests.trainer.tiny import column, launch, steps_taken
-from trainer.contract import COMPLETE, METRICS
+from trainer.contract import COMPLETE, METRICS, complete_checkpoints
 
 SLOW, FAST = "0.4", "0"
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -219,6 +221,36 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     again = Job(cluster, config, tmp_path / "third.log")
     assert again.ends() == 0, again.said()
     assert len(ends(run)) == len(found["restarts"]) + 1
+
+
+def test_a_job_that_is_stopped_saves_and_another_is_refused_beside_it(
+    cluster: LocalCluster, pace: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    run = write_config(
+        config, shards, tiny_arguments(checkpoint__every_steps=1000), max_nodes=1
+    )
+    pace.write_text("1")
+    job = Job(cluster, config, tmp_path / "first.log")
+    job.reaches(lambda: events(run, "driver_started"), "its driver works")
+    second = Job(cluster, config, tmp_path / "second.log")
+    assert second.ends() != 0
+    assert "another driver works on" in second.said()
+    job.reaches(lambda: steps_taken(run) >= 1, "a step")
+
+    (number,) = set(re.findall(r"raysubmit_\w+", job.said()))
+    stopped = cluster.run(RAY, "job", "stop", number)
+    assert stopped.returncode == 0, stopped.stdout
+    job.ends()
+    ((saved, _),) = complete_checkpoints(run)
+    assert saved == steps_taken(run)
+    assert ends(run) == ["stopped"]
+
+    pace.write_text(FAST)
+    again = Job(cluster, config, tmp_path / "again.log")
+    assert again.ends() == 0, again.said()
+    assert [one.fields["step"] for one in events(run, "attempt_started")] == [0, saved]
+    assert column(run, "step") == list(range(1, 61))
 
 
 def test_on_object_storage_training_follows_shards_and_outlives_a_node(
