@@ -60,6 +60,8 @@ def test_two_nodes_take_the_steps_of_one_launcher(
     assert [*training(whole), *cluster.runners()] == []
 
 
+# Beside an autoscaler `test_run.py` keeps the same promise, in every `make test`.
+@pytest.mark.soak
 def test_a_run_whose_nodes_and_driver_are_killed_takes_the_steps_of_an_undisturbed_one(
     whole: Path, cluster: Raylets, pace: Path, shards: Path, tmp_path: Path
 ) -> None:

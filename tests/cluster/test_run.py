@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from tests.conftest import EMOJI, ROOT
 from tests.pipeline.corpora import run_module
 from tests.pipeline.s3 import S3Server
 from tests.pipeline.test_preprocess import files
-from tests.trainer.tiny import column, launch, steps_taken
+from tests.trainer.tiny import column, half_written, launch, steps_taken
 from trainer.contract import COMPLETE, METRICS, complete_checkpoints
 
 SLOW, FAST = "0.4", "0"
@@ -185,6 +186,10 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     job.reaches(lambda: "cpu" not in cluster.counts(), "idle nodes go while it trains")
     before = steps_taken(run)
     job.reaches(lambda: steps_taken(run) > before + 3, "more steps")
+    # In a checkpoint, if that can be hit.
+    while not half_written(run) and steps_taken(run) < before + 10:
+        time.sleep(0.01)
+        assert job.process.poll() is None, job.said()
     cluster.kill_node(cluster.nodes("gpu")[-1].id)
     job.reaches(lambda: len(world_sizes(run)) == 3, "an attempt without the node")
     job.reaches(lambda: world_sizes(run)[-1] == 2, "it grows again")
