@@ -58,8 +58,8 @@ def drawn_matching(
     """
     zero = torch.zeros_like(uids)
     wanted, which, *_ = draw(seed=seed, use=Use.ITM, epoch=epochs, uid=uids, index=zero)
-    other = ~(_same(uids[:, None], group) | _same(images[:, None], group))
-    other &= ~_same(captions, group)
+    alike = same_in_group(uids[:, None], group) | same_in_group(images[:, None], group)
+    other = ~(alike | same_in_group(captions, group))
     n_others = other.sum(1)
     number = (which * n_others) >> 32
     # The one of the others that has so many before it.
@@ -104,7 +104,7 @@ def caption_table(stream: Stream, token_ids: Tensor, longest: int) -> Tensor:
     return table.index_put(places, token_ids[:used])
 
 
-def _same(rows: Tensor, group: int) -> Tensor:
+def same_in_group(rows: Tensor, group: int) -> Tensor:
     """(B, N) bool: row (B, L) and each row of its group are equal."""
     grouped = rows.unflatten(0, (-1, group))
     return (grouped[:, :, None] == grouped[:, None]).all(-1).flatten(0, 1)

@@ -1,18 +1,19 @@
-"""Transformer layers on a flat token stream, in BERT's shape.
+"""Transformer layers on flat token streams, in BERT's shape, and across two of them.
 
-Owns the layers, and which attention runs where. Does not own the stream
-(`trainer.stream`) or which rows of it a loss reads (`trainer.models.scored_rows`).
+Owns the layers, and which attention runs where. Does not own the streams
+(`trainer.stream`, `trainer.models.segments`) or which rows of them a loss reads
+(`trainer.models.scored_rows`).
 
 A layer that is given `Rows` gives these rows of its result alone, from the keys and
 values of all: what it does besides is of each row by itself.
 
-Shapes: T stream rows, N rows of the result, D width, H heads, E width of a head, B
-segments, S longest one.
+Shapes: T stream rows, N rows of the result, O rows of the other modality, U of them
+that are attended to, D width, H heads, E width of a head, B segments, S longest one.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.kernels.layer_norm import add_layer_norm
 from trainer.models.scored_rows import Rows
-from trainer.stream import Stream
+from trainer.models.segments import Segmented, Segments
 
 
 class Projection(nn.Linear):
@@ -52,7 +53,9 @@ class Attention(nn.Module):
         self.qkv = Projection(width=width, heads=heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_td: Tensor, stream: Stream, rows: Rows | None = None) -> Tensor:
+    def forward(
+        self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
+    ) -> Tensor:
         """(T, D) -> (N, D)."""
         q, k, v = self.qkv(x_td, rows)
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -95,7 +98,9 @@ class Block(nn.Module):
         self.down = nn.Linear(ffn_width, width)
         self.ffn_norm = ResidualNorm(width, eps=eps)
 
-    def forward(self, x_td: Tensor, stream: Stream, rows: Rows | None = None) -> Tensor:
+    def forward(
+        self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
+    ) -> Tensor:
         """(T, D) -> (N, D)."""
         kept_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         if self.pre:
@@ -110,8 +115,92 @@ class Block(nn.Module):
         return self.down(F.gelu(self.up(x_nd)))
 
 
+class Keys(NamedTuple):
+    """Where queries of one modality find the rows of the other."""
+
+    row: Tensor
+    """(U,) row, among all O, of each that is attended to."""
+    segments: Segments
+    """Of these rows, as many of pairs as the queries have."""
+
+
+class CrossAttention(nn.Module):
+    """Attention from each segment of a stream to its partner's rows."""
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_nd: Tensor,
+        other_od: Tensor,
+        own: Segments,
+        keys: Keys,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """(N, D), (O, D) -> (N, D). Keys and values are made once for each of the O
+        rows, however many segments attend to it.
+        """
+        q = self.query(x_nd).unflatten(-1, (self.heads, -1))
+        # Sums of gradients by sorted rows: an index_select would add them in any order.
+        both = F.embedding(keys.row, self.key_value(other_od))
+        k, v = both.unflatten(-1, (2, self.heads, -1)).unbind(1)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            mixed = _varlen_across(q, k, v, own, keys.segments, rows)
+        else:
+            mixed = _padded_across(q, k, v, own, keys.segments, rows)
+        return self.out(mixed.flatten(-2))
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, if it has one, cross-attention and feed-forward, pre-norm."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        ffn_width: int,
+        eps: float,
+        self_attention: bool,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention, self.cross_norm = None, None
+        if self_attention:
+            self.attention = Attention(width=width, heads=heads)
+            self.cross_norm = ResidualNorm(width, eps=eps)
+        self.cross = CrossAttention(width=width, heads=heads)
+        self.ffn_norm = ResidualNorm(width, eps=eps)
+        self.up = nn.Linear(width, ffn_width)
+        self.down = nn.Linear(ffn_width, width)
+
+    def forward(
+        self,
+        x_td: Tensor,
+        other_od: Tensor,
+        own: Segments,
+        keys: Keys,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """(T, D), (O, D) -> (N, D)."""
+        x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
+        if self.attention is not None and self.cross_norm is not None:
+            mixed_nd = self.attention(self.attention_norm(x_td), own, rows)
+            x_nd, normed_nd = self.cross_norm(x_nd, mixed_nd)
+        else:
+            normed_nd = self.attention_norm(x_nd)
+        mixed_nd = self.cross(normed_nd, other_od, own, keys, rows)
+        x_nd, normed_nd = self.ffn_norm(x_nd, mixed_nd)
+        return x_nd + self.down(F.gelu(self.up(normed_nd)))
+
+
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+    q: Tensor, k: Tensor, v: Tensor, stream: Segmented, rows: Rows | None
 ) -> Tensor:
     """Attention over unpadded segments: (N, H, E) -> (N, H, E). CUDA, 16 bits."""
     from torch.nn.attention.varlen import varlen_attn
@@ -125,10 +214,16 @@ def _varlen(
 
 
 def _by_segment(
-    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+    q: Tensor, k: Tensor, v: Tensor, stream: Segmented, rows: Rows | None
 ) -> Tensor:
     """The same, a segment after the other, for CPUs."""
     sizes = stream.cu_seqlens.diff().tolist()
+    if rows is None and len(set(sizes)) == 1:
+        q, k, v = (
+            part.unflatten(0, (-1, sizes[0])).transpose(1, 2) for part in (q, k, v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(1, 2).flatten(0, 1)
     wanted = sizes if rows is None else rows.cu_seqlens.diff().tolist()
     parts = zip(q.split(wanted), k.split(sizes), v.split(sizes), strict=True)
     return torch.cat([_attend(*part) for part in parts if len(part[0])])
@@ -141,7 +236,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _padded(
-    q: Tensor, k: Tensor, v: Tensor, stream: Stream, rows: Rows | None
+    q: Tensor, k: Tensor, v: Tensor, stream: Segmented, rows: Rows | None
 ) -> Tensor:
     """The same on a (B, S) table with a key mask: fp32 on a GPU, and compiled."""
     if rows is not None:
@@ -156,7 +251,67 @@ def _padded(
     return mixed.flatten(1).index_select(0, flat).unflatten(-1, mixed.shape[1:])
 
 
-def _table(x: Tensor, stream: Stream) -> Tensor:
+def _table(x: Tensor, stream: Segmented) -> Tensor:
     """(T, H, E) -> (B, S, H, E)."""
     table = x.flatten(1).index_select(0, stream.dense.flatten())
     return table.view(*stream.dense.shape, *x.shape[1:])
+
+
+def _varlen_across(
+    q: Tensor, k: Tensor, v: Tensor, own: Segments, other: Segments, rows: Rows | None
+) -> Tensor:
+    """Attention of each segment to its partner's rows, unpadded: (N, H, E), (U, H, E)
+    -> (N, H, E). CUDA, 16 bits.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    inside = own.inside
+    bounds = own.cu_seqlens
+    if rows is not None:
+        bounds = rows.cu_seqlens
+        inside = None if inside is None else inside[rows.row]
+    # The kernel writes nothing, not even gradients, in rows past the last pair's.
+    q, k, v = (
+        _only(part, at)
+        for part, at in ((q, inside), (k, other.inside), (v, other.inside))
+    )
+    mixed = varlen_attn(
+        q,
+        k,
+        v,
+        bounds[: own.pairs + 1],
+        other.cu_seqlens[: own.pairs + 1],
+        own.longest,
+        other.longest,
+    )
+    assert isinstance(mixed, Tensor)
+    return _only(mixed, inside)
+
+
+def _only(x: Tensor, inside: Tensor | None) -> Tensor:
+    """`x` (T, H, E) with rows that are not `inside` (T,) 0, and so their gradients."""
+    return x if inside is None else torch.where(inside[:, None, None], x, 0)
+
+
+def _padded_across(
+    q: Tensor, k: Tensor, v: Tensor, own: Segments, other: Segments, rows: Rows | None
+) -> Tensor:
+    """The same on tables with a key mask; rows of no pair get some other's result."""
+    if rows is not None:
+        q = q.index_select(0, rows.place)
+    pairs = own.pairs
+    q = _rows_at(q, own.dense[:pairs])
+    k, v = (_rows_at(part, other.dense[:pairs]) for part in (k, v))
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=other.dense_valid[:pairs, None, None, :]
+    )
+    flat = own.flat if rows is None else own.flat[rows.row]
+    mixed = mixed.transpose(1, 2).flatten(0, 1)
+    found = mixed.flatten(1).index_select(0, flat.clamp(max=len(mixed) - 1))
+    return found.unflatten(-1, mixed.shape[1:])
+
+
+def _rows_at(x: Tensor, dense: Tensor) -> Tensor:
+    """(T, H, E) at the rows of a table (B, S) -> (B, H, S, E)."""
+    table = x.flatten(1).index_select(0, dense.flatten())
+    return table.view(*dense.shape, *x.shape[1:]).transpose(1, 2)

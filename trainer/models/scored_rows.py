@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainer.models.segments import Segmented
 from trainer.stream import Stream
 
 
@@ -44,7 +45,7 @@ class Rows:
         )
 
 
-def keep(needed_t: Tensor, count: int, stream: Stream) -> Rows | None:
+def keep(needed_t: Tensor, count: int, stream: Segmented) -> Rows | None:
     """The rows that are needed (T,), and as many more of the first others as it takes
     to have `count`; None: all rows are kept.
 
