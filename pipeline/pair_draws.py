@@ -109,9 +109,7 @@ def negatives(
     salt = mixed(salt + turn.astype(np.uint64))
     anchors = positive[beside, (salt >> np.uint64(63)).astype(np.int64)]
     hard = (_unit(mixed(salt)) < hard_share) & (table.hard[anchors] != NO_VALUE)
-    found = np.empty((0, 2), np.int64)
-    kinds = np.empty(0, np.int64)
-    keys = np.empty(0, np.uint64)
+    found, kinds, keys = [], [], np.empty(0, np.uint64)
     left = np.arange(wanted)
     for kind in (Kind.HARD, Kind.EASY):
         pool = _Pool(table, rows, hard=kind is Kind.HARD)
@@ -123,14 +121,15 @@ def negatives(
             partner = pool.other(anchors[todo], drawn)
             pair = np.stack([anchors[todo], partner], axis=1)
             key = _unordered(pair, len(table))
-            fresh = (partner >= 0) & ~np.isin(key, keys) & _first(key)
+            fresh = (partner >= 0) & ~_among(key, keys) & _first(key)
             fresh &= table.images[pair[:, 0]] != table.images[pair[:, 1]]
-            found = np.concatenate([found, pair[fresh]])
-            kinds = np.concatenate([kinds, np.full(int(fresh.sum()), kind)])
-            keys = np.concatenate([keys, key[fresh]])
-            left = np.setdiff1d(left, todo[fresh])
+            found.append(pair[fresh])
+            kinds.append(np.full(int(fresh.sum()), kind, dtype=np.int64))
+            keys = np.sort(np.concatenate([keys, key[fresh]]))
+            left = np.setdiff1d(left, todo[fresh], assume_unique=True)
             todo = todo[~fresh]
-    return found, kinds
+    none = np.empty((0, 2), np.int64)
+    return np.concatenate([none, *found]), np.concatenate([none[:, 0], *kinds])
 
 
 def sided(table: Table, pairs: np.ndarray, kinds: np.ndarray, *, seed: int) -> Pairs:
@@ -154,33 +153,43 @@ class _Pool:
     """
 
     def __init__(self, table: Table, rows: np.ndarray, *, hard: bool) -> None:
-        self._bucket = table.hard if hard else np.zeros_like(table.hard)
-        self._values = table.values
-        uids, bucket, values = table.uids[rows], self._bucket[rows], table.values[rows]
-        self._rows = rows[np.lexsort((uids, values, bucket))]
-        pair = np.empty(len(rows), dtype=[("bucket", "<u8"), ("value", "<u8")])
-        pair["bucket"] = self._bucket[self._rows]
-        pair["value"] = table.values[self._rows]
-        self._pair, self._sorted_buckets = pair, pair["bucket"]
+        bucket = table.hard[rows] if hard else np.zeros(len(rows), np.uint64)
+        values = table.values[rows]
+        order = np.lexsort((table.uids[rows], values, bucket))
+        bucket, values = bucket[order], values[order]
+        self._rows = rows[order]
+        self._place = np.full(len(table), -1, dtype=np.int64)
+        self._place[self._rows] = np.arange(len(rows))
+        new_bucket = _changes(bucket)
+        self._first, self._last = _runs(new_bucket)
+        self._start, self._end = _runs(new_bucket | _changes(values))
 
     def other(self, anchors: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """A row (P,) of the bucket of each anchor (P,) and of another value; -1 where
-        there is none.
+        """A row (P,) of the bucket of each anchor (P,), one of the pool, and of another
+        value; -1 where there is none.
         """
-        bucket = self._bucket[anchors]
-        first = np.searchsorted(self._sorted_buckets, bucket, side="left")
-        last = np.searchsorted(self._sorted_buckets, bucket, side="right")
-        own = np.empty(len(anchors), dtype=self._pair.dtype)
-        own["bucket"], own["value"] = bucket, self._values[anchors]
-        start = np.searchsorted(self._pair, own, side="left")
-        end = np.searchsorted(self._pair, own, side="right")
-        others = (last - first) - (end - start)
+        at = self._place[anchors]
+        own = self._end[at] - self._start[at]
+        others = self._last[at] - self._first[at] - own
         number = (drawn % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
-        place = first + number
-        place = np.where(place < start, place, place + (end - start))
-        place = np.minimum(place, len(self._rows) - 1)
-        found: np.ndarray = np.where(others > 0, self._rows[place], -1)
+        place = self._first[at] + number
+        place = np.where(place < self._start[at], place, place + own)
+        found: np.ndarray = np.where(
+            others > 0, self._rows[np.minimum(place, len(self._rows) - 1)], -1
+        )
         return found
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Which sorted values (N,) differ from the one before: bool."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
+
+
+def _runs(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the run of each place (N,) begins, and where it ends."""
+    first = np.flatnonzero(starts)
+    sizes = np.diff(np.append(first, len(starts)))
+    return np.repeat(first, sizes), np.repeat(first + sizes, sizes)
 
 
 def _rings(
@@ -215,6 +224,15 @@ def _unit(words: np.ndarray) -> np.ndarray:
 def _unordered(pairs: np.ndarray, count: int) -> np.ndarray:
     low, high = pairs.min(1), pairs.max(1)
     return low.clip(min=0).astype(np.uint64) * np.uint64(count) + high.astype(np.uint64)
+
+
+def _among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which keys (P,) are among sorted known ones: bool."""
+    if not len(known):
+        return np.zeros(len(keys), bool)
+    place = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    found: np.ndarray = known[place] == keys
+    return found
 
 
 def _first(keys: np.ndarray) -> np.ndarray:
