@@ -217,7 +217,7 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
             took = spent_on(batch, feed, elapsed)
             watch.at("all-reduce of metrics")
             asked = (stop.asked, checkpoints.due, checkpoints.failed)
-            summed = summed_over_ranks(result, took, asked, loader, totals, world)
+            summed = summed_over_ranks(updated.sums, took, asked, loader, totals, world)
             row = metrics_row(batch, totals, summed, loader, world, elapsed)
             row |= {"step": step, **updated.row, **_of_model(parts, step)}
             spent += summed.spent
@@ -471,9 +471,9 @@ def global_counts(counts: Counts, world: World) -> Counts:
 
 def run_micro_batches(
     engine: Any, loader: Loader, batch: StepBatch, totals: Counts, world: World
-) -> list[float]:
+) -> torch.Tensor:
     """Forward and backward of a rank's micro-batches; its sums of the model's losses
-    and figures, and `by_mode.SIZE` more by masking mode.
+    and figures, and `by_mode.SIZE` more by masking mode, on the device.
 
     DeepSpeed divides gradients by ranks and by accumulation, so a local sum times both,
     over the global count, gives the gradient of the global mean however it was split.
@@ -497,7 +497,7 @@ def run_micro_batches(
         sums += summed_of(output, model)
         if number + 1 < len(batch.micro_batches):
             engine.step()
-    return sums.tolist()
+    return sums
 
 
 def summed_of(output: Output, model: ModelConfig) -> torch.Tensor:

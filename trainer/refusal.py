@@ -6,6 +6,10 @@ is dropped (`trainer.safety`).
 DeepSpeed's ZeRO optimizers refuse a step whose gradient norm is not finite, on every
 rank alike, in fp32 and in bf16, and release what they had accumulated. A step that is
 dropped for another reason takes the same way: the norm that they see is not a number.
+
+They read the norm to decide that, and the host waits for the device. A fused AdamW can
+be told by a number on the device instead (torch made that for GradScaler), and nothing
+is read (`refusing_on_device`).
 """
 
 from __future__ import annotations
@@ -42,6 +46,34 @@ def refusing(optimizer: Any) -> Iterator[list[Tensor]]:
                 _shadowed(optimizer, "_get_norm_groups", lambda: [norms()])
             )
         yield measured
+
+
+@contextmanager
+def refusing_on_device(optimizer: Any, unwanted: Tensor) -> Iterator[None]:
+    """While it lasts, a step of `optimizer`, ZeRO 1 or 2 around a fused AdamW, leaves
+    weights, moments and step counts as they are where the gradient norm is not finite
+    or `unwanted`, a number on the device, is not 0. No value is read to know that.
+    """
+    from deepspeed.runtime.zero import stage_1_and_2 as zero
+
+    inner, measure = optimizer.optimizer, optimizer.scaled_global_norm
+
+    def norm() -> Tensor:
+        found = measure()
+        inner.found_inf = (~found.isfinite() | (unwanted != 0)).float()
+        return found
+
+    with ExitStack() as stack:
+        for thing, name, value in (
+            (inner, "found_inf", None),
+            (optimizer, "scaled_global_norm", norm),
+            # What reads the norm, or copies a number to the device to mark one with.
+            (optimizer, "check_grad_overflow", False),
+            (zero, "is_invalid_grad_norm", lambda norm: False),
+            (zero, "mask_nan_or_inf_with_val_inplace", lambda norm, device: None),
+        ):
+            stack.enter_context(_shadowed(thing, name, value))
+        yield
 
 
 def combined_norm(measured: list[Tensor]) -> float:

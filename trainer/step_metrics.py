@@ -8,6 +8,7 @@ Owns how the ranks' shares of a step become its metrics. Does not own what is me
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
 
 
 def summed_over_ranks(
-    result: list[float],
+    result: Sequence[float],
     spent: Spent,
     asked: tuple[bool, bool, bool],
     loader: Loader,

@@ -24,6 +24,7 @@ from trainer.engine import (
     apply_step,
     build_engine,
     chosen_precision,
+    decides_on_device,
     parameter_groups,
     start_world,
 )
@@ -34,6 +35,7 @@ from trainer.loader import Loader, StepBatch
 from trainer.loop import build_model, global_counts, run_micro_batches
 from trainer.options import PretrainConfig
 from trainer.profiling import peak_memory_gib
+from trainer.update import step_and_read
 
 ROUNDS = 3
 
@@ -114,8 +116,12 @@ class Trainee:
         config = self.loader.config
         totals = global_counts(batch.counts, self.world)
         sums = run_micro_batches(self.engine, self.loader, batch, totals, self.world)
+        if decides_on_device(self.engine):
+            terms = len(config.model.terms)
+            return step_and_read(self.engine, sums, terms, self.world, lr=self.lr)[0]
+        found: list[float] = sums.tolist()
         apply_step(self.engine, lr=self.lr, clip=config.optimizer.clip)
-        return sums
+        return found
 
     def close(self) -> None:
         """Let go of memory."""
