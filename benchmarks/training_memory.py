@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from pipeline.config import run
+from trainer.check import check
 from trainer.engine import chosen_precision, world_from_environment
-from trainer.loop import check, train
+from trainer.loop import train
 from trainer.options import PretrainConfig, parse_run
 from trainer.plan_data import facts_of
 from trainer.plan_run import Budget, parameters_by_part

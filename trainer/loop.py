@@ -15,7 +15,6 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -23,70 +22,42 @@ import torch
 import yaml
 
 from pipeline.config import to_yaml
-from pipeline.manifest import TokenizerInfo
 from trainer import by_mode, checkpoint, environment
+from trainer.build import build_model, initial_weights
+from trainer.check import Checked
 from trainer.contract import (
     COMPLETE,
     CONFIG,
     LOCKED,
-    check_world_size,
     read_validation,
 )
 from trainer.contrast import contrasts_of
-from trainer.data_state import DataState, resumed
-from trainer.dataset import Dataset
+from trainer.data_state import DataState
 from trainer.engine import (
     World,
     build_engine,
     chosen_precision,
     start_world,
-    world_from_environment,
 )
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
 from trainer.growth import agreed_state, freeze_until
-from trainer.initial import read_weights, require_alike, require_fit
 from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
-from trainer.models.base import Inputs, ModelConfig, Output, Sizes
-from trainer.options import PretrainConfig, blocking_changes, load_config
+from trainer.models.base import Inputs, ModelConfig, Output
+from trainer.options import PretrainConfig
 from trainer.panels import drop_panels
 from trainer.parameters import parameter_norm
 from trainer.profiling import Profiler, peak_memory_gib, span
-from trainer.quarantine import Quarantined, from_plain, to_plain
+from trainer.quarantine import from_plain, to_plain
 from trainer.run_copy import RunCopy
 from trainer.saving import Checkpoints
-from trainer.sources import sources_of
 from trainer.step_metrics import Summed, metrics_row, spent_on, summed_over_ranks
-from trainer.storage import local_path
-from trainer.tracking import check_installed
 from trainer.update import Updates
 from trainer.validation import HeldOut, held_out
 from trainer.watchdog import Fed, Watchdog
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What `check` found: the dataset, and the checkpoint to resume from, if any."""
-
-    dataset: Dataset
-    checkpoint: Path | None
-    """Of a run behind a URL, where it is once it was brought here."""
-    state: DataState
-    """Where its data stands."""
-    quarantined: tuple[Quarantined, ...] = ()
-    """Damaged samples that were found before."""
-    safety: dict[str, Any] | None = None
-    """What was known of the losses before."""
-    copy: RunCopy | None = None
-    """Of a run behind a URL."""
-
-    @property
-    def first_step(self) -> int:
-        """Steps already taken."""
-        return self.state.step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +98,7 @@ def train(config: PretrainConfig, checked: Checked) -> int:
     bodies = config.model.bodies
     given = config.init or ", ".join(bodies.values())
     if given and not checked.checkpoint:
-        model.load_state_dict(_initial(config, loader.dataset), strict=False)
+        model.load_state_dict(initial_weights(config, loader.dataset), strict=False)
     model.recompute = config.deepspeed.activation_checkpointing
     if config.compile == "layers":
         model.compile_layers()
@@ -290,86 +261,6 @@ def _look_and_save(
     return due
 
 
-def check(config: PretrainConfig) -> Checked:
-    """Everything that can be wrong, before a process group exists or a file is written.
-
-    Raises:
-        ValueError: a configuration, dataset, world size or run directory that does not
-            fit. The message has the cure.
-    """
-    run = config.output
-    rank, world_size = world_from_environment()
-    check_world_size(world_size, lanes=config.lanes)
-    check_installed(config.log.wandb)
-    copy = RunCopy(config) if local_path(run) is None else None
-    if copy:
-        copy.require_writable(rank)
-    found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
-    if found:
-        require_same(config, copy.config() if copy else load_config(config.run))
-    # A run that has begun on a dataset goes on with the shards that it knows.
-    growing = config.grow or found is not None
-    dataset = Dataset(
-        config.data,
-        config.split,
-        tokenizer=config.tokenizer,
-        growing=growing,
-        storage=config.storage,
-    )
-    sources = sources_of(dataset, config.mixture)
-    quarantined: list[Quarantined] = []
-    if found:
-        _, marker = found
-        before = DataState.from_plain(marker)
-        changed_data = config.changed_data
-        state = resumed(before, dataset, sources, changed=changed_data, run=run)
-        if state.began == before.began:
-            # What was damaged of other data says nothing of this.
-            quarantined = from_plain(marker["quarantine"])
-    else:
-        state = DataState.fresh(dataset, sources, seed=config.seed)
-        require_start(config, dataset)
-    Loader(dataset, config, rank=0, world_size=world_size, state=state)
-    chosen_precision(config)
-    return Checked(
-        dataset=dataset,
-        checkpoint=found[0] if found else None,
-        state=state,
-        quarantined=tuple(quarantined),
-        safety=found[1]["safety"] if found else None,
-        copy=copy,
-    )
-
-
-def require_same(config: PretrainConfig, before: PretrainConfig) -> None:
-    """Raise ValueError where a run differs from `before` in what may not change."""
-    changed = blocking_changes(
-        *(yaml.safe_load(to_yaml(each)) for each in (before, config))
-    )
-    if changed:
-        raise ValueError(
-            f"{config.output} was started with another configuration: "
-            f"{'; '.join(changed)}. Take the old values to continue it, or another "
-            "--output to start anew"
-        )
-
-
-def require_start(config: PretrainConfig, dataset: Dataset) -> None:
-    """Raise ValueError, with the cure, unless the weights that a run is to start from,
-    if any, are those of such a model.
-    """
-    if config.init:
-        require_alike(config.init, config.model)
-        with torch.device("meta"):
-            model = build_model(config, dataset.tokenizer)
-        weights = _initial(config, dataset)
-        optional = config.model.optional
-        require_fit(model, weights, source=config.init, optional=optional)
-    if config.model.bodies:
-        sizes = model_sizes(config, dataset.tokenizer)
-        config.model.require_bodies(sizes, dataset.tokenizer_file)
-
-
 def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loader:
     """The loader of this rank, on the shards that rank 0 sees."""
     return Loader(
@@ -380,27 +271,6 @@ def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loa
         quarantined=checked.quarantined,
         state=agreed_state(checked.dataset, checked.state, world),
     )
-
-
-def build_model(config: PretrainConfig, tokenizer: TokenizerInfo) -> Any:
-    """The model of a recipe, sized by the dataset's tokenizer."""
-    return config.model.build(model_sizes(config, tokenizer))
-
-
-def model_sizes(config: PretrainConfig, tokenizer: TokenizerInfo) -> Sizes:
-    """What a model is made with besides its keys."""
-    return Sizes(
-        vocab_size=tokenizer.vocab_size,
-        special_ids=tokenizer.special_ids,
-        max_text=config.text.max_tokens,
-        image_size=config.image.size,
-    )
-
-
-def _initial(config: PretrainConfig, dataset: Dataset) -> dict[str, torch.Tensor]:
-    if not config.init:
-        return config.model.read_bodies(model_sizes(config, dataset.tokenizer))
-    return read_weights(config.init, tokenizer_sha256=dataset.tokenizer.sha256)
 
 
 def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:

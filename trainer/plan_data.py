@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from pipeline.manifest import TokenizerInfo
+from trainer.build import require_start
 from trainer.dataset import Dataset
 from trainer.loader import Loader
-from trainer.loop import require_start
 from trainer.masking import mam_counts
 from trainer.options import PretrainConfig
 from trainer.philox import signed_uids

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from pipeline.manifest import TokenizerInfo
+from trainer.build import build_model, model_sizes
 from trainer.contract import check_world_size, micro_batch_size
 from trainer.engine import chosen_precision
 from trainer.flops import step_flops
 from trainer.gpus import Gpu, gpu_named
 from trainer.loader import STEPS_HELD
-from trainer.loop import build_model, model_sizes
 from trainer.options import PretrainConfig
 from trainer.plan_data import Facts, expected, facts_of, facts_without_data, shapes
 from trainer.plan_memory import Activations, States, states

@@ -28,7 +28,8 @@ take --output s3://bucket/runs/first, or another URL.
 
 def main(argv: Sequence[str]) -> int:
     """Parse `argv`, check everything that can be checked, and train."""
-    from trainer.loop import check, mark_complete, train
+    from trainer.check import check
+    from trainer.loop import mark_complete, train
     from trainer.options import PretrainConfig, parse_run
 
     # The launcher appends this; the environment says the same.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
+from trainer.build import build_model
 from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
-from trainer.loop import build_model
 from trainer.options import PretrainConfig, load_config
 from trainer.sources import sources_of
 

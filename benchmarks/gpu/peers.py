@@ -25,8 +25,8 @@ from benchmarks.gpu.batches import SPECIAL_IDS, Drawn, recipe, tokenizer
 from benchmarks.gpu.record import Record, Setting
 from benchmarks.gpu.steps import best_size, models, sizes
 from benchmarks.gpu.training import ROUNDS, speed
+from trainer.build import build_model
 from trainer.loader import MicroBatch
-from trainer.loop import build_model
 from trainer.matching import caption_table
 from trainer.options import PretrainConfig
 from trainer.profiling import peak_memory_gib

@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu.batches import Drawn, pinned, recipe
 from benchmarks.gpu.record import ROOT, Record, Setting
 from benchmarks.gpu.training import trainee
+from trainer.build import build_model
 from trainer.feed import Feed
 from trainer.loader import Loader, MicroBatch
-from trainer.loop import build_model, model_inputs
+from trainer.loop import model_inputs
 from trainer.models.base import Output
 from trainer.models.mlim import MlimForPreTraining
 

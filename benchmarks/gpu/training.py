@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.record import Setting
+from trainer.build import build_model
 from trainer.engine import (
     World,
     apply_step,
@@ -32,7 +33,7 @@ from trainer.feed import Feed
 from trainer.flops import step_flops
 from trainer.gpus import known_peak
 from trainer.loader import Loader, StepBatch
-from trainer.loop import build_model, global_counts, run_micro_batches
+from trainer.loop import global_counts, run_micro_batches
 from trainer.options import PretrainConfig
 from trainer.profiling import peak_memory_gib
 from trainer.update import step_and_read

@@ -14,8 +14,8 @@ from pipeline.manifest import load_manifest
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import column, config
 from trainer import checkpoint
+from trainer.check import check
 from trainer.contract import complete_checkpoints
-from trainer.loop import check
 from trainer.masking import Masks
 from trainer.models.base import Inputs
 from trainer.models.bert import from_bert, read_body, to_bert

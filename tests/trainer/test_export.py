@@ -22,9 +22,9 @@ from pipeline.manifest import file_sha256
 from tests.conftest import launch_environment, python
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import config
+from trainer.check import check
 from trainer.export import ExportConfig, export
 from trainer.initial import read_weights
-from trainer.loop import check
 from trainer.masking import MaskConfig, mam
 from trainer.models import hf
 from trainer.models.base import Inputs

@@ -11,11 +11,12 @@ import torch
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import column, config
 from trainer import checkpoint
+from trainer.build import build_model
+from trainer.check import check
 from trainer.contract import complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.export import ExportConfig, export
 from trainer.initial import require_fit
-from trainer.loop import build_model, check
 
 
 @pytest.fixture(scope="module")

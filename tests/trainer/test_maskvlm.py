@@ -469,9 +469,7 @@ def test_a_loss_that_is_off_has_no_head_no_pass_and_no_effect(on: int) -> None:
         elif name != "itm" or wanted["itc"]:
             torch.testing.assert_close(value, expected.losses[name])
     assert gradients.keys() == names
-    passes = model._wanted(
-        pairs.micro(config)[0]._replace(contrast=ALONE)
-    ).passes
+    passes = model._wanted(pairs.micro(config)[0]._replace(contrast=ALONE)).passes
     assert passes.masked_images == wanted["mim"]
     assert passes.masked_texts == wanted["mlm"]
     clean = wanted["itc"] or wanted["itm"]

@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import python
 from tests.trainer.tiny import TINY, config
+from trainer.build import build_model
 from trainer.dataset import Dataset
 from trainer.loader import Loader, sum_counts
-from trainer.loop import build_model
 from trainer.plan import main
 from trainer.plan_data import expected, facts_of, shapes
 

@@ -15,9 +15,9 @@ from pipeline.manifest import load_manifest
 from tests.conftest import python
 from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.tiny import column, config, launch
+from trainer.check import check
 from trainer.dataset import Dataset
 from trainer.loader import Loader
-from trainer.loop import check
 from trainer.report.data import read_datasets, read_runs
 from trainer.storage import StorageConfig
 

@@ -34,6 +34,7 @@ from tests.trainer.tiny import (
     with_faults,
 )
 from trainer import checkpoint
+from trainer.check import check
 from trainer.contract import (
     complete_checkpoints,
     complete_steps,
@@ -44,7 +45,6 @@ from trainer.evaluate import main as evaluate
 from trainer.export import main as export
 from trainer.lease import LEASE, Lease
 from trainer.local_run import local_run
-from trainer.loop import check
 from trainer.replay import main as replay
 from trainer.report.__main__ import main as report
 from trainer.storage import StorageConfig

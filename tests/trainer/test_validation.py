@@ -17,11 +17,11 @@ from PIL import Image
 
 from tests.conftest import launch_environment, python
 from tests.trainer.tiny import TINY, column, config, damaged_copy, launch, metrics
+from trainer.build import build_model
 from trainer.contract import VALIDATION_NAMES, may_change, read_validation
 from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.loader import Loader
-from trainer.loop import build_model
 from trainer.masking import Mode
 from trainer.metrics import Metrics
 from trainer.validation import HeldOut, held_out, share_of

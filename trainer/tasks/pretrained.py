@@ -19,10 +19,10 @@ from torch import nn
 
 from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256
 from trainer import checkpoint
+from trainer.build import build_model
 from trainer.contract import CONFIG
 from trainer.dataset import Dataset
 from trainer.initial import read_weights
-from trainer.loop import build_model
 from trainer.models.base import find
 from trainer.options import PretrainConfig, load_config
 from trainer.storage import open_files, read_manifest

@@ -1,0 +1,114 @@
+"""Everything that can be wrong with a run, before it starts.
+
+Owns the checks, and what they find that the run goes on with. Does not own the run
+(`trainer.loop`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import to_yaml
+from trainer import checkpoint
+from trainer.build import require_start
+from trainer.contract import check_world_size
+from trainer.data_state import DataState, resumed
+from trainer.dataset import Dataset
+from trainer.engine import chosen_precision, world_from_environment
+from trainer.loader import Loader
+from trainer.options import PretrainConfig, blocking_changes, load_config
+from trainer.quarantine import Quarantined, from_plain
+from trainer.run_copy import RunCopy
+from trainer.sources import sources_of
+from trainer.storage import local_path
+from trainer.tracking import check_installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What `check` found: the dataset, and the checkpoint to resume from, if any."""
+
+    dataset: Dataset
+    checkpoint: Path | None
+    """Of a run behind a URL, where it is once it was brought here."""
+    state: DataState
+    """Where its data stands."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Damaged samples that were found before."""
+    safety: dict[str, Any] | None = None
+    """What was known of the losses before."""
+    copy: RunCopy | None = None
+    """Of a run behind a URL."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps already taken."""
+        return self.state.step
+
+
+def check(config: PretrainConfig) -> Checked:
+    """Everything that can be wrong, before a process group exists or a file is written.
+
+    Raises:
+        ValueError: a configuration, dataset, world size or run directory that does not
+            fit. The message has the cure.
+    """
+    run = config.output
+    rank, world_size = world_from_environment()
+    check_world_size(world_size, lanes=config.lanes)
+    check_installed(config.log.wandb)
+    copy = RunCopy(config) if local_path(run) is None else None
+    if copy:
+        copy.require_writable(rank)
+    found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
+    if found:
+        require_same(config, copy.config() if copy else load_config(config.run))
+    # A run that has begun on a dataset goes on with the shards that it knows.
+    growing = config.grow or found is not None
+    dataset = Dataset(
+        config.data,
+        config.split,
+        tokenizer=config.tokenizer,
+        growing=growing,
+        storage=config.storage,
+    )
+    sources = sources_of(dataset, config.mixture)
+    quarantined: list[Quarantined] = []
+    if found:
+        _, marker = found
+        before = DataState.from_plain(marker)
+        changed_data = config.changed_data
+        state = resumed(before, dataset, sources, changed=changed_data, run=run)
+        if state.began == before.began:
+            # What was damaged of other data says nothing of this.
+            quarantined = from_plain(marker["quarantine"])
+    else:
+        state = DataState.fresh(dataset, sources, seed=config.seed)
+        require_start(config, dataset)
+    Loader(dataset, config, rank=0, world_size=world_size, state=state)
+    chosen_precision(config)
+    return Checked(
+        dataset=dataset,
+        checkpoint=found[0] if found else None,
+        state=state,
+        quarantined=tuple(quarantined),
+        safety=found[1]["safety"] if found else None,
+        copy=copy,
+    )
+
+
+def require_same(config: PretrainConfig, before: PretrainConfig) -> None:
+    """Raise ValueError where a run differs from `before` in what may not change."""
+    changed = blocking_changes(
+        *(yaml.safe_load(to_yaml(each)) for each in (before, config))
+    )
+    if changed:
+        raise ValueError(
+            f"{config.output} was started with another configuration: "
+            f"{'; '.join(changed)}. Take the old values to continue it, or another "
+            "--output to start anew"
+        )
