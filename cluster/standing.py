@@ -11,7 +11,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,7 +107,11 @@ class Standing:
 
 
 def standing(
-    run: str, *, clock_s: float = 0.0, listen_s: float = SIGN_OF_LIFE_SECONDS
+    run: str,
+    *,
+    clock_s: float = 0.0,
+    listen_s: float = SIGN_OF_LIFE_SECONDS,
+    tell: Callable[[str], None] = print,
 ) -> Standing:
     """How the run at `run`, a path or URL, stands.
 
@@ -115,6 +119,7 @@ def standing(
         clock_s: as an earlier look has found it.
         listen_s: how long to listen for a driver whose last stamp is long past or still
             to come: it may be gone, or have another clock.
+        tell: prints a line before it listens.
 
     Raises:
         ValueError: no driver has ever started there.
@@ -133,11 +138,14 @@ def standing(
     state, said = _ended(events, drivers[-1])
     if state is None:
         age = time.time() - clock_s - _newest(events, usage)
-        lives = -_AHEAD_SECONDS <= age <= _SILENT_SECONDS
-        if not lives and shows_life(store, listen_s):
-            lives, events, usage = True, read_events(store), read_usage(store)
-            clock_s = time.time() - _newest(events, usage)
-        state = "running" if lives else "gone"
+        state = "running"
+        if not -_AHEAD_SECONDS <= age <= _SILENT_SECONDS:
+            tell(
+                f"by the clock here its driver was last heard of {age:.0f} s ago: "
+                f"listening for {listen_s:.0f} s"
+            )
+            heard = _clock_of_living(store, listen_s)
+            state, clock_s = ("gone", 0.0) if heard is None else ("running", heard)
     running, now = state == "running", time.time() - clock_s
     stages = [
         _stage(name, config, events, now=now if running else None)
@@ -177,6 +185,15 @@ def _config(drivers: Sequence[Event]) -> dict[str, Any]:
             continue
         config |= {key: value for key, value in given.items() if value is not None}
     return config
+
+
+def _clock_of_living(store: Store, listen_s: float) -> float | None:
+    """By how much this machine's clock is ahead of that of a driver that is heard; None
+    where none is.
+    """
+    if not shows_life(store, listen_s):
+        return None
+    return time.time() - _newest(read_events(store), read_usage(store))
 
 
 def _newest(events: Sequence[Event], usage: Usage) -> float:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     )
     clock_s = 0.0
     while True:
-        found = standing(config.run, clock_s=clock_s)
+        found = standing(config.run, clock_s=clock_s, tell=_tell)
         clock_s = found.clock_s
         if config.json:
             indent = None if config.watch else 1
@@ -75,6 +75,11 @@ def main(argv: Sequence[str]) -> None:
         if not config.watch or found.state != "running":
             return
         time.sleep(config.every)
+
+
+def _tell(line: str) -> None:
+    """Beside what is asked for, which may be JSON."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
