@@ -1,0 +1,54 @@
+"""Scores that were finished are never lost, and never taken for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.tasks import score_table
+from trainer.tasks.score_table import ScoreTable
+
+SCORES = np.linspace(-3, 3, 1000, dtype=np.float32)
+
+
+def test_a_table_goes_on_behind_the_last_block_that_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    table.append(SCORES[:300])
+    with monkeypatch.context() as patch:
+        patch.setattr(score_table, "write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            # Killed between the scores and the count: they do not count.
+            table.append(np.zeros(500, dtype=np.float32))
+    again = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    assert again.done == 300
+    again.append(SCORES[300:])
+    assert np.array_equal(again.scores(), SCORES)
+    done = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    assert done.done == 1000
+    assert np.array_equal(done.scores(), SCORES)
+
+
+def dies(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["fingerprint", "torn", "shorter", "no json"])
+def test_what_is_not_whole_or_of_something_else_is_computed_anew(
+    tmp_path: Path, damage: str
+) -> None:
+    ScoreTable(tmp_path / "scores", fingerprint="a", total=1000).append(SCORES)
+    if damage == "torn":
+        with open(tmp_path / "scores.f32", "r+b") as file:
+            file.truncate(1001)
+    if damage == "no json":
+        (tmp_path / "scores.json").write_text("{")
+    total = 500 if damage == "shorter" else 1000
+    other = "b" if damage == "fingerprint" else "a"
+    table = ScoreTable(tmp_path / "scores", fingerprint=other, total=total)
+    assert table.done == 0
+    table.append(SCORES[:total])
+    assert np.array_equal(table.scores(), SCORES[:total])

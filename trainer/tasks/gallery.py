@@ -1,0 +1,127 @@
+"""The images of a split with all their captions, for retrieval.
+
+Owns reading them, and which of them are the same to a model. Does not own features
+(`trainer.tasks.bodies`) or ranks (`trainer.tasks.ranking`).
+
+What is the same is computed once, so that equal captions, and images that decode to the
+same pixels, have the same scores to the last bit: a tie, which `trainer.tasks.ranking`
+counts against the model.
+
+Shapes: N images, C captions, S side of an image, U different images, V different texts.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.dataset import Dataset
+from trainer.geometry import box_of, decode_into
+from trainer.options import ImageConfig, PretrainConfig
+from trainer.philox import signed_uids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Images and captions in memory."""
+
+    places: np.ndarray
+    """(N, 2) of (shard, sample)."""
+    uids: np.ndarray
+    """(N,) int64."""
+    pixels: np.ndarray
+    """(N, S, S, 3) uint8, without augmentation."""
+    texts: list[np.ndarray]
+    """C times [CLS] words [SEP]."""
+    owner: np.ndarray
+    """(C,) image of each caption, ascending."""
+    image_of: np.ndarray
+    """(N,) which of the U different images each is."""
+    text_of: np.ndarray
+    """(C,) which of the V different texts each is."""
+    images: np.ndarray
+    """(U,) the first of each."""
+    different: np.ndarray
+    """(V,) the first of each."""
+
+    def captions_of(self, image: int) -> np.ndarray:
+        """Numbers of the captions of an image."""
+        return np.flatnonzero(self.owner == image)
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """How many images, and captions, are also another image's."""
+        shared_images = np.bincount(self.image_of) > 1
+        own = np.unique(np.stack([self.text_of, self.owner]), axis=1)
+        shared_texts = np.bincount(own[0]) > 1
+        return {
+            "images": int(shared_images[self.image_of].sum()),
+            "captions": int(shared_texts[self.text_of].sum()),
+        }
+
+
+def read_gallery(
+    dataset: Dataset, config: PretrainConfig, places: np.ndarray, *, progress: tqdm[Any]
+) -> Gallery:
+    """The images at `places` (N, 2) with all their captions, as the model of `config`
+    sees them.
+
+    Raises:
+        ValueError: a damaged sample.
+        OSError: storage failed.
+    """
+    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
+    records = dataset.records(places)
+    side = config.image.size
+    pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
+    plain = config.image.geometry == "resize"
+    geometry = ImageConfig(size=side, geometry="resize" if plain else "center_crop")
+
+    def read(row: int) -> list[np.ndarray]:
+        record, shard = records[row], int(places[row, 0])
+        size = int(record["width"]), int(record["height"])
+        box = box_of(geometry, *size, np.zeros(4))
+        decode_into(pixels[row], dataset.jpeg(shard, record), size, box)
+        texts = [
+            dataset.text(shard, record, number, max_tokens=config.text.max_tokens)[0]
+            for number in range(int(record["n_captions"]))
+        ]
+        progress.update()
+        return texts
+
+    with ThreadPoolExecutor(2) as pool:
+        texts_of = list(pool.map(read, range(len(places))))
+    texts = [text for found in texts_of for text in found]
+    images, image_of = first_and_which([image.tobytes() for image in pixels])
+    different, text_of = first_and_which([text.tobytes() for text in texts])
+    return Gallery(
+        places=places,
+        uids=signed_uids(records["uid"]),
+        pixels=pixels,
+        texts=texts,
+        owner=np.repeat(np.arange(len(places)), [len(found) for found in texts_of]),
+        image_of=image_of,
+        text_of=text_of,
+        images=images,
+        different=different,
+    )
+
+
+def first_and_which(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (U,) of the first of each different value, ascending, and which of them
+    (N,) each value is.
+    """
+    known: dict[bytes, int] = {}
+    first, which = [], np.empty(len(values), dtype=np.int64)
+    for place, value in enumerate(values):
+        key = blake2b(value, digest_size=16).digest()
+        if key not in known:
+            known[key] = len(first)
+            first.append(place)
+        which[place] = known[key]
+    return np.array(first, dtype=np.int64), which
