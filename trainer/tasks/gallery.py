@@ -117,7 +117,8 @@ def first_and_which(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     (N,) each value is.
     """
     known: dict[bytes, int] = {}
-    first, which = [], np.empty(len(values), dtype=np.int64)
+    first: list[int] = []
+    which = np.empty(len(values), dtype=np.int64)
     for place, value in enumerate(values):
         key = blake2b(value, digest_size=16).digest()
         if key not in known:
@@ -125,3 +126,28 @@ def first_and_which(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
             first.append(place)
         which[place] = known[key]
     return np.array(first, dtype=np.int64), which
+
+
+def column_of(
+    dataset: Dataset, places: np.ndarray, column: str, *, flag: str
+) -> list[str]:
+    """What the json of each sample at `places` (N, 2) has under `column`.
+
+    Args:
+        flag: that gave the column, for the error.
+
+    Raises:
+        ValueError: no such key.
+    """
+    found = []
+    records = dataset.records(places)
+    for (shard, _), record in zip(places, records, strict=True):
+        sample = dataset.json(int(shard), record)
+        if column not in sample:
+            raise ValueError(
+                f"{flag} {column!r} is not in the samples' json of {dataset.name}, "
+                f"which has {', '.join(sample)}: preprocess with --columns.keep "
+                f"[{column}]"
+            )
+        found.append(str(sample[column]))
+    return found

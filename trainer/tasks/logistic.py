@@ -75,7 +75,7 @@ def fit(
         value.backward()
         return value
 
-    solver.step(loss)  # type: ignore[arg-type]
+    solver.step(loss)
     return Classifier(
         mean=mean, scale=scale, weight=weight.detach(), bias=bias.detach()
     )

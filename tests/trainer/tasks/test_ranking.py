@@ -30,7 +30,7 @@ def naive_rank(scores: np.ndarray, right: np.ndarray) -> int:
 
 
 def test_ranks_agree_with_a_naive_loop_over_several_captions() -> None:
-    by_image = [naive_rank(SCORES[n], OWNER == n) for n in range(IMAGES)]
+    by_image = [naive_rank(SCORES[n], n == OWNER) for n in range(IMAGES)]
     assert image_ranks(SCORES, OWNER).tolist() == by_image
     by_text = [
         naive_rank(SCORES[:, c], np.arange(IMAGES) == own)
@@ -90,7 +90,7 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     broken = SCORES.copy()
     broken[3, 7] = bad
     for ranks in (image_ranks, text_ranks):
-        with pytest.raises(ValueError, match="lower optimizer.lr"):
+        with pytest.raises(ValueError, match=r"lower optimizer\.lr"):
             ranks(broken, OWNER)
     found = Candidates(target=np.zeros((1, 1)), right=np.ones((1, 1), dtype=bool))
     with pytest.raises(ValueError, match="no numbers"):
@@ -100,7 +100,7 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
 def test_a_rank_depends_on_no_order_of_the_samples() -> None:
     order = GENERATOR.permutation(IMAGES)
     texts = np.array(
-        list(itertools.chain.from_iterable(np.flatnonzero(OWNER == n) for n in order))
+        list(itertools.chain.from_iterable(np.flatnonzero(n == OWNER) for n in order))
     )
     shuffled, counts = SCORES[order][:, texts], np.bincount(OWNER)[order]
     owner = np.repeat(np.arange(IMAGES), counts)

@@ -1,4 +1,4 @@
-"""Scores that were finished are never lost, and never taken for others."""
+"""Rows that were finished are never lost, and never taken for others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.tasks import score_table
-from trainer.tasks.score_table import ScoreTable
+from trainer.tasks import row_table
+from trainer.tasks.row_table import RowTable
 
 SCORES = np.linspace(-3, 3, 1000, dtype=np.float32)
 
@@ -16,20 +16,20 @@ SCORES = np.linspace(-3, 3, 1000, dtype=np.float32)
 def test_a_table_goes_on_behind_the_last_block_that_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    table = RowTable(tmp_path / "scores", fingerprint="a", total=1000)
     table.append(SCORES[:300])
     with monkeypatch.context() as patch:
-        patch.setattr(score_table, "write_text", dies)
+        patch.setattr(row_table, "write_text", dies)
         with pytest.raises(KeyboardInterrupt):
             # Killed between the scores and the count: they do not count.
             table.append(np.zeros(500, dtype=np.float32))
-    again = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    again = RowTable(tmp_path / "scores", fingerprint="a", total=1000)
     assert again.done == 300
     again.append(SCORES[300:])
-    assert np.array_equal(again.scores(), SCORES)
-    done = ScoreTable(tmp_path / "scores", fingerprint="a", total=1000)
+    assert np.array_equal(again.rows()[:, 0], SCORES)
+    done = RowTable(tmp_path / "scores", fingerprint="a", total=1000)
     assert done.done == 1000
-    assert np.array_equal(done.scores(), SCORES)
+    assert np.array_equal(done.rows()[:, 0], SCORES)
 
 
 def dies(*_: object) -> None:
@@ -40,7 +40,7 @@ def dies(*_: object) -> None:
 def test_what_is_not_whole_or_of_something_else_is_computed_anew(
     tmp_path: Path, damage: str
 ) -> None:
-    ScoreTable(tmp_path / "scores", fingerprint="a", total=1000).append(SCORES)
+    RowTable(tmp_path / "scores", fingerprint="a", total=1000).append(SCORES)
     if damage == "torn":
         with open(tmp_path / "scores.f32", "r+b") as file:
             file.truncate(1001)
@@ -48,7 +48,16 @@ def test_what_is_not_whole_or_of_something_else_is_computed_anew(
         (tmp_path / "scores.json").write_text("{")
     total = 500 if damage == "shorter" else 1000
     other = "b" if damage == "fingerprint" else "a"
-    table = ScoreTable(tmp_path / "scores", fingerprint=other, total=total)
+    table = RowTable(tmp_path / "scores", fingerprint=other, total=total)
     assert table.done == 0
     table.append(SCORES[:total])
-    assert np.array_equal(table.scores(), SCORES[:total])
+    assert np.array_equal(table.rows()[:, 0], SCORES[:total])
+
+
+def test_rows_of_several_numbers_stay_whole(tmp_path: Path) -> None:
+    rows = SCORES.reshape(-1, 5)
+    table = RowTable(tmp_path / "rows", fingerprint="a", total=200, width=5)
+    table.append(rows[:30])
+    again = RowTable(tmp_path / "rows", fingerprint="a", total=200, width=5)
+    again.append(rows[again.done :])
+    assert np.array_equal(again.rows(), rows)

@@ -1,0 +1,200 @@
+"""Retrieval ranks as a naive loop does, whatever the batch, however often it died."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tests.trainer.tasks.test_ranking import naive_rank
+from tests.trainer.tiny import config
+from trainer.dataset import Dataset
+from trainer.loop import build_model
+from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
+from trainer.tasks.ranked_gallery import (
+    BothWays,
+    feature_scores,
+    rank_by_pairs,
+    rank_by_scores,
+)
+from trainer.tasks.retrieval_mlim import MlimRetrieval
+
+IMAGES = 14
+
+
+@pytest.fixture(scope="module")
+def gallery(shards: Path) -> Gallery:
+    """Some images with one to three captions each, of which one caption and one image
+    occur twice.
+    """
+    dataset = Dataset(shards, "val")
+    read = read_gallery(
+        dataset,
+        config(shards, shards),
+        dataset.places()[: 2 * IMAGES],
+        progress=tqdm(disable=True),
+    )
+    owner = np.repeat(np.arange(IMAGES), np.arange(IMAGES) % 3 + 1)
+    texts = read.texts[: len(owner)]
+    texts[7] = texts[2]
+    pixels = read.pixels[:IMAGES].copy()
+    pixels[9] = pixels[4]
+    images, image_of = first_and_which([one.tobytes() for one in pixels])
+    different, text_of = first_and_which([text.tobytes() for text in texts])
+    return dataclasses.replace(
+        read,
+        places=read.places[:IMAGES],
+        uids=read.uids[:IMAGES],
+        pixels=pixels,
+        texts=texts,
+        owner=owner,
+        image_of=image_of,
+        text_of=text_of,
+        images=images,
+        different=different,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(shards: Path) -> MlimRetrieval:
+    """The tiny MLIM with heads that were never trained."""
+    torch.manual_seed(3)
+    keys = config(shards, shards)
+    found = MlimRetrieval(
+        build_model(keys, Dataset(shards, "val").tokenizer), features=8
+    )
+    # As they are drawn, all scores are next to equal.
+    with torch.no_grad():
+        for weight in found.parameters():
+            weight.mul_(4.0)
+    return found.eval()
+
+
+def ranked(
+    model: MlimRetrieval,
+    gallery: Gallery,
+    folder: Path,
+    *,
+    k: int | None,
+    batch: int = 16,
+) -> BothWays:
+    bar = tqdm(disable=True)
+    scores = feature_scores(model, gallery, batch=batch, progress=bar)
+    return rank_by_pairs(
+        model,
+        gallery,
+        rank_by_scores(scores, gallery, listed=k) if k else None,
+        folder=folder,
+        digest="",
+        batch=batch,
+        progress=bar,
+    )
+
+
+def one_by_one(model: MlimRetrieval, gallery: Gallery) -> np.ndarray:
+    """Score (N, C) of every image with every caption, each in a pass of its own."""
+    scores = np.empty((len(gallery.uids), len(gallery.texts)), dtype=np.float32)
+    with torch.inference_mode():
+        for image, pixels in enumerate(gallery.pixels):
+            states = model.image_states(pixels[None])
+            for text, ids in enumerate(gallery.texts):
+                found = model.pair_scores(states, torch.tensor([0]), [ids])
+                scores[image, text] = float(found)
+    return scores
+
+
+def same(a: BothWays, b: BothWays) -> None:
+    for one, other in ((a.images, b.images), (a.texts, b.texts)):
+        assert np.array_equal(one.ranks, other.ranks)
+        assert np.array_equal(one.found.target, other.found.target)
+        assert one.scores == pytest.approx(other.scores, abs=1e-4)
+
+
+def test_the_whole_gallery_is_ranked_as_by_a_loop_over_single_pairs(
+    model: MlimRetrieval, gallery: Gallery, tmp_path: Path
+) -> None:
+    scores = one_by_one(model, gallery)
+    # What is the same scores the same, but for rounding between passes.
+    scores = scores[gallery.images[gallery.image_of]]
+    scores = scores[:, gallery.different[gallery.text_of]]
+    both = ranked(model, gallery, tmp_path, k=None)
+    for image in range(IMAGES):
+        expected = naive_rank(scores[image], gallery.owner == image)
+        assert both.images.ranks[image] == expected
+    for text, own in enumerate(gallery.owner):
+        expected = naive_rank(scores[:, text], np.arange(IMAGES) == own)
+        assert both.texts.ranks[text] == expected
+    # The caption and the image that occur twice are nobody's first.
+    assert both.texts.ranks[[2, 7]].min() >= 0
+    assert (both.texts.ranks[np.isin(gallery.owner, [4, 9])] > 0).all()
+
+
+def test_reranking_orders_the_candidates_of_the_first_stage_by_pair_scores(
+    model: MlimRetrieval, gallery: Gallery, tmp_path: Path
+) -> None:
+    k, scores = 4, one_by_one(model, gallery)
+    first = feature_scores(model, gallery, batch=5, progress=tqdm(disable=True))
+    first = first[gallery.image_of[:, None], gallery.text_of]
+    both = ranked(model, gallery, tmp_path, k=k)
+    for image in range(IMAGES):
+        order = np.argsort(-first[image], kind="stable")[:k]
+        right = gallery.owner[order] == image
+        if right.any():
+            expected = naive_rank(scores[image][order], right)
+        else:
+            expected = naive_rank(first[image], gallery.owner == image)
+        assert both.images.ranks[image] == expected
+    assert (both.images.ranks < k).any()
+    assert (both.images.ranks >= k).any()
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_the_size_of_a_batch_changes_nothing(
+    model: MlimRetrieval, gallery: Gallery, tmp_path: Path, k: int | None
+) -> None:
+    whole = ranked(model, gallery, tmp_path / "a", k=k, batch=64)
+    same(ranked(model, gallery, tmp_path / "b", k=k, batch=3), whole)
+
+
+class Dies(MlimRetrieval):
+    """One that is killed after some batches, and counts them."""
+
+    passes = 0
+    last = 10**9
+
+    def pair_scores(
+        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+    ) -> Tensor:
+        if self.passes >= self.last:
+            raise KeyboardInterrupt
+        self.passes += 1
+        return super().pair_scores(states, image_of, texts)
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_result(
+    model: MlimRetrieval,
+    gallery: Gallery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.tasks.pair_scores._BLOCK", 32)
+    whole = ranked(model, gallery, tmp_path / "whole", k=None, batch=8)
+    dying = Dies(model.encoder, features=8)
+    dying.load_state_dict(model.state_dict())
+    dying.last = 13
+    with pytest.raises(KeyboardInterrupt):
+        ranked(dying, gallery, tmp_path / "killed", k=None, batch=8)
+    dying.passes, dying.last = 0, 10**9
+    same(ranked(dying, gallery, tmp_path / "killed", k=None, batch=8), whole)
+    # 13 passes of 8 finished three blocks of 32, that is 12 passes.
+    pairs = len(gallery.images) * len(gallery.different)
+    assert dying.passes == -(-pairs // 8) - 12
+    dying.passes = 0
+    same(ranked(dying, gallery, tmp_path / "killed", k=None, batch=8), whole)
+    assert dying.passes == 0

@@ -1,0 +1,96 @@
+"""What a model says of images and texts: features of each, scores of pairs.
+
+Owns what retrieval and zero-shot classification ask of a model, in batches. Does not
+own the models (`trainer.tasks.retrievers`), where scores are kept
+(`trainer.tasks.row_table`) or what is made of them.
+
+Shapes: B pairs or items of a batch, U different images of a batch, S side of an image,
+F features, M pairs to score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from trainer.tasks.retrievers import RetrievalModel
+from trainer.tasks.row_table import RowTable
+
+# Pairs between two writes to disk.
+_BLOCK = 4096
+
+
+def features_of(
+    count: int,
+    one_batch: Callable[[np.ndarray], Tensor],
+    *,
+    batch: int,
+    progress: tqdm[Any],
+) -> np.ndarray:
+    """(count, F) fp32: `one_batch` of the numbers 0 to `count`, some at once."""
+    found = []
+    with torch.inference_mode():
+        for first in range(0, count, batch):
+            rows = np.arange(first, min(first + batch, count))
+            found.append(one_batch(rows).float().cpu().numpy())
+            progress.update(len(rows))
+    return np.concatenate(found)
+
+
+def score_pairs(
+    model: RetrievalModel,
+    pixels: np.ndarray,
+    texts: Sequence[np.ndarray],
+    pairs: np.ndarray,
+    *,
+    table: RowTable,
+    batch: int,
+    progress: tqdm[Any],
+) -> np.ndarray:
+    """Scores (M,) of `pairs` (M, 2) of (image, text), from where `table` was left.
+
+    Args:
+        pixels: (images, S, S, 3) uint8.
+        pairs: ordered by image, so that each is embedded about once.
+    """
+    progress.update(table.done)
+    with torch.inference_mode():
+        while table.done < table.total:
+            block = pairs[table.done : table.done + _BLOCK]
+            scores = []
+            for first in range(0, len(block), batch):
+                image, text = block[first : first + batch].T
+                different, which = np.unique(image, return_inverse=True)
+                states = model.image_states(pixels[different])
+                found = model.pair_scores(
+                    states,
+                    torch.from_numpy(which).to(states.device),
+                    [texts[number] for number in text],
+                )
+                scores.append(found.float().cpu().numpy())
+                progress.update(len(image))
+            table.append(np.concatenate(scores))
+    return table.rows()[:, 0]
+
+
+def fingerprint(model: nn.Module, *parts: str | bytes | np.ndarray) -> str:
+    """A hash of a model's weights and of everything else that scores depend on."""
+    digest = sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for part in parts:
+        plain = part.encode() if isinstance(part, str) else part
+        digest.update(
+            np.ascontiguousarray(plain).tobytes()
+            if isinstance(plain, np.ndarray)
+            else plain
+        )
+        digest.update(b"|")
+    return digest.hexdigest()
