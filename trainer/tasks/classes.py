@@ -12,18 +12,21 @@ Shapes: N samples, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from trainer.report.elements import table
 from trainer.tasks.bootstrap import mean_interval
+from trainer.tasks.results import Example, Metric, Result, Table, extremes
+from trainer.tasks.retrieval_examples import thumbnail
 
 _CONFUSIONS = 20
-_MOST_DRAWN = 40
+_MOST_DRAWN = 100
+_PICTURE = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,31 +68,71 @@ class Answers:
         return self.scores.argmax(1)
 
 
-def summary(answers: Answers, *, train_labels: np.ndarray, seed: int) -> dict[str, Any]:
-    """Accuracy with its interval, chance, and the share of the class that is the most
-    frequent in `train_labels` (n,).
+def result_of(
+    answers: Answers,
+    *,
+    majority: int,
+    seed: int,
+    details: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Example]],
+) -> Result:
+    """Accuracy with its interval, beside chance and what naming one class always would
+    give; classes one by one.
+
+    Args:
+        majority: number of that class.
     """
-    ranks, n_classes = answers.ranks, len(answers.names)
-    counts = np.bincount(train_labels[train_labels >= 0], minlength=n_classes)
-    majority = int(counts.argmax())
+    ranks, size = answers.ranks, len(answers.names)
     right = ranks == 0
-    recalls = [
-        float(right[answers.labels == number].mean())
-        for number in np.unique(answers.labels[answers.labels >= 0])
-    ]
-    return {
-        "classes": n_classes,
-        "accuracy": _share(right, answers.groups, seed) | {"chance": 1 / n_classes},
-        "top5": _share(ranks < 5, answers.groups, seed)
-        | {"chance": min(5 / n_classes, 1.0)},
-        "mean_class_accuracy": {"value": float(np.mean(recalls))},
-        "majority": {
-            "class": answers.names[majority],
-            "value": float((answers.labels == majority).mean()),
+    known = np.unique(answers.labels[answers.labels >= 0])
+    recalls = [float(right[answers.labels == number].mean()) for number in known]
+    always = answers.labels == majority
+    rows, mistakes = class_rows(answers), confusions(answers)
+    return Result(
+        metrics={
+            "accuracy": _share(right, answers, seed, chance=1 / size),
+            "top5_accuracy": _share(ranks < 5, answers, seed, chance=min(5 / size, 1)),
+            "mean_class_accuracy": Metric(
+                float(np.mean(recalls)), chance=1 / size, n=len(known)
+            ),
+            "majority_accuracy": _share(always, answers, seed),
         },
-        "of_no_class": int((answers.labels < 0).sum()),
-        "per_class": class_rows(answers),
-        "confusions": confusions(answers),
+        details={
+            **details,
+            "classes": size,
+            "majority_class": answers.names[majority],
+            "groups": len(np.unique(answers.groups)),
+            "of_no_class": int((answers.labels < 0).sum()),
+            "per_class": rows,
+            "confusions": mistakes,
+        },
+        examples={**examples, "Confusions": confusion_picture(answers)},
+        tables={"Class by class": _class_table(rows), "Mistakes": _mistakes(mistakes)},
+    )
+
+
+def answer_examples(
+    answers: Answers, pixels: np.ndarray, *, count: int
+) -> dict[str, list[Example]]:
+    """`count` images each: the surest right answers, the surest wrong ones, and those
+    nearest to the other side.
+
+    Args:
+        pixels: (N, S, S, 3) uint8.
+    """
+    parts = extremes(answers.margins.tolist(), (answers.ranks == 0).tolist(), count)
+    return {
+        title: [
+            Example(
+                images=[thumbnail(pixels[row])],
+                texts=[],
+                title=f"said: {answers.names[answers.said[row]]}",
+                note=f"It is {_true_name(answers, row)}; margin "
+                f"{answers.margins[row]:.3g}",
+            )
+            for row in rows
+        ]
+        for title, rows in parts.items()
     }
 
 
@@ -136,12 +179,36 @@ def confusion_matrix(answers: Answers) -> np.ndarray:
     return np.bincount(flat, minlength=size * size).reshape(size, size)
 
 
-def class_table(rows: Sequence[dict[str, Any]]) -> str:
-    """HTML table of `class_rows`, most samples first."""
+def confusion_picture(answers: Answers) -> list[Example]:
+    """What was said of each class, darker where oftener; none for more classes than one
+    can look at.
+    """
+    size = len(answers.names)
+    if size > _MOST_DRAWN:
+        return []
+    matrix = confusion_matrix(answers)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    grey = (255 * (1 - shares)).astype(np.uint8)
+    side = max(_PICTURE // size, 1)
+    data = io.BytesIO()
+    Image.fromarray(grey.repeat(side, 0).repeat(side, 1)).save(data, "PNG")
+    return [
+        Example(
+            images=[data.getvalue()],
+            texts=[", ".join(answers.names)],
+            title="What was said of each class",
+            note="A row is a true class, a column what was said, both from the first "
+            "of these names to the last; black is always.",
+        )
+    ]
+
+
+def _class_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Most samples first."""
     ordered = sorted(rows, key=lambda row: (-row["samples"], row["class"]))
-    return table(
+    return Table(
         ("class", "samples", "right", "said"),
-        (
+        [
             (
                 row["class"],
                 f"{row['samples']}",
@@ -149,32 +216,28 @@ def class_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['said']}",
             )
             for row in ordered
-        ),
+        ],
     )
 
 
-def confusion_picture(answers: Answers) -> str:
-    """HTML table of what was said of each class, darker where oftener; nothing for more
-    classes than one can look at.
-    """
-    if len(answers.names) > _MOST_DRAWN:
-        return ""
-    matrix = confusion_matrix(answers)
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    head = "".join(f"<th>{number + 1}</th>" for number in range(len(matrix)))
-    lines = [f"<tr><th>what it is</th>{head}</tr>"]
-    for number, name in enumerate(answers.names):
-        cells = "".join(
-            f'<td style="background:rgba(42,157,78,{shares[number, said]:.2f})">'
-            f"{matrix[number, said] or ''}</td>"
-            for said in range(len(matrix))
-        )
-        lines.append(f"<tr><th>{number + 1} {escape(name)}</th>{cells}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+def _mistakes(rows: Sequence[dict[str, Any]]) -> Table:
+    return Table(
+        ("class", "samples", "said"),
+        [(row["class"], f"{row['samples']}", row["said"]) for row in rows],
+    )
 
 
-def _share(right: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    return {
-        "value": float(right.mean()),
-        "ci95": mean_interval(right, groups, seed=seed),
-    }
+def _true_name(answers: Answers, row: int) -> str:
+    label = int(answers.labels[row])
+    return "none of the classes" if label < 0 else answers.names[label]
+
+
+def _share(
+    right: np.ndarray, answers: Answers, seed: int, chance: float | None = None
+) -> Metric:
+    return Metric(
+        value=float(right.mean()),
+        ci95=mean_interval(right, answers.groups, seed=seed),
+        chance=chance,
+        n=len(right),
+    )

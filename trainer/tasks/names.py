@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "matching": "trainer.tasks.matching",
+    "retrieval": "trainer.tasks.retrieval",
+    "zero_shot": "trainer.tasks.zero_shot",
+    "linear_probe": "trainer.tasks.linear_probe",
 }
 NAMES = tuple(_MODULES)
 

@@ -1,12 +1,13 @@
-"""Class names in sentences, for zero-shot classification.
+"""Class names, alone and in sentences.
 
-Owns templates and the classes of samples. Does not own the way of texts to token ids
+Owns names, their numbers, and templates. Does not own the way of texts to token ids
 (`trainer.tasks.texts`) or scores (`trainer.tasks.zero_shot`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -18,13 +19,29 @@ def sentences(names: Sequence[str], templates: Sequence[str]) -> list[str]:
         ValueError: no template, or one without its place for the name.
     """
     if not templates:
-        raise ValueError("no template: give --zero_shot.templates '[a photo of a {}]'")
+        raise ValueError("no template: give --templates '[a photo of a {}]'")
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(
                 f"template {template!r} needs {{}} once, where the class name stands"
             )
     return [template.replace("{}", name) for name in names for template in templates]
+
+
+def read_names(path: Path) -> list[str]:
+    """Names in a text file, one a line.
+
+    Raises:
+        ValueError: a name that stands there twice.
+    """
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in names if name]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has {twice[0]!r} twice: every class needs one line")
+    if not names:
+        raise ValueError(f"{path} has no class name: write one a line")
+    return names
 
 
 def numbered(values: Sequence[str], names: Sequence[str]) -> np.ndarray:

@@ -41,6 +41,13 @@ class Example:
     """What is true."""
 
 
+class Table(NamedTuple):
+    """Numbers one by one, for the page: the first column is text."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a task found."""
@@ -51,6 +58,8 @@ class Result:
     """What else belongs in the JSON: counts, settings, hashes of input files."""
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     """By the title of their part of the page: best, worst, near the threshold."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """By the title of their part of the page."""
 
 
 def write_result(
@@ -105,6 +114,7 @@ def page(name: str, result: Result, *, facts: Mapping[str, Any]) -> str:
         name,
         header(name, tiles, kicker="Palimpsest"),
         section("Results", table(head, rows)),
+        *(section(title, table(*one)) for title, one in result.tables.items()),
         *parts,
         section("How it was measured", table(("", ""), said, texts=2)),
         style=_STYLE,

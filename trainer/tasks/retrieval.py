@@ -8,7 +8,7 @@ gallery is ranked (`trainer.tasks.ranked_gallery`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from trainer.options import at_least
 from trainer.philox import signed_uids
 from trainer.probes import drawn_places
-from trainer.tasks.base import Context, Spec
+from trainer.tasks.base import Context, Spec, Task
 from trainer.tasks.bootstrap import mean_interval
 from trainer.tasks.gallery import Gallery, column_of, first_and_which, read_gallery
 from trainer.tasks.items import Items
@@ -93,7 +93,7 @@ class _Batch(NamedTuple):
 class Retrieval:
     """The task on its data, in training or in an evaluation."""
 
-    dev_metric = None
+    dev_metric: str | None = None
 
     def __init__(self, context: Context, *, training: bool) -> None:
         self._context, self._keys = context, context.keys
@@ -262,11 +262,11 @@ def require_stages(model: RetrievalModel, candidates: int | None) -> None:
         )
 
 
-def _training(context: Context) -> Any:
+def _training(context: Context) -> Task:
     return Retrieval(context, training=True)
 
 
-def _evaluation(context: Context) -> Any:
+def _evaluation(context: Context) -> Task:
     return Retrieval(context, training=False)
 
 

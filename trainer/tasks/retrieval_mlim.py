@@ -68,6 +68,11 @@ class MlimRetrieval(RetrievalModel):
             encoder.initialise(module)
 
     @property
+    def pretrained(self) -> nn.Module:
+        """As `RetrievalModel.pretrained`."""
+        return self.encoder
+
+    @property
     def encoder(self) -> MlimForPreTraining:
         """The pretrained model."""
         encoder = self.body.model

@@ -28,6 +28,11 @@ class RetrievalModel(nn.Module):
     has_pair_scores: bool
     """Pairs have scores that need a pass through the model each."""
 
+    @property
+    @abstractmethod
+    def pretrained(self) -> nn.Module:
+        """The model under what retrieval adds."""
+
     @abstractmethod
     def image_features(self, pixels: np.ndarray) -> Tensor:
         """uint8 (B, S, S, 3) -> (B, F), of length 1."""
