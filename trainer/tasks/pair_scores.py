@@ -84,7 +84,7 @@ def fingerprint(model: nn.Module, *parts: str | bytes | np.ndarray) -> str:
     digest = sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     for part in parts:
         plain = part.encode() if isinstance(part, str) else part
         digest.update(
