@@ -107,7 +107,8 @@ def feature_scores(
     """
 
     def images(rows: np.ndarray) -> torch.Tensor:
-        return model.image_features(gallery.pixels[gallery.images[rows]])
+        states = model.image_states(gallery.pixels[gallery.images[rows]])
+        return model.image_features(states)
 
     def texts(rows: np.ndarray) -> torch.Tensor:
         return model.text_features([gallery.texts[n] for n in gallery.different[rows]])

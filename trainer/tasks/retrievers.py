@@ -1,7 +1,11 @@
 """Pretrained models as rankers of images and texts.
 
-Owns which ranker a model gets. Does not own them (`trainer.tasks.retrieval_mlim`) or
-what is asked of them (`trainer.tasks.pair_scores`).
+Owns what retrieval and zero-shot classification ask of a model, the loss of fine-tuning
+it for them, and which ranker a model gets. Does not own the rankers
+(`trainer.tasks.retrieval_mlim`, `trainer.tasks.retrieval_maskvlm`) or the parts of the
+loss (`trainer.tasks.contrast`).
+
+Shapes: B items or pairs, U different images, S side of an image, F features.
 """
 
 from __future__ import annotations
@@ -11,17 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.mlim import MlimForPreTraining
+from trainer.tasks.contrast import contrastive_loss, drawn_negatives, strangers
 
 
 class RetrievalModel(nn.Module):
-    """A model as retrieval sees it: cheap scores by features, or dear ones of pairs, or
-    both.
-
-    Shapes: B items or pairs, U different images, S side of an image, F features.
-    """
+    """A model with cheap scores by features, or dear ones of pairs, or both."""
 
     has_features: bool
     """Images and texts have features whose inner product is a score."""
@@ -34,26 +37,36 @@ class RetrievalModel(nn.Module):
         """The model under what retrieval adds."""
 
     @abstractmethod
-    def image_features(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, S, S, 3) -> (B, F), of length 1."""
+    def image_states(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (U, S, S, 3) -> (U, ...): images as far as they are computed alone."""
+
+    @abstractmethod
+    def image_features(self, states: Tensor) -> Tensor:
+        """(B, ...) -> (B, F), of length 1."""
 
     @abstractmethod
     def text_features(self, texts: Sequence[np.ndarray]) -> Tensor:
         """B texts, [CLS] words [SEP] -> (B, F), of length 1."""
 
     @abstractmethod
-    def image_states(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (U, S, S, 3) -> (U, ...): what scores of pairs need of an image."""
+    def scale(self) -> Tensor:
+        """What inner products are multiplied by in the loss, a learnable number."""
 
     @abstractmethod
+    def matching_logits(
+        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+    ) -> Tensor:
+        """States (U, ...), U at most B, and which of them (B,) stands with each text ->
+        (B, 2) fp32: they do not match, they do.
+        """
+
     def pair_scores(
         self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
     ) -> Tensor:
-        """States (U, ...) and which of them (B,) stands with each text -> (B,) fp32,
-        the log odds that they match.
-        """
+        """Log odds (B,) that they match; arguments as there."""
+        logits_b2 = self.matching_logits(states, image_of, texts)
+        return logits_b2[:, 1] - logits_b2[:, 0]
 
-    @abstractmethod
     def losses(
         self,
         pixels: np.ndarray,
@@ -65,19 +78,43 @@ class RetrievalModel(nn.Module):
         uids: Tensor,
         images: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of fine-tuning, means over B pairs that belong together.
+        """Contrastive and matching loss, means over B pairs that belong together. Each
+        pair stands beside one with another text and one with another image.
 
         Args:
-            hard: share of negatives that are drawn by similarity.
+            hard: share of these that are drawn by similarity.
             epochs: (B,) int64.
             uids: (B,) int64.
             images: (B,) int64, equal where images are.
         """
+        states = self.image_states(pixels)
+        similarity_bb = self.image_features(states) @ self.text_features(texts).T
+        similarity_bb = similarity_bb * self.scale()
+        captions = _caption_table(texts).to(uids.device)
+        strange_bb = strangers(uids, images, captions)
+        other_text, other_image = drawn_negatives(
+            similarity_bb, strange_bb, hard=hard, seed=seed, epochs=epochs, uids=uids
+        )
+        own = torch.arange(len(uids), device=uids.device)
+        image_of = torch.cat([own, own, other_image])
+        text_of = torch.cat([own, other_text, own])
+        logits = self.matching_logits(
+            states, image_of, [texts[number] for number in text_of.tolist()]
+        )
+        matched = image_of == text_of
+        # A pair that has no stranger stands there three times, and counts once.
+        counts = ~matched
+        counts[: len(own)] = True
+        each = F.cross_entropy(logits, matched.long(), reduction="none")
+        return {
+            "contrastive": contrastive_loss(similarity_bb, strange_bb),
+            "matching": (each * counts).sum() / counts.sum(),
+        }
 
 
 def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
-    """The ranker that a pretrained model is, or that one which was fine-tuned with the
-    keys `tuned` has its weights in.
+    """The ranker that a pretrained model is, or that which fine-tuning with the keys
+    `tuned` made of it.
 
     Raises:
         ValueError: it cannot rank. The message has the cure.
@@ -88,3 +125,11 @@ def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
 
         return MlimRetrieval(model, features=tuned.features if learned else 0)
     raise ValueError(f"tasks do not know how a {type(model).__name__} ranks")
+
+
+def _caption_table(texts: Sequence[np.ndarray]) -> Tensor:
+    """Token ids (B, L) of texts, -1 past the end of each."""
+    table = np.full((len(texts), max(map(len, texts))), -1)
+    for row, text in zip(table, texts, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(table)

@@ -166,7 +166,9 @@ class ZeroShot:
             )
             image = features_of(
                 len(pairs),
-                lambda rows: model.image_features(pairs.pixels[rows]),
+                lambda rows: model.image_features(
+                    model.image_states(pairs.pixels[rows])
+                ),
                 batch=batch,
                 progress=bar,
             )
