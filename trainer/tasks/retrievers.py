@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.maskvlm import MaskVlmForPreTraining
 from trainer.models.mlim import MlimForPreTraining
 from trainer.tasks.contrast import contrastive_loss, drawn_negatives, strangers
 
@@ -124,6 +125,10 @@ def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
         from trainer.tasks.retrieval_mlim import MlimRetrieval
 
         return MlimRetrieval(model, features=tuned.features if learned else 0)
+    if isinstance(model, MaskVlmForPreTraining):
+        from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
+
+        return MaskVlmRetrieval(model, whole=learned)
     raise ValueError(f"tasks do not know how a {type(model).__name__} ranks")
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tests.trainer.tasks.test_ranking import naive_rank
 from tests.trainer.tiny import config
 from trainer.dataset import Dataset
 from trainer.loop import build_model
+from trainer.models.base import Sizes
+from trainer.models.maskvlm_config import MaskVlmConfig
+from trainer.models.mlim import MlimForPreTraining
 from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
 from trainer.tasks.ranked_gallery import (
     BothWays,
@@ -23,7 +26,9 @@ from trainer.tasks.ranked_gallery import (
     rank_by_pairs,
     rank_by_scores,
 )
+from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 from trainer.tasks.retrieval_mlim import MlimRetrieval
+from trainer.tasks.retrievers import RetrievalModel
 
 IMAGES = 14
 
@@ -61,14 +66,34 @@ def gallery(shards: Path) -> Gallery:
     )
 
 
-@pytest.fixture(scope="module")
-def model(shards: Path) -> MlimRetrieval:
-    """The tiny MLIM with heads that were never trained."""
+@pytest.fixture(scope="module", params=["mlim", "maskvlm"])
+def model(shards: Path, request: pytest.FixtureRequest) -> RetrievalModel:
+    """A tiny model with heads that were never trained."""
+    return tiny_model(request.param, shards)
+
+
+def tiny_model(name: str, shards: Path) -> RetrievalModel:
     torch.manual_seed(3)
-    keys = config(shards, shards)
-    found = MlimRetrieval(
-        build_model(keys, Dataset(shards, "val").tokenizer), features=8
-    )
+    tokenizer = Dataset(shards, "val").tokenizer
+    found: RetrievalModel
+    if name == "mlim":
+        made = build_model(config(shards, shards), tokenizer)
+        assert isinstance(made, MlimForPreTraining)
+        found = MlimRetrieval(made, features=8)
+    else:
+        keys = MaskVlmConfig(
+            image_layers=1,
+            text_layers=1,
+            cross_layers=1,
+            decoder_layers=1,
+            width=32,
+            heads=2,
+            ffn_width=64,
+            patch_size=8,
+            projection_width=8,
+        )
+        sizes = Sizes(tokenizer.vocab_size, tokenizer.special_ids, 48, 16)
+        found = MaskVlmRetrieval(keys.build(sizes), whole=True)
     # As they are drawn, all scores are next to equal.
     with torch.no_grad():
         for weight in found.parameters():
@@ -77,7 +102,7 @@ def model(shards: Path) -> MlimRetrieval:
 
 
 def ranked(
-    model: MlimRetrieval,
+    model: RetrievalModel,
     gallery: Gallery,
     folder: Path,
     *,
@@ -97,7 +122,7 @@ def ranked(
     )
 
 
-def one_by_one(model: MlimRetrieval, gallery: Gallery) -> np.ndarray:
+def one_by_one(model: RetrievalModel, gallery: Gallery) -> np.ndarray:
     """Score (N, C) of every image with every caption, each in a pass of its own."""
     scores = np.empty((len(gallery.uids), len(gallery.texts)), dtype=np.float32)
     with torch.inference_mode():
@@ -117,7 +142,7 @@ def same(a: BothWays, b: BothWays) -> None:
 
 
 def test_the_whole_gallery_is_ranked_as_by_a_loop_over_single_pairs(
-    model: MlimRetrieval, gallery: Gallery, tmp_path: Path
+    model: RetrievalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
     scores = one_by_one(model, gallery)
     # What is the same scores the same, but for rounding between passes.
@@ -136,7 +161,7 @@ def test_the_whole_gallery_is_ranked_as_by_a_loop_over_single_pairs(
 
 
 def test_reranking_orders_the_candidates_of_the_first_stage_by_pair_scores(
-    model: MlimRetrieval, gallery: Gallery, tmp_path: Path
+    model: RetrievalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
     k, scores = 4, one_by_one(model, gallery)
     first = feature_scores(model, gallery, batch=5, progress=tqdm(disable=True))
@@ -156,41 +181,42 @@ def test_reranking_orders_the_candidates_of_the_first_stage_by_pair_scores(
 
 @pytest.mark.parametrize("k", [None, 5])
 def test_the_size_of_a_batch_changes_nothing(
-    model: MlimRetrieval, gallery: Gallery, tmp_path: Path, k: int | None
+    model: RetrievalModel, gallery: Gallery, tmp_path: Path, k: int | None
 ) -> None:
     whole = ranked(model, gallery, tmp_path / "a", k=k, batch=64)
     same(ranked(model, gallery, tmp_path / "b", k=k, batch=3), whole)
 
 
-class Dies(MlimRetrieval):
-    """One that is killed after some batches, and counts them."""
+class Killed(nn.Module):
+    """A model that is killed after some batches, and counts them."""
 
-    passes = 0
-    last = 10**9
+    def __init__(self, model: RetrievalModel, last: int) -> None:
+        super().__init__()
+        self.model, self.passes, self.last = model, 0, last
 
-    def pair_scores(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
-    ) -> Tensor:
-        if self.passes >= self.last:
+    def __getattr__(self, name: str) -> Any:
+        own: Any = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["model"], name)
+
+    def pair_scores(self, *given: Any) -> Tensor:
+        if self.passes == self.last:
             raise KeyboardInterrupt
         self.passes += 1
-        return super().pair_scores(states, image_of, texts)
+        return self.model.pair_scores(*given)
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_result(
-    model: MlimRetrieval,
+    model: RetrievalModel,
     gallery: Gallery,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("trainer.tasks.pair_scores._BLOCK", 32)
     whole = ranked(model, gallery, tmp_path / "whole", k=None, batch=8)
-    dying = Dies(model.encoder, features=8)
-    dying.load_state_dict(model.state_dict())
-    dying.last = 13
+    dying: Any = Killed(model, 13)
     with pytest.raises(KeyboardInterrupt):
         ranked(dying, gallery, tmp_path / "killed", k=None, batch=8)
-    dying.passes, dying.last = 0, 10**9
+    dying.passes, dying.last = 0, -1
     same(ranked(dying, gallery, tmp_path / "killed", k=None, batch=8), whole)
     # 13 passes of 8 finished three blocks of 32, that is 12 passes.
     pairs = len(gallery.images) * len(gallery.different)

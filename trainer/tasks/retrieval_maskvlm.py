@@ -1,0 +1,120 @@
+"""MaskVLM for retrieval: contrast ranks, matching orders the first ones anew.
+
+Owns how its heads are used on images and texts that are not pairs, and the heads that
+fine-tuning adds to a model that was pretrained without them. Does not own the model
+(`trainer.models.maskvlm`), the loss (`trainer.tasks.retrievers`) or what is ranked
+(`trainer.tasks.retrieval`).
+
+Shapes: B items or pairs, U images, n rows of an image, D width, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.models.maskvlm import MaskVlmForPreTraining
+from trainer.models.maskvlm_encoder import Encoded, Passes
+from trainer.models.segments import Segments, of_texts
+from trainer.stream import Stream, pack
+from trainer.tasks.retrievers import RetrievalModel
+
+
+class MaskVlmRetrieval(RetrievalModel):
+    """A pretrained MaskVLM that ranks, by what it was pretrained with.
+
+    Args:
+        model: the pretrained model.
+        whole: it is to have both heads, drawn where it has none.
+
+    Raises:
+        ValueError: it has neither, and is not to.
+    """
+
+    def __init__(self, model: MaskVlmForPreTraining, *, whole: bool) -> None:
+        super().__init__()
+        if whole:
+            model = with_both_heads(model)
+        self.model = model
+        self.has_features = bool(model.config.itc_weight)
+        self.has_pair_scores = bool(model.config.itm_weight)
+        if not (self.has_features or self.has_pair_scores):
+            raise ValueError(
+                "this MaskVLM was pretrained without contrast and matching and cannot "
+                "rank as it is: fine-tune it (python -m trainer.finetune RUN --task "
+                "retrieval --output OUT), or pretrain with --model.itc_weight 1 or "
+                "--model.itm_weight 1"
+            )
+
+    @property
+    def pretrained(self) -> MaskVlmForPreTraining:
+        """As `RetrievalModel.pretrained`."""
+        return self.model
+
+    def image_states(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (U, S, S, 3) -> rows (U, n, D) after the image encoder."""
+        moved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        return self.model.encode_images(moved)
+
+    def image_features(self, states: Tensor) -> Tensor:
+        """As `RetrievalModel.image_features`."""
+        return F.normalize(self.model.itc_image(states[:, 0]).float(), dim=1)
+
+    def text_features(self, texts: Sequence[np.ndarray]) -> Tensor:
+        """As `RetrievalModel.text_features`."""
+        text_td, layout, _ = self._encode(texts)
+        cls_bd = text_td.index_select(0, layout.starts)
+        return F.normalize(self.model.itc_text(cls_bd).float(), dim=1)
+
+    def scale(self) -> Tensor:
+        """As `RetrievalModel.scale`: one over the temperature."""
+        return self.model.itc_temperature()
+
+    def matching_logits(
+        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+    ) -> Tensor:
+        """As `RetrievalModel.matching_logits`."""
+        text_td, layout, stream = self._encode(texts)
+        passes = Passes(clean_images=True, clean_texts=True)
+        encoded = Encoded(states, text_td, layout, stream, passes)
+        every = torch.arange(len(texts), device=image_of.device)
+        return self.model.matching_logits(encoded, image_of, every).float()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.words.weight.device
+
+    def _encode(self, texts: Sequence[np.ndarray]) -> tuple[Tensor, Segments, Stream]:
+        """Rows (T, D) of texts after their encoder, which are whose, and the stream
+        that they came from.
+        """
+        lengths = np.array([len(text) for text in texts])
+        stream, token_ids = pack(lengths, np.concatenate(texts), 0)
+        stream = stream.to(self._device)
+        layout = of_texts(stream)
+        ids = [token_ids.to(self._device)]
+        return self.model.encode_texts(stream, ids, layout), layout, stream
+
+
+def with_both_heads(model: MaskVlmForPreTraining) -> MaskVlmForPreTraining:
+    """The same model with heads for contrast and matching, and blocks across where it
+    had none, drawn.
+    """
+    config = model.config
+    if config.itc_weight and config.itm_weight:
+        return model
+    weights = {"itc_weight": 1.0, "itm_weight": 1.0}
+    made = MaskVlmForPreTraining(
+        replace(config, **weights),
+        vocab_size=model.words.num_embeddings,
+        special_ids=model.ids_by_name,
+        max_text=model.text_positions.num_embeddings,
+        image_size=model.grid * config.patch_size,
+    )
+    made.load_state_dict(model.state_dict(), strict=False)
+    return made
