@@ -93,7 +93,9 @@ def result_of(
             "accuracy": _share(right, answers, seed, chance=1 / size),
             "top5_accuracy": _share(ranks < 5, answers, seed, chance=min(5 / size, 1)),
             "mean_class_accuracy": Metric(
-                float(np.mean(recalls)), chance=1 / size, n=len(known)
+                float(np.mean(recalls)) if recalls else float("nan"),
+                chance=1 / size,
+                n=len(known),
             ),
             "majority_accuracy": _share(always, answers, seed),
         },
