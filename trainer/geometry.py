@@ -15,6 +15,7 @@ import io
 import math
 import struct
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -88,12 +89,40 @@ def decode_into(
         ValueError: not an image that decodes to `size`.
     """
     if not ((upright or _is_upright_jpeg(data)) and _fast(out, data, size, box)):
-        image = _decoded(data, size)
+
+        def check(claimed: tuple[int, int]) -> None:
+            if sorted(claimed) != sorted(size):
+                raise ValueError(f"claims {claimed}, not {size}")
+
+        image = _decoded(data, check)
         if image.size != size:
             raise ValueError(f"decodes to {image.size}, not {size}")
         _resize_into(out, np.asarray(image), box)
     if flip:
         out[:] = out[:, ::-1].copy()
+
+
+def decode_file(
+    out: np.ndarray, data: memoryview, config: ImageConfig, *, max_pixels: int
+) -> None:
+    """Decode an image that no index describes, and write to `out` (S, S, 3) its box
+    under `config`, whose draws are 0.
+
+    Raises:
+        ValueError: not an image, or one that claims more than `max_pixels`.
+    """
+
+    def check(size: tuple[int, int]) -> None:
+        if size[0] * size[1] > max_pixels:
+            raise ValueError(f"claims {size}, more than {max_pixels:,} pixels")
+
+    size = _jpeg_size(data)
+    if size and _is_upright_jpeg(data):
+        check(size)
+        decode_into(out, data, size, box_of(config, *size, np.zeros(4)), upright=True)
+        return
+    image = _decoded(data, check)
+    _resize_into(out, np.asarray(image), box_of(config, *image.size, np.zeros(4)))
 
 
 def decode_whole(out: np.ndarray, jpeg: memoryview) -> bool:
@@ -180,6 +209,15 @@ def _memory(size: int) -> bytearray:
     return _kept.memory
 
 
+def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    """Width and height by the header; None where the fast decoder sees no JPEG."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return width, height
+
+
 def _is_upright_jpeg(data: memoryview) -> bool:
     """A JPEG without an EXIF orientation, by the segments before its pixels."""
     if bytes(data[:2]) != b"\xff\xd8":
@@ -202,13 +240,14 @@ def _orientation(exif: bytes) -> int:
         return 1
 
 
-def _decoded(data: memoryview, size: tuple[int, int]) -> Image.Image:
-    """RGB pixels as a viewer shows them, of an image that may be turned to `size`."""
+def _decoded(data: memoryview, check: Callable[[tuple[int, int]], None]) -> Image.Image:
+    """RGB pixels as a viewer shows them, of an image whose claimed size, not turned
+    yet, passes the `check`.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            # Now, not after it took a thousand times the memory: shards are anybody's.
-            if sorted(image.size) != sorted(size):
-                raise ValueError(f"claims {image.size}, not {size}")
+            # Now, not after it took a thousand times the memory: files are anybody's.
+            check(image.size)
             return _on_white(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise anything on hostile data
         raise ValueError(f"does not decode: {error}") from error
