@@ -15,7 +15,7 @@ from tests.trainer.published import coco, paint, write_lines, write_questions
 from trainer.dataset import Dataset
 from trainer.options import ImageConfig
 from trainer.tasks.nlvr2_files import consistency, read_sentences
-from trainer.tasks.pictures import Pictures
+from trainer.tasks.pictures import Pictures, with_images
 from trainer.tasks.snli_ve_files import CLASSES, read_hypotheses
 from trainer.tasks.texts import TextEncoder
 from trainer.tasks.vqa_files import read_questions
@@ -226,7 +226,7 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def pictures(side: int, **keys: Any) -> Pictures:
-    return Pictures(image=ImageConfig(size=side), **keys)
+    return Pictures(image=ImageConfig(size=side), key="vqa.unreadable", **keys)
 
 
 def test_images_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
@@ -239,7 +239,8 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
     # Stored a quarter turn to the left: a viewer turns it back.
     Image.fromarray(np.rot90(pixels)).save(turned, exif=exif, quality=95)
     paths = [upright, turned, upright]
-    found = Pictures(image=ImageConfig(size=16, geometry="resize")).read(paths)
+    whole = ImageConfig(size=16, geometry="resize")
+    found = Pictures(image=whole, key="").read(paths)
     assert found.shape == (3, 16, 16, 3)
     assert np.array_equal(found[0], found[2])
     assert found[0, :, :6].max() < 10
@@ -257,10 +258,10 @@ def test_missing_damaged_and_huge_images_are_named(tmp_path: Path) -> None:
     text = tmp_path / "text.png"
     text.write_text("not an image")
     reader = pictures(16)
-    assert reader.readable(whole)
-    for path in (cut, text, tmp_path / "nowhere.jpg"):
-        assert not reader.readable(path)
-        with pytest.raises(ValueError, match="leave_out") as caught:
+    bad = [cut, text, tmp_path / "nowhere.jpg"]
+    assert reader.damaged([whole, *bad]) == set(bad)
+    for path in bad:
+        with pytest.raises(ValueError, match=r"--vqa\.unreadable leave_out") as caught:
             reader.read([whole, path])
         assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match="more than 500 pixels"):
@@ -268,6 +269,21 @@ def test_missing_damaged_and_huge_images_are_named(tmp_path: Path) -> None:
     Image.open(whole).save(text, "PNG")
     with pytest.raises(ValueError, match="more than 500 pixels"):
         pictures(16, max_pixels=500).read([text])
+
+
+def test_examples_without_their_images_are_refused_or_counted(tmp_path: Path) -> None:
+    good = [paint(tmp_path / f"{number}.jpg", "red") for number in range(3)]
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8 no more")
+    gone = tmp_path / "gone.jpg"
+    examples = [(good[0], good[1]), (good[1], gone), (bad, good[2]), (bad, gone)]
+    with pytest.raises(ValueError, match=r"1 of 5 images are missing: .*gone\.jpg"):
+        with_images(examples, lambda pair: pair, pictures(8), "refuse")
+    kept, left_out = with_images(examples, lambda pair: pair, pictures(8), "leave_out")
+    assert kept == examples[:1]
+    assert left_out.plain == {"examples": 4, "missing_image": 2, "damaged_image": 1}
+    with pytest.raises(ValueError, match="no image of 2 examples"):
+        with_images(examples[2:], lambda pair: pair, pictures(8), "leave_out")
 
 
 def test_texts_are_read_as_captions_in_shards_are(shards: Path) -> None:

@@ -9,11 +9,11 @@ Shapes: N images of S pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ Unreadable = Literal["refuse", "leave_out"]
 # The pipeline's own: where Pillow begins to warn of decompression bombs.
 _MAX_PIXELS = 89_478_485
 _NAMED = 3
+Example = TypeVar("Example")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,22 @@ class Pictures:
     """
 
     image: ImageConfig
+    key: str
+    """Whose value `leave_out` errors recommend."""
     threads: int = 2
     max_pixels: int = _MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads is {self.threads}: it must be 1 or more")
+
+    @property
+    def leave_out(self) -> str:
+        """What else can be done about an image that cannot be read."""
+        return (
+            "leave out, and count, the examples that show such images: "
+            f"--{self.key} leave_out"
+        )
 
     def read(self, paths: Sequence[Path]) -> np.ndarray:
         """Pixels (N, S, S, 3) uint8 of the images at `paths`; one that comes several
@@ -58,8 +69,13 @@ class Pictures:
         number = {path: place for place, path in enumerate(distinct)}
         return pixels[[number[path] for path in paths]]
 
-    def readable(self, path: Path) -> bool:
-        """Does an image decode?"""
+    def damaged(self, paths: Collection[Path]) -> set[Path]:
+        """Those of the images that cannot be read."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            good = pool.map(self._readable, paths)
+            return {path for path, one in zip(paths, good, strict=True) if not one}
+
+    def _readable(self, path: Path) -> bool:
         side = self.image.size
         try:
             self._read(path, np.empty((side, side, 3), dtype=np.uint8))
@@ -78,8 +94,7 @@ class Pictures:
         except (OSError, ValueError) as error:
             said = error.strerror if isinstance(error, OSError) else str(error)
             raise ValueError(
-                f"image {path} {said}: fetch it again, or go on without the examples "
-                "that show such images: --images.unreadable leave_out"
+                f"image {path} {said}: fetch it again, or {self.leave_out}"
             ) from error
 
 
@@ -90,20 +105,60 @@ def first_file(candidates: Sequence[Path]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Examples of a file that are not used, by reason; `used` are."""
+    """Examples that are not used because an image cannot be read, by reason."""
 
-    used: int
+    examples: int
+    """All, with those."""
     missing_image: int = 0
     damaged_image: int = 0
 
     @property
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, int]:
         """As results have it."""
-        return {
-            "examples": self.used + self.missing_image + self.damaged_image,
-            "used": self.used,
-            "left_out": {
-                "missing_image": self.missing_image,
-                "damaged_image": self.damaged_image,
-            },
-        }
+        return asdict(self)
+
+
+def with_images(
+    examples: Sequence[Example],
+    images: Callable[[Example], Sequence[Path]],
+    pictures: Pictures,
+    unreadable: Unreadable,
+) -> tuple[list[Example], LeftOut]:
+    """The examples whose images can be read, in their order, and a count of the others.
+
+    Args:
+        images: of an example.
+        unreadable: refuse looks for every file, and an image that does not decode is an
+            error when it is read; leave_out decodes every image once, now.
+
+    Raises:
+        ValueError: refuse, and files are missing; or no example is left.
+    """
+    shown = {path for example in examples for path in images(example)}
+    missing = {path for path in shown if not path.is_file()}
+    damaged: set[Path] = set()
+    if unreadable == "leave_out":
+        damaged = pictures.damaged(shown - missing)
+    elif missing:
+        some = ", ".join(map(str, sorted(missing)[:_NAMED]))
+        raise ValueError(
+            f"{len(missing):,} of {len(shown):,} images are missing: {some}"
+            f"{', ...' if len(missing) > _NAMED else ''}. Put them there, say where "
+            f"they are, or {pictures.leave_out}"
+        )
+    kept, lost = [], 0
+    for example in examples:
+        if missing.intersection(images(example)):
+            lost += 1
+        elif not damaged.intersection(images(example)):
+            kept.append(example)
+    if not kept:
+        raise ValueError(
+            f"no image of {len(examples):,} examples can be read, such as "
+            f"{min(missing | damaged)}: say where they are"
+        )
+    return kept, LeftOut(
+        examples=len(examples),
+        missing_image=lost,
+        damaged_image=len(examples) - len(kept) - lost,
+    )
