@@ -7,7 +7,7 @@ Owns the interface. Does not own the tasks (modules of this package, found by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +37,11 @@ class Context:
     tokenizer_file: Path
     """`tokenizer.json` that the model's words are numbered by."""
     tokenizer_sha256: str
+    special_ids: Mapping[str, int]
+    """Ids of its special tokens by name."""
     folder: Path
-    """Output of fine-tuning, where a task may keep files of its own (an answer
-    vocabulary, say); RUN in an evaluation."""
+    """Output of fine-tuning, which holds `Spec.files` once it has begun; RUN in an
+    evaluation."""
     device: torch.device
     seed: int
 
@@ -140,3 +142,7 @@ class Spec:
     """Makes the task of fine-tuning."""
     evaluation: Callable[[Context], Task]
     """Makes the task of an evaluation."""
+    files: Callable[[Any], Mapping[str, str]] | None = None
+    """Texts by the names of files in which fine-tuning keeps them, beside its
+    checkpoints, of a task that `training` made (an answer vocabulary, say). Resuming
+    with others is refused."""

@@ -114,6 +114,7 @@ def _context(
         pretraining=start.config,
         tokenizer_file=start.tokenizer_file,
         tokenizer_sha256=start.tokenizer.sha256,
+        special_ids=start.tokenizer.special_ids,
         folder=folder,
         device=the_device(),
         seed=config.seed,

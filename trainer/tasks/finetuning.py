@@ -93,7 +93,8 @@ def finetune(config: FinetuneConfig, *, command: str) -> str:
             seed=config.seed,
         )
         task, model = prepare(start, config, folder=output)
-        tuned.begin(output, config, start)
+        files = find(config.task).files
+        tuned.begin(output, config, start, files(task) if files else {})
         train(task, model, config, output=output, seed=config.seed)
     return config.output
 
@@ -112,6 +113,7 @@ def prepare(
             pretraining=start.config,
             tokenizer_file=start.tokenizer_file,
             tokenizer_sha256=start.tokenizer.sha256,
+            special_ids=start.tokenizer.special_ids,
             folder=folder,
             device=device,
             seed=config.seed,

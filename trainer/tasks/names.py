@@ -15,6 +15,9 @@ _MODULES = {
     "retrieval": "trainer.tasks.retrieval",
     "zero_shot": "trainer.tasks.zero_shot",
     "linear_probe": "trainer.tasks.linear_probe",
+    "nlvr2": "trainer.tasks.nlvr2",
+    "snli_ve": "trainer.tasks.snli_ve",
+    "vqa": "trainer.tasks.vqa",
 }
 NAMES = tuple(_MODULES)
 

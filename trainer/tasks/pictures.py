@@ -9,13 +9,15 @@ Shapes: N images of S pixels a side.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from trainer.geometry import decode_file
 from trainer.options import ImageConfig
@@ -69,6 +71,12 @@ class Pictures:
         number = {path: place for place, path in enumerate(distinct)}
         return pixels[[number[path] for path in paths]]
 
+    def png(self, path: Path) -> bytes:
+        """An image as the model sees it, for people."""
+        out = io.BytesIO()
+        Image.fromarray(self.read([path])[0]).save(out, "PNG")
+        return out.getvalue()
+
     def damaged(self, paths: Collection[Path]) -> set[Path]:
         """Those of the images that cannot be read."""
         with ThreadPoolExecutor(self.threads) as pool:
@@ -103,28 +111,14 @@ def first_file(candidates: Sequence[Path]) -> Path:
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """Examples that are not used because an image cannot be read, by reason."""
-
-    examples: int
-    """All, with those."""
-    missing_image: int = 0
-    damaged_image: int = 0
-
-    @property
-    def plain(self) -> dict[str, int]:
-        """As results have it."""
-        return asdict(self)
-
-
 def with_images(
     examples: Sequence[Example],
     images: Callable[[Example], Sequence[Path]],
     pictures: Pictures,
     unreadable: Unreadable,
-) -> tuple[list[Example], LeftOut]:
-    """The examples whose images can be read, in their order, and a count of the others.
+) -> tuple[list[Example], dict[str, int]]:
+    """The examples whose images can be read, in their order, and how many others there
+    are: `missing_image`, `damaged_image`.
 
     Args:
         images: of an example.
@@ -157,8 +151,5 @@ def with_images(
             f"no image of {len(examples):,} examples can be read, such as "
             f"{min(missing | damaged)}: say where they are"
         )
-    return kept, LeftOut(
-        examples=len(examples),
-        missing_image=lost,
-        damaged_image=len(examples) - len(kept) - lost,
-    )
+    damaged_image = len(examples) - len(kept) - lost
+    return kept, {"missing_image": lost, "damaged_image": damaged_image}

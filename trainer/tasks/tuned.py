@@ -7,6 +7,7 @@ Does not own the loop (`trainer.tasks.training`).
     OUTPUT/pretraining/config.yaml  keys of the run that the model comes from
     OUTPUT/origin.json              its step, the tokenizer's hash and special ids
     OUTPUT/tokenizer.json           its words
+    OUTPUT/NAME                     what a task keeps (`Spec.files`)
     OUTPUT/metrics.jsonl            a line a step; `dev_*` where there was a checkpoint
     OUTPUT/checkpoints/step-…/      weights, Adam's moments, complete.json (the marker)
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,9 @@ _MEASURED = "dev"
 _MAY_CHANGE = ("output", "max_steps", "data")
 
 
-def begin(output: Path, keys: Any, start: Pretrained) -> None:
-    """Write what every fine-tuning has, or see that it is the same there.
+def begin(output: Path, keys: Any, start: Pretrained, files: Mapping[str, str]) -> None:
+    """Write what every fine-tuning has, and the task's `files` (text by name), or see
+    that it is the same there.
 
     Raises:
         ValueError: the folder holds another run, or something else.
@@ -71,6 +74,7 @@ def begin(output: Path, keys: Any, start: Pretrained) -> None:
         raise ValueError(
             f"{output} holds something else than a fine-tuning: take another --output"
         )
+    _keep(output, files)
     (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
     write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
     origin = {"step": start.step, "tokenizer": asdict(start.tokenizer)}
@@ -79,6 +83,19 @@ def begin(output: Path, keys: Any, start: Pretrained) -> None:
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
     # Last: with it the folder is a fine-tuning.
     write_text(path, to_yaml(keys))
+
+
+def _keep(output: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        path = output / name
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{path} is of other examples than those that would be learned now: "
+                "restore the files that this fine-tuning began with, or take another "
+                "--output"
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
 
 def is_tuned(folder: Path) -> bool:
