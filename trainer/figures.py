@@ -17,8 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from trainer.masking import Masks, Mode
-from trainer.models.base import Inputs
-from trainer.models.mlim import MlimForPreTraining
+from trainer.models.base import Inputs, Restoring
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, make_inputs, partners
 
@@ -31,7 +30,7 @@ _MAX_CAPTION = 90
 class Artist:
     """A model and the held-out pairs to show it on."""
 
-    model: MlimForPreTraining
+    model: Restoring
     config: PretrainConfig
     pairs: Pairs
     tokenizer: Tokenizer

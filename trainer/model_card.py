@@ -128,13 +128,18 @@ def _probes(result: dict[str, Any]) -> str:
         "| loss | condition | mean | 95 % |",
         "|---|---|---|---|",
     ]
-    for probe in ("mlm", "recon"):
-        for name, entry in result[probe]["conditions"].items():
+    measured = {name: of for name, of in result.items() if _is_probe(of)}
+    for probe, of in measured.items():
+        for name, entry in of["conditions"].items():
             low, high = entry["ci95"]
             lines.append(
                 f"| {probe} | {name} | {entry['mean']:.4f} | {low:.4f} to {high:.4f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _is_probe(value: Any) -> bool:
+    return isinstance(value, dict) and "conditions" in value
 
 
 def _names(data: list[str] | str) -> list[str]:

@@ -77,9 +77,9 @@ class Panels:
             batch=batch,
         )
 
-    def make(self, model: nn.Module, step: int) -> tuple[dict[str, Any], Path]:
+    def make(self, model: nn.Module, step: int) -> tuple[dict[str, Any], Path | None]:
         """Measure the probes and draw the panel of a step; results by name and the
-        panel's file.
+        panel's file, if the model restores images.
         """
         training = model.training
         model.eval()
@@ -106,7 +106,9 @@ class Panels:
             {name: summarise(of, pairs.groups, seed) for name, of in losses.items()}
         )
 
-    def _panel(self, model: nn.Module, step: int) -> Path:
+    def _panel(self, model: nn.Module, step: int) -> Path | None:
+        if self.config.model.image_loss not in self.config.model.restores:
+            return None
         artist = Artist(
             model=model,  # type: ignore[arg-type]
             config=self.config,

@@ -1,19 +1,20 @@
-"""MLIM's two probes of information crossing between modalities, on held-out pairs.
+"""Two probes of information crossing between modalities, on held-out pairs.
 
-Owns the measurement: MLM loss with the true, another pair's and a blank image; RECON
-loss with the true, another pair's and an empty caption, under the same masks. Does not
-own the pictures (`trainer.figures`) or the command (`trainer.evaluate`).
+Owns the measurement: the loss of words with the true, another pair's and a blank image;
+the loss of pixels with the true, another pair's and an empty caption, under the same
+masks. Does not own the losses (each model's) or the pictures (`trainer.figures`).
 
-Arici et al. 2021, section 5: a model that uses one modality to restore the other loses
-when the partner is wrong. Words are masked as in text-heavy mode, pixels as in
-image-heavy mode, the modes in which the partner is clean.
+Arici et al. 2021 (MLIM), section 5: a model that uses one modality to restore the other
+loses when the partner is wrong. Words are masked as in text-heavy mode, pixels as in
+image-heavy mode, the modes in which the partner is clean. It is the same protocol for
+every model: partners, masks and pairs depend on the seed alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from trainer.dataset import Dataset
 from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, Mode, mam
-from trainer.models.base import Inputs
-from trainer.models.mlim import MlimForPreTraining, masked_words
+from trainer.models.base import Inputs, Restoring
+from trainer.models.mlim import masked_words
 from trainer.options import ImageConfig, PretrainConfig
 from trainer.philox import Use, permutation, signed_uids
 from trainer.rows import caption_choice
@@ -146,8 +147,23 @@ def partners(pairs: Pairs, *, seed: int) -> np.ndarray:
     return partner
 
 
+def with_rates(
+    config: PretrainConfig, *, text: float | None, image: float | None
+) -> PretrainConfig:
+    """The same run with other shares of words and of image positions masked; None: as
+    it has them.
+    """
+    mask = config.mask
+    mask = replace(
+        mask,
+        heavy_text_rate=mask.heavy_text_rate if text is None else text,
+        heavy_image_rate=mask.heavy_image_rate if image is None else image,
+    )
+    return replace(config, mask=mask)
+
+
 def measure(
-    model: MlimForPreTraining,
+    model: Restoring,
     config: PretrainConfig,
     pairs: Pairs,
     *,
@@ -157,26 +173,29 @@ def measure(
     device: torch.device,
     progress: tqdm[Any],
 ) -> dict[str, dict[str, Losses]]:
-    """Losses of every pair: {"mlm": {condition: Losses}, "recon": {...}}."""
+    """Losses of every pair under each condition, by the name of the loss: those of
+    words and pixels that the model `restores`.
+    """
     partner = partners(pairs, seed=seed)
     own, nobody = np.arange(len(pairs)), None
     empty = [text[[0, -1]] for text in pairs.texts]
     other_texts = [pairs.texts[int(other)] for other in partner]
     conditions: dict[str, dict[str, tuple[np.ndarray | None, list[np.ndarray]]]] = {
-        "mlm": {
+        config.model.word_loss: {
             "true": (own, pairs.texts),
             "shuffled": (partner, pairs.texts),
             "blank": (nobody, pairs.texts),
         },
-        "recon": {
+        config.model.image_loss: {
             "true": (own, pairs.texts),
             "shuffled": (own, other_texts),
             "empty": (own, empty),
         },
     }
     results: dict[str, dict[str, Losses]] = {}
-    for probe, shown in conditions.items():
-        mode = Mode.TEXT_HEAVY if probe == "mlm" else Mode.IMAGE_HEAVY
+    for probe in config.model.restores:
+        shown, words = conditions[probe], probe == config.model.word_loss
+        mode = Mode.TEXT_HEAVY if words else Mode.IMAGE_HEAVY
         results[probe] = {}
         for name, (whose, texts) in shown.items():
             sums, counts = np.zeros(len(pairs)), np.zeros(len(pairs))
@@ -192,7 +211,7 @@ def measure(
                         mode=mode,
                         device=device,
                     )
-                    loss, count = _pair_losses(model, inputs, masks, probe)
+                    loss, count = _pair_losses(model, inputs, masks, words=words)
                     sums[rows] += loss
                     counts[rows] += count
                     progress.update(len(rows))
@@ -286,13 +305,13 @@ def _pixels(pairs: Pairs, whose: np.ndarray | None, rows: np.ndarray) -> np.ndar
 
 
 def _pair_losses(
-    model: MlimForPreTraining, inputs: Inputs, masks: Masks, probe: str
+    model: Restoring, inputs: Inputs, masks: Masks, *, words: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and count (B,) of each pair of a micro-batch."""
     loss = torch.zeros(inputs.stream.pairs, device=inputs.pixels.device)
     with torch.inference_mode():
         hidden_td = model.encode(inputs, masks)
-        if probe == "mlm":
+        if words:
             scores = model.score_words(hidden_td, inputs, masks)
             loss.index_add_(0, inputs.stream.text_pair[scores.text], scores.nll)
             count: Tensor = masks.text.sum(1)

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from trainer.figures import Artist
+
+_UNITS = {
+    "mlm": "nats a word",
+    "recon": "squared error a pixel",
+    "mim": "absolute error a pixel",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,12 @@ class ProbesConfig:
     a pair's wrong partner has another value."""
     batch: int = 128
     """Pairs that go through the model at once."""
+    text_rate: float | None = None
+    """Share of words that are masked to measure their loss; null: that of the run's
+    text-heavy mode."""
+    image_rate: float | None = None
+    """Share of image positions that are masked to measure theirs; null: that of the
+    run's image-heavy mode."""
     examples: int = 6
     """Pairs shown in figures."""
 
@@ -42,10 +57,14 @@ class ProbesConfig:
         from trainer.options import at_least
 
         at_least("", self, draws=1, max_pairs=2, batch=1, examples=1, seed=0)
+        for name in ("text_rate", "image_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 1:
+                raise ValueError(f"{name} is {rate}: above 0, at most 1")
 
 
 def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any]:
-    """Run both probes of the run that lies in `folder` and draw their figures; what
+    """Run the probes of the run that lies in `folder` and draw their figures; what
     `probes.json` holds.
     """
     import torch
@@ -55,10 +74,18 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     from trainer.checkpoint import write_json
     from trainer.dataset import Dataset
     from trainer.figures import Artist
-    from trainer.probes import load_pairs, measure, summarise
+    from trainer.mask_config import Mode
+    from trainer.probes import load_pairs, measure, summarise, with_rates
     from trainer.trained import load_trained
 
     trained = load_trained(folder, data=config.data)
+    keys = trained.config.model
+    run = with_rates(trained.config, text=config.text_rate, image=config.image_rate)
+    if not keys.restores:
+        raise ValueError(
+            f"{config.run} has no head that restores words or pixels: train one with "
+            "--model.mlm_weight or --model.mim_weight above 0"
+        )
     dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device).eval()
@@ -71,10 +98,11 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     )
     if len(pairs) < 2:
         raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
-    with tqdm(total=6 * config.draws * len(pairs), desc="probes", unit="pair") as bar:
+    total = 3 * len(keys.restores) * config.draws * len(pairs)
+    with tqdm(total=total, desc="probes", unit="pair") as bar:
         losses = measure(
             model,
-            trained.config,
+            run,
             pairs,
             seed=config.seed,
             draws=config.draws,
@@ -87,14 +115,13 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     artist = Artist(
         model=model,
-        config=trained.config,
+        config=run,
         pairs=pairs,
         tokenizer=tokenizer,
         seed=config.seed,
         device=device,
         examples=config.examples,
     )
-    artist.reconstructions(pictures / "recon.png")
     result = {
         "task": "probes",
         "step": trained.step,
@@ -102,6 +129,8 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
         "split": config.split,
         "pairs": len(pairs),
         "draws": config.draws,
+        "text_rate": run.mask.text_rates[Mode.TEXT_HEAVY],
+        "image_rate": run.mask.image_rates[Mode.IMAGE_HEAVY],
         "group": config.group,
         "groups": len(set(pairs.groups.tolist())),
         "data": dataset.name,
@@ -111,23 +140,37 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
             name: summarise(values, pairs.groups, config.seed)
             for name, values in losses.items()
         },
-        "figures": [
-            {
-                "file": "probes/recon.png",
-                "title": "Reconstructions",
-                "caption": "Held-out pairs, the first of a drawn order. Masked squares "
-                "are filled by the model, the rest is the original.",
-            }
-        ],
-        "top_words": artist.top_words(pictures),
+        **_shown(artist, pictures),
     }
     write_json(folder / "probes.json", result)
     return result
 
 
+def _shown(artist: Artist, folder: Path) -> dict[str, Any]:
+    """Pictures and likely words of some pairs, as far as the model restores them."""
+    keys = artist.config.model
+    found: dict[str, Any] = {"figures": [], "top_words": []}
+    if keys.image_loss in keys.restores:
+        name = f"{keys.image_loss}.png"
+        artist.reconstructions(folder / name)
+        found["figures"] = [
+            {
+                "file": f"{folder.name}/{name}",
+                "title": "Reconstructions",
+                "caption": "Held-out pairs, the first of a drawn order. Masked squares "
+                "are filled by the model, the rest is the original.",
+            }
+        ]
+    if keys.word_loss in keys.restores:
+        found["top_words"] = artist.top_words(folder)
+    return found
+
+
 def print_probes(result: dict[str, Any]) -> None:
-    """Both probes, for a terminal."""
-    for probe, unit in (("mlm", "nats a word"), ("recon", "squared error a pixel")):
+    """The probes, for a terminal."""
+    for probe, unit in _UNITS.items():
+        if probe not in result:
+            continue
         print(f"{probe} loss, {unit}, {result['pairs']} held-out pairs")
         for name, row in result[probe]["conditions"].items():
             low, high = row["ci95"]

@@ -105,7 +105,8 @@ class HeldOut:
             if model is not None and self._panels and metrics:
                 found, picture = self._panels.make(model, step)
                 row |= found
-                metrics.picture("reconstructions", picture, step)
+                if picture is not None:
+                    metrics.picture("reconstructions", picture, step)
             # Or the others would seem to hang in the next step.
             self._world.barrier()
         if row and metrics:

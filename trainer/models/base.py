@@ -7,7 +7,8 @@ name (`find`); a recipe takes it by `model.name`.
 
 A model is an `nn.Module` with the attributes `config` and `recompute` and the method
 `compile_layers(backend)`. `forward(inputs, masks)` gives an `Output`; without masks,
-where its keys are `contrastive`, `Output.features` alone.
+where its keys are `contrastive`, `Output.features` alone. For probes and pictures it is
+`Restoring` what its keys say that it `restores`.
 
 Shapes: B pairs of a micro-batch, G pairs of the global batch, F features of a pair, K
 text capacity, S side of an image, L text positions.
@@ -21,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ from trainer.stream import Stream
 if TYPE_CHECKING:
     from trainer.flops import Work
     from trainer.loader import Counts
-    from trainer.masking import MaskCounts
+    from trainer.masking import MaskCounts, Masks
+    from trainer.models.mlim import WordScores
     from trainer.plan_memory import Activations, Shapes
 
 _DEFINES = re.compile(r"^CONFIG\b", re.MULTILINE)
@@ -132,6 +134,28 @@ class Sizes(NamedTuple):
     """S."""
 
 
+class Restoring(Protocol):
+    """A model as probes and pictures use it: what it says of masked words and pixels of
+    each pair.
+    """
+
+    config: Any
+
+    def encode(self, inputs: Inputs, masks: Masks) -> Any:
+        """What the other methods need of pairs that are masked."""
+
+    def score_words(self, hidden: Any, inputs: Inputs, masks: Masks) -> WordScores:
+        """Loss of every masked word."""
+
+    def score_images(
+        self, hidden: Any, inputs: Inputs, masks: Masks
+    ) -> tuple[Tensor, Tensor]:
+        """Pair (R,) and summed loss (R,) of every image with a masked position."""
+
+    def decode_images(self, hidden: Any, inputs: Inputs, image: Tensor) -> Tensor:
+        """Reconstructions (R, 3, S, S), 0..1, of the pairs numbered `image` (R,)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Keys of a model. A subclass declares them, `name` first, and what is asked of
@@ -181,6 +205,13 @@ class ModelConfig:
         model has a loss of matching, `itm`; None where it has none.
         """
         return None
+
+    @property
+    def restores(self) -> tuple[str, ...]:
+        """`word_loss` and `image_loss`, of which a model has heads for both, trained or
+        not; or those of them that it has one for.
+        """
+        return (self.word_loss, self.image_loss)
 
     @property
     def terms(self) -> tuple[Term, ...]:

@@ -99,6 +99,9 @@ _TITLES = {
     "probe_recon_true": "RECON probe: loss with its own caption",
     "probe_recon_shuffled_gap": "RECON probe: another's caption costs",
     "probe_recon_empty_gap": "RECON probe: an empty caption costs",
+    "probe_mim_true": "MIM probe: loss with its own caption",
+    "probe_mim_shuffled_gap": "MIM probe: another's caption costs",
+    "probe_mim_empty_gap": "MIM probe: an empty caption costs",
 }
 _MODES = re.compile(r"(\w+)_(image_heavy|text_heavy|light)")
 # Measured exactly or seldom: nothing to smooth.

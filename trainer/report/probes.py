@@ -25,6 +25,7 @@ from trainer.report.elements import (
 PROBES = (
     ("mlm", "Words", "MLM loss, nats a masked word", "image"),
     ("recon", "Pixels", "RECON loss, squared error a masked pixel", "caption"),
+    ("mim", "Pixels", "MIM loss, absolute error a masked pixel", "caption"),
 )
 _PARTNERS = {
     "true": "its own",
@@ -43,7 +44,7 @@ def probe_sections(runs: Sequence[Run]) -> list[str]:
         section(
             "Probes",
             legend([run.name for run in runs]),
-            grid(*(_probe(runs, *probe) for probe in PROBES)),
+            grid(*filter(None, (_probe(runs, *probe) for probe in PROBES))),
             *notes,
             lead="Words are masked and the image is clean, or the other way round. A "
             "model that reads its partner loses when the partner is wrong.",
@@ -63,11 +64,16 @@ def headline(runs: Sequence[Run]) -> str:
     """One sentence: in how many runs a wrong partner is worse, for sure."""
     measured = [run for run in runs if run.probes]
     sentences = []
-    for probe, restored, partner in (
-        ("mlm", "words", "image"),
-        ("recon", "pixels", "caption"),
+    for probes, restored, partner in (
+        (("mlm",), "words", "image"),
+        (("recon", "mim"), "pixels", "caption"),
     ):
-        gaps = [gap for run in measured if (gap := shuffled_gap(run, probe))]
+        gaps = [
+            gap
+            for run in measured
+            for probe in probes
+            if (gap := shuffled_gap(run, probe))
+        ]
         clear = sum(gap["ci95"][0] > 0 for gap in gaps)
         if gaps:
             verb = "helps" if clear == len(gaps) else "does not surely help"
@@ -99,10 +105,11 @@ def _missing(run: Run) -> str:
 
 
 def _probe(runs: Sequence[Run], probe: str, title: str, unit: str, partner: str) -> str:
+    """A card, or nothing where no run has such a probe."""
     losses = _estimates(runs, probe, "conditions", partner)
     gaps = _estimates(runs, probe, "gaps", partner)
     if not losses:
-        return card(f"<p>{escape(f'no {probe} probe')}</p>", title=title)
+        return ""
     body = [f'<p class="unit">{escape(unit)}, given</p>']
     body.append(intervals(losses, label=f"{unit} by partner"))
     if gaps:

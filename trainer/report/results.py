@@ -106,7 +106,8 @@ def _lines(runs: Sequence[Run]) -> Iterator[Line]:
         values = [gap["mean"] if gap else None for gap in gaps]
         # How much a model uses its partner is a finding, not a score.
         if any(gaps):
-            yield _numbers(f"Probe: a wrong {partner} costs", values, "")
+            title = f"Probe: a wrong {partner} costs, {probe.upper()} loss"
+            yield _numbers(title, values, "")
     speeds = [run.typical("pairs_per_s") for run in runs]
     if any(speeds):
         yield _numbers("Pairs a second, median", speeds, "higher")
