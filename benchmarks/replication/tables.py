@@ -1,0 +1,257 @@
+"""What a replication has found: values, differences with their tests, and claims.
+
+Owns the numbers of every table, as plain data, and their Markdown. Does not own the
+tests (`benchmarks.replication.statistics`) or the picture of them
+(`benchmarks.replication.figure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.replication.matrix import Claim, Matrix, Metric, Table
+from benchmarks.replication.predictions import read as read_predictions
+from benchmarks.replication.schedule import Place
+from benchmarks.replication.stages import evaluation, plan
+from benchmarks.replication.statistics import (
+    Difference,
+    paired_bootstrap,
+    paired_t,
+    seeds_needed,
+    verdict,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One metric of one row: a value of each seed that is there."""
+
+    values: dict[int, float]
+    folders: dict[int, Path]
+    """Where what was predicted of each item lies."""
+
+
+def tables(matrix: Matrix, place: Place) -> dict[str, Any]:
+    """Every table as plain data, of the stages that are complete."""
+    found = _measured(matrix, place)
+    return {name: _table(matrix, table, found) for name, table in matrix.tables.items()}
+
+
+def _measured(
+    matrix: Matrix, place: Place
+) -> dict[tuple[str, str], dict[int, tuple[Any, Path]]]:
+    """By row and task, then seed: the result, and the folder it lies in."""
+    stages = {stage.name: stage for stage in plan(matrix)}
+    found: dict[tuple[str, str], dict[int, tuple[Any, Path]]] = {}
+    for name, row in matrix.rows.items():
+        for task in row.tasks:
+            for seed in matrix.seeds:
+                stage = stages[evaluation(matrix, row, task, seed)]
+                marker = place.done(stage)
+                if marker and stage.result:
+                    folder = (place.work / stage.result).parent
+                    result = marker["result"], folder
+                    found.setdefault((name, task), {})[seed] = result
+    return found
+
+
+def _table(
+    matrix: Matrix,
+    table: Table,
+    found: Mapping[tuple[str, str], Mapping[int, tuple[Any, Path]]],
+) -> dict[str, Any]:
+    metrics, shown = matrix.tasks[table.task].metrics, {}
+    for name in {*table.metrics, *(claim.metric for claim in table.claims)}:
+        shown[name] = {
+            row: _of_metric(metrics[name], found.get((row, table.task), {}))
+            for row in table.rows
+        }
+    return {
+        "title": table.title,
+        "task": table.task,
+        "reference": table.reference,
+        "note": table.note,
+        "metrics": {
+            name: {
+                "title": metrics[name].title,
+                "digits": metrics[name].digits,
+                "chance": metrics[name].chance,
+                "rows": {
+                    row: {
+                        "title": matrix.rows[row].title,
+                        **_row(metrics[name], shown[name], row, table.reference),
+                        "paper": table.paper.get(row),
+                    }
+                    for row in table.rows
+                },
+            }
+            for name in table.metrics
+        },
+        "claims": [
+            _claim(claim, metrics[claim.metric], shown[claim.metric])
+            for claim in table.claims
+        ],
+    }
+
+
+def _of_metric(metric: Metric, results: Mapping[int, tuple[Any, Path]]) -> Measured:
+    values, folders = {}, {}
+    for seed, (result, folder) in results.items():
+        value = result
+        for key in metric.value.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise ValueError(
+                    f"metric {metric.title!r} is {metric.value}, and {folder} has no "
+                    f"{key} there: name one of {', '.join(map(str, value))}"
+                )
+            value = value[key]
+        values[seed], folders[seed] = float(value), folder
+    return Measured(values=values, folders=folders)
+
+
+def _row(
+    metric: Metric, shown: Mapping[str, Measured], row: str, reference: str
+) -> dict[str, Any]:
+    values = list(shown[row].values.values())
+    found: dict[str, Any] = {
+        "values": shown[row].values,
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+    }
+    if row != reference:
+        found |= compared(metric, shown[row], shown[reference])
+    return found
+
+
+def compared(metric: Metric, ours: Measured, theirs: Measured) -> dict[str, Any]:
+    """How much `ours` is above `theirs`, over the seeds that both have, and over test
+    items where what was predicted of each is kept.
+    """
+    seeds = sorted(ours.values.keys() & theirs.values.keys())
+    mine, other = ([one.values[seed] for seed in seeds] for one in (ours, theirs))
+    over_seeds = paired_t(mine, other) if len(seeds) > 1 else None
+    over_items = None
+    if metric.predictions and seeds:
+        pairs = [
+            [read_predictions(metric.predictions, one.folders[seed]) for seed in seeds]
+            for one in (ours, theirs)
+        ]
+        over_items = paired_bootstrap(
+            *([one.values for one in each] for each in pairs),
+            pairs[0][0].statistic,
+            groups=pairs[0][0].groups,
+        )
+    return {
+        "difference": float(np.mean(np.subtract(mine, other))) if seeds else None,
+        "over_seeds": over_seeds._asdict() if over_seeds else None,
+        "over_items": over_items._asdict() if over_items else None,
+        "seeds_needed": seeds_needed(mine, other) if over_seeds else None,
+    }
+
+
+def _claim(
+    claim: Claim, metric: Metric, shown: Mapping[str, Measured]
+) -> dict[str, Any]:
+    found = compared(metric, shown[claim.row], shown[claim.against])
+    seeds, items = (
+        Difference(**found[name]) if found[name] else None
+        for name in ("over_seeds", "over_items")
+    )
+    said = "not measured yet"
+    if found["difference"] is not None:
+        said = verdict(
+            claim.says,
+            margin=claim.margin,
+            seeds=seeds,
+            items=items,
+            needed=found["seeds_needed"],
+        )
+    return {
+        "source": claim.source,
+        "row": claim.row,
+        "against": claim.against,
+        "says": claim.says,
+        "metric": metric.title,
+        "digits": metric.digits,
+        **found,
+        "verdict": said,
+    }
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All tables, and under each what it says of the paper's claims."""
+    parts = []
+    for table in found.values():
+        parts.append(f"### {table['title']}")
+        if table["note"]:
+            parts.append(table["note"].strip())
+        for metric in table["metrics"].values():
+            parts.append(_metric_lines(metric, table["reference"]))
+        if table["claims"]:
+            parts.append("\n".join(map(_claim_line, table["claims"])))
+    return "\n\n".join(parts) + "\n"
+
+
+def _metric_lines(metric: Mapping[str, Any], reference: str) -> str:
+    digits, rows = metric["digits"], metric["rows"]
+    chance = "" if metric["chance"] is None else f" (chance {metric['chance']:g})"
+    columns = [
+        f"{metric['title']}{chance}",
+        "mean ± std",
+        "each seed",
+        f"against {rows[reference]['title']}",
+        "95 % over seeds",
+        "95 % over test items",
+    ]
+    paper = any(row["paper"] for row in rows.values())
+    lines = [_line([*columns, *(["paper"] if paper else [])])]
+    lines.append("|---" * (len(columns) + paper) + "|")
+    for row in rows.values():
+        cells = [
+            row["title"],
+            spread(row["mean"], row["std"], digits),
+            ", ".join(f"{value:.{digits}f}" for value in row["values"].values()),
+            _signed(row.get("difference"), digits),
+            _interval(row.get("over_seeds"), digits),
+            _interval(row.get("over_items"), digits),
+            *([row["paper"] or ""] if paper else []),
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def spread(mean: float | None, std: float | None, digits: int) -> str:
+    """Mean and standard deviation, as far as there are seeds for them."""
+    if mean is None:
+        return "not yet"
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:+.{digits}f}"
+
+
+def _interval(difference: Mapping[str, Any] | None, digits: int) -> str:
+    if not difference:
+        return ""
+    low, high = difference["ci95"]
+    return f"{low:+.{digits}f} to {high:+.{digits}f}, p {difference['p']:.2g}"
+
+
+def _claim_line(claim: Mapping[str, Any]) -> str:
+    found = _signed(claim["difference"], claim["digits"])
+    if found:
+        found = f" Here, {claim['metric']}: {found}"
+        if claim["over_seeds"]:
+            found += f" ({_interval(claim['over_seeds'], claim['digits'])} over seeds)"
+        found += "."
+    return f"- {claim['source']}{found} **{claim['verdict'].capitalize()}.**"

@@ -1,0 +1,48 @@
+"""What a replication prints and writes when it is run.
+
+Owns the files of tables and the list of what remains. Does not own numbers
+(`benchmarks.replication.tables`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.replication.figure import draw
+from benchmarks.replication.matrix import Matrix
+from benchmarks.replication.schedule import (
+    Place,
+    Schedule,
+    duration,
+    estimate,
+    measured_seconds,
+)
+from benchmarks.replication.tables import markdown, tables
+from trainer.files import write_text, write_with
+
+
+def say_what_remains(schedule: Schedule) -> None:
+    """Every stage that is not complete, and the time of all."""
+    known = measured_seconds(schedule.place, schedule.stages)
+    for stage in schedule.remaining():
+        took = estimate(stage, schedule.seconds, known)
+        print(f"{'?' if took is None else duration(took):>8s}  {stage.name}")
+    left, unknown = schedule.left_s()
+    print(
+        f"{len(schedule.remaining())} of {len(schedule.stages)} stages remain: about "
+        f"{duration(left)} with {schedule.jobs} at a time"
+        + (f", and {unknown} stages that nobody has timed" if unknown else "")
+    )
+
+
+def write_tables(matrix: Matrix, place: Place, output: Path) -> None:
+    """Markdown, JSON and figure of what is there; the Markdown is printed too."""
+    found = tables(matrix, place)
+    text = markdown(found)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output.with_name(f"{output.name}.md"), text)
+    plain = json.dumps({"seeds": matrix.seeds, "tables": found}, indent=1)
+    write_text(output.with_name(f"{output.name}.json"), plain + "\n")
+    write_with(output.with_name(f"{output.name}.png"), lambda to: draw(found, Path(to)))
+    print(text)
