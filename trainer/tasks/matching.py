@@ -201,6 +201,11 @@ class Matching:
                 },
             },
             examples=self._examples(last, keys.examples),
+            kept={
+                **{f"scores_{mode}": scores[mode] for mode in keys.modes},
+                "labels": pairs.labels,
+                "groups": pairs.groups,
+            },
         )
 
     def scores(

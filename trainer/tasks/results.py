@@ -1,6 +1,6 @@
-"""What an evaluation writes: a JSON file of numbers, and a page of examples.
+"""What an evaluation writes: numbers, what was found of each example, and a page.
 
-Owns the form of both. Does not own the numbers (each task), intervals
+Owns the form of all three. Does not own the numbers (each task), intervals
 (`trainer.tasks.bootstrap`) or the looks of a page (`trainer.report.elements`).
 """
 
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.files import write_text
+import numpy as np
+
+from trainer.files import write_text, write_with
 from trainer.report.elements import card, document, grid, header, image, section, table
 
 
@@ -60,12 +62,16 @@ class Result:
     """By the title of their part of the page: best, worst, near the threshold."""
     tables: Mapping[str, Table] = field(default_factory=dict)
     """By the title of their part of the page."""
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What was found of each example, the same ones in the same order whatever the
+    model is, so that two can be compared pair by pair."""
 
 
 def write_result(
     folder: Path, name: str, result: Result, *, facts: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/name.json` and `folder/name.html`; the path of the first.
+    """Write `folder/name.json`, `folder/name.html` and, where something is kept of each
+    example, `folder/name.npz`; the path of the first, which is written last.
 
     Args:
         facts: what the command knows: task, seed, step, data, manifest_sha256, command.
@@ -73,6 +79,8 @@ def write_result(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     write_text(folder / f"{name}.html", page(name, result, facts=facts))
+    if result.kept:
+        write_with(folder / f"{name}.npz", lambda to: np.savez(to, **result.kept))
     text = json.dumps(as_plain(result, facts=facts), indent=1, allow_nan=False)
     write_text(path, text + "\n")
     return path
