@@ -59,8 +59,8 @@ class Metric:
     chance: float | None = None
     """What guessing gives."""
     predictions: str | None = None
-    """What the bootstrap reads (`benchmarks.replication.predictions`), such as
-    `matching both`; None: nothing is kept of each item."""
+    """What it is called where the test items are kept
+    (`benchmarks.replication.predictions`); None: they are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,10 @@ class Task:
     """Keys of trainer.finetune of rows with modality dropout."""
     no_dropout: Words = field(default_factory=dict)
     """And of those without."""
+    finetune_without: dict[str, Words] = field(default_factory=dict)
+    """Keys of trainer.finetune of rows that lack an objective."""
+    evaluate_without: dict[str, Words] = field(default_factory=dict)
+    """Keys of trainer.evaluate of rows that lack an objective."""
 
 
 @dataclass(frozen=True, kw_only=True)

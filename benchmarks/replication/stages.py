@@ -208,6 +208,7 @@ def _finetune(row: Row, name: str, task: Task, seed: int, pretrain: Stage) -> St
     output = f"finetune/{name}/{tuned_name(row)}/seed{seed}"
     dropout = task.dropout if row.modality_dropout else task.no_dropout
     given = {**(task.finetune or {}), **task.model.get(row.model, {}), **dropout}
+    given |= _lacking(task.finetune_without, row)
     needs = [pretrain.name, f"data/{row.dataset}"]
     return Stage(
         name=output,
@@ -230,18 +231,27 @@ def _evaluate(
     matrix: Matrix, row: Row, name: str, task: Task, seed: int, source: Stage
 ) -> Stage:
     needs = [source.name, f"data/{row.dataset}"]
+    given = {**task.evaluate, **_lacking(task.evaluate_without, row)}
     return Stage(
         name=evaluation(matrix, row, name, seed),
         words=(
             "trainer.evaluate",
             f"{{work}}/{source.name}",
             f"--data={{work}}/data/{row.dataset}",
-            *command_words(task.evaluate, _places(task.evaluate, row, needs)),
+            *command_words(given, _places(given, row, needs)),
         ),
         needs=tuple(needs),
         costs=_costs(f"evaluate {name}", row),
         result=f"{source.name}/{task.result}",
     )
+
+
+def _lacking(without: Mapping[str, Words], row: Row) -> Words:
+    found: Words = {}
+    for objective, words in without.items():
+        if objective not in row.objectives:
+            found |= words
+    return found
 
 
 def _costs(kind: str, row: Row) -> tuple[str, ...]:

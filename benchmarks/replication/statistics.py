@@ -2,9 +2,9 @@
 
 Owns Student's t, the paired t test, the paired bootstrap, how many seeds a difference
 would take, and what of a claim a comparison says. Does not own which rows are compared
-(`benchmarks.replication.matrix`). Needs only numpy: scipy is no requirement.
+(`benchmarks.replication.matrix`) or drawing items again (`trainer.tasks.bootstrap`).
 
-Shapes: N test items, R resamples, S seeds.
+Shapes: N test items, S seeds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Predictions of the items (N, ...) and how often each counts (R, N) -> values (R,)."""
+from trainer.tasks.bootstrap import RESAMPLES, percentiles, weights
+
+Measure = Callable[[np.ndarray], float]
+"""Weights of test items (N,) -> a value: what a model is worth on them."""
 Says = Literal["higher", "lower", "same"]
-_RESAMPLES = 2000
-# Memory: items times resamples that are worked on at once.
-_AT_ONCE = 4_000_000
 _MOST_SEEDS = 100
 
 
@@ -99,70 +98,40 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     return Difference(mean, (mean - reach, mean + reach), p, n)
 
 
-def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means (R,) of values (N,)."""
-    return weights @ values / weights.sum(1)
-
-
-def average_precision(scored: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """PR AUC (R,) of items with a score and a label, (N, 2); items of one score enter
-    together. 0 where no item is positive.
-    """
-    order = np.argsort(-scored[:, 0], kind="stable")
-    scores, labels = scored[order].T
-    weights = weights[:, order]
-    last = np.append(scores[1:] != scores[:-1], True)
-    true = np.cumsum(weights * labels, 1)[:, last]
-    precision = true / np.maximum(np.cumsum(weights, 1)[:, last], 1e-12)
-    gained = np.diff(true, axis=1, prepend=0)
-    return (gained * precision).sum(1) / np.maximum(true[:, -1], 1e-12)
-
-
 def paired_bootstrap(
-    ours: Sequence[np.ndarray],
-    theirs: Sequence[np.ndarray],
-    statistic: Statistic,
-    *,
+    ours: Sequence[Measure],
+    theirs: Sequence[Measure],
     groups: np.ndarray,
+    *,
     seed: int = 0,
 ) -> Difference:
-    """How much `statistic` of one row is above that of another, mean over seeds, when
-    the test items are drawn again; both rows of all seeds see the same items.
+    """How much a row is above another one, mean over seeds, when the test items are
+    drawn again: all seeds of both rows see the same draw.
 
     Args:
-        ours: predictions (N, ...) of each seed, the items in one order.
+        ours: of each seed, the value for weights (N,): how often each item was drawn.
         theirs: likewise.
         groups: (N,); items of one value are drawn together.
-
-    Raises:
-        ValueError: the predictions are not of the same items.
     """
-    if len({len(one) for one in (*ours, *theirs, groups)}) != 1:
-        raise ValueError("rows are compared over the same test items: theirs differ")
-    _, group = np.unique(groups, return_inverse=True)
-    n_groups, n = int(group.max()) + 1, len(group)
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    even = np.full(n_groups, 1 / n_groups)
 
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return sum(statistic(one, weights) for one in ours) / len(ours) - sum(
-            statistic(one, weights) for one in theirs
-        ) / len(theirs)
+    def difference(taken: np.ndarray) -> float:
+        mine, other = (
+            float(np.mean([measure(taken) for measure in row]))
+            for row in (ours, theirs)
+        )
+        return mine - other
 
-    drawn = []
-    at_once = max(_AT_ONCE // n, 1)
-    for first in range(0, _RESAMPLES, at_once):
-        count = min(at_once, _RESAMPLES - first)
-        taken = generator.multinomial(n_groups, even, size=count)
-        drawn.append(difference(taken[:, group].astype(np.float64)))
-    found = np.concatenate(drawn)
-    low, high = np.percentile(found, [2.5, 97.5])
-    tail = min(float(np.mean(found <= 0)), float(np.mean(found >= 0)))
+    drawn = weights(groups, seed, RESAMPLES)
+    found = np.array([difference(taken) for taken in drawn])
+    # A draw without any positive item says nothing.
+    found = found[~np.isnan(found)]
+    low, high = percentiles(found)
+    tail = min(np.mean(found <= 0), np.mean(found >= 0))
     return Difference(
-        float(difference(np.ones((1, n)))[0]),
-        (float(low), float(high)),
-        min(max(2 * tail, 1 / _RESAMPLES), 1.0),
-        n,
+        difference(np.ones(len(groups))),
+        (low, high),
+        float(min(max(2 * tail, 1 / RESAMPLES), 1.0)),
+        len(groups),
     )
 
 

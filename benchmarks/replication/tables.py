@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.replication.matrix import Claim, Matrix, Metric, Table
-from benchmarks.replication.predictions import read as read_predictions
+from benchmarks.replication.predictions import read
 from benchmarks.replication.schedule import Place
 from benchmarks.replication.stages import evaluation, plan
 from benchmarks.replication.statistics import (
@@ -32,8 +32,8 @@ class Measured:
     """One metric of one row: a value of each seed that is there."""
 
     values: dict[int, float]
-    folders: dict[int, Path]
-    """Where what was predicted of each item lies."""
+    files: dict[int, Path]
+    """What was predicted of each item, where it is kept."""
 
 
 def tables(matrix: Matrix, place: Place) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def tables(matrix: Matrix, place: Place) -> dict[str, Any]:
 def _measured(
     matrix: Matrix, place: Place
 ) -> dict[tuple[str, str], dict[int, tuple[Any, Path]]]:
-    """By row and task, then seed: the result, and the folder it lies in."""
+    """By row and task, then seed: the result, and the file of what is kept."""
     stages = {stage.name: stage for stage in plan(matrix)}
     found: dict[tuple[str, str], dict[int, tuple[Any, Path]]] = {}
     for name, row in matrix.rows.items():
@@ -54,8 +54,8 @@ def _measured(
                 stage = stages[evaluation(matrix, row, task, seed)]
                 marker = place.done(stage)
                 if marker and stage.result:
-                    folder = (place.work / stage.result).parent
-                    result = marker["result"], folder
+                    kept = (place.work / stage.result).with_suffix(".npz")
+                    result = marker["result"], kept
                     found.setdefault((name, task), {})[seed] = result
     return found
 
@@ -100,18 +100,18 @@ def _table(
 
 
 def _of_metric(metric: Metric, results: Mapping[int, tuple[Any, Path]]) -> Measured:
-    values, folders = {}, {}
-    for seed, (result, folder) in results.items():
+    values, files = {}, {}
+    for seed, (result, kept) in results.items():
         value = result
         for key in metric.value.split("."):
             if not isinstance(value, Mapping) or key not in value:
                 raise ValueError(
-                    f"metric {metric.title!r} is {metric.value}, and {folder} has no "
-                    f"{key} there: name one of {', '.join(map(str, value))}"
+                    f"metric {metric.title!r} is {metric.value}, and the result "
+                    f"has no {key} there: name one of {', '.join(map(str, value))}"
                 )
             value = value[key]
-        values[seed], folders[seed] = float(value), folder
-    return Measured(values=values, folders=folders)
+        values[seed], files[seed] = float(value), kept
+    return Measured(values=values, files=files)
 
 
 def _row(
@@ -137,14 +137,10 @@ def compared(metric: Metric, ours: Measured, theirs: Measured) -> dict[str, Any]
     over_seeds = paired_t(mine, other) if len(seeds) > 1 else None
     over_items = None
     if metric.predictions and seeds:
-        pairs = [
-            [read_predictions(metric.predictions, one.folders[seed]) for seed in seeds]
-            for one in (ours, theirs)
-        ]
-        over_items = paired_bootstrap(
-            *([one.values for one in each] for each in pairs),
-            pairs[0][0].statistic,
-            groups=pairs[0][0].groups,
+        over_items = _over_items(
+            metric.predictions,
+            [ours.files[seed] for seed in seeds],
+            [theirs.files[seed] for seed in seeds],
         )
     return {
         "difference": float(np.mean(np.subtract(mine, other))) if seeds else None,
@@ -152,6 +148,23 @@ def compared(metric: Metric, ours: Measured, theirs: Measured) -> dict[str, Any]
         "over_items": over_items._asdict() if over_items else None,
         "seeds_needed": seeds_needed(mine, other) if over_seeds else None,
     }
+
+
+def _over_items(
+    metric: str, ours: Sequence[Path], theirs: Sequence[Path]
+) -> Difference:
+    mine, other = ([read(metric, path) for path in row] for row in (ours, theirs))
+    first = mine[0]
+    for one, path in zip((*mine, *other), (*ours, *theirs), strict=True):
+        same = np.array_equal(one.items, first.items)
+        if not same or not np.array_equal(one.groups, first.groups):
+            raise ValueError(
+                f"{path} and {ours[0]} were measured on other test items: measure "
+                "both anew, with the same pairs and keys"
+            )
+    return paired_bootstrap(
+        [one.measure for one in mine], [one.measure for one in other], first.groups
+    )
 
 
 def _claim(

@@ -14,14 +14,15 @@ import pytest
 import yaml
 
 from benchmarks.replicate import main
-from benchmarks.replication.matrix import load
+from benchmarks.replication.matrix import Metric, load
 from benchmarks.replication.schedule import Place, Schedule, locked
 from benchmarks.replication.share import denied
 from benchmarks.replication.stages import evaluation, plan
-from benchmarks.replication.tables import markdown, tables
+from benchmarks.replication.tables import Measured, compared, markdown, tables
 from tests.conftest import ROOT
 from tests.trainer.tiny import TINY
 from trainer.contract import COMPLETE
+from trainer.tasks.average_precision import AveragePrecision
 
 _LIMIT_S = 240
 _PRETRAIN = {
@@ -381,3 +382,34 @@ def test_what_remains_is_estimated_by_what_was_measured(
     assert "2 s  evaluate/probes/mlim-mlm+recon-mam-emoji/seed1" in said
     assert "9 of 11 stages remain" in said
     assert "7 stages that nobody has timed" in said
+
+
+def kept_scores(path: Path, *, sure: float, seed: int, n: int = 300) -> float:
+    """Scores of an evaluation that knows so much; its PR AUC."""
+    labels = np.arange(n) % 2
+    noise = np.random.default_rng(seed).normal(size=n)
+    scores = sure * labels + noise
+    np.savez(path, scores_both=scores, labels=labels, groups=np.arange(n) // 3)
+    return AveragePrecision(scores, labels)()
+
+
+def test_rows_are_compared_over_seeds_and_over_test_items(tmp_path: Path) -> None:
+    metric = Metric(title="PR AUC", value="", predictions="pr_auc_both")
+    rows = {}
+    for name, sure in (("much", 2.0), ("little", 0.5)):
+        files = {seed: tmp_path / f"{name}{seed}.npz" for seed in range(3)}
+        values = {
+            seed: kept_scores(path, sure=sure, seed=seed)
+            for seed, path in files.items()
+        }
+        rows[name] = Measured(values=values, files=files)
+    found = compared(metric, rows["much"], rows["little"])
+    assert found["over_items"]["mean"] == pytest.approx(found["difference"])
+    low, high = found["over_items"]["ci95"]
+    assert 0 < low < found["difference"] < high
+    assert found["over_items"]["n"] == 300
+    again = compared(metric, rows["little"], rows["much"])
+    assert again["over_items"]["ci95"] == pytest.approx((-high, -low))
+    kept_scores(rows["little"].files[1], sure=0.5, seed=1, n=297)
+    with pytest.raises(ValueError, match="measured on other test items"):
+        compared(metric, rows["much"], rows["little"])

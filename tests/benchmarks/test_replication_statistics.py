@@ -7,14 +7,13 @@ import pytest
 
 from benchmarks.replication.statistics import (
     Difference,
-    average_precision,
+    Measure,
     paired_bootstrap,
     paired_t,
     seeds_needed,
     student_p,
     student_t,
     verdict,
-    weighted_mean,
 )
 
 # "Student", "The probable error of a mean", Biometrika 1908: additional hours of sleep
@@ -55,37 +54,14 @@ def test_seeds_that_do_not_differ_at_all() -> None:
         paired_t([0.5], [0.4])
 
 
-def naive_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    total = 0.0
-    recall = 0.0
-    for threshold in sorted(set(scores.tolist()), reverse=True):
-        taken = scores >= threshold
-        now = labels[taken].sum() / labels.sum()
-        total += (now - recall) * labels[taken].mean()
-        recall = now
-    return float(total)
-
-
-def test_average_precision_is_that_of_a_loop_over_thresholds() -> None:
-    generator = np.random.default_rng(1)
-    # Coarse, so that there are ties.
-    scores = np.round(generator.normal(size=200), 1)
-    labels = generator.integers(0, 2, 200)
-    scored = np.stack([scores, labels], 1)
-    found = average_precision(scored, np.ones((1, 200)))[0]
-    assert found == pytest.approx(naive_average_precision(scores, labels))
-    # Twice the weight is the same item twice.
-    weights = generator.integers(0, 3, (1, 200)).astype(float)
-    again = np.repeat(np.arange(200), weights[0].astype(int))
-    assert average_precision(scored, weights)[0] == pytest.approx(
-        naive_average_precision(scores[again], labels[again])
-    )
+def mean_of(values: np.ndarray) -> Measure:
+    return lambda taken: float(taken @ values / taken.sum())
 
 
 def test_bootstrap_of_a_mean_is_close_to_its_standard_error() -> None:
     generator = np.random.default_rng(2)
     ours, theirs = generator.normal(0.1, 1, 2000), generator.normal(0, 1, 2000)
-    found = paired_bootstrap([ours], [theirs], weighted_mean, groups=np.arange(2000))
+    found = paired_bootstrap([mean_of(ours)], [mean_of(theirs)], np.arange(2000))
     error = np.std(ours - theirs, ddof=1) / np.sqrt(2000)
     assert found.mean == pytest.approx(np.mean(ours - theirs))
     low, high = found.ci95
@@ -96,20 +72,11 @@ def test_items_of_a_group_are_no_independent_evidence() -> None:
     generator = np.random.default_rng(3)
     one = generator.normal(0.2, 1, 50)
     many, groups = np.repeat(one, 20), np.repeat(np.arange(50), 20)
-    nothing = np.zeros(len(many))
-    together = paired_bootstrap([many], [nothing], weighted_mean, groups=groups)
-    alone = paired_bootstrap(
-        [many], [nothing], weighted_mean, groups=np.arange(len(many))
-    )
+    nothing = mean_of(np.zeros(len(many)))
+    together = paired_bootstrap([mean_of(many)], [nothing], groups)
+    alone = paired_bootstrap([mean_of(many)], [nothing], np.arange(len(many)))
     width = together.ci95[1] - together.ci95[0]
     assert width > 3 * (alone.ci95[1] - alone.ci95[0])
-
-
-def test_predictions_of_other_items_are_refused() -> None:
-    with pytest.raises(ValueError, match="the same test items"):
-        paired_bootstrap(
-            [np.zeros(3)], [np.zeros(4)], weighted_mean, groups=np.zeros(3)
-        )
 
 
 def test_seeds_that_a_difference_would_take() -> None:
