@@ -34,6 +34,8 @@ class Dataset:
     """Keys of pipeline.preprocess; without `input` it must be given by --inputs."""
     pairs: dict[str, Words] = field(default_factory=dict)
     """Matching pairs by name: keys of pipeline.pairs."""
+    derived: str | None = None
+    """Columns to add to its Parquet table first, in SQL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +113,11 @@ class Claim:
 
     says: Says
     row: str
-    against: str
     metric: str
     source: str
     """What the paper has, in its words and numbers."""
+    against: str | None = None
+    """Another row; None: zero."""
     margin: float = 0.0
     """Where it says `same`: a difference that would not matter."""
 
@@ -175,7 +178,10 @@ class Matrix:
     def _check_table(self, place: str, table: Table) -> None:
         _known(f"{place}.task", table.task, self.tasks)
         claimed = [
-            name for claim in table.claims for name in (claim.row, claim.against)
+            name
+            for claim in table.claims
+            for name in (claim.row, claim.against)
+            if name is not None
         ]
         for name in (*table.rows, table.reference, *table.paper):
             _known(f"{place}.rows", name, self.rows)

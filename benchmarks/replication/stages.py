@@ -139,17 +139,29 @@ def _of_row(matrix: Matrix, row: Row, seed: int) -> Iterator[Stage]:
 
 def _data(row: Row, dataset: Dataset) -> Iterator[Stage]:
     """Shards of the whole corpus, and of a share of it."""
-    whole, words = f"data/{row.dataset}", dict(dataset.preprocess)
-    words.setdefault("input", f"{{input:{row.dataset}}}")
-    if "config" in words and "input" not in dataset.preprocess:
-        # The file names its corpus.
-        words.pop("input")
+    whole, words, first = f"data/{row.dataset}", dict(dataset.preprocess), ()
+    if not {"config", "input"} & words.keys():
+        words["input"] = f"{{input:{row.dataset}}}"
+    if dataset.derived:
+        table = f"tables/{row.dataset}.parquet"
+        yield Stage(
+            name=table,
+            words=(
+                "benchmarks.replication.table",
+                words["input"],
+                f"--columns={dataset.derived}",
+                f"--output={{work}}/{table}",
+            ),
+            needs=(),
+            costs=("table",),
+        )
+        words["input"], first = f"{{work}}/{table}", (table,)
     costs = (f"preprocess {row.dataset}",)
     command = ("pipeline.preprocess", *command_words(words, {}))
     yield Stage(
         name=whole,
         words=(*command, f"--output={{work}}/{whole}"),
-        needs=(),
+        needs=first,
         costs=costs,
     )
     if row.fraction == 1:
@@ -176,7 +188,7 @@ def _data(row: Row, dataset: Dataset) -> Iterator[Stage]:
             *command_words(words, {}),
             f"--output={{work}}/{share}",
         ),
-        needs=(whole, denied),
+        needs=(whole, denied, *first),
         costs=costs,
     )
 

@@ -7,6 +7,7 @@ tests (`benchmarks.replication.statistics`) or the picture of them
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,12 @@ def _over_items(
 def _claim(
     claim: Claim, metric: Metric, shown: Mapping[str, Measured]
 ) -> dict[str, Any]:
-    found = compared(metric, shown[claim.row], shown[claim.against])
+    ours = shown[claim.row]
+    if claim.against is None:
+        zero = Measured(values=dict.fromkeys(ours.values, 0.0), files={})
+        found = compared(dataclasses.replace(metric, predictions=None), ours, zero)
+    else:
+        found = compared(metric, ours, shown[claim.against])
     seeds, items = (
         Difference(**found[name]) if found[name] else None
         for name in ("over_seeds", "over_items")
