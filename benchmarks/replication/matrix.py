@@ -132,8 +132,8 @@ class Table:
     reference: str
     """Row that every other one is compared with."""
     metrics: list[str]
-    paper: dict[str, str] = field(default_factory=dict)
-    """What the paper has in the place of a row."""
+    paper: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What the paper has, by metric and row."""
     claims: list[Claim] = field(default_factory=list)
     note: str = ""
 
@@ -183,16 +183,18 @@ class Matrix:
             for name in (claim.row, claim.against)
             if name is not None
         ]
-        for name in (*table.rows, table.reference, *table.paper):
+        for name in (*table.rows, table.reference):
             _known(f"{place}.rows", name, self.rows)
             if table.task not in self.rows[name].tasks:
                 raise ValueError(
                     f"{place} shows row {name}, which has no task {table.task}: add it "
                     f"to rows.{name}.tasks"
                 )
-        for name in (table.reference, *table.paper, *claimed):
+        paper = [row for rows in table.paper.values() for row in rows]
+        for name in (table.reference, *paper, *claimed):
             _known(f"{place}: a row that is shown", name, table.rows)
-        for name in (*table.metrics, *(claim.metric for claim in table.claims)):
+        claims = [claim.metric for claim in table.claims]
+        for name in (*table.metrics, *table.paper, *claims):
             _known(f"{place}.metrics", name, self.tasks[table.task].metrics)
 
 

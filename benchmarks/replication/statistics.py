@@ -75,8 +75,9 @@ def student_t(p: float, dof: int) -> float:
     return high
 
 
-def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """The paired t test of values (S,) of the same seeds.
+def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
+    """The paired t test of values (S,) of the same seeds; None where all of them differ
+    by the same, as coarse values do by chance: nothing is known of the spread.
 
     Raises:
         ValueError: other numbers of seeds, or fewer than two.
@@ -89,10 +90,8 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     differences = np.subtract(ours, theirs)
     n, mean = len(differences), float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(n)
-    # Equal to the last digit, or by chance.
     if error <= 1e-12 * max(1.0, abs(mean)):
-        certain = 0.0 if abs(mean) > 1e-12 else 1.0
-        return Difference(mean, (mean, mean), certain, n)
+        return None
     reach = student_t(0.05, n - 1) * error
     p = student_p(mean / error, n - 1)
     return Difference(mean, (mean - reach, mean + reach), p, n)
@@ -163,7 +162,7 @@ def verdict(
     test items, must agree for an answer.
     """
     if seeds is None:
-        return "not enough seeds to tell: a spread takes two or more"
+        return "not enough seeds to tell: there is no spread to judge by"
     if says == "same":
         return _same(margin, seeds, items)
     if _holds_zero(seeds):

@@ -66,9 +66,9 @@ def _table(
     table: Table,
     found: Mapping[tuple[str, str], Mapping[int, tuple[Any, Path]]],
 ) -> dict[str, Any]:
-    metrics, shown = matrix.tasks[table.task].metrics, {}
+    metrics, of = matrix.tasks[table.task].metrics, {}
     for name in {*table.metrics, *(claim.metric for claim in table.claims)}:
-        shown[name] = {
+        of[name] = {
             row: _of_metric(metrics[name], found.get((row, table.task), {}))
             for row in table.rows
         }
@@ -85,8 +85,8 @@ def _table(
                 "rows": {
                     row: {
                         "title": matrix.rows[row].title,
-                        **_row(metrics[name], shown[name], row, table.reference),
-                        "paper": table.paper.get(row),
+                        **_row(metrics[name], of[name], row, table.reference),
+                        "paper": table.paper.get(name, {}).get(row),
                     }
                     for row in table.rows
                 },
@@ -94,7 +94,7 @@ def _table(
             for name in table.metrics
         },
         "claims": [
-            _claim(claim, metrics[claim.metric], shown[claim.metric])
+            _claim(claim, metrics[claim.metric], of[claim.metric])
             for claim in table.claims
         ],
     }
@@ -116,16 +116,16 @@ def _of_metric(metric: Metric, results: Mapping[int, tuple[Any, Path]]) -> Measu
 
 
 def _row(
-    metric: Metric, shown: Mapping[str, Measured], row: str, reference: str
+    metric: Metric, of: Mapping[str, Measured], row: str, reference: str
 ) -> dict[str, Any]:
-    values = list(shown[row].values.values())
+    values = list(of[row].values.values())
     found: dict[str, Any] = {
-        "values": shown[row].values,
+        "values": of[row].values,
         "mean": float(np.mean(values)) if values else None,
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
     }
     if row != reference:
-        found |= compared(metric, shown[row], shown[reference])
+        found |= compared(metric, of[row], of[reference])
     return found
 
 
@@ -168,15 +168,13 @@ def _over_items(
     )
 
 
-def _claim(
-    claim: Claim, metric: Metric, shown: Mapping[str, Measured]
-) -> dict[str, Any]:
-    ours = shown[claim.row]
+def _claim(claim: Claim, metric: Metric, of: Mapping[str, Measured]) -> dict[str, Any]:
+    ours = of[claim.row]
     if claim.against is None:
         zero = Measured(values=dict.fromkeys(ours.values, 0.0), files={})
         found = compared(dataclasses.replace(metric, predictions=None), ours, zero)
     else:
-        found = compared(metric, ours, shown[claim.against])
+        found = compared(metric, ours, of[claim.against])
     seeds, items = (
         Difference(**found[name]) if found[name] else None
         for name in ("over_seeds", "over_items")
@@ -203,9 +201,11 @@ def _claim(
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """All tables, and under each what it says of the paper's claims."""
+    """Tables in which something was measured, and under each what it says of the
+    paper's claims.
+    """
     parts = []
-    for table in found.values():
+    for table in shown(found).values():
         parts.append(f"### {table['title']}")
         if table["note"]:
             parts.append(table["note"].strip())
@@ -214,6 +214,19 @@ def markdown(found: Mapping[str, Any]) -> str:
         if table["claims"]:
             parts.append("\n".join(map(_claim_line, table["claims"])))
     return "\n\n".join(parts) + "\n"
+
+
+def shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables in which something was measured."""
+    return {
+        name: table
+        for name, table in found.items()
+        if any(
+            row["values"]
+            for metric in table["metrics"].values()
+            for row in metric["rows"].values()
+        )
+    }
 
 
 def _metric_lines(metric: Mapping[str, Any], reference: str) -> str:

@@ -18,7 +18,7 @@ from benchmarks.replication.schedule import (
     estimate,
     measured_seconds,
 )
-from benchmarks.replication.tables import markdown, tables
+from benchmarks.replication.tables import markdown, shown, tables
 from trainer.files import write_text, write_with
 
 
@@ -44,5 +44,10 @@ def write_tables(matrix: Matrix, place: Place, output: Path) -> None:
     write_text(output.with_name(f"{output.name}.md"), text)
     plain = json.dumps({"seeds": matrix.seeds, "tables": found}, indent=1)
     write_text(output.with_name(f"{output.name}.json"), plain + "\n")
-    write_with(output.with_name(f"{output.name}.png"), lambda to: draw(found, Path(to)))
+    if not shown(found):
+        print("nothing is measured yet")
+        return
+    write_with(
+        output.with_name(f"{output.name}.png"), lambda to: draw(shown(found), Path(to))
+    )
     print(text)

@@ -92,7 +92,7 @@ def matrix(shards: Path) -> dict[str, object]:
                 "rows": ["both", "half"],
                 "reference": "both",
                 "metrics": ["mlm"],
-                "paper": {"both": "4.2"},
+                "paper": {"mlm": {"both": "4.2"}},
                 "claims": [
                     {
                         "says": "higher",
