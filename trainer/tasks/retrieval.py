@@ -178,6 +178,11 @@ class Retrieval:
                 words=words_of(context.tokenizer_file),
                 count=keys.examples,
             ),
+            kept=ranks_of(stages)
+            | {
+                "image_to_text_groups": groups,
+                "text_to_image_groups": groups[gallery.owner],
+            },
         )
 
     def _ranked(self, model: RetrievalModel, gallery: Gallery) -> dict[str, BothWays]:
@@ -244,6 +249,15 @@ def recall(
         for way, (ranks, of, right, targets) in ways.items()
         for k in RECALL_AT
     }
+
+
+def ranks_of(stages: dict[str, BothWays]) -> dict[str, np.ndarray]:
+    """Rank of each query, from 0, both ways, by stage."""
+    found = {}
+    for stage, both in stages.items():
+        found[f"{stage}image_to_text_ranks"] = both.images.ranks
+        found[f"{stage}text_to_image_ranks"] = both.texts.ranks
+    return found
 
 
 def require_stages(model: RetrievalModel, candidates: int | None) -> None:
