@@ -15,6 +15,7 @@ import yaml
 
 from benchmarks.replicate import main
 from benchmarks.replication.matrix import Metric, load
+from benchmarks.replication.predictions import read
 from benchmarks.replication.schedule import Place, Schedule, locked
 from benchmarks.replication.share import denied
 from benchmarks.replication.stages import evaluation, plan
@@ -52,8 +53,14 @@ def matrix(shards: Path) -> dict[str, object]:
                     # Training one takes longer than the rest.
                     "tokenizer": str(shards / "tokenizer"),
                     "split.val": 0.25,
+                    "split.group": "subgroup",
+                    "columns.keep": ["subgroup"],
                     "workers": 2,
-                }
+                },
+                "pairs": {
+                    name: {"column": "subgroup", "split": name, "limit": 40}
+                    for name in ("train", "val")
+                },
             }
         },
         "models": {
@@ -74,9 +81,33 @@ def matrix(shards: Path) -> dict[str, object]:
                         "better": "lower",
                     }
                 },
-            }
+            },
+            "matching": {
+                "finetune": {
+                    "task": "matching",
+                    "pairs": "{pairs:train}",
+                    "max_steps": 2,
+                },
+                "dropout": {"text_only": 0.5, "image_only": 0.25},
+                "evaluate": {"task": "matching", "pairs": "{pairs:val}"},
+                "result": "matching.json",
+                "metrics": {
+                    "both": {
+                        "title": "PR AUC",
+                        "value": "metrics.pr_auc_both.value",
+                        "predictions": "pr_auc_both",
+                    }
+                },
+            },
         },
         "rows": {
+            "tuned": {
+                **row,
+                "title": "tuned",
+                "objectives": ["mlm", "recon"],
+                "modality_dropout": True,
+                "tasks": ["matching"],
+            },
             "both": {**row, "title": "MLM + RECON", "objectives": ["mlm", "recon"]},
             "half": {
                 **row,
@@ -86,6 +117,13 @@ def matrix(shards: Path) -> dict[str, object]:
             },
         },
         "tables": {
+            "tuned": {
+                "title": "Tuned",
+                "task": "matching",
+                "rows": ["tuned"],
+                "reference": "tuned",
+                "metrics": ["both"],
+            },
             "data": {
                 "title": "Data",
                 "task": "probes",
@@ -102,7 +140,7 @@ def matrix(shards: Path) -> dict[str, object]:
                         "source": "Half the data is worse.",
                     }
                 ],
-            }
+            },
         },
     }
 
@@ -237,6 +275,24 @@ def test_a_smaller_share_is_part_of_a_larger_one_and_all_is_held_out(
     assert not len(denied(data / "emoji", split="train", fraction=1.0))
 
 
+def test_a_row_is_fine_tuned_and_measured_on_pairs_that_are_made_for_it(
+    killed: Killed, given: Path
+) -> None:
+    work, _, _ = killed
+    said = replicate(given, work, "--only=tuned,0")
+    assert "6/6" in said
+    assert "pretrain/" not in said
+    run = work / "finetune" / "matching" / "mlim-mlm+recon-mam-emoji-mdo" / "seed0"
+    result = json.loads((run / "matching.json").read_text())
+    assert result["modality_dropout"] == {"text_only": 0.5, "image_only": 0.25}
+    found = json.loads((work / "tables.json").read_text())["tables"]["tuned"]
+    value = found["metrics"]["both"]["rows"]["tuned"]["values"]["0"]
+    assert value == result["metrics"]["pr_auc_both"]["value"]
+    kept = read("pr_auc_both", run / "matching.npz")
+    assert len(kept.items) == result["n_pairs"]
+    assert kept.measure(np.ones(len(kept.items))) == pytest.approx(value)
+
+
 def test_one_row_and_seed_needs_no_other(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +302,9 @@ def test_one_row_and_seed_needs_no_other(
     assert "3 of 3 stages remain" in said
     assert "seed0" not in said
     assert "-0.5" not in said
-    with pytest.raises(ValueError, match="--only third: the rows are both, half"):
+    with pytest.raises(
+        ValueError, match="--only third: the rows are both, half, tuned"
+    ):
         main([*words, "--only=third"])
 
 
@@ -264,7 +322,7 @@ def test_time_that_is_up_stops_what_runs_and_says_so(
     )
     assert done.returncode == 75, done.stdout
     assert "stopped   data/emoji" in done.stdout
-    assert "not yet" in done.stdout
+    assert "nothing is measured yet" in done.stdout
 
 
 def test_other_keys_than_a_stage_was_made_with_are_refused(
@@ -380,8 +438,8 @@ def test_what_remains_is_estimated_by_what_was_measured(
     assert main([f"--matrix={given}", f"--work={tmp_path}", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "2 s  evaluate/probes/mlim-mlm+recon-mam-emoji/seed1" in said
-    assert "9 of 11 stages remain" in said
-    assert "7 stages that nobody has timed" in said
+    assert "15 of 17 stages remain" in said
+    assert "13 stages that nobody has timed" in said
 
 
 def kept_scores(path: Path, *, sure: float, seed: int, n: int = 300) -> float:
