@@ -80,7 +80,8 @@ def write_result(
     path = folder / f"{name}.json"
     write_text(folder / f"{name}.html", page(name, result, facts=facts))
     if result.kept:
-        write_with(folder / f"{name}.npz", lambda to: np.savez(to, **result.kept))
+        kept: dict[str, Any] = dict(result.kept)
+        write_with(folder / f"{name}.npz", lambda to: np.savez(to, **kept))
     text = json.dumps(as_plain(result, facts=facts), indent=1, allow_nan=False)
     write_text(path, text + "\n")
     return path

@@ -108,9 +108,8 @@ def with_both_heads(model: MaskVlmForPreTraining) -> MaskVlmForPreTraining:
     config = model.config
     if config.itc_weight and config.itm_weight:
         return model
-    weights = {"itc_weight": 1.0, "itm_weight": 1.0}
     made = MaskVlmForPreTraining(
-        replace(config, **weights),
+        replace(config, itc_weight=1.0, itm_weight=1.0),
         vocab_size=model.words.num_embeddings,
         special_ids=model.ids_by_name,
         max_text=model.text_positions.num_embeddings,
