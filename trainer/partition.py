@@ -78,8 +78,9 @@ def adam_steps(engine: Any) -> int:
 
 def set_adam_steps(engine: Any, steps: int) -> None:
     """Tell Adam how many steps are behind it."""
-    for state in _torch_optimizer(engine).state.values():
-        state["step"] = torch.tensor(float(steps))
+    optimizer = _torch_optimizer(engine)
+    for weight, state in optimizer.state.items():
+        state["step"] = _step_count(optimizer, weight, steps)
 
 
 def publish(engine: Any) -> None:
@@ -111,11 +112,17 @@ def _tensors(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tens
     """A tensor of the optimizer's and its moments, flat."""
     state = optimizer.state[weight]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = _step_count(optimizer, weight, 0)
         state["exp_avg"] = torch.zeros_like(weight)
         state["exp_avg_sq"] = torch.zeros_like(weight)
     values = (weight.data, state["exp_avg"], state["exp_avg_sq"])
     return {k: value.view(-1) for k, value in zip(KINDS, values, strict=True)}
+
+
+def _step_count(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> Tensor:
+    """Where torch has it: a fused kernel reads it, so it lies beside the weights."""
+    fused = optimizer.param_groups[0]["fused"]
+    return torch.tensor(float(steps), device=weight.device if fused else "cpu")
 
 
 def _whole(engine: Any) -> Iterator[Piece]:

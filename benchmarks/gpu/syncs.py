@@ -5,9 +5,9 @@ line that asks for it. Without one, both passes run on `meta` tensors, which hav
 and no values: whatever would read a value, take a shape from one or copy between host
 and device is found. A PyTorch that is built for CUDA also runs the forward pass, on the
 path of CUDA tensors, on a device that is called so and need not be there. Does not own
-the step.
+the step, nor the count of a whole one without a GPU (`benchmarks.gpu.reads`).
 
-Not found without a GPU: what a library does inside an operator, or the optimizer.
+Not found without a GPU: what a library does inside an operator.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.batches import Drawn, pinned, recipe
+from benchmarks.gpu.reads import AT_THE_END, whole_step
 from benchmarks.gpu.record import ROOT, Record, Setting
-from benchmarks.gpu.training import trainee
+from benchmarks.gpu.training import has_deepspeed, trainee
 from trainer.build import build_model
+from trainer.engine import decides_on_device
 from trainer.feed import Feed
 from trainer.loader import Loader, MicroBatch
 from trainer.loop import model_inputs
@@ -43,7 +46,7 @@ _WARMUP = 3
 
 
 def syncs(setting: Setting, record: Record) -> None:
-    """Both proofs for every model."""
+    """All proofs for every model."""
     for name in _NAMES[:1] if setting.tiny else _NAMES:
         pairs = 4 if setting.tiny else _PAIRS[name]
         config = recipe(name, pairs=pairs, tiny=setting.tiny)
@@ -56,11 +59,20 @@ def syncs(setting: Setting, record: Record) -> None:
             record.measure(
                 f"{name} | on the device", functools.partial(counted, loader, setting)
             )
+    if has_deepspeed() and not setting.cuda:
+        words = ("--deepspeed.precision=bf16",)
+        config = recipe(_NAMES[0], pairs=4, tiny=True, words=words)
+        loader = Drawn(config, tiny=True)
+        record.measure(
+            "whole step, by what it reads",
+            functools.partial(whole_step, loader, setting),
+        )
 
 
 def counted(loader: Drawn, setting: Setting) -> dict[str, Any]:
     """Synchronisations of the model's forward and backward pass, of which there must be
-    none, and of a whole step, by the line that asks for them.
+    none, and of a whole step, of which there must be one, at its end, where the engine
+    allows it; by the line that asks for them.
     """
     one = trainee(loader, setting)
     batches = [pinned(loader.step(number)) for number in range(_WARMUP + 2)]
@@ -73,9 +85,12 @@ def counted(loader: Drawn, setting: Setting) -> dict[str, Any]:
         one.engine.step()
         batch = feed.next()
         whole = waits(lambda: one.step(batch))
+    at_the_end = AT_THE_END.partition(":")[0]
+    places = [line.partition(":")[0] for line in whole.elements()]
+    once = places == [at_the_end] or not decides_on_device(one.engine)
     one.close()
     return {
-        "passed": not model,
+        "passed": not model and once,
         "engine": one.kind,
         "forward_and_backward": sum(model.values()),
         "whole_step": sum(whole.values()),
@@ -95,7 +110,15 @@ def waits(run: Callable[[], object]) -> Counter[str]:
     """How often `run` makes the host wait for the GPU, by file and line."""
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
+
+    def outright(*_: object) -> None:
+        # Which the debug mode does not tell of.
+        warnings.warn("synchronize", stacklevel=3)
+
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        patch.object(torch.cuda, "synchronize", outright),
+    ):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -24,6 +24,7 @@ import trainer.kernels
 from benchmarks.gpu import batches
 from benchmarks.gpu.record import Setting
 from trainer import loop
+from trainer.kernels import layer_norm
 from trainer.loader import Loader, MicroBatch, StepBatch
 
 _FUSED = "_fused"
@@ -110,6 +111,13 @@ def variants(setting: Setting) -> list[Variant]:
             model=functools.partial(_compile_layers, backend=backend),
         ),
         Variant(
+            name="layers compiled, without layer_norm",
+            what="the same with plain norms, which the compiler may fuse with what "
+            "stands beside them, as it does with GELU",
+            around=_norms_for_the_compiler,
+            model=functools.partial(_compile_layers, backend=backend),
+        ),
+        Variant(
             name="model compiled",
             what="torch.compile of the whole model",
             model=functools.partial(_compile_model, backend=backend),
@@ -168,6 +176,15 @@ def _plain(modules: list[ModuleType], calls: Calls) -> Iterator[None]:
             for name, reference in _pairs(module).items():
                 plain = calls.through(reference)
                 stack.enter_context(patch.object(module, name, plain))
+        yield
+
+
+@contextlib.contextmanager
+def _norms_for_the_compiler(calls: Calls) -> Iterator[None]:
+    # A count in each call would be traced too, and every step compiled anew.
+    calls.count += 1
+    plain = layer_norm.add_layer_norm_ref
+    with patch.object(layer_norm, "add_layer_norm_fused", plain):
         yield
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from benchmarks.gpu import batches, peers, syncs, variants
+from benchmarks.gpu import batches, peers, reads, syncs, variants
 from benchmarks.gpu.__main__ import FAILED, PARTS, UNFINISHED, main
 from benchmarks.gpu.kernels import all_cases, check, checks, dtypes, name_of, times
 from benchmarks.gpu.precision import compared
@@ -307,6 +307,33 @@ def test_drawn_batches_are_the_same_each_time_and_have_captions_of_24_tokens() -
 def test_a_step_does_not_wait_for_the_device(loader: batches.Drawn) -> None:
     found = syncs.without_values(loader, loader.step(0).micro_batches[0])
     assert found["passed"], found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_whole_step_waits_once_at_its_end(stage: int, setting: Setting) -> None:
+    words = (f"--deepspeed.zero_stage={stage}", "--deepspeed.precision=bf16")
+    config = batches.recipe("mlim-base", pairs=4, tiny=True, words=words)
+    found = reads.whole_step(batches.Drawn(config, tiny=True), setting)
+    assert found["waits"] == {reads.AT_THE_END: 1}
+    assert found["passed"]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: torch.tensor(1.0, device=x.device),
+        lambda x: __import__("deepspeed").get_accelerator().synchronize(),
+    ],
+)
+def test_what_a_step_reads_is_counted(wait: Callable[[Tensor], object]) -> None:
+    x = torch.ones(3)
+    assert reads.reads(lambda: wait(x)).total() == 1
+    assert not reads.reads(lambda: x * 2)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Keys of the JSON, steps counted from 1 as in metrics.jsonl:
 - `rank`: the rank with the fault (default 1);
 - `fingerprints`: file to which each rank appends a line about each update;
 - `kill`: step in which this process gets SIGKILL;
+- `fused`: true for AdamW as on a GPU, where the device decides about a step;
 - `hang`: step before which `rank` reads from `fifo`, into which nobody writes.
 """
 
@@ -71,7 +72,8 @@ def install(spec: dict[str, Any]) -> None:
     faulty = rank == spec.get("rank", 1)
     now = {"step": 0}
     build, backward = loop.build_model, loop.run_micro_batches
-    apply, following = update.apply_step, Feed.next
+    following = Feed.next
+    engine_of = loop.build_engine
 
     def damaged(module: Any, inputs: Any, output: Any) -> Any:
         for name, fault in FAULTS.items():
@@ -91,18 +93,27 @@ def install(spec: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return backward(*args)
 
-    def apply_step(engine: Any, **options: Any) -> float:
-        before = fingerprint(engine)
-        norm = apply(engine, **options)
-        line = {
-            "rank": rank,
-            "step": now["step"],
-            "before": before,
-            "after": fingerprint(engine),
-        }
-        with open(spec["fingerprints"], "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return norm
+    def build_engine(*args: Any, **named: Any) -> Any:
+        engine = engine_of(*args, **named)
+        for group in engine.optimizer.optimizer.param_groups:
+            group["fused"] = True
+        return engine
+
+    def held(apply: Any) -> Any:
+        def apply_step(engine: Any, **options: Any) -> Any:
+            before = fingerprint(engine)
+            norm = apply(engine, **options)
+            line = {
+                "rank": rank,
+                "step": now["step"],
+                "before": before,
+                "after": fingerprint(engine),
+            }
+            with open(spec["fingerprints"], "a") as file:
+                file.write(json.dumps(line) + "\n")
+            return norm
+
+        return apply_step
 
     def next_batch(feed: Feed) -> Any:
         now["asked"] = now.get("asked", 0) + 1
@@ -112,7 +123,10 @@ def install(spec: dict[str, Any]) -> None:
 
     loop.build_model, loop.run_micro_batches = build_model, run_micro_batches
     if "fingerprints" in spec:
-        update.apply_step = apply_step
+        update.apply_step = held(update.apply_step)
+        update.apply_step_on_device = held(update.apply_step_on_device)
+    if spec.get("fused"):
+        loop.build_engine = build_engine
     if "hang" in spec:
         Feed.next = next_batch
 

@@ -68,6 +68,35 @@ def test_a_fault_on_one_rank_changes_nothing_on_any(
     assert rows[1]["sample_digest"] in done.stdout
 
 
+def test_a_fault_that_the_device_finds_changes_nothing_on_any_rank(
+    shards: Path, tmp_path: Path
+) -> None:
+    words = (f"--data={shards}", "--deepspeed.zero_stage=1", "--max_steps=6")
+    found, rows = {}, {}
+    for where in ("device", "host"):
+        run, held = tmp_path / where, tmp_path / f"{where}.jsonl"
+        faults = {"nan_gradient": [2], "nan_loss": [4], "fingerprints": str(held)}
+        # A spike is known to the host alone, before an update is taken.
+        action = "log" if where == "device" else "skip"
+        done = with_faults(
+            *(2, {**faults, "fused": True}, *words, f"--output={run}"),
+            f"--safety.spike_action={action}",
+        )
+        assert done.returncode == 0, done.stdout
+        found[where] = [fingerprints(held, rank) for rank in (0, 1)]
+        rows[where] = metrics(run)
+        for name in ("skipped", "loss", "grad_norm"):
+            assert len(column(run, name)) == 6
+    assert found["device"] == found["host"], "weights, moments and step counts"
+    for each in found["device"]:
+        assert [step for step, (old, new) in each.items() if old == new] == [2, 4]
+    same = ("skipped", "loss", "mlm_loss", "recon_loss", "grad_norm", "lr")
+    for one, other in zip(rows["device"], rows["host"], strict=True):
+        assert repr([one[name] for name in same]) == repr([other[n] for n in same])
+    assert math.isinf(rows["device"][1]["grad_norm"])
+    assert not math.isfinite(rows["device"][3]["loss"])
+
+
 def test_a_run_that_stops_says_why_and_saves_nothing_over_a_good_checkpoint(
     shards: Path, tmp_path: Path
 ) -> None:
