@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import trainer.kernels
-from benchmarks.gpu import batches
+from benchmarks.gpu import batches, training
 from benchmarks.gpu.record import Setting
 from trainer import loop
 from trainer.kernels import layer_norm
@@ -91,8 +91,15 @@ def variants(setting: Setting) -> list[Variant]:
             around=_carried_masks,
         ),
         Variant(
+            name="host decides",
+            what="the host reads losses and gradient norm before it takes a step, and "
+            "DeepSpeed reads the norm again",
+            around=_read_by_the_host,
+        ),
+        Variant(
             name="optimizer: foreach",
-            what="torch.optim.AdamW(foreach=True)",
+            what="torch.optim.AdamW(foreach=True), and so the host waits for the "
+            "gradient norm",
             around=functools.partial(_optimizer, foreach=True),
         ),
         Variant(
@@ -176,6 +183,13 @@ def _plain(modules: list[ModuleType], calls: Calls) -> Iterator[None]:
             for name, reference in _pairs(module).items():
                 plain = calls.through(reference)
                 stack.enter_context(patch.object(module, name, plain))
+        yield
+
+
+@contextlib.contextmanager
+def _read_by_the_host(calls: Calls) -> Iterator[None]:
+    asked = calls.through(lambda engine: False)
+    with patch.object(training, "decides_on_device", asked):
         yield
 
 

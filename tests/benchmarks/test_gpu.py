@@ -201,6 +201,19 @@ def test_a_rehearsal_says_that_it_measures_nothing(
     assert "rehearsal" in stored(tmp_path, "syncs")
 
 
+@pytest.mark.parametrize("part", ["checks", "kernels"])
+def test_a_rehearsal_of_kernels_needs_the_interpreter(
+    part: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main([part, *REHEARSAL, str(tmp_path)]) == FAILED
+    assert "needs TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_command_says_how_to_rehearse(
     capsys: pytest.CaptureFixture[str],

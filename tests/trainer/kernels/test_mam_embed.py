@@ -22,6 +22,7 @@ from trainer.kernels.compact import compact_fused
 from trainer.kernels.mam_embed import (
     CASES,
     Embedding,
+    embed_backward,
     embed_fused,
     embed_ref,
     mam_embed,
@@ -95,7 +96,11 @@ def test_gradients_of_the_reference_are_right() -> None:
 
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[-1]], ids=lambda case: case.shape)
 def test_the_operator_keeps_the_rules_of_operators(case: Case) -> None:
-    library.opcheck(embed_fused, case.inputs(CPU, torch.float32, 0))
+    inputs = case.inputs(CPU, torch.float32, 0)
+    library.opcheck(embed_fused, inputs)
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    grad_td = torch.randn(embed_fused(*plain).shape)
+    library.opcheck(embed_backward, (grad_td, *plain))
 
 
 def test_without_a_gpu_the_reference_embeds() -> None:
