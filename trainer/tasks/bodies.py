@@ -16,6 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.base import Inputs
+from trainer.models.maskvlm_encoder import (
+    Encoded,
+    MaskVlmEncoder,
+    Passes,
+    Read,
+    Shown,
+)
 from trainer.models.mlim import MlimEncoder
 from trainer.models.scored_rows import first_rows
 from trainer.stream import Stream, pack
@@ -84,7 +91,8 @@ class MlimBody(Body):
         texts = items.texts
         if show == "image":
             texts = [text[[0, -1]] for text in texts]
-        inputs = self.inputs(items.pixels, texts, images=show != "text")
+        n_image = 0 if show == "text" else self.model.grid**2
+        inputs = inputs_of(items.pixels, texts, n_image=n_image, device=self.device)
         rows = first_rows(inputs.stream) if self.pooling == "cls" else None
         hidden_nd = self.model.encode(inputs, None, rows=rows)
         if self.pooling == "mean":
@@ -93,32 +101,95 @@ class MlimBody(Body):
         stream = inputs.stream if rows is None else rows.of(inputs.stream)
         return hidden_nd.index_select(0, stream.cu_seqlens[: stream.pairs])
 
-    def inputs(
-        self, pixels: np.ndarray, texts: Sequence[np.ndarray], *, images: bool
-    ) -> Inputs:
-        """A micro-batch in which nothing is masked."""
-        lengths = np.array([len(text) for text in texts])
-        n_image = self.model.grid**2 if images else 0
-        stream, token_ids = pack(lengths, np.concatenate(texts), n_image)
-        return Inputs(
-            stream=stream.to(self.device),
-            token_ids=token_ids.to(self.device),
-            pixels=torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device),
-            n_masked_words=0,
-            n_recon_images=0,
+
+class MaskVlmBody(Body):
+    """MaskVLM: the [CLS] of the image and that of the text, side by side. Of an item
+    with both they have looked at the other modality; of an item with one alone the
+    other half is zero.
+
+    Raises:
+        ValueError: another pooling than "cls".
+    """
+
+    model: MaskVlmEncoder
+
+    def __init__(self, model: MaskVlmEncoder, *, pooling: Pooling = "cls") -> None:
+        super().__init__(model, pooling=pooling)
+        self.width = 2 * model.config.width
+        if pooling != "cls":
+            raise ValueError(
+                f"pooling {pooling} is not for MaskVLM, whose encoders each train a "
+                "[CLS]: give --pooling cls"
+            )
+
+    def of(self, items: Items, show: str) -> Tensor:
+        """As `Body.of`."""
+        inputs = inputs_of(items.pixels, items.texts, n_image=0, device=self.device)
+        encoded = self.model.encode_pairs(
+            inputs,
+            None,
+            Passes(clean_images=show != "text", clean_texts=show != "image"),
         )
+        own = torch.arange(len(items), device=self.device)
+        if show == "image":
+            image_nd = encoded.image_bnd[:, 0]
+            return torch.cat([image_nd, torch.zeros_like(image_nd)], 1)
+        if show == "text":
+            text_nd = encoded.text_td.index_select(0, encoded.text.starts[own])
+            return torch.cat([torch.zeros_like(text_nd), text_nd], 1)
+        return self._across(encoded, own)
+
+    def _across(self, encoded: Encoded, own: Tensor) -> Tensor:
+        """Both [CLS] (N, 2 D) after the cross-modality encoders; where a model has none
+        of a modality, before them.
+        """
+        none = torch.zeros(0, dtype=torch.bool, device=self.device)
+        shown, read = Shown(own, own), Read(none, 0, len(own))
+        image_nd = encoded.image_bnd[:, 0]
+        if self.model.image_cross is not None:
+            image_nd = self.model.images_across(encoded, shown, read).cls(len(own))
+        text_nd = encoded.text_td.index_select(0, encoded.text.starts[own])
+        if self.model.text_cross is not None:
+            text_nd = self.model.texts_across(encoded, shown, read).cls(len(own))
+        return torch.cat([image_nd, text_nd], 1)
 
 
 def body_of(model: Any, *, pooling: Pooling = "cls") -> Body:
     """The body of a pretrained model.
 
     Raises:
-        ValueError: there is none for such a model.
+        ValueError: there is none for such a model, or it cannot pool so.
     """
     if isinstance(model, MlimEncoder):
         return MlimBody(model, pooling=pooling)
+    if isinstance(model, MaskVlmEncoder):
+        return MaskVlmBody(model, pooling=pooling)
     raise ValueError(
-        f"tasks do not know how to pool a {type(model).__name__}: take an MLIM run"
+        f"tasks do not know what stands for an item in a {type(model).__name__}: add a "
+        "Body for it to trainer.tasks.bodies"
+    )
+
+
+def inputs_of(
+    pixels: np.ndarray,
+    texts: Sequence[np.ndarray],
+    *,
+    n_image: int,
+    device: torch.device,
+) -> Inputs:
+    """A micro-batch in which nothing is masked.
+
+    Args:
+        n_image: rows of the stream that an image has.
+    """
+    lengths = np.array([len(text) for text in texts])
+    stream, token_ids = pack(lengths, np.concatenate(texts), n_image)
+    return Inputs(
+        stream=stream.to(device),
+        token_ids=token_ids.to(device),
+        pixels=torch.from_numpy(np.ascontiguousarray(pixels)).to(device),
+        n_masked_words=0,
+        n_recon_images=0,
     )
 
 

@@ -1,0 +1,208 @@
+"""Fine-tuning: exact resumption, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.config import ConfigError
+from pipeline.pairs import main as make_pairs
+from tests.trainer.datasets import preprocess
+from trainer.contract import CHECKPOINTS, complete_checkpoints
+from trainer.export import main as export
+from trainer.finetune import main
+from trainer.tasks import tuned
+from trainer.tasks.pretrained import load_pretrained
+from trainer.tasks.training import order
+
+
+@pytest.fixture(scope="module")
+def pairs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pairs") / "train.npy"
+    make_pairs([str(shards), "--column=base", f"--output={output}", "--limit=32"])
+    return output
+
+
+def finetune(run: Path, pairs: Path, output: Path, *more: str) -> Path:
+    words = [str(run), "--task=matching", f"--pairs={pairs}", f"--output={output}"]
+    main([*words, "--batch=8", "--epochs=1", "--checkpoint_every=2", *more])
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(
+    whole: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A fine-tuning of eight steps; not to be changed."""
+    output = tmp_path_factory.mktemp("tuned") / "tuned"
+    return finetune(whole, pairs, output, f"--dev_pairs={pairs}")
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """Metrics without times."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for row in found:
+        row.pop("step_s")
+    return found
+
+
+def last(output: Path) -> dict[str, torch.Tensor]:
+    path = complete_checkpoints(output)[-1][1]
+    return load_file(path / "weights.safetensors") | load_file(
+        path / "moments.safetensors"
+    )
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    whole: Path, pairs: Path, finished: Path, tmp_path: Path
+) -> None:
+    output, dev = tmp_path / "tuned", f"--dev_pairs={pairs}"
+    finetune(whole, pairs, output, dev, "--max_steps=3")
+    # Died while it wrote the fourth step, its checkpoint and a line.
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 9.0, "step_s": 0}\n{"step": 5, "lo')
+    for name in ("tmp-dead", "step-00000004"):
+        (output / CHECKPOINTS / name).mkdir()
+        (output / CHECKPOINTS / name / "weights.safetensors").write_bytes(b"half")
+    finetune(whole, pairs, output, dev)
+    assert rows(output)[:2] == rows(finished)[:2]
+    # The call that stopped after three steps measured there, too.
+    assert rows(output)[3:] == rows(finished)[3:]
+    assert [row["step"] for row in rows(output)] == list(range(1, 9))
+    expected, found = last(finished), last(output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not list((output / CHECKPOINTS).glob("tmp-*"))
+
+
+def test_a_finished_run_is_left_as_it_is(
+    whole: Path, pairs: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    shutil.copytree(finished, output)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    finetune(whole, pairs, output, f"--dev_pairs={pairs}")
+    assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+
+def test_the_learning_rate_rises_then_falls_and_every_example_comes_once(
+    finished: Path,
+) -> None:
+    rates = [row["lr"] for row in rows(finished)]
+    top = int(np.argmax(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < rates[top] / 4
+    for epoch in (0, 1):
+        assert sorted(order(64, seed=0, epoch=epoch).tolist()) == list(range(64))
+    assert not np.array_equal(order(64, seed=0, epoch=0), order(64, seed=0, epoch=1))
+    assert not np.array_equal(order(64, seed=0, epoch=0), order(64, seed=1, epoch=0))
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, measured in enumerate([0.5, 0.9, 0.9, 0.7], start=1):
+        with torch.no_grad():
+            model.bias.fill_(step)
+        tuned.save(
+            tmp_path, model, optimizer, step=step, final=step == 4, measured=measured
+        )
+    assert [step for step, _ in complete_checkpoints(tmp_path)] == [2, 4]
+    assert tuned.load_best(tmp_path, model) == 2
+    assert model.bias.tolist() == [2, 2]
+    assert tuned.resume(tmp_path, model, optimizer) == 4
+    assert model.bias.tolist() == [4, 4]
+
+
+def test_an_export_is_the_run_that_it_is_of(whole: Path, tmp_path: Path) -> None:
+    export([str(whole), str(tmp_path / "export")])
+    of_run = load_pretrained(whole, data=None, from_scratch=False, seed=0)
+    of_export = load_pretrained(
+        tmp_path / "export", data=None, from_scratch=False, seed=0
+    )
+    assert of_export.tokenizer.sha256 == of_run.tokenizer.sha256
+    assert of_export.config.model == of_run.config.model
+    assert of_export.config.image.size == of_run.config.image.size
+    assert of_export.config.text == of_run.config.text
+    expected = of_run.model.state_dict()
+    for name, weight in of_export.model.state_dict().items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_from_scratch_is_the_same_model_with_drawn_weights(
+    whole: Path, pairs: Path, tmp_path: Path
+) -> None:
+    drawn = load_pretrained(whole, data=None, from_scratch=True, seed=0)
+    again = load_pretrained(whole, data=None, from_scratch=True, seed=0)
+    other = load_pretrained(whole, data=None, from_scratch=True, seed=1)
+    trained = load_pretrained(whole, data=None, from_scratch=False, seed=0)
+    name = "words.weight"
+    weight = drawn.model.state_dict()[name]
+    assert drawn.step == 0
+    assert trained.step == 12
+    assert torch.equal(weight, again.model.state_dict()[name])
+    for one in (other, trained):
+        assert not torch.equal(weight, one.model.state_dict()[name])
+    output = finetune(whole, pairs, tmp_path / "o", "--from_scratch", "--max_steps=1")
+    assert tuned.read_keys(output)["from_scratch"] is True
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    whole: Path, pairs: Path, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"lr: 0.0002 -> 0.1.*another --output"):
+        finetune(whole, pairs, finished, f"--dev_pairs={pairs}", "--lr=0.1")
+    (tmp_path / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(ValueError, match="holds something else"):
+        finetune(whole, pairs, tmp_path)
+    with pytest.raises(ValueError, match="fine-tuned already"):
+        finetune(finished, pairs, tmp_path / "o")
+    with pytest.raises(ValueError, match="neither a run nor an export"):
+        finetune(tmp_path, pairs, tmp_path / "o")
+    with pytest.raises(ValueError, match="is a URL"):
+        main([str(whole), "--task=matching", f"--pairs={pairs}", "--output=s3://b/o"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
+    whole: Path, mixed: Path, tmp_path: Path
+) -> None:
+    other = preprocess(
+        tmp_path / "other",
+        f"--input={mixed.parent / 'part0.parquet'}",
+        tokenizer=Path("train:300"),
+    )
+    with pytest.raises(ValueError, match=r"pipeline\.retokenize"):
+        load_pretrained(whole, data=str(other), from_scratch=False, seed=0)
+    drawn = load_pretrained(whole, data=str(other), from_scratch=True, seed=0)
+    assert drawn.tokenizer.vocab_size != 600
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["r", "--output=o"], "--task must be given: one of .*matching"),
+        (["r", "--output=o", "--task=matchin"], "Did you mean 'matching'"),
+        (["r", "--output=o", "--task=matching"], "pairs"),
+        (["r", "--output=o", "--task=matching", "--pairs=p", "--lr=-1"], "lr is -1"),
+        (
+            ["r", "--output=o", "--task=matching", "--pairs=p", "--text_only=0.8"],
+            "more than all items",
+        ),
+    ],
+)
+def test_wrong_calls_are_refused_before_anything_is_read(
+    words: list[str], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        main(words)
