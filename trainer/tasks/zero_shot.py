@@ -92,6 +92,11 @@ class ZeroShot:
                 f"--column {keys.column} has the one class {self._names[0]!r} in split "
                 f"{keys.split}: nothing to tell apart"
             )
+        if not set(self._names) & set(self._values):
+            raise ValueError(
+                f"none of the classes in {keys.classes} is a value of --column "
+                f"{keys.column}, which has {self._values[0]!r}, for example"
+            )
 
     def model(self, model: nn.Module) -> nn.Module:
         """As `Task.model`."""
