@@ -19,7 +19,7 @@ def sentences(names: Sequence[str], templates: Sequence[str]) -> list[str]:
         ValueError: no template, or one without its place for the name.
     """
     if not templates:
-        raise ValueError("no template: give --templates '[a photo of a {}]'")
+        raise ValueError("no template: give --templates '[\"a photo of a {}\"]'")
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(

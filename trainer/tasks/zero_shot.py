@@ -45,7 +45,8 @@ class ZeroShotEvaluation:
     """Text file with the names to choose among, one a line; null: all that occur in
     the split."""
     templates: tuple[str, ...] = ("{}",)
-    """Sentences that a name is put into, such as '[a photo of a {}]'."""
+    """Sentences that a name is put into, such as '["a photo of a {}"]'; the quotes are
+    needed."""
     by: Literal["auto", "features", "pairs"] = "auto"
     """features: inner products (MaskVLM's ITC, the first stage of a fine-tuned MLIM);
     pairs: a pass through the model for each image and sentence (ITM); auto: features,

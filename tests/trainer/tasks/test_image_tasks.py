@@ -81,7 +81,7 @@ def test_zero_shot_names_a_class_and_says_what_chance_would_give(
     tuned: Path, by: str
 ) -> None:
     words = ("--column=base", "--group=base", f"--max_images={IMAGES}", f"--by={by}")
-    found = result(tuned, "zero_shot", *words, "--templates=[a {}, the {}]")
+    found = result(tuned, "zero_shot", *words, '--templates=["a {}", "the {}"]')
     assert found["by"] == by
     metric = found["metrics"]["accuracy"]
     assert metric["chance"] == pytest.approx(1 / found["classes"])
@@ -111,7 +111,7 @@ def test_a_linear_probe_reads_classes_in_features_that_are_computed_once(
     ("task", "words", "cure"),
     [
         ("zero_shot", ["--column=colour"], r"columns\.keep \[colour\]"),
-        ("zero_shot", ["--column=base", "--templates=[a photo]"], "needs {} once"),
+        ("zero_shot", ["--column=base", '--templates=["a photo"]'], "needs {} once"),
         ("zero_shot", ["--column=status"], "one class"),
         ("linear_probe", ["--column=status"], "one class"),
         ("linear_probe", ["--column=base", "--held_out=1"], "between 0 and 1"),
