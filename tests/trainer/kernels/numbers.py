@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -44,13 +45,16 @@ def output_and_gradients(call: Any, inputs: Inputs) -> list[Tensor]:
 
 
 def errors(case: Case, inputs: Inputs) -> list[float]:
-    """Relative error of the output and of each gradient against fp64."""
+    """Relative error of the output and of each gradient against fp64, infinite where
+    one is not a number, which `max` would pass over.
+    """
     found = output_and_gradients(case.fused, inputs)
     wanted = output_and_gradients(case.reference, exact(inputs))
-    return [
+    relative = [
         float((mine.double() - true).norm() / true.double().norm().clamp(min=1e-12))
         for mine, true in zip(found, wanted, strict=True)
     ]
+    return [math.inf if math.isnan(error) else error for error in relative]
 
 
 def spread_out(value: Tensor) -> Tensor:
