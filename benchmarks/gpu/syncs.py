@@ -59,13 +59,12 @@ def syncs(setting: Setting, record: Record) -> None:
             record.measure(
                 f"{name} | on the device", functools.partial(counted, loader, setting)
             )
-    if has_deepspeed() and not setting.cuda:
-        words = ("--deepspeed.precision=bf16",)
+    for stage in (1, 2) if has_deepspeed() and not setting.cuda else ():
+        words = ("--deepspeed.precision=bf16", f"--deepspeed.zero_stage={stage}")
         config = recipe(_NAMES[0], pairs=4, tiny=True, words=words)
         loader = Drawn(config, tiny=True)
         record.measure(
-            "whole step, by what it reads",
-            functools.partial(whole_step, loader, setting),
+            f"whole step, ZeRO {stage}", functools.partial(whole_step, loader, setting)
         )
 
 
