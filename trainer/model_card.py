@@ -17,14 +17,8 @@ from trainer.dataset import Dataset
 from trainer.options import PretrainConfig
 from trainer.trained import Trained
 
-_TEXT = """\
----
-library_name: transformers
-tags: [mlim, vision-language, masked-language-modeling, masked-image-modeling]
----
-
-# {name}
-
+_ABOUT = {
+    "mlim": """\
 MLIM (Arici et al., 2021, arXiv:2109.12178), {parameters:,} parameters, after {step:,}
 of {steps:,} steps. One stream of word and image tokens ({tokens} image tokens of
 {side} px, images of {size} px), trained with masked language and image modelling.
@@ -41,7 +35,36 @@ hidden = model(words.input_ids, words.attention_mask, image.pixel_values)
 
 `pixel_values` are `pixel / 127.5 - 1`. `[MASK]` in the text hides a word,
 `bool_masked_pos` image tokens. Texts have at most {max_text} tokens.
-{body}
+""",
+    "maskvlm": """\
+MaskVLM (Kwon et al., 2023, arXiv:2208.02131), {parameters:,} parameters, after {step:,}
+of {steps:,} steps. An image encoder ({tokens} squares of {side} px, images of {size}
+px) and a text encoder, joined by cross-attention; losses: {losses}.
+
+```python
+import trainer.models.hf  # of Palimpsest: registers the classes; no remote code
+from transformers import AutoImageProcessor, AutoModelForPreTraining, AutoTokenizer
+
+model = AutoModelForPreTraining.from_pretrained(FOLDER)  # AutoModel: states alone
+words = AutoTokenizer.from_pretrained(FOLDER)(["a photo"], return_tensors="pt")
+image = AutoImageProcessor.from_pretrained(FOLDER)(picture, return_tensors="pt")
+found = model(words.input_ids, words.attention_mask, image.pixel_values)
+```
+
+`found` has `image_embeds`, `text_embeds`, `logits_per_image` and `itm_logits`, as far
+as there are heads. `pixel_values` are `pixel / 127.5 - 1`. `text_masked_pos` hides
+words and `bool_masked_pos` squares. Texts have at most {max_text} tokens.
+""",
+}
+_TEXT = """\
+---
+library_name: transformers
+tags: [{model}, vision-language, masked-language-modeling, masked-image-modeling]
+---
+
+# {name}
+
+{about}{body}
 ## Data
 
 | | |
@@ -69,8 +92,7 @@ def model_card(run: Path, trained: Trained, dataset: Dataset, *, body: bool) -> 
     """Markdown of the card of `run`, whose newest checkpoint is `trained`."""
     config, model = trained.config, trained.model
     shown = _without_paths(config)
-    return _TEXT.format(
-        name=run.resolve().name,
+    about = _ABOUT[config.model.name].format(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         step=trained.step,
         steps=config.schedule.steps,
@@ -78,6 +100,12 @@ def model_card(run: Path, trained: Trained, dataset: Dataset, *, body: bool) -> 
         side=model.config.patch_size,
         size=config.image.size,
         max_text=config.text.max_tokens,
+        losses=", ".join(term.name for term in config.model.terms if term.weight),
+    )
+    return _TEXT.format(
+        name=run.resolve().name,
+        model=config.model.name,
+        about=about,
         body=_BODY if body else "",
         data=", ".join(_names(config.data)),
         pairs=len(dataset),

@@ -15,11 +15,17 @@ from tests.conftest import ROOT, deepspeed_command, launch_environment
 from tests.trainer.tiny import LAUNCH_LIMIT_S, TINY
 
 
-def launch_all(ranks: int, calls: Sequence[Sequence[str]], file: Path) -> str:
-    """Launch `ranks` ranks that make all `calls`, each after `TINY`; what they print.
+def launch_all(
+    ranks: int,
+    calls: Sequence[Sequence[str]],
+    file: Path,
+    *,
+    tiny: Sequence[str] = TINY,
+) -> str:
+    """Launch `ranks` ranks that make all `calls`, each after `tiny`; what they print.
     Every call must succeed.
     """
-    file.write_text(json.dumps([[*TINY, *words] for words in calls]))
+    file.write_text(json.dumps([[*tiny, *words] for words in calls]))
     command = deepspeed_command(ranks, file)
     command[command.index("trainer.pretrain")] = "tests.trainer.sequence"
     done = subprocess.run(

@@ -114,7 +114,7 @@ class Pairs:
         return inputs, masks
 
 
-def given(table: Tensor, first: int) -> Contrast:
+def seeing(table: Tensor, first: int) -> Contrast:
     """The global batch as a micro-batch sees it."""
     return Contrast(lambda own: table, first)
 
@@ -138,9 +138,10 @@ def step(
         inputs = own
         given = inputs
         if table is not None:
+            # Its own rows are not for it to read.
             seen = table.clone()
             seen[number * count : (number + 1) * count] = float("nan")
-            contrast = Contrast(lambda own, seen=seen: seen, number * count)
+            contrast = seeing(seen, number * count)
             given = inputs._replace(contrast=contrast)
         output = model(given, masks)
         output.total.backward()
@@ -311,7 +312,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: n + text
+            found[name], value, rtol=2e-4, atol=2e-5, msg=f"{name}: {{}}".format
         )
 
 

@@ -21,17 +21,12 @@ from trainer.order import Drawn, SampleOrder
 
 LAUNCH_LIMIT_S = 240
 FAULTS = Path(__file__).with_name("faults.py")
-TINY = (
-    "--config=emoji",
+_ALIKE = (
     "--image.size=16",
     "--image.geometry=random_resized_crop",
-    "--model.layers=2",
     "--model.width=32",
     "--model.heads=2",
     "--model.ffn_width=64",
-    "--model.embedder_widths=[8,8]",
-    "--model.embedder_hidden=8",
-    "--model.decoder_widths=[8,8,8]",
     "--lanes=12",
     "--global_batch=24",
     "--micro_batch=6",
@@ -41,13 +36,35 @@ TINY = (
     "--log.tensorboard=false",
     "--digest=full",
 )
+TINY = (
+    "--config=emoji",
+    "--model.layers=2",
+    "--model.embedder_widths=[8,8]",
+    "--model.embedder_hidden=8",
+    "--model.decoder_widths=[8,8,8]",
+    *_ALIKE,
+)
+TINY_MASKVLM = (
+    "--config=maskvlm-emoji",
+    "--model.image_layers=1",
+    "--model.text_layers=1",
+    "--model.patch_size=4",
+    "--model.cross_layers=2",
+    "--model.decoder_layers=1",
+    "--model.projection_width=16",
+    "--model.itm_group=3",
+    "--eval.every_steps=0",
+    *_ALIKE,
+)
 
 
-def config(shards: Path, output: Path, *more: str) -> PretrainConfig:
+def config(
+    shards: Path, output: Path, *more: str, tiny: Sequence[str] = TINY
+) -> PretrainConfig:
     """The tiny configuration as `trainer.pretrain` would build it."""
     from trainer.pretrain import RECIPES
 
-    words = [*TINY, f"--data={shards}", f"--output={output}", *more]
+    words = [*tiny, f"--data={shards}", f"--output={output}", *more]
     return parse_run(PretrainConfig, words, prog="", description="", recipes=RECIPES)
 
 

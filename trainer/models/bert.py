@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.models.base import ModelConfig
 from trainer.models.mlim_config import MlimConfig
 
 _EMBEDDINGS = "bert.embeddings."
@@ -73,15 +74,54 @@ def require_body_fit(
             f"model.body {body} does not fit this recipe: give {', '.join(cures)}, or "
             "take another body"
         )
-    _require_words(body, found.vocab_size, vocab_size, tokenizer_file)
+    require_words(body, found.vocab_size, vocab_size, tokenizer_file, key="body")
 
 
-def require_bert(config: MlimConfig) -> None:
+def require_bert(config: ModelConfig) -> None:
     """Raise ValueError unless a model of this recipe is a BERT on text."""
+    if not isinstance(config, MlimConfig):
+        raise ValueError(
+            f"a {config.name} is no BERT and cannot be exported as one: export without "
+            "--body"
+        )
     if config.norm == "pre":
         raise ValueError(
             "a model with model.norm pre is no BERT and cannot be exported as one: "
             "export without --body, or train with --model.norm post"
+        )
+
+
+def require_words(
+    body: str, size: int, vocab_size: int, tokenizer_file: Path, *, key: str
+) -> None:
+    """Raise ValueError unless the ids of a dataset mean the same words to the
+    checkpoint `body`, given by the model's `key`, which has `size` words. A directory
+    without a tokenizer is taken at that.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    cure = (
+        f"preprocess the data with its tokenizer, --tokenizer {body}, or take another "
+        "body"
+    )
+    if size != vocab_size:
+        raise ValueError(
+            f"model.{key} {body} has {size:,} words and the dataset's tokenizer "
+            f"{vocab_size:,}: {cure}"
+        )
+    folder = Path(body)
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in files):
+        return
+    words = AutoTokenizer.from_pretrained(body).get_vocab()
+    own = Tokenizer.from_file(str(tokenizer_file)).get_vocab()
+    changed = next((word for word in own if words.get(word) != own[word]), None)
+    if changed is not None:
+        raise ValueError(
+            f"model.{key} {body} numbers words differently from the dataset's "
+            f"tokenizer ({changed!r} is {words.get(changed)} and {own[changed]}): "
+            f"{cure}"
         )
 
 
@@ -229,33 +269,3 @@ def _read_config(body: str) -> Any:
             "give a checkpoint with gelu"
         )
     return found
-
-
-def _require_words(body: str, size: int, vocab_size: int, tokenizer_file: Path) -> None:
-    """Raise ValueError unless the ids of a dataset mean the same words to `body`. A
-    directory without a tokenizer is taken at the size of its vocabulary.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    cure = (
-        f"preprocess the data with its tokenizer, --tokenizer {body}, or take another "
-        "body"
-    )
-    if size != vocab_size:
-        raise ValueError(
-            f"model.body {body} has {size:,} words and the dataset's tokenizer "
-            f"{vocab_size:,}: {cure}"
-        )
-    folder = Path(body)
-    files = ("tokenizer.json", "vocab.txt")
-    if folder.is_dir() and not any((folder / name).is_file() for name in files):
-        return
-    words = AutoTokenizer.from_pretrained(body).get_vocab()
-    own = Tokenizer.from_file(str(tokenizer_file)).get_vocab()
-    changed = next((word for word in own if words.get(word) != own[word]), None)
-    if changed is not None:
-        raise ValueError(
-            f"model.body {body} numbers words differently from the dataset's tokenizer "
-            f"({changed!r} is {words.get(changed)} and {own[changed]}): {cure}"
-        )

@@ -2,16 +2,15 @@
 
 Owns the padded interface (`input_ids`, `attention_mask`, `pixel_values`) of a trained
 model, `save_pretrained` and `from_pretrained`, and the Auto classes: importing this
-module registers them. Does not own the model (`trainer.models.mlim`), which training
-uses as it is, or what goes into an export (`trainer.export`).
+module registers them, and those of MaskVLM (`trainer.models.hf_maskvlm`). Does not own
+the model (`trainer.models.mlim`), which training uses as it is, or what goes into an
+export (`trainer.export`).
 
 Shapes: B pairs, L padded text, P image tokens, D width, V vocabulary, H side in pixels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,39 +21,25 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForPreTraining,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from trainer.masking import Masks
-from trainer.models import mlim
+from trainer.models import hf_maskvlm, mlim
 from trainer.models.base import Inputs
-from trainer.stream import pack
-
-_RECIPE_KEYS = {
-    field.name: field.default
-    for field in dataclasses.fields(mlim.MlimConfig)
-    # Where weights came from is nothing that a model needs to know; its name is the
-    # type of the model.
-    if field.name not in ("body", "name")
-}
+from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text
+from trainer.models.maskvlm import MaskVlmForPreTraining as MaskVlm
 
 
-class MlimConfig(PreTrainedConfig):
-    """The model keys of a recipe, flat, with those of text and image.
-
-    Args:
-        vocab_size: V.
-        max_text: longest text in tokens.
-        image_size: H.
-        special_ids: ids by name (`mask` is needed).
-        keys: model keys (`trainer.models.mlim.MlimConfig`) and those that every
-            configuration of `transformers` has.
+class MlimConfig(RecipeConfig):
+    """The model keys of a recipe (`trainer.models.mlim_config.MlimConfig`), flat, with
+    those of text and image.
     """
 
     model_type = "mlim"
+    recipe_class = mlim.MlimConfig
     attribute_map = {  # noqa: RUF012
         "hidden_size": "width",
         "num_hidden_layers": "layers",
@@ -63,40 +48,9 @@ class MlimConfig(PreTrainedConfig):
         "max_position_embeddings": "max_text",
     }
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 30522,
-        max_text: int = 64,
-        image_size: int = 64,
-        special_ids: Mapping[str, int] | None = None,
-        **keys: Any,
-    ) -> None:
-        for name, default in _RECIPE_KEYS.items():
-            value = keys.pop(name, default)
-            setattr(self, name, list(value) if isinstance(value, tuple) else value)
-        self.vocab_size, self.max_text = vocab_size, max_text
-        self.image_size = image_size
-        self.special_ids = dict(special_ids or {"mask": 103})
+    def __init__(self, **keys: Any) -> None:
+        # A class without one of its own is given a dataclass's by `transformers`.
         super().__init__(**keys)
-
-    @property
-    def recipe(self) -> mlim.MlimConfig:
-        """The model keys as training has them.
-
-        Raises:
-            ValueError: shapes that do not fit each other.
-        """
-        values: dict[str, Any] = {name: getattr(self, name) for name in _RECIPE_KEYS}
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value
-        return mlim.MlimConfig(**values)
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the model is made with besides."""
-        names = ("vocab_size", "max_text", "image_size", "special_ids")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -146,31 +100,21 @@ class MlimPreTrainedModel(PreTrainedModel):
         bool_masked_pos: Tensor | None,
     ) -> tuple[Inputs, Masks]:
         """The stream of a padded batch. Its lengths are read on the host."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        real, device = attention_mask.bool(), input_ids.device
-        if bool((real[:, 1:] & ~real[:, :-1]).any()):
-            raise ValueError(
-                "attention_mask has words after padding: pad on the right "
-                "(padding_side='right')"
-            )
-        longest = int(real.sum(1).max())
-        if longest > self.config.max_text:
-            raise ValueError(
-                f"a text has {longest} tokens and the model {self.config.max_text} "
-                "positions: cut it with truncation=True, max_length="
-                f"{self.config.max_text}"
-            )
-        pairs, images = len(input_ids), pixel_values is not None
+        pairs, images, device = (
+            len(input_ids),
+            pixel_values is not None,
+            input_ids.device,
+        )
         n_image = self.mlim.grid**2 if images else 0
-        lengths, ids = real.sum(1).cpu().numpy(), input_ids[real].cpu().numpy()
-        stream, token_ids = pack(lengths, ids, n_image)
+        stream, token_ids = padded_stream(
+            input_ids, attention_mask, n_image=n_image, max_text=self.config.max_text
+        )
         if not images or bool_masked_pos is None:
             bool_masked_pos = torch.zeros(pairs, n_image, dtype=torch.bool)
         # Words are masked by the [MASK] in `input_ids`: its vector is the mask's.
         return Inputs(
-            stream=stream.to(device),
-            token_ids=token_ids.to(device),
+            stream=stream,
+            token_ids=token_ids,
             pixels=pixel_values if pixel_values is not None else input_ids[:0],
             n_masked_words=0,
             n_recon_images=0,
@@ -286,9 +230,20 @@ class MlimForPreTraining(MlimPreTrainedModel):
         return torch.stack(parts).sum() if parts else None
 
 
-def from_trained(model: mlim.MlimForPreTraining) -> MlimForPreTraining:
-    """The same model, with the same parameters in memory, as `transformers` has it."""
-    keys = {name: getattr(model.config, name) for name in _RECIPE_KEYS}
+def from_trained(model: Any) -> PreTrainedModel:
+    """The same model, with the same parameters in memory, as `transformers` has it.
+
+    Raises:
+        ValueError: a model that has no such classes.
+    """
+    if isinstance(model, MaskVlm):
+        return hf_maskvlm.from_trained(model)
+    if not isinstance(model, mlim.MlimForPreTraining):
+        raise ValueError(
+            f"{model.config.name} has no classes of transformers: export mlim and "
+            "maskvlm runs, or write such classes beside trainer/models/hf.py"
+        )
+    keys = {name: getattr(model.config, name) for name in MlimConfig.recipe_keys()}
     with torch.device("meta"):
         config = MlimConfig(
             vocab_size=model.words.num_embeddings,
@@ -306,12 +261,7 @@ def from_trained(model: mlim.MlimForPreTraining) -> MlimForPreTraining:
 def _padded(hidden_td: Tensor, inputs: Inputs, length: int) -> Tensor:
     """Stream (T, D) -> (B, L + P, D)."""
     stream = inputs.stream
-    used = stream.text_used
-    shape = (stream.pairs, length, hidden_td.shape[1])
-    text = hidden_td.new_zeros(shape).index_put(
-        (stream.text_pair[:used], stream.text_position[:used]),
-        hidden_td[stream.text_row[:used]],
-    )
+    text = padded_text(hidden_td[stream.text_row], stream, length)
     return torch.cat([text, hidden_td[stream.image_row]], 1)
 
 

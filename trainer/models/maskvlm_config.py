@@ -152,6 +152,12 @@ class MaskVlmConfig(ModelConfig):
         return _MISMATCHED if self.itm_weight else None
 
     @property
+    def restores(self) -> tuple[str, ...]:
+        """Of `mlm` and `mim`, what there is a head for."""
+        named = (("mlm", self.mlm_weight), ("mim", self.mim_weight))
+        return tuple(name for name, weight in named if weight)
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         """`mlm`: negative log likelihood over masked words; `mim`: absolute error over
         masked pixels, the mean of their channels; both 0 where their weight is. And,

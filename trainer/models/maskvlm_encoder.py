@@ -288,6 +288,22 @@ class MaskVlmEncoder(nn.Module):
         spare = rows - known - drawn
         return taken(encoded.text, order, rows=rows, spare=spare)
 
+    def look(self, encoded: Encoded) -> tuple[Tensor | None, Tensor | None]:
+        """Clean images (B n, D) and texts (T, D) that have looked at one another; None
+        where the model has no blocks for it.
+        """
+        own = torch.arange(encoded.stream.pairs, device=encoded.text_td.device)
+        shown, images, texts = Shown(own, own), None, None
+        if self.image_cross is not None:
+            rows = len(own) * self.image_rows
+            every = own.new_ones(rows, dtype=torch.bool)
+            images = self.images_across(encoded, shown, Read(every, rows, 0)).hidden_nd
+        if self.text_cross is not None:
+            rows = len(encoded.text.flat)
+            every = own.new_ones(rows, dtype=torch.bool)
+            texts = self.texts_across(encoded, shown, Read(every, rows, 0)).hidden_nd
+        return images, texts
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """Have each layer compiled when it is first used. Its parameters keep their
         names.
