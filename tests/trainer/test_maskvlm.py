@@ -545,7 +545,7 @@ def test_keys_that_cannot_be_are_refused_with_the_cure() -> None:
     refused("nothing would be learned", **{f"{name}_weight": 0 for name in LOSSES})
     refused(r"heads 3 does not divide", heads=3)
     refused("give 2 or more", itm_group=1)
-    refused("between 0.01 and 1", temperature=2.0)
+    refused("between 0.01 and 1", itc_temperature=2.0)
     refused("--model.text_norm post", text_norm="pre", text_body="roberta-base")
     assert base.find("maskvlm") is MaskVlmConfig
     assert "maskvlm" in base.names()

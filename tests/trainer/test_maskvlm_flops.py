@@ -57,7 +57,8 @@ def test_encoders_decoder_and_head_are_counted_as_they_are_run() -> None:
     naive, found = Naive(model), parts(TINY)
     pixels, ids = pairs.pixels[0], pairs.texts[0]
     patches = 2 * SIZE**2 * 3 * TINY.width
-    image = counted(lambda: naive.image(pixels, None)) - patches
+    # The loops embed a square by a matrix and a vector, which torch does not count.
+    image = counted(lambda: naive.image(pixels, None))
     text = counted(lambda: naive.text(ids, None))
     assert found["patches"] == PAIRS * patches
     # Clean and masked.

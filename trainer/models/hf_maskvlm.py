@@ -111,7 +111,7 @@ class MaskVlmPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         if isinstance(module, Temperature):
-            start = -math.log(self.config.recipe.temperature)
+            start = -math.log(self.config.recipe.itc_temperature)
             nn.init.constant_(module.log_factor, start)
         if isinstance(module, maskvlm.MaskVlmForPreTraining) and self.config.mlm_weight:
             nn.init.zeros_(module.mlm_bias)

@@ -143,7 +143,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
         if config.itc_weight:
             self.itc_image = nn.Linear(width, config.projection_width)
             self.itc_text = nn.Linear(width, config.projection_width)
-            self.itc_temperature = Temperature(config.temperature)
+            self.itc_temperature = Temperature(config.itc_temperature)
         if config.itm_weight:
             self.itm_head = nn.Linear(2 * width, 2)
         self.apply(self.initialise)

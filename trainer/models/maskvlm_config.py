@@ -76,7 +76,7 @@ class MaskVlmConfig(ModelConfig):
     BERT's is 1e-12)."""
     projection_width: int = 256
     """Width in which images and texts are compared."""
-    temperature: float = 0.07
+    itc_temperature: float = 0.07
     """Temperature of the contrastive loss at the beginning; it is learned, between 0.01
     and 1."""
     itc_weight: float = 1.0
@@ -116,9 +116,10 @@ class MaskVlmConfig(ModelConfig):
             raise ValueError(
                 f"all of model.{', '.join(_WEIGHTS)} are 0: nothing would be learned"
             )
-        if not 0.01 <= self.temperature <= 1:
+        if not 0.01 <= self.itc_temperature <= 1:
             raise ValueError(
-                f"model.temperature {self.temperature} is not between 0.01 and 1"
+                f"model.itc_temperature {self.itc_temperature} is not between 0.01 and "
+                "1"
             )
         if self.itm_group < 2:
             raise ValueError(
