@@ -551,3 +551,25 @@ def test_keys_that_cannot_be_are_refused_with_the_cure() -> None:
     assert "maskvlm" in base.names()
     assert TINY.group == 4
     assert dataclasses.replace(TINY, itm_weight=0).group == 1
+
+
+def test_a_step_asks_the_device_for_no_value() -> None:
+    """On a device that has none: whoever asked would be refused."""
+    model, (inputs, masks) = build().to("meta"), Pairs(LENGTHS).micro(TINY)
+    drawn = inputs.matching
+    there = inputs._replace(
+        stream=inputs.stream.to(torch.device("meta")),
+        token_ids=inputs.token_ids.to("meta"),
+        pixels=inputs.pixels.to("meta"),
+        matching=type(drawn)(*(part.to("meta") for part in drawn)),
+        contrast=ALONE,
+    )
+    hidden = Masks(
+        mode=masks.mode.to("meta"),
+        text=masks.text.to("meta"),
+        image=masks.image.to("meta"),
+    )
+    output = model(there, hidden)
+    output.total.backward()
+    assert output.total.is_meta
+    assert model(there, None).features.shape == (len(LENGTHS), 2 * 8 + 8)

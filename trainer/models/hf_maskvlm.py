@@ -165,8 +165,8 @@ class MaskVlmModel(MaskVlmPreTrainedModel):
         if input_ids is None:
             if pixel_values is None:
                 raise ValueError("give input_ids, pixel_values or both")
-            images = self.maskvlm.encode_images(pixel_values)
-            return MaskVlmModelOutput(image_hidden_state=images)
+            alone = self.maskvlm.encode_images(pixel_values)
+            return MaskVlmModelOutput(image_hidden_state=alone)
         inputs = self._inputs(input_ids, attention_mask, pixel_values)
         length, stream = input_ids.shape[1], inputs.stream
         both = pixel_values is not None
