@@ -125,7 +125,11 @@ def test_differences_name_dotted_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.preprocess", "trainer.pretrain", "trainer.evaluate"]
+    "module",
+    [
+        *("pipeline.preprocess", "pipeline.pairs"),
+        *("trainer.pretrain", "trainer.finetune", "trainer.evaluate"),
+    ],
 )
 def test_help_explains_every_key(module: str) -> None:
     done = subprocess.run(

@@ -70,7 +70,9 @@ def run_without(blocked: set[str], statement: str) -> str:
 def test_trainer_imports_without_ray_and_pyarrow() -> None:
     modules = (
         "trainer.pretrain, trainer.loop, trainer.evaluate, trainer.report.__main__, "
-        "trainer.replay, trainer.replay_page, trainer.plan, trainer.plan_text"
+        "trainer.replay, trainer.replay_page, trainer.plan, trainer.plan_text, "
+        "trainer.finetune, trainer.tasks.finetuning, trainer.tasks.evaluation, "
+        "trainer.tasks.matching"
     )
     assert run_without({"ray", "pyarrow"}, f"import {modules}") == "imported\n"
 

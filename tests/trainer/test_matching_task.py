@@ -93,7 +93,7 @@ def test_evaluation_writes_numbers_with_intervals_and_examples_to_look_at(
 def test_the_same_call_gives_the_same_files(
     tuned: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    files = ("again.json", "again.html")
+    files = ("again.json", "again.html", "again.npz")
     seen = []
     for _ in range(2):
         words = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config import ConfigError
+from pipeline.manifest import file_sha256, load_manifest, manifest_seal
 from pipeline.pairs import main as make_pairs
-from tests.trainer.datasets import preprocess
 from trainer.contract import CHECKPOINTS, complete_checkpoints
 from trainer.export import main as export
 from trainer.finetune import main
@@ -62,6 +63,13 @@ def last(output: Path) -> dict[str, torch.Tensor]:
     )
 
 
+def files(output: Path) -> dict[Path, bytes]:
+    """All but what says where the run lies."""
+    own = ("finetune.yaml", "origin.json")
+    found = [path for path in output.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in found if path.name not in own}
+
+
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     whole: Path, pairs: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -89,9 +97,9 @@ def test_a_finished_run_is_left_as_it_is(
 ) -> None:
     output = tmp_path / "tuned"
     shutil.copytree(finished, output)
-    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    before = files(output)
     finetune(whole, pairs, output, f"--dev_pairs={pairs}")
-    assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    assert before == files(output)
 
 
 def test_the_learning_rate_rises_then_falls_and_every_example_comes_once(
@@ -162,6 +170,11 @@ def test_a_folder_that_holds_something_else_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"lr: 0.0002 -> 0.1.*another --output"):
         finetune(whole, pairs, finished, f"--dev_pairs={pairs}", "--lr=0.1")
+    with (
+        tuned.locked(finished),
+        pytest.raises(ValueError, match="another process is writing"),
+    ):
+        finetune(whole, pairs, finished, f"--dev_pairs={pairs}")
     (tmp_path / "thesis.tex").write_text("chapter 1")
     with pytest.raises(ValueError, match="holds something else"):
         finetune(whole, pairs, tmp_path)
@@ -174,18 +187,34 @@ def test_a_folder_that_holds_something_else_is_refused(
     assert not (tmp_path / "o").exists()
 
 
-def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
-    whole: Path, mixed: Path, tmp_path: Path
+def test_other_pairs_under_the_same_name_are_refused(
+    whole: Path, pairs: Path, finished: Path, tmp_path: Path
 ) -> None:
-    other = preprocess(
-        tmp_path / "other",
-        f"--input={mixed.parent / 'part0.parquet'}",
-        tokenizer=Path("train:300"),
-    )
+    output, mine = tmp_path / "tuned", tmp_path / "pairs.npy"
+    shutil.copy(pairs, mine)
+    finetune(whole, mine, output, "--max_steps=1")
+    np.save(mine, np.load(pairs)[::-1])
+    with pytest.raises(ValueError, match="of other examples"):
+        finetune(whole, mine, output)
+
+
+def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
+    whole: Path, shards: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    words, manifest = other / "tokenizer" / "tokenizer.json", load_manifest(shards)
+    words.write_text(words.read_text() + "\n")
+    info = replace(manifest.tokenizer, sha256=file_sha256(words))
+    files = {**manifest.files, "tokenizer/tokenizer.json": info.sha256}
+    changed = replace(manifest, tokenizer=info, files=files)
+    (other / "manifest.json").write_text(changed.to_json())
+    seal = manifest_seal(changed.to_json().encode())
+    (other / "manifest.json.sha256").write_text(seal)
     with pytest.raises(ValueError, match=r"pipeline\.retokenize"):
         load_pretrained(whole, data=str(other), from_scratch=False, seed=0)
     drawn = load_pretrained(whole, data=str(other), from_scratch=True, seed=0)
-    assert drawn.tokenizer.vocab_size != 600
+    assert drawn.tokenizer.sha256 == info.sha256
 
 
 @pytest.mark.parametrize(

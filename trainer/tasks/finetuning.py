@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from trainer.local_run import local_run
-from trainer.options import at_least
 from trainer.philox import check_seed
 from trainer.storage import local_path
 from trainer.tasks import tuned
@@ -46,7 +45,6 @@ class FinetuneConfig(LoopKeys):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        at_least("", self, seed=0)
 
 
 def keys_of(task: str | None) -> type[FinetuneConfig]:
@@ -94,8 +92,10 @@ def finetune(config: FinetuneConfig, *, command: str) -> str:
         )
         task, model = prepare(start, config, folder=output)
         files = find(config.task).files
-        tuned.begin(output, config, start, files(task) if files else {})
-        train(task, model, config, output=output, seed=config.seed)
+        kept = files(task) if files else {}
+        tuned.begin(output, config, start, kept, command=command)
+        with tuned.locked(output):
+            train(task, model, config, output=output, seed=config.seed)
     return config.output
 
 

@@ -208,6 +208,15 @@ class Matching:
             },
         )
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What the model learns from, kept beside it: other pairs are another run."""
+        return {
+            f"{name}.sha256": f"{pairs.sha256}  {pairs.name}\n"
+            for name, pairs in (("pairs", self._pairs), ("dev_pairs", self._dev))
+            if pairs is not None
+        }
+
     def scores(
         self,
         model: nn.Module,
@@ -341,4 +350,5 @@ SPEC = Spec(
     accepts=("matching",),
     training=_training,
     evaluation=_evaluation,
+    files=lambda task: task.files,
 )

@@ -5,7 +5,8 @@ Does not own the loop (`trainer.tasks.training`).
 
     OUTPUT/finetune.yaml            keys of the command, resolved
     OUTPUT/pretraining/config.yaml  keys of the run that the model comes from
-    OUTPUT/origin.json              its step, the tokenizer's hash and special ids
+    OUTPUT/origin.json              its step, the tokenizer's hash and special ids, and
+                                    the command that was given last
     OUTPUT/tokenizer.json           its words
     OUTPUT/NAME                     what a task keeps (`Spec.files`)
     OUTPUT/metrics.jsonl            a line a step; `dev_*` where there was a checkpoint
@@ -17,9 +18,11 @@ dev metric, which is what evaluation takes.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +49,20 @@ from trainer.tasks.pretrained import Pretrained, drawn_model
 FINETUNE = "finetune.yaml"
 _ORIGIN, _PRETRAINING, _WORDS = "origin.json", "pretraining", "tokenizer.json"
 _WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
+_LOCK = ".lock"
 _MEASURED = "dev"
 # What may differ between the calls that make up one run.
 _MAY_CHANGE = ("output", "max_steps", "data")
 
 
-def begin(output: Path, keys: Any, start: Pretrained, files: Mapping[str, str]) -> None:
+def begin(
+    output: Path,
+    keys: Any,
+    start: Pretrained,
+    files: Mapping[str, str],
+    *,
+    command: str,
+) -> None:
     """Write what every fine-tuning has, and the task's `files` (text by name), or see
     that it is the same there.
 
@@ -77,7 +88,11 @@ def begin(output: Path, keys: Any, start: Pretrained, files: Mapping[str, str]) 
     _keep(output, files)
     (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
     write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
-    origin = {"step": start.step, "tokenizer": asdict(start.tokenizer)}
+    origin = {
+        "step": start.step,
+        "tokenizer": asdict(start.tokenizer),
+        "command": command,
+    }
     checkpoint.write_json(output / _ORIGIN, origin)
     if not (output / _WORDS).is_file():
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
@@ -96,6 +111,24 @@ def _keep(output: Path, files: Mapping[str, str]) -> None:
             )
         output.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other processes of this machine from writing to a fine-tuning.
+
+    Raises:
+        ValueError: one does.
+    """
+    with open(output / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing to {output}: wait for it or stop it, or "
+                "take another --output"
+            ) from None
+        yield
 
 
 def is_tuned(folder: Path) -> bool:
