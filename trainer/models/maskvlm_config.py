@@ -154,9 +154,9 @@ class MaskVlmConfig(ModelConfig):
 
     @property
     def restores(self) -> tuple[str, ...]:
-        """Of `mlm` and `mim`, what there is a head for."""
-        named = (("mlm", self.mlm_weight), ("mim", self.mim_weight))
-        return tuple(name for name, weight in named if weight)
+        """Words and pixels, as far as their losses have a weight and so a head."""
+        weights = {self.word_loss: self.mlm_weight, self.image_loss: self.mim_weight}
+        return tuple(name for name, weight in weights.items() if weight)
 
     @property
     def terms(self) -> tuple[Term, ...]:

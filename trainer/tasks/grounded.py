@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pipeline.manifest import file_sha256
 from trainer.options import at_least
@@ -181,13 +182,17 @@ class Reader:
         return [Items.of(part, texts) for part in np.split(pixels, len(columns))]
 
     def logits(
-        self, model: nn.Module, examples: Grounded
+        self, model: nn.Module, examples: Grounded, *, quiet: bool
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Numbers (n,) of examples and their logits (n, C) on the CPU, batch by batch.
         A vocabulary of thousands of answers is never held for all examples at once.
+
+        Args:
+            quiet: show no progress.
         """
         size = self._held_out_batch
-        for first in range(0, len(examples), size):
+        firsts = range(0, len(examples), size)
+        for first in tqdm(firsts, unit="batch", disable=True if quiet else None):
             numbers = np.arange(first, min(first + size, len(examples)))
             yield numbers, model(self.views(examples, numbers)).cpu()
 

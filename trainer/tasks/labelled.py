@@ -94,7 +94,8 @@ class LabelledTask:
         """Accuracy."""
         if self._held_out is None or self._held_out.labels is None:
             return {}
-        right = self.ranked(model).first == self._held_out.labels
+        found = self.ranked(model, quiet=True)
+        right = found.first == self._held_out.labels
         return {"accuracy": float(right.mean())}
 
     def evaluate(self, model: nn.Module) -> Result:
@@ -107,10 +108,10 @@ class LabelledTask:
         assert self._held_out is not None
         return self._held_out
 
-    def ranked(self, model: nn.Module) -> Ranked:
+    def ranked(self, model: nn.Module, *, quiet: bool = False) -> Ranked:
         """What a model says of the held-out examples."""
         examples = self.held_out.examples
-        logits = self.reader.logits(model, examples)
+        logits = self.reader.logits(model, examples, quiet=quiet)
         return ranked(logits, len(examples), exclusive=True)
 
     def shown(self, found: Ranked) -> dict[str, list[Example]]:

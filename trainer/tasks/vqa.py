@@ -155,7 +155,7 @@ class Vqa:
         """The official accuracy."""
         if self._held_out is None:
             return {}
-        said = self._predictions(self._ranked(model))
+        said = self._predictions(self._ranked(model, quiet=True))
         return {"accuracy": float(_scores(self._held_out[0], said).mean())}
 
     def evaluate(self, model: nn.Module) -> Result:
@@ -210,10 +210,10 @@ class Vqa:
             for name, which in wanted.items()
         }
 
-    def _ranked(self, model: nn.Module) -> Ranked:
+    def _ranked(self, model: nn.Module, *, quiet: bool = False) -> Ranked:
         assert self._held_out is not None
         examples = self._held_out[1]
-        logits = self._reader.logits(model, examples)
+        logits = self._reader.logits(model, examples, quiet=quiet)
         return ranked(logits, len(examples), exclusive=False)
 
     def _predictions(self, found: Ranked) -> list[str]:
