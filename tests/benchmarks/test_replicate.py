@@ -20,9 +20,17 @@ from benchmarks.replication.schedule import Place, Schedule, locked
 from benchmarks.replication.share import denied
 from benchmarks.replication.stages import evaluation, plan
 from benchmarks.replication.tables import Measured, compared, markdown, tables
+from pipeline.config import given as given_key
+from pipeline.config import parse
+from pipeline.pairs import PairsConfig
 from tests.conftest import ROOT
 from tests.trainer.tiny import TINY
 from trainer.contract import COMPLETE
+from trainer.options import PretrainConfig, parse_run
+from trainer.pretrain import RECIPES
+from trainer.probing import ProbesConfig
+from trainer.tasks import evaluation as evaluating
+from trainer.tasks import finetuning
 from trainer.tasks.average_precision import AveragePrecision
 
 _LIMIT_S = 240
@@ -471,3 +479,47 @@ def test_rows_are_compared_over_seeds_and_over_test_items(tmp_path: Path) -> Non
     kept_scores(rows["little"].files[1], sure=0.5, seed=1, n=297)
     with pytest.raises(ValueError, match="measured on other test items"):
         compared(metric, rows["much"], rows["little"])
+
+
+def words_of(matrix: str) -> dict[str, tuple[str, ...]]:
+    return {stage.name: stage.words for stage in plan(load(matrix))}
+
+
+def test_a_rows_keys_become_the_words_of_its_commands() -> None:
+    words = words_of("small")
+    uniform = words["pretrain/mlim-mlm+recon-uniform-emoji/seed2"]
+    assert {"--mask.policy=uniform", "--model.itm_weight=0", "--seed=2"} <= set(uniform)
+    assert "--model.recon_weight=10.0" in uniform
+    dropped = words["finetune/matching/mlim-mlm-mam-emoji-mdo/seed0"]
+    assert {"--text_only=0.25", "--image_only=0.25"} <= set(dropped)
+    scratch = words["finetune/matching/mlim-mlm+recon-mam-emoji-scratch/seed0"]
+    assert {"--from_scratch=true", "--text_only=0", "--image_only=0"} <= set(scratch)
+    assert "--pairs={work}/pairs/emoji/train/pairs.npy" in scratch
+    contrast = words["evaluate/zero_shot/maskvlm-itc-joint-variants/seed0"]
+    both = words["evaluate/zero_shot/maskvlm-itc+itm-joint-variants/seed0"]
+    assert "--candidates=0" in contrast
+    assert "--candidates=16" in both
+    shares = {name for name in words_of("full") if name.startswith("data/flickr8k")}
+    assert {"data/flickr8k-0.1", "data/flickr8k-0.25", "data/flickr8k-0.5"} < shares
+
+
+@pytest.mark.parametrize("matrix", ["small", "full"])
+def test_commands_of_the_matrices_parse(matrix: str) -> None:
+    """Every stage's words are keys that its command has."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    for module, *rest in words_of(matrix).values():
+        words = [word.replace("{", "").replace("}", "") for word in rest]
+        plain = {"prog": "", "description": ""}
+        keys = frozenset(word.split("=")[0] for word in words)
+        if (module, keys) in seen:
+            continue
+        seen.add((module, keys))
+        if module == "trainer.pretrain":
+            parse_run(PretrainConfig, words, recipes=RECIPES, **plain)
+        elif module == "pipeline.pairs":
+            parse(PairsConfig, words, positional="dataset", **plain)
+        elif module in ("trainer.finetune", "trainer.evaluate"):
+            task = given_key(words, "task")
+            command = finetuning if module == "trainer.finetune" else evaluating
+            kind = ProbesConfig if task == "probes" else command.keys_of(task)
+            parse(kind, words, positional="run", **plain)
