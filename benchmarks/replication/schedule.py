@@ -241,6 +241,7 @@ class Schedule:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509
             )
         self._running[stage.name] = (stage, process, time.monotonic())
+        print(f"begins    {stage.name}: {place.log(stage)}", flush=True)
 
     def _collect(self) -> None:
         """Take note of what has ended."""

@@ -218,6 +218,7 @@ def test_a_killed_replication_goes_on_and_repeats_nothing(killed: Killed) -> Non
     assert {path: path.stat().st_mtime for path in before} == before
     for path in before:
         assert f"{path.relative_to(work / 'stages').with_suffix('')}:" not in said
+    assert before.keys() <= set(markers(work))
     log = work / "logs" / "pretrain" / "mlim-mlm+recon-mam-emoji" / "seed0.log"
     assert "resuming after step" in log.read_text()
     assert "3/3" in said
