@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoModelForPreTraining
 from tests.trainer.sequence import launch_all
 from tests.trainer.test_maskvlm import Pairs
 from tests.trainer.tiny import TINY_MASKVLM, column, config
+from trainer.check import check
 from trainer.contract import METRICS, complete_checkpoints, read_validation
 from trainer.export import ExportConfig, export
-from trainer.loop import check
 from trainer.metrics import keep_steps
 from trainer.models import hf_maskvlm
 from trainer.models.maskvlm_encoder import Passes

@@ -24,8 +24,8 @@ from pipeline.manifest import load_manifest
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import TINY_MASKVLM, column, config
 from trainer import checkpoint
+from trainer.check import check
 from trainer.contract import complete_checkpoints
-from trainer.loop import check
 from trainer.models.base import Inputs, Sizes
 from trainer.models.maskvlm import MaskVlmForPreTraining
 from trainer.models.maskvlm_config import MaskVlmConfig

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from tests.trainer.tasks.test_ranking import naive_rank
 from tests.trainer.tiny import config
+from trainer.build import build_model
 from trainer.dataset import Dataset
-from trainer.loop import build_model
 from trainer.models.base import Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimForPreTraining
