@@ -18,8 +18,9 @@ from tests.trainer.published import (
     colour_questions,
     colour_sentences,
 )
-from tests.trainer.tiny import config
+from tests.trainer.tiny import TINY_MASKVLM, config
 from trainer import evaluate, finetune
+from trainer.options import PretrainConfig, parse_run
 from trainer.tasks.vqa_answers import accuracy
 
 Words = list[str]
@@ -111,6 +112,22 @@ def test_colours_are_learned_beyond_chance(
     assert "Near the threshold" in page
 
 
+def test_maskvlm_learns_the_same_tasks(
+    shards: Path, published: dict[str, dict[str, Words]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    given = [*TINY_MASKVLM, f"--data={shards}", f"--output={run}"]
+    keys = parse_run(PretrainConfig, given, prog="", description="")
+    (run / "config.yaml").write_text(to_yaml(keys))
+    for task in ("nlvr2", "snli_ve"):
+        words = published[task]["train2014"]
+        learn(run, task, words, tmp_path / task, "--epochs=8")
+        result = measure(tmp_path / task, task, published[task]["val2014"])
+        found = result["metrics"]["accuracy"]
+        assert found["ci95"][0] > found["chance"] + 0.1
+
+
 def test_vqa_is_scored_as_a_naive_reading_of_its_files_says(
     learned: Callable[[str], Path], published: dict[str, dict[str, Words]]
 ) -> None:
@@ -129,6 +146,9 @@ def test_vqa_is_scored_as_a_naive_reading_of_its_files_says(
     for name, values in scores.items():
         assert result["metrics"][name]["value"] == pytest.approx(np.mean(values))
         assert result["metrics"][name]["n"] == len(values)
+    kept = np.load(learned("vqa") / "vqa.npz")
+    assert kept["accuracy"].mean() == pytest.approx(np.mean(scores["accuracy"]))
+    assert len(np.unique(kept["groups"])) == 24
     assert result["best_that_the_vocabulary_allows"] == 1
     assert result["vocabulary"] == 4
 
@@ -165,6 +185,8 @@ def test_nlvr2_is_scored_as_the_official_script_scores(
     assert metrics["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert metrics["consistency"]["value"] == pytest.approx(np.mean([*whole.values()]))
     assert metrics["consistency"]["n"] == len(whole)
+    kept = np.load(learned("nlvr2") / "nlvr2.npz")
+    assert np.array_equal(kept["said"] == kept["labels"], right)
 
 
 def test_hypotheses_without_a_label_are_counted_in_both(

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tests.conftest import launch_environment, python
-from tests.trainer.tiny import TINY
+from tests.trainer.tiny import TINY, TINY_MASKVLM
 from trainer import evaluate
 from trainer.dataset import Dataset
 from trainer.masking import Mode
@@ -23,22 +23,7 @@ from trainer.pretrain import RECIPES
 from trainer.probes import Pairs, load_pairs, make_inputs, measure, with_rates
 from trainer.tasks.pretrained import drawn_model
 
-MASKVLM = (
-    "--model.name=maskvlm",
-    "--model.image_layers=1",
-    "--model.text_layers=1",
-    "--model.width=32",
-    "--model.heads=2",
-    "--model.ffn_width=64",
-    "--model.patch_size=4",
-    "--model.cross_layers=1",
-    "--model.decoder_layers=1",
-    "--model.projection_width=16",
-    "--model.itm_group=6",
-)
-# A recipe has keys of its own model.
-SHARED = tuple(word for word in TINY if not word.startswith(("--model.", "--config")))
-KEYS = {"mlim": TINY, "maskvlm": (*SHARED, *MASKVLM)}
+KEYS = {"mlim": TINY, "maskvlm": TINY_MASKVLM}
 
 
 def keys_of(name: str, shards: Path, *more: str) -> PretrainConfig:

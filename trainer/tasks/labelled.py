@@ -114,6 +114,13 @@ class LabelledTask:
         logits = self.reader.logits(model, examples, quiet=quiet)
         return ranked(logits, len(examples), exclusive=True)
 
+    def kept(self, found: Ranked) -> dict[str, np.ndarray]:
+        """What was found of each example, to compare two models by."""
+        labels = self.held_out.labels
+        assert labels is not None
+        groups = self.held_out.groups
+        return {"said": found.first, "labels": labels, "groups": groups}
+
     def shown(self, found: Ranked) -> dict[str, list[Example]]:
         """Examples for the page, by title; none without labels."""
         labels = self.held_out.labels

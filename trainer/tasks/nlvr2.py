@@ -81,7 +81,12 @@ class Nlvr2(LabelledTask):
             "consistency": self._consistency(right, always),
         }
         details["always"] = CLASSES[constant]
-        return Result(metrics=metrics, details=details, examples=self.shown(found))
+        return Result(
+            metrics=metrics,
+            details=details,
+            examples=self.shown(found),
+            kept=self.kept(found),
+        )
 
     def _consistency(self, right: np.ndarray, always: np.ndarray) -> Metric:
         whole = consistency(self.sentences, right)

@@ -66,7 +66,12 @@ class SnliVe(LabelledTask):
                     n=len(right),
                 )
         details = {**self.held_out.examples.facts, "always": CLASSES[constant]}
-        return Result(metrics=metrics, details=details, examples=self.shown(found))
+        return Result(
+            metrics=metrics,
+            details=details,
+            examples=self.shown(found),
+            kept=self.kept(found),
+        )
 
 
 def training(context: Context) -> SnliVe:

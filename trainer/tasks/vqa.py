@@ -189,12 +189,13 @@ class Vqa:
             metrics=self._metrics(questions, scores, always),
             details=details,
             examples=self._shown(questions, examples, found, scores),
+            kept={"accuracy": scores, "groups": _images(questions)},
         )
 
     def _metrics(
         self, questions: Sequence[Question], scores: np.ndarray, always: np.ndarray
     ) -> dict[str, Metric]:
-        images = np.array([str(question.image) for question in questions])
+        images = _images(questions)
         types = np.array([_answered(question).answer_type for question in questions])
         wanted = {"accuracy": np.ones(len(questions), bool)}
         wanted |= {f"accuracy {name}": types == name for name in np.unique(types)}
@@ -303,6 +304,11 @@ def _answered(question: Question) -> Answered:
 def _said(question: Question) -> tuple[str, ...]:
     """What people said."""
     return _answered(question).answers
+
+
+def _images(questions: Sequence[Question]) -> np.ndarray:
+    """(N,) equal where images are."""
+    return np.array([str(question.image) for question in questions])
 
 
 def _scores(questions: Sequence[Question], said: Sequence[str]) -> np.ndarray:
