@@ -21,6 +21,7 @@ from tests.trainer.published import (
 from tests.trainer.tiny import TINY_MASKVLM, config
 from trainer import evaluate, finetune
 from trainer.options import PretrainConfig, parse_run
+from trainer.pretrain import RECIPES
 from trainer.tasks.vqa_answers import accuracy
 
 Words = list[str]
@@ -118,7 +119,7 @@ def test_maskvlm_learns_the_same_tasks(
     run = tmp_path / "run"
     run.mkdir()
     given = [*TINY_MASKVLM, f"--data={shards}", f"--output={run}"]
-    keys = parse_run(PretrainConfig, given, prog="", description="")
+    keys = parse_run(PretrainConfig, given, prog="", description="", recipes=RECIPES)
     (run / "config.yaml").write_text(to_yaml(keys))
     for task in ("nlvr2", "snli_ve"):
         words = published[task]["train2014"]
