@@ -60,11 +60,11 @@ class Result:
     """What else belongs in the JSON: counts, settings, hashes of input files."""
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     """By the title of their part of the page: best, worst, near the threshold."""
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    """By the title of their part of the page."""
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What was found of each example, the same ones in the same order whatever the
     model is, so that two can be compared pair by pair."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """By the title of their part of the page."""
 
 
 def write_result(
@@ -80,11 +80,14 @@ def write_result(
     path = folder / f"{name}.json"
     write_text(folder / f"{name}.html", page(name, result, facts=facts))
     if result.kept:
-        kept: dict[str, Any] = dict(result.kept)
-        write_with(folder / f"{name}.npz", lambda to: np.savez(to, **kept))
+        write_with(folder / f"{name}.npz", lambda to: _save(to, result.kept))
     text = json.dumps(as_plain(result, facts=facts), indent=1, allow_nan=False)
     write_text(path, text + "\n")
     return path
+
+
+def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def as_plain(result: Result, *, facts: Mapping[str, Any]) -> dict[str, Any]:
