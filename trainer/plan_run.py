@@ -30,20 +30,6 @@ STAGES = (0, 1, 2, 3)
 # Steps on the device: in use, waiting, on its way (`trainer.feed`).
 _DEVICE_STEPS = 3
 
-_PARTS = {
-    "words": "word embeddings",
-    "text_positions": "positions",
-    "image_positions": "positions",
-    "embedder": "image embedder",
-    "blocks": "transformer",
-    "mlm_dense": "MLM head",
-    "mlm_norm": "MLM head",
-    "mlm_bias": "MLM head",
-    "decoder": "image decoder",
-    "itm_pooler": "ITM head",
-    "itm_head": "ITM head",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -223,17 +209,11 @@ class Budget:
         if self.lazy:
             # Attention on a CPU takes no table.
             sizes = dataclasses.replace(sizes, table=sizes.rows)
-        found = self.config.model.activations(
+        return self.config.model.activations(
             sizes,
             sizes=model_sizes(self.config, self.facts.tokenizer),
             bf16=self.bf16,
         )
-        if found is None:
-            raise ValueError(
-                f"what {self.config.model.name} keeps for its backward pass is not "
-                "known: nothing can be planned for it"
-            )
-        return found
 
     def states(self, stage: int) -> States:
         """Under a ZeRO stage."""
@@ -309,8 +289,8 @@ def parameters_by_part(
         model = build_model(config, tokenizer)
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        known = (_PARTS[piece] for piece in name.split(".") if piece in _PARTS)
-        part = next(known, "norms around the transformer")
+        first = name.split(".")[0]
+        part = config.model.parts.get(first, first.replace("_", " "))
         found[part] = found.get(part, 0) + parameter.numel()
     return found
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer import test_maskvlm as maskvlm
 from tests.trainer.test_mlim import SIZE, TINY, batch, build, matching
 from tests.trainer.test_mlim import V as VOCABULARY
+from trainer.models.base import ModelConfig, Sizes
+from trainer.models.measured_memory import measured_activations
 from trainer.models.mlim_memory import activations, saved_ends
 from trainer.plan_memory import (
     REDUCE_BUCKET,
@@ -88,3 +91,32 @@ def test_the_reduce_buffer_counts_all_the_time_but_on_a_cpu() -> None:
     assert touched.buckets == 0
     # Beside weights, gradients, master weights and moments, of which half are shared.
     assert touched.peak(0) == 4000 + 2000 + 2000 + 4000 + 6000
+
+
+@pytest.mark.parametrize("model", ["mlim", "maskvlm"])
+def test_what_any_model_keeps_is_measured_without_memory(model: str) -> None:
+    if model == "mlim":
+        config: ModelConfig = dataclasses.replace(WIDE, itm_weight=1.0, itm_group=4)
+        inputs, masks = batch([14] * 16)
+        inputs = inputs._replace(matching=matching(16))
+        fresh, sizes = build(config), Sizes(VOCABULARY, {"mask": 4}, 20, SIZE)
+    else:
+        config = maskvlm.TINY
+        inputs, masks = maskvlm.Pairs([14] * 24).micro(config)
+        inputs = inputs._replace(contrast=maskvlm.ALONE)
+        fresh = maskvlm.build(config)
+        sizes = Sizes(maskvlm.V, {"mask": maskvlm.MASK}, 20, maskvlm.SIZE)
+    shapes = Shapes(
+        pairs=inputs.stream.pairs,
+        rows=len(inputs.stream.source),
+        table=0,
+        masked_words=inputs.n_masked_words,
+        recon_images=min(inputs.n_recon_images, inputs.stream.pairs),
+    )
+    kept = kept_by_autograd(fresh, inputs, masks)
+    found = measured_activations(config, shapes, sizes=sizes, bf16=False)
+    # Attention without values is that of a padded table, a CPU's goes by segments.
+    assert kept < found.blocks < 1.2 * kept
+    assert found.checkpointed < found.blocks
+    half = measured_activations(config, shapes, sizes=sizes, bf16=True)
+    assert half.blocks < 0.8 * found.blocks

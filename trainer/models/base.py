@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -168,6 +169,9 @@ class ModelConfig:
     """The key that decides `patch_size`, for messages."""
     image_loss: ClassVar[str] = "recon"
     """The term that is of pixels."""
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What parameters belong to, by the first part of their name; the name itself
+    where there is nothing."""
     word_loss: ClassVar[str] = "mlm"
     """The term that is of words."""
     body_keys: ClassVar[tuple[str, ...]] = ()
@@ -269,13 +273,13 @@ class ModelConfig:
         """Those of the first layer on pixels, whose input needs no gradient."""
         raise NotImplementedError
 
-    def activations(
-        self, shapes: Shapes, *, sizes: Sizes, bf16: bool
-    ) -> Activations | None:
-        """What a micro-batch keeps for its backward pass; None: nobody worked it
-        out.
+    def activations(self, shapes: Shapes, *, sizes: Sizes, bf16: bool) -> Activations:
+        """What a micro-batch keeps for its backward pass: measured on the meta device,
+        where a model does not work it out.
         """
-        return None
+        from trainer.models.measured_memory import measured_activations
+
+        return measured_activations(self, shapes, sizes=sizes, bf16=bf16)
 
     @property
     def bodies(self) -> dict[str, str]:

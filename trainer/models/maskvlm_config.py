@@ -7,9 +7,10 @@ checkpoints that it may start from (`trainer.models.vit_roberta`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
@@ -31,6 +32,29 @@ _COUNTED = (
 _WEIGHTS = ("itc_weight", "itm_weight", "mlm_weight", "mim_weight")
 
 
+_PARTS = MappingProxyType(
+    {
+        "words": "word embeddings",
+        "text_positions": "positions",
+        "image_positions": "positions",
+        "image_cls": "positions",
+        "patches": "patch embedding",
+        "embedding_norm": "text encoder",
+        "text_blocks": "text encoder",
+        "text_norm": "text encoder",
+        "image_blocks": "image encoder",
+        "image_norm": "image encoder",
+        "mim_mask": "image encoder",
+        **dict.fromkeys(("text_cross", "text_cross_norm"), "text looks at images"),
+        **dict.fromkeys(("image_cross", "image_cross_norm"), "image looks at texts"),
+        **dict.fromkeys(("mim_decoder", "mim_norm", "mim_pixels"), "image decoder"),
+        **dict.fromkeys(("mlm_dense", "mlm_norm", "mlm_bias"), "MLM head"),
+        **dict.fromkeys(("itc_image", "itc_text", "itc_temperature"), "ITC head"),
+        "itm_head": "ITM head",
+    }
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskVlmConfig(ModelConfig):
     """The MaskVLM model."""
@@ -46,6 +70,8 @@ class MaskVlmConfig(ModelConfig):
     optional: ClassVar[tuple[str, ...]] = (
         *("image_cross", "text_cross", "mim_", "mlm_", "itc_", "itm_"),
     )
+
+    parts: ClassVar[Mapping[str, str]] = _PARTS
 
     name: Literal["maskvlm"] = "maskvlm"
     """Which model this is; the other keys are its own."""

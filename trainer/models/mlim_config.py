@@ -7,9 +7,10 @@ model (`trainer.models.mlim`), its FLOPs (`trainer.models.mlim_flops`) or its me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
@@ -25,6 +26,25 @@ if TYPE_CHECKING:
     from trainer.plan_memory import Activations, Shapes
 
 
+_PARTS = MappingProxyType(
+    {
+        "words": "word embeddings",
+        "text_positions": "positions",
+        "image_positions": "positions",
+        "embedder": "image embedder",
+        "blocks": "transformer",
+        "embedding_norm": "norms around the transformer",
+        "final_norm": "norms around the transformer",
+        "mlm_dense": "MLM head",
+        "mlm_norm": "MLM head",
+        "mlm_bias": "MLM head",
+        "decoder": "image decoder",
+        "itm_pooler": "ITM head",
+        "itm_head": "ITM head",
+    }
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MlimConfig(ModelConfig):
     """The MLIM model."""
@@ -33,6 +53,7 @@ class MlimConfig(ModelConfig):
     body_keys: ClassVar[tuple[str, ...]] = ("body",)
     unshaped: ClassVar[tuple[str, ...]] = ("heads", "norm", "norm_eps")
     optional: ClassVar[tuple[str, ...]] = ("itm_",)
+    parts: ClassVar[Mapping[str, str]] = _PARTS
 
     name: Literal["mlim"] = "mlim"
     """Which model this is; the other keys are its own."""
