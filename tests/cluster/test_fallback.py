@@ -21,11 +21,20 @@ from cluster.fallback import priorities, rewrite
 from tests.conftest import ROOT, free_port
 
 RAY = Path(sys.executable).with_name("ray")
-DEMAND = (
-    "import ray, time; ray.init(logging_level='ERROR', log_to_driver=False)\n"
-    "ray.util.placement_group([{'gpu_node': 1}])\n"
-    "time.sleep(600)"
-)
+# A head that is healthy may not have a raylet to speak to yet.
+DEMAND = """
+import ray, time
+for left in range(30, -1, -1):
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+        break
+    except Exception:
+        if not left:
+            raise
+        time.sleep(1)
+ray.util.placement_group([{"gpu_node": 1}])
+time.sleep(600)
+"""
 
 
 def configuration(folder: Path, refused: str = "gpu") -> dict[str, Any]:
@@ -135,7 +144,12 @@ def head(refused: str, **more: str) -> Iterator[tuple[Path, dict[str, str], str]
         until(lambda: healthy(address, env))
         given = {**env, "RAY_ADDRESS": address}
         stack.enter_context(process(demand, folder / "demand.log", given))
-        yield folder, env, address
+        try:
+            yield folder, env, address
+        except AssertionError as error:
+            for log in sorted(folder.glob("*.log")):
+                error.add_note(f"{log.name}: {log.read_text()[-4000:]}")
+            raise
 
 
 def asked(folder: Path) -> list[str]:
