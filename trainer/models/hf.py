@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from trainer.masking import Masks
 from trainer.models import hf_maskvlm, mlim
 from trainer.models.base import Inputs
-from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text
+from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text, weighted
 from trainer.models.maskvlm import MaskVlmForPreTraining as MaskVlm
 
 
@@ -203,7 +203,9 @@ class MlimForPreTraining(MlimPreTrainedModel):
             if bool_masked_pos is not None:
                 recon = self._recon(images, (pixel_values.float() + 1) / 2, masks)
         return MlimPreTrainingOutput(
-            loss=self._total(mlm, recon),
+            loss=weighted(
+                [(self.config.mlm_weight, mlm), (self.config.recon_weight, recon)]
+            ),
             mlm_loss=mlm,
             recon_loss=recon,
             prediction_logits=logits,
@@ -220,15 +222,6 @@ class MlimForPreTraining(MlimPreTrainedModel):
         pixels = scored.sum() * self.mlim.config.patch_size**2
         return (squares * scored).sum() / pixels.clamp(min=1)
 
-    def _total(self, mlm: Tensor | None, recon: Tensor | None) -> Tensor | None:
-        weights = (self.config.mlm_weight, self.config.recon_weight)
-        parts = [
-            weight * loss
-            for weight, loss in zip(weights, (mlm, recon), strict=True)
-            if loss is not None
-        ]
-        return torch.stack(parts).sum() if parts else None
-
 
 def from_trained(model: Any) -> PreTrainedModel:
     """The same model, with the same parameters in memory, as `transformers` has it.
@@ -243,17 +236,8 @@ def from_trained(model: Any) -> PreTrainedModel:
             f"{model.config.name} has no classes of transformers: export mlim and "
             "maskvlm runs, or write such classes beside trainer/models/hf.py"
         )
-    keys = {name: getattr(model.config, name) for name in MlimConfig.recipe_keys()}
     with torch.device("meta"):
-        config = MlimConfig(
-            vocab_size=model.words.num_embeddings,
-            max_text=model.text_positions.num_embeddings,
-            image_size=model.grid * model.config.patch_size,
-            special_ids=model.ids_by_name,
-            dtype="float32",
-            **keys,
-        )
-        wrapped = MlimForPreTraining(config)
+        wrapped = MlimForPreTraining(MlimConfig.of(model))
     wrapped.mlim = model
     return wrapped
 

@@ -31,7 +31,7 @@ from trainer.masking import Masks
 from trainer.models import maskvlm
 from trainer.models.alignment import Temperature
 from trainer.models.base import Inputs
-from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text
+from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text, weighted
 from trainer.models.maskvlm_encoder import Encoded, MaskVlmEncoder, Passes
 
 _CLEAN = Passes(clean_images=True, clean_texts=True)
@@ -230,16 +230,10 @@ class MaskVlmForPreTraining(MaskVlmPreTrainedModel):
         if bool_masked_pos is not None and model.config.mim_weight:
             masks = _masks(none[:, :1], bool_masked_pos.flatten(1))
             self._images(found, inputs, masks, pixel_values)
-        weights = (model.config.mlm_weight, model.config.mim_weight)
-        parts = [
-            weight * loss
-            for weight, loss in zip(
-                weights, (found.mlm_loss, found.mim_loss), strict=True
-            )
-            if loss is not None
-        ]
-        if parts:
-            found.loss = torch.stack(parts).sum()
+        keys = model.config
+        found.loss = weighted(
+            [(keys.mlm_weight, found.mlm_loss), (keys.mim_weight, found.mim_loss)]
+        )
         return found
 
     def _align(
@@ -307,17 +301,8 @@ def _masks(text: Tensor, image: Tensor) -> Masks:
 
 def from_trained(model: maskvlm.MaskVlmForPreTraining) -> MaskVlmForPreTraining:
     """The same model, with the same parameters in memory, as `transformers` has it."""
-    keys = {name: getattr(model.config, name) for name in MaskVlmConfig.recipe_keys()}
     with torch.device("meta"):
-        config = MaskVlmConfig(
-            vocab_size=model.words.num_embeddings,
-            max_text=model.text_positions.num_embeddings,
-            image_size=model.grid * model.config.patch_size,
-            special_ids=model.ids_by_name,
-            dtype="float32",
-            **keys,
-        )
-        wrapped = MaskVlmForPreTraining(config)
+        wrapped = MaskVlmForPreTraining(MaskVlmConfig.of(model))
     wrapped.maskvlm = model
     return wrapped
 

@@ -10,8 +10,8 @@ Shapes: B pairs, L padded text, K text rows, P image tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +63,19 @@ class RecipeConfig(PreTrainedConfig):
             if field.name not in (*cls.recipe_class.body_keys, "name")
         }
 
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """The configuration of a model as it was trained."""
+        keys = {name: getattr(model.config, name) for name in cls.recipe_keys()}
+        return cls(
+            vocab_size=model.words.num_embeddings,
+            max_text=model.text_positions.num_embeddings,
+            image_size=model.grid * model.config.patch_size,
+            special_ids=model.ids_by_name,
+            dtype="float32",
+            **keys,
+        )
+
     @property
     def recipe(self) -> Any:
         """The model keys as training has them.
@@ -109,6 +122,12 @@ def padded_stream(
     lengths, ids = real.sum(1).cpu().numpy(), input_ids[real].cpu().numpy()
     stream, token_ids = pack(lengths, ids, n_image)
     return stream.to(device), token_ids.to(device)
+
+
+def weighted(parts: Iterable[tuple[float, Tensor | None]]) -> Tensor | None:
+    """Sum of the losses that there are, each by its weight; None without any."""
+    found = [weight * loss for weight, loss in parts if loss is not None]
+    return torch.stack(found).sum() if found else None
 
 
 def padded_text(hidden_kd: Tensor, stream: Stream, length: int) -> Tensor:

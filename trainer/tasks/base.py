@@ -123,6 +123,25 @@ class Task(Protocol):
         ...
 
 
+class EvaluatedOnly:
+    """What a `Task` that learns nothing by steps has of training: nothing."""
+
+    n_train: int = 0
+    dev_metric: str | None = None
+
+    def batch(self, numbers: np.ndarray, *, epoch: int) -> Any:
+        """Never called: there is nothing to train."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Never called: there is nothing to train."""
+        raise NotImplementedError
+
+    def dev(self, model: nn.Module) -> dict[str, float]:
+        """No metrics: there are no dev examples."""
+        return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """A task, before there is data: its keys, and how it is made of them."""

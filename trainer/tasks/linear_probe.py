@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from trainer.dataset import Dataset
 from trainer.options import at_least
 from trainer.philox import Use, permutation
 from trainer.probes import drawn_places, read_pairs
-from trainer.tasks.base import Context, Spec
+from trainer.tasks.base import Context, EvaluatedOnly, Spec
 from trainer.tasks.bodies import Body, Pooling, body_of
 from trainer.tasks.classes import Answers, answer_examples, result_of
 from trainer.tasks.gallery import column_of
@@ -81,11 +81,8 @@ class LinearProbeEvaluation:
             raise ValueError(f"penalties {list(self.penalties)}: give positive numbers")
 
 
-class LinearProbe:
+class LinearProbe(EvaluatedOnly):
     """The task on its data."""
-
-    dev_metric: str | None = None
-    n_train: int = 0
 
     def __init__(self, context: Context) -> None:
         self._context, self._keys = context, context.keys
@@ -105,18 +102,6 @@ class LinearProbe:
             return model
         found: nn.Module = retriever(model, self._context.tuned)
         return found
-
-    def batch(self, numbers: np.ndarray, *, epoch: int) -> Any:
-        """Nothing is trained by steps."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Nothing is trained by steps."""
-        raise NotImplementedError
-
-    def dev(self, model: nn.Module) -> dict[str, float]:
-        """Nothing is trained by steps."""
-        return {}
 
     def evaluate(self, model: nn.Module) -> Result:
         """As `Task.evaluate`."""

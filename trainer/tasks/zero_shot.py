@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from trainer.options import at_least
 from trainer.probes import Pairs, drawn_places, read_pairs
-from trainer.tasks.base import Context, Spec
+from trainer.tasks.base import Context, EvaluatedOnly, Spec
 from trainer.tasks.classes import Answers, answer_examples, result_of
 from trainer.tasks.gallery import column_of
 from trainer.tasks.pair_scores import features_of, fingerprint, score_pairs
@@ -67,11 +67,8 @@ class ZeroShotEvaluation:
         sentences(["name"], self.templates)
 
 
-class ZeroShot:
+class ZeroShot(EvaluatedOnly):
     """The task on its data."""
-
-    dev_metric: str | None = None
-    n_train: int = 0
 
     def __init__(self, context: Context) -> None:
         self._context, self._keys = context, context.keys
@@ -103,18 +100,6 @@ class ZeroShot:
         """As `Task.model`."""
         found: nn.Module = retriever(model, self._context.tuned)
         return found
-
-    def batch(self, numbers: np.ndarray, *, epoch: int) -> Any:
-        """Nothing is trained."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Nothing is trained."""
-        raise NotImplementedError
-
-    def dev(self, model: nn.Module) -> dict[str, float]:
-        """Nothing is trained."""
-        return {}
 
     def evaluate(self, model: nn.Module) -> Result:
         """As `Task.evaluate`."""
