@@ -54,14 +54,17 @@ print("ALIVE", *(node["NodeName"] for node in ray.nodes() if node["Alive"]))
 """
 
 
+def _namespaces() -> list[str]:
+    return subprocess.check_output(["ip", "netns"], text=True).split()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     flags = ("--namespaces",)
     with local_cluster(gpu_nodes=2, idle_seconds=600, flags=flags) as started:
         yield started
     network = Network(folder=started.folder)
-    left = subprocess.run(["ip", "netns"], text=True, capture_output=True, check=True)
-    assert network.namespace("") not in left.stdout
+    assert not [name for name in _namespaces() if network.namespace("") in name]
     assert not subprocess.check_output(["ip", "route", "show", str(network.subnet)])
 
 
@@ -80,6 +83,11 @@ def test_ranks_in_two_namespaces_reduce_until_one_is_cut_off(
     assert dead == f"DEAD ['{before[0].id}']\n"
     # What is dead to the others is ended, like a machine that is given back.
     cluster.wait_for_end(lost)
+    # Its network goes a moment after its processes.
+    namespace = Network(folder=cluster.folder).namespace(before[0].id)
+    cluster.wait_until(
+        lambda: namespace not in _namespaces(), f"taken {namespace} away"
+    )
     with pytest.raises(OSError, match="Cannot find device"):
         cluster.reconnect(before[0].id)
 
