@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Measured:
     values: dict[int, float]
     files: dict[int, Path]
     """What was predicted of each item, where it is kept."""
+    intervals: dict[int, list[float]] = field(default_factory=dict)
+    """95 % of a value over test items, where its result has it."""
 
 
 def tables(matrix: Matrix, place: Place) -> dict[str, Any]:
@@ -101,18 +103,20 @@ def _table(
 
 
 def _of_metric(metric: Metric, results: Mapping[int, tuple[Any, Path]]) -> Measured:
-    values, files = {}, {}
+    values, files, intervals = {}, {}, {}
     for seed, (result, kept) in results.items():
-        value = result
+        value = beside = result
         for key in metric.value.split("."):
             if not isinstance(value, Mapping) or key not in value:
                 raise ValueError(
                     f"metric {metric.title!r} is {metric.value}, and the result "
                     f"has no {key} there: name one of {', '.join(map(str, value))}"
                 )
-            value = value[key]
+            value, beside = value[key], value
         values[seed], files[seed] = float(value), kept
-    return Measured(values=values, files=files)
+        if beside.get("ci95"):
+            intervals[seed] = beside["ci95"]
+    return Measured(values=values, files=files, intervals=intervals)
 
 
 def _row(
@@ -121,6 +125,7 @@ def _row(
     values = list(of[row].values.values())
     found: dict[str, Any] = {
         "values": of[row].values,
+        "intervals": of[row].intervals,
         "mean": float(np.mean(values)) if values else None,
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
     }
@@ -247,7 +252,7 @@ def _metric_lines(metric: Mapping[str, Any], reference: str) -> str:
         cells = [
             row["title"],
             spread(row["mean"], row["std"], digits),
-            ", ".join(f"{value:.{digits}f}" for value in row["values"].values()),
+            _each_seed(row, digits),
             _signed(row.get("difference"), digits),
             _interval(row.get("over_seeds"), digits),
             _interval(row.get("over_items"), digits),
@@ -266,6 +271,15 @@ def spread(mean: float | None, std: float | None, digits: int) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _each_seed(row: Mapping[str, Any], digits: int) -> str:
+    """Values; of a single seed, its interval over test items too."""
+    found = ", ".join(f"{value:.{digits}f}" for value in row["values"].values())
+    if len(row["values"]) == 1:
+        for low, high in row["intervals"].values():
+            found += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return found
 
 
 def _signed(value: float | None, digits: int) -> str:

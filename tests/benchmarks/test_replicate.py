@@ -413,7 +413,8 @@ def measured(place: Place, given: Path, values: dict[str, list[float]]) -> None:
             stage = stages[evaluation(wanted, wanted.rows[row], "probes", seed)]
             path = place.marker(stage)
             path.parent.mkdir(parents=True, exist_ok=True)
-            result = {"mlm": {"conditions": {"true": {"mean": value}}}}
+            true = {"mean": value, "ci95": [value - 0.25, value + 0.5]}
+            result = {"mlm": {"conditions": {"true": true}}}
             marker = {"words": list(stage.words), "seconds": 2.0, "result": result}
             path.write_text(json.dumps(marker))
 
@@ -437,6 +438,17 @@ def test_tables_have_each_seed_the_paired_test_and_the_papers_answer(
     assert "| +0.500 | +0.499 to +0.501, p 6.4e-05 |" in said
     assert "- Half the data is worse. Here, MLM: +0.500" in said
     assert said.rstrip().endswith("**Agrees.**")
+
+
+def test_a_single_seed_has_its_interval_over_test_items(
+    given: Path, tmp_path: Path
+) -> None:
+    place = Place(work=tmp_path, inputs={})
+    measured(place, given, {"both": [4.0], "half": [4.5]})
+    found = tables(load(str(given)), place)
+    rows = found["data"]["metrics"]["mlm"]["rows"]
+    assert rows["half"]["intervals"] == {0: [4.25, 5.0]}
+    assert "| 4.500 [4.250, 5.000] | +0.500 |" in markdown(found)
 
 
 def test_what_remains_is_estimated_by_what_was_measured(
@@ -504,7 +516,7 @@ def test_a_rows_keys_become_the_words_of_its_commands() -> None:
     assert {"data/flickr8k-0.1", "data/flickr8k-0.25", "data/flickr8k-0.5"} < shares
 
 
-@pytest.mark.parametrize("matrix", ["small", "full"])
+@pytest.mark.parametrize("matrix", ["small", "photos", "full"])
 def test_commands_of_the_matrices_parse(matrix: str) -> None:
     """Every stage's words are keys that its command has."""
     seen: set[tuple[str, frozenset[str]]] = set()
