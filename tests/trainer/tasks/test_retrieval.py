@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from trainer.tasks.ranked_gallery import (
 )
 from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 from trainer.tasks.retrieval_mlim import MlimRetrieval
-from trainer.tasks.retrievers import RetrievalModel
+from trainer.tasks.retrievers import RetrievalModel, retriever
 
 IMAGES = 14
 
@@ -224,3 +225,50 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(
     dying.passes = 0
     same(ranked(dying, gallery, tmp_path / "killed", k=None, batch=8), whole)
     assert dying.passes == 0
+
+
+def test_a_maskvlm_without_heads_gets_them_and_learns_both_losses() -> None:
+    torch.manual_seed(0)
+    keys = MaskVlmConfig(
+        image_layers=1,
+        text_layers=1,
+        cross_layers=1,
+        decoder_layers=1,
+        width=32,
+        heads=2,
+        ffn_width=64,
+        patch_size=8,
+        projection_width=8,
+        itc_weight=0.0,
+        itm_weight=0.0,
+    )
+    special = {"pad": 0, "cls": 1, "sep": 2, "mask": 3, "unk": 4}
+    made = keys.build(Sizes(500, special, 16, 16))
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with pytest.raises(ValueError, match=r"pretrain with --model\.itc_weight 1"):
+        retriever(made, None)
+    model = retriever(made, SimpleNamespace(task="retrieval"))
+    after = model.pretrained.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    drawn, ids = np.random.default_rng(0), torch.arange(12)
+    pixels = drawn.integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+    texts = [np.array([1, 5 + number, 20 + number % 3, 2]) for number in range(12)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    values = []
+    for step in range(40):
+        losses = model.losses(
+            pixels,
+            texts,
+            hard=0.5,
+            seed=0,
+            epochs=torch.full_like(ids, step),
+            uids=ids,
+            images=ids,
+        )
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        values.append({name: float(loss.detach()) for name, loss in losses.items()})
+    assert values[-1]["contrastive"] < values[0]["contrastive"] / 2
+    assert values[-1]["matching"] < values[0]["matching"]
