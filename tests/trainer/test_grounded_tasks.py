@@ -121,7 +121,7 @@ def test_maskvlm_learns_the_same_tasks(
     given = [*TINY_MASKVLM, f"--data={shards}", f"--output={run}"]
     keys = parse_run(PretrainConfig, given, prog="", description="", recipes=RECIPES)
     (run / "config.yaml").write_text(to_yaml(keys))
-    for task in ("nlvr2", "snli_ve"):
+    for task in TASKS:
         words = published[task]["train2014"]
         learn(run, task, words, tmp_path / task, "--epochs=8")
         result = measure(tmp_path / task, task, published[task]["val2014"])
