@@ -61,9 +61,10 @@ class ReplicateConfig:
 def main(argv: Sequence[str]) -> int:
     """Run what remains, write the tables."""
     config = parse(ReplicateConfig, argv, prog=PROG, description=DESCRIPTION)
+    from benchmarks.replication.checking import check
     from benchmarks.replication.matrix import load
     from benchmarks.replication.schedule import Place, Schedule, locked
-    from benchmarks.replication.stages import only, plan, resolved
+    from benchmarks.replication.stages import only, plan
     from benchmarks.replication.writing import say_what_remains, write_tables
 
     # In order, as Ctrl-C: what runs keeps what it has.
@@ -71,8 +72,7 @@ def main(argv: Sequence[str]) -> int:
     matrix = load(config.matrix)
     place = Place(work=Path(config.work).resolve(), inputs=config.inputs)
     stages = plan(matrix, only=only(config.only))
-    for stage in stages:
-        resolved(stage.words, work=place.work, inputs=place.inputs)
+    check(stages, work=place.work, inputs=place.inputs)
     gpu = Path("/dev/nvidiactl").exists()
     schedule = Schedule(
         place,

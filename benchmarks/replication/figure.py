@@ -29,10 +29,12 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for line, table in zip(axes, found.values(), strict=True):
         for axis in line[len(table["metrics"]) :]:
             axis.set_axis_off()
-        for column, metric in enumerate(table["metrics"].values()):
-            _panel(line[column], metric, table["reference"])
-            if column:
-                line[column].set_yticklabels([])
+        shown = None
+        for axis, metric in zip(line, table["metrics"].values(), strict=False):
+            _panel(axis, metric, table["reference"])
+            if list(metric["rows"]) == shown:
+                axis.set_yticklabels([])
+            shown = list(metric["rows"])
         line[0].set_title(table["title"], loc="left", fontsize=10, fontweight="bold")
     figure.savefig(path, dpi=110)
 

@@ -63,6 +63,8 @@ class Metric:
     predictions: str | None = None
     """What it is called where the test items are kept
     (`benchmarks.replication.predictions`); None: they are not."""
+    objective: str | None = None
+    """Objective without which it says nothing: shown of rows that have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,10 @@ class Task:
     """Keys of trainer.finetune of rows that lack an objective."""
     evaluate_without: dict[str, Words] = field(default_factory=dict)
     """Keys of trainer.evaluate of rows that lack an objective."""
+    finetune_only: dict[str, Words] = field(default_factory=dict)
+    """Keys of trainer.finetune of rows with one objective and no other."""
+    evaluate_only: dict[str, Words] = field(default_factory=dict)
+    """Keys of trainer.evaluate of rows with one objective and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +159,8 @@ class Matrix:
     """Of a stage of a kind, such as `pretrain mlim`, before any has been measured."""
 
     def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}: at least one, each of them once")
         for name, row in self.rows.items():
             self._check_row(f"rows.{name}", row)
         for name, table in self.tables.items():
@@ -193,9 +201,23 @@ class Matrix:
         paper = [row for rows in table.paper.values() for row in rows]
         for name in (table.reference, *paper, *claimed):
             _known(f"{place}: a row that is shown", name, table.rows)
+        metrics = self.tasks[table.task].metrics
+        for claim in table.claims:
+            _known(f"{place}.claims.metric", claim.metric, metrics)
+            self._check_objective(place, metrics[claim.metric], claim.row)
+            if claim.against:
+                self._check_objective(place, metrics[claim.metric], claim.against)
         claims = [claim.metric for claim in table.claims]
         for name in (*table.metrics, *table.paper, *claims):
-            _known(f"{place}.metrics", name, self.tasks[table.task].metrics)
+            _known(f"{place}.metrics", name, metrics)
+            self._check_objective(place, metrics[name], table.reference)
+
+    def _check_objective(self, place: str, metric: Metric, row: str) -> None:
+        if metric.objective not in (None, *self.rows[row].objectives):
+            raise ValueError(
+                f"{place} compares {metric.title!r} with row {row}, which lacks "
+                f"{metric.objective}: take another row, or another metric"
+            )
 
 
 def load(name: str) -> Matrix:

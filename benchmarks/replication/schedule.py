@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ class Place:
         """The marker of a complete stage.
 
         Raises:
-            ValueError: it was made with other words.
+            ValueError: it was made with other words, or of another corpus.
         """
         path = self.marker(stage)
         if not path.is_file():
@@ -76,7 +77,21 @@ class Place:
                 f"({_change(marker['words'], stage.words)}): take a new --work, or "
                 f"remove {path} and {self.work / stage.name} and what was made of it"
             )
+        for name, source in marker.get("inputs", {}).items():
+            if self.inputs.get(name, source) != source:
+                raise ValueError(
+                    f"{stage.name} was made of {source}, and --inputs.{name} is "
+                    f"{self.inputs[name]}: take a new --work"
+                )
         return marker
+
+    def inputs_of(self, stage: Stage) -> dict[str, str]:
+        """Corpora that its command reads."""
+        return {
+            name: path
+            for name, path in self.inputs.items()
+            if any(f"{{input:{name}}}" in word for word in stage.words)
+        }
 
 
 def _change(old: Sequence[str], new: Sequence[str]) -> str:
@@ -159,6 +174,7 @@ class Schedule:
         self._complete = {stage.name for stage in stages if place.done(stage)}
         self._failed: dict[str, str] = {}
         self._running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
+        self._whole_s = 0.0
 
     def remaining(self) -> list[Stage]:
         """Stages that are not complete."""
@@ -182,7 +198,8 @@ class Schedule:
         """Run what remains for at most so many minutes; what each failure said.
         Stages that need a failed one are left, all others are run.
         """
-        end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._whole_s = 60 * (minutes or 0.0)
+        end = None if minutes is None else time.monotonic() + self._whole_s
         began = False
         try:
             while True:
@@ -219,7 +236,9 @@ class Schedule:
             return True
         known = measured_seconds(self.place, self.stages)
         took = estimate(stage, self.seconds, known)
-        return took is None or time.monotonic() + took <= end
+        # Who knows how long: not at the last moment.
+        left = end - time.monotonic()
+        return left >= (self._whole_s / 2 if took is None else took)
 
     def _begin(self, stage: Stage, lock: int) -> None:
         place = self.place
@@ -256,13 +275,18 @@ class Schedule:
             self._failed[stage.name] = self._last_words(stage)
             print(f"failed    {stage.name}: {self._failed[stage.name]}", flush=True)
             return
-        marker = {"words": list(stage.words), "seconds": round(took, 2)}
+        marker: dict[str, Any] = {
+            "words": list(stage.words),
+            "seconds": round(took, 2),
+            "inputs": self.place.inputs_of(stage),
+        }
         if stage.result:
             path = self.place.work / stage.result
             if not path.is_file():
                 self._failed[stage.name] = f"it left no {path}"
                 return
             marker["result"] = json.loads(path.read_text())
+            marker["kept_sha256"] = kept_sha256(path.with_suffix(".npz"))
         write_text(self.place.marker(stage), json.dumps(marker, indent=1) + "\n")
         self._complete.add(stage.name)
         left, unknown = self.left_s()
@@ -304,6 +328,11 @@ class Schedule:
                 write_text(self.place.spent(stage), f"{spent:.2f}\n")
             print(f"stopped   {stage.name} after {took:.0f} s", flush=True)
         self._running.clear()
+
+
+def kept_sha256(path: Path) -> str | None:
+    """Of the file in which an evaluation keeps what it predicted; None: it has none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def duration(seconds: float) -> str:

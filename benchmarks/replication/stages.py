@@ -220,7 +220,7 @@ def _finetune(row: Row, name: str, task: Task, seed: int, pretrain: Stage) -> St
     output = f"finetune/{name}/{tuned_name(row)}/seed{seed}"
     dropout = task.dropout if row.modality_dropout else task.no_dropout
     given = {**(task.finetune or {}), **task.model.get(row.model, {}), **dropout}
-    given |= _lacking(task.finetune_without, row)
+    given |= _lacking(task.finetune_without, row) | _alone(task.finetune_only, row)
     needs = [pretrain.name, f"data/{row.dataset}"]
     return Stage(
         name=output,
@@ -244,6 +244,7 @@ def _evaluate(
 ) -> Stage:
     needs = [source.name, f"data/{row.dataset}"]
     given = {**task.evaluate, **_lacking(task.evaluate_without, row)}
+    given |= _alone(task.evaluate_only, row)
     return Stage(
         name=evaluation(matrix, row, name, seed),
         words=(
@@ -264,6 +265,10 @@ def _lacking(without: Mapping[str, Words], row: Row) -> Words:
         if objective not in row.objectives:
             found |= words
     return found
+
+
+def _alone(only: Mapping[str, Words], row: Row) -> Words:
+    return only.get(row.objectives[0], {}) if len(row.objectives) == 1 else {}
 
 
 def _costs(kind: str, row: Row) -> tuple[str, ...]:

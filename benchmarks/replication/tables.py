@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.replication.matrix import Claim, Matrix, Metric, Table
 from benchmarks.replication.predictions import read
-from benchmarks.replication.schedule import Place
+from benchmarks.replication.schedule import Place, kept_sha256
 from benchmarks.replication.stages import evaluation, plan
 from benchmarks.replication.statistics import (
     Difference,
@@ -58,6 +58,13 @@ def _measured(
                 marker = place.done(stage)
                 if marker and stage.result:
                     kept = (place.work / stage.result).with_suffix(".npz")
+                    now = kept_sha256(kept)
+                    if marker.get("kept_sha256", now) != now:
+                        raise ValueError(
+                            f"{kept} is of another evaluation than the one that "
+                            f"counts: remove {place.marker(stage)}, so that it is made "
+                            "again"
+                        )
                     result = marker["result"], kept
                     found.setdefault((name, task), {})[seed] = result
     return found
@@ -73,6 +80,7 @@ def _table(
         of[name] = {
             row: _of_metric(metrics[name], found.get((row, table.task), {}))
             for row in table.rows
+            if metrics[name].objective in (None, *matrix.rows[row].objectives)
         }
     return {
         "title": table.title,
@@ -90,7 +98,7 @@ def _table(
                         **_row(metrics[name], of[name], row, table.reference),
                         "paper": table.paper.get(name, {}).get(row),
                     }
-                    for row in table.rows
+                    for row in of[name]
                 },
             }
             for name in table.metrics

@@ -14,23 +14,16 @@ import pytest
 import yaml
 
 from benchmarks.replicate import main
+from benchmarks.replication.checking import check
 from benchmarks.replication.matrix import Metric, load
 from benchmarks.replication.predictions import read
-from benchmarks.replication.schedule import Place, Schedule, locked
+from benchmarks.replication.schedule import Place, Schedule, kept_sha256, locked
 from benchmarks.replication.share import denied
-from benchmarks.replication.stages import evaluation, plan
+from benchmarks.replication.stages import Stage, evaluation, plan
 from benchmarks.replication.tables import Measured, compared, markdown, tables
-from pipeline.config import given as given_key
-from pipeline.config import parse
-from pipeline.pairs import PairsConfig
 from tests.conftest import ROOT
 from tests.trainer.tiny import TINY
 from trainer.contract import COMPLETE
-from trainer.options import PretrainConfig, parse_run
-from trainer.pretrain import RECIPES
-from trainer.probing import ProbesConfig
-from trainer.tasks import evaluation as evaluating
-from trainer.tasks import finetuning
 from trainer.tasks.average_precision import AveragePrecision
 
 _LIMIT_S = 240
@@ -359,12 +352,13 @@ def test_a_failed_stage_is_told_with_its_last_words_and_others_go_on(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = matrix(shards)
-    values["datasets"]["emoji"]["preprocess"]["split.val"] = 7  # type: ignore[index]
+    words = values["datasets"]["emoji"]["preprocess"]  # type: ignore[index]
+    words["columns.caption"] = "captoin"
     given = write(tmp_path / "wrong.yaml", values)
     assert main([f"--matrix={given}", f"--work={tmp_path / 'work'}"]) == 1
     said = capsys.readouterr().out
     assert "data/emoji: pipeline.preprocess: error:" in said
-    assert "split.val" in said
+    assert "captoin" in said
 
 
 @pytest.mark.parametrize(
@@ -401,7 +395,7 @@ def test_a_corpus_that_is_not_given_is_asked_for(shards: Path, tmp_path: Path) -
     words = [f"--matrix={given}", f"--work={tmp_path}", "--dry_run"]
     with pytest.raises(ValueError, match=r"Give --inputs\.emoji PATH"):
         main(words)
-    assert main([*words, "--inputs.emoji=a.parquet"]) == 0
+    assert main([*words, f"--inputs.emoji={shards}"]) == 0
 
 
 def measured(place: Place, given: Path, values: dict[str, list[float]]) -> None:
@@ -516,23 +510,107 @@ def test_a_rows_keys_become_the_words_of_its_commands() -> None:
     assert {"data/flickr8k-0.1", "data/flickr8k-0.25", "data/flickr8k-0.5"} < shares
 
 
-@pytest.mark.parametrize("matrix", ["small", "photos", "full"])
-def test_commands_of_the_matrices_parse(matrix: str) -> None:
-    """Every stage's words are keys that its command has."""
-    seen: set[tuple[str, frozenset[str]]] = set()
-    for module, *rest in words_of(matrix).values():
-        words = [word.replace("{", "").replace("}", "") for word in rest]
-        plain = {"prog": "", "description": ""}
-        keys = frozenset(word.split("=")[0] for word in words)
-        if (module, keys) in seen:
-            continue
-        seen.add((module, keys))
-        if module == "trainer.pretrain":
-            parse_run(PretrainConfig, words, recipes=RECIPES, **plain)
-        elif module == "pipeline.pairs":
-            parse(PairsConfig, words, positional="dataset", **plain)
-        elif module in ("trainer.finetune", "trainer.evaluate"):
-            task = given_key(words, "task")
-            command = finetuning if module == "trainer.finetune" else evaluating
-            kind = ProbesConfig if task == "probes" else command.keys_of(task)
-            parse(kind, words, positional="run", **plain)
+@pytest.mark.parametrize("name", ["small", "photos", "full"])
+def test_commands_of_the_matrices_parse(name: str, shards: Path) -> None:
+    inputs = {"flickr8k": str(shards), "fashion": str(shards)}
+    check(plan(load(name)), work=shards / "none", inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "said"),
+    [
+        ("tasks.probes.evaluate", "drews", 1, "evaluate/probes/.*Did you mean 'draws'"),
+        ("tasks.matching.finetune", "lr", "fast", "finetune/matching/.*lr"),
+        ("models.mlim.pretrain", "config", "mlim-tinyx", "pretrain/.*'mlim-tinyx'"),
+        ("datasets.emoji.preprocess", "split.val", 7, "data/emoji: .*split.val"),
+        ("", "seeds", [], "at least one"),
+        ("", "seeds", [0, 1, 0], "each of them once"),
+    ],
+)
+def test_a_mistake_in_a_command_is_found_before_anything_runs(
+    shards: Path, tmp_path: Path, place: str, key: str, value: object, said: str
+) -> None:
+    values = matrix(shards)
+    part = values
+    for name in filter(None, place.split(".")):
+        part = part[name]  # type: ignore[assignment]
+    part[key] = value
+    given = write(tmp_path / "wrong.yaml", values)
+    with pytest.raises(ValueError, match=said):
+        main([f"--matrix={given}", f"--work={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_corpus_that_is_not_there_and_a_file_as_work_are_refused(
+    given: Path, tmp_path: Path
+) -> None:
+    words = [f"--matrix={given}", f"--work={tmp_path}", "--dry_run"]
+    with pytest.raises(ValueError, match=r"--inputs\.emoji .*no such file or folder"):
+        main([*words, f"--inputs.emoji={tmp_path / 'none.tsv'}"])
+    assert main([*words, "--inputs.emoji=s3://bucket/emoji.parquet"]) == 0
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        main([f"--matrix={given}", f"--work={given}", "--dry_run"])
+
+
+def test_what_was_made_of_another_corpus_is_refused(tmp_path: Path) -> None:
+    stage = Stage(
+        name="data/emoji",
+        words=("pipeline.preprocess", "--input={input:emoji}"),
+        needs=(),
+        costs=(),
+    )
+    place = Place(work=tmp_path, inputs={"emoji": "first.tsv", "else": "a"})
+    assert place.inputs_of(stage) == {"emoji": "first.tsv"}
+    path = place.marker(stage)
+    path.parent.mkdir(parents=True)
+    marker = {"words": stage.words, "seconds": 1, "inputs": place.inputs_of(stage)}
+    path.write_text(json.dumps(marker))
+    assert place.done(stage)
+    assert Place(work=tmp_path, inputs={}).done(stage)
+    with pytest.raises(ValueError, match=r"made of first\.tsv.*is second\.tsv"):
+        Place(work=tmp_path, inputs={"emoji": "second.tsv"}).done(stage)
+
+
+def test_predictions_of_another_evaluation_than_counts_are_refused(
+    given: Path, tmp_path: Path
+) -> None:
+    place = Place(work=tmp_path, inputs={})
+    measured(place, given, {"both": [4.0]})
+    wanted = load(str(given))
+    (name,) = {evaluation(wanted, wanted.rows["both"], "probes", 0)}
+    (stage,) = (stage for stage in plan(wanted) if stage.name == name)
+    assert stage.result
+    kept = (tmp_path / stage.result).with_suffix(".npz")
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"first")
+    marker = json.loads(place.marker(stage).read_text())
+    marker["kept_sha256"] = kept_sha256(kept)
+    place.marker(stage).write_text(json.dumps(marker))
+    assert tables(wanted, place)
+    kept.write_bytes(b"second")
+    with pytest.raises(ValueError, match="of another evaluation than the one"):
+        tables(wanted, place)
+
+
+def test_rows_without_the_objective_of_a_metric_are_left_out(
+    shards: Path, tmp_path: Path
+) -> None:
+    values = matrix(shards)
+    values["tasks"]["probes"]["metrics"]["mlm"]["objective"] = "recon"  # type: ignore[index]
+    values["rows"]["half"]["objectives"] = ["mlm"]  # type: ignore[index]
+    path = tmp_path / "less.yaml"
+    with pytest.raises(ValueError, match="row half, which lacks recon"):
+        load(str(write(path, values)))
+    values["tables"]["data"]["claims"] = []  # type: ignore[index]
+    found = tables(load(str(write(path, values))), Place(work=tmp_path, inputs={}))
+    assert list(found["data"]["metrics"]["mlm"]["rows"]) == ["both"]
+
+
+def test_a_row_of_contrast_alone_is_tuned_and_measured_by_it() -> None:
+    words = words_of("small")
+    alone = "maskvlm-itc-joint-variants/seed0"
+    assert "--matching=false" in words[f"finetune/retrieval/{alone}"]
+    assert "--candidates=0" in words[f"evaluate/retrieval/{alone}"]
+    masked = "maskvlm-mlm+mim-joint-variants/seed0"
+    assert "--matching=false" not in words[f"finetune/retrieval/{masked}"]
+    assert "--candidates=16" in words[f"evaluate/retrieval/{masked}"]

@@ -1,0 +1,65 @@
+"""Mistakes of a matrix and of its corpora, found before hours are spent.
+
+Owns reading every stage's words as its command will, and looking for the corpora. Does
+not own the form of the matrix itself (`benchmarks.replication.matrix`).
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.replication.stages import Stage, resolved
+from pipeline.config import given, parse
+from pipeline.options import PreprocessConfig
+from pipeline.pairs import PairsConfig
+from trainer.options import PretrainConfig, parse_run
+from trainer.pretrain import RECIPES
+from trainer.probing import ProbesConfig
+from trainer.tasks import evaluation, finetuning
+
+# They differ from row to row and from seed to seed, and are no keys of a matrix.
+_PLACES = ("--data=", "--output=", "--seed=", "--pairs=")
+
+
+def check(stages: Sequence[Stage], *, work: Path, inputs: Mapping[str, str]) -> None:
+    """Every command takes its words, and every corpus is given and there.
+
+    Raises:
+        ValueError: the first mistake, with the stage that has it.
+    """
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"--work {work} is a file: give a folder")
+    for name, path in inputs.items():
+        if "://" not in path and not glob.glob(path):
+            raise ValueError(f"--inputs.{name} {path}: there is no such file or folder")
+    seen: set[tuple[str, ...]] = set()
+    for stage in stages:
+        module, *words = resolved(stage.words, work=work, inputs=inputs)
+        keys = [word for word in words if word.startswith("--")]
+        told = (module, *(word for word in keys if not word.startswith(_PLACES)))
+        if told in seen:
+            continue
+        seen.add(told)
+        try:
+            _read(module, words)
+        except ValueError as error:
+            raise ValueError(f"{stage.name}: {error}") from error
+
+
+def _read(module: str, words: list[str]) -> None:
+    if module == "pipeline.preprocess":
+        parse(PreprocessConfig, words, prog=module, description="")
+    elif module == "pipeline.pairs":
+        parse(PairsConfig, words, prog=module, description="", positional="dataset")
+    elif module == "trainer.pretrain":
+        parse_run(PretrainConfig, words, prog=module, description="", recipes=RECIPES)
+    elif module in ("trainer.finetune", "trainer.evaluate"):
+        task = given(words, "task")
+        kind: type = ProbesConfig
+        if module == "trainer.finetune":
+            kind = finetuning.keys_of(task)
+        elif task != "probes":
+            kind = evaluation.keys_of(task)
+        parse(kind, words, prog=module, description="", positional="run")
