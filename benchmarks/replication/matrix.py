@@ -110,7 +110,8 @@ class Row:
     """Share of the training pairs, chosen by the hash of their uid: a smaller share is
     part of a larger one."""
     pretrained: bool = True
-    """Or fine-tuned from the weights that pretraining starts from."""
+    """Or fine-tuned from, and measured with, the weights that pretraining starts
+    from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +178,6 @@ class Matrix:
             raise ValueError(f"{place}.fraction is {row.fraction}: above 0, at most 1")
         for task in row.tasks:
             _known(f"{place}.tasks", task, self.tasks)
-            if not row.pretrained and self.tasks[task].finetune is None:
-                raise ValueError(
-                    f"{place} is not pretrained, and task {task} is measured straight "
-                    "after pretraining: take it out of its tasks"
-                )
 
     def _check_table(self, place: str, table: Table) -> None:
         _known(f"{place}.task", table.task, self.tasks)

@@ -87,7 +87,7 @@ def chosen(matrix: Matrix, only: Only) -> tuple[list[str], list[int]]:
 def evaluation(matrix: Matrix, row: Row, task: str, seed: int) -> str:
     """Name of the stage that measures a row's task."""
     tuned = matrix.tasks[task].finetune is not None
-    made = tuned_name(row) if tuned else pretraining_name(row)
+    made = tuned_name(row) if tuned else f"{pretraining_name(row)}{_scratch(row)}"
     return f"evaluate/{task}/{made}/seed{seed}"
 
 
@@ -99,9 +99,12 @@ def pretraining_name(row: Row) -> str:
 
 def tuned_name(row: Row) -> str:
     """What tells fine-tunings of one task apart."""
-    scratch = "" if row.pretrained else "-scratch"
     dropout = "-mdo" if row.modality_dropout else ""
-    return f"{pretraining_name(row)}{scratch}{dropout}"
+    return f"{pretraining_name(row)}{_scratch(row)}{dropout}"
+
+
+def _scratch(row: Row) -> str:
+    return "" if row.pretrained else "-scratch"
 
 
 def dataset_name(row: Row) -> str:
@@ -245,6 +248,10 @@ def _evaluate(
     needs = [source.name, f"data/{row.dataset}"]
     given = {**task.evaluate, **_lacking(task.evaluate_without, row)}
     given |= _alone(task.evaluate_only, row)
+    result = Path(task.result)
+    if task.finetune is None and not row.pretrained:
+        result = result.with_stem(f"{result.stem}{_scratch(row)}")
+        given |= {"from_scratch": True, "seed": seed, "name": result.stem}
     return Stage(
         name=evaluation(matrix, row, name, seed),
         words=(
@@ -255,7 +262,7 @@ def _evaluate(
         ),
         needs=tuple(needs),
         costs=_costs(f"evaluate {name}", row),
-        result=f"{source.name}/{task.result}",
+        result=f"{source.name}/{result}",
     )
 
 

@@ -369,7 +369,6 @@ def test_a_failed_stage_is_told_with_its_last_words_and_others_go_on(
         ("rows.both", "masking", "man", "Did you mean 'mam'"),
         ("rows.both", "fraction", 0, "above 0, at most 1"),
         ("rows.both", "fraction", "half", "'half': a float is wanted"),
-        ("rows.both", "pretrained", False, "measured straight after pretraining"),
         ("tables.data", "reference", "bth", "Did you mean 'both'"),
         ("tables.data", "metrics", ["mml"], "Did you mean 'mlm'"),
         ("tables.data", "task", None, "a str is wanted"),
@@ -614,3 +613,16 @@ def test_a_row_of_contrast_alone_is_tuned_and_measured_by_it() -> None:
     masked = "maskvlm-mlm+mim-joint-variants/seed0"
     assert "--matching=false" not in words[f"finetune/retrieval/{masked}"]
     assert "--candidates=16" in words[f"evaluate/retrieval/{masked}"]
+
+
+def test_a_row_without_pretraining_is_measured_with_drawn_weights() -> None:
+    stages = {stage.name: stage for stage in plan(load("small"))}
+    run = "maskvlm-itc+itm+mlm+mim-joint-variants"
+    drawn = stages[f"evaluate/zero_shot/{run}-scratch/seed1"]
+    assert drawn.words[1] == f"{{work}}/pretrain/{run}/seed1"
+    told = {"--from_scratch=true", "--seed=1", "--name=retrieval-scratch"}
+    assert told <= set(drawn.words)
+    assert drawn.result == f"pretrain/{run}/seed1/retrieval-scratch.json"
+    trained = stages[f"evaluate/zero_shot/{run}/seed1"]
+    assert trained.result == f"pretrain/{run}/seed1/retrieval.json"
+    assert "--from_scratch=true" not in trained.words
