@@ -8,7 +8,7 @@ gallery is ranked (`trainer.tasks.ranked_gallery`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from trainer.tasks.retrieval_examples import examples, words_of
 from trainer.tasks.retrievers import RetrievalModel, retriever
 from trainer.tasks.samples import DRAWN, Samples
 
+_CANDIDATES = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTraining:
@@ -49,6 +51,9 @@ class RetrievalTraining:
     hard: float = 0.5
     """Share of the pairs that do not match which are drawn by the first stage's
     similarity; the others are any of the batch."""
+    matching: bool = True
+    """Learn to tell pairs too, and rank the best of the first stage anew by it; false:
+    contrast alone."""
 
     def __post_init__(self) -> None:
         at_least("", self, features=1, hard=0)
@@ -65,10 +70,11 @@ class RetrievalEvaluation:
     max_images: int | None = None
     """Take at most this many images, drawn by the seed; null for all. Recall is higher
     among fewer."""
-    candidates: int | None = 32
+    candidates: int | Literal["auto"] | None = "auto"
     """How many of each query's first targets, by features, get a score of their own
     that orders them anew. 0: none, features alone; null: every pair of the gallery is
-    scored. A model without features needs null."""
+    scored, which a model without features needs; auto: 32, or 0 for a model that
+    scores no pairs."""
     group: str | None = None
     """json key: images with the same value are resampled together in the bootstrap."""
     batch: int = 128
@@ -77,7 +83,9 @@ class RetrievalEvaluation:
     """Queries of each kind on the page."""
 
     def __post_init__(self) -> None:
-        at_least("", self, max_images=2, candidates=0, batch=1, examples=0)
+        at_least("", self, max_images=2, batch=1, examples=0)
+        if isinstance(self.candidates, int):
+            at_least("", self, candidates=0)
 
 
 class _Batch(NamedTuple):
@@ -143,7 +151,7 @@ class Retrieval:
         """As `Task.evaluate`."""
         assert isinstance(model, RetrievalModel)
         keys, context = self._keys, self._context
-        require_stages(model, keys.candidates)
+        candidates = candidates_of(model, keys.candidates)
         places = drawn_places(self._dataset, seed=context.seed, limit=keys.max_images)
         with tqdm(total=len(places), desc="images", disable=None) as bar:
             gallery = read_gallery(
@@ -154,7 +162,7 @@ class Retrieval:
         if keys.group:
             values = column_of(self._dataset, places, keys.group, flag="--group")
             _, groups = np.unique(values, return_inverse=True)
-        stages = self._ranked(model, gallery)
+        stages = self._ranked(model, gallery, candidates)
         metrics: dict[str, Metric] = {}
         for name, both in stages.items():
             metrics |= recall(both, gallery, groups, stage=name, seed=context.seed)
@@ -168,7 +176,7 @@ class Retrieval:
                 "images": len(places),
                 "captions": len(gallery.texts),
                 "groups": len(np.unique(groups)),
-                "candidates": keys.candidates,
+                "candidates": candidates,
                 "ties": "count against the model",
                 "also_of_another": gallery.copies,
             },
@@ -185,7 +193,9 @@ class Retrieval:
             },
         )
 
-    def _ranked(self, model: RetrievalModel, gallery: Gallery) -> dict[str, BothWays]:
+    def _ranked(
+        self, model: RetrievalModel, gallery: Gallery, chosen: int | None
+    ) -> dict[str, BothWays]:
         """Ranks by stage, the final one first."""
         keys, stages = self._keys, {}
         total = len(gallery.images) + len(gallery.different)
@@ -193,9 +203,9 @@ class Retrieval:
         with tqdm(total=total, desc="features", disable=None) as bar:
             if model.has_features:
                 scores = feature_scores(model, gallery, batch=keys.batch, progress=bar)
-                listed = keys.candidates or SHOWN
+                listed = chosen or SHOWN
                 first = rank_by_scores(scores, gallery, listed=listed)
-        if keys.candidates == 0:
+        if chosen == 0:
             assert first is not None
             return {"": first}
         digest = fingerprint(model, self._dataset.manifest_hash)
@@ -203,7 +213,7 @@ class Retrieval:
             stages[""] = rank_by_pairs(
                 model,
                 gallery,
-                None if keys.candidates is None else first,
+                None if chosen is None else first,
                 folder=self._context.folder / "retrieval",
                 digest=digest,
                 batch=keys.batch,
@@ -260,8 +270,16 @@ def ranks_of(stages: dict[str, BothWays]) -> dict[str, np.ndarray]:
     return found
 
 
-def require_stages(model: RetrievalModel, candidates: int | None) -> None:
-    """Raise ValueError unless the model can rank in the way that is asked for."""
+def candidates_of(
+    model: RetrievalModel, candidates: int | Literal["auto"] | None
+) -> int | None:
+    """How many targets of each query are ranked anew; None: all.
+
+    Raises:
+        ValueError: the model cannot rank in the way that is asked for.
+    """
+    if isinstance(candidates, str):
+        candidates = _CANDIDATES if model.has_pair_scores else 0
     if candidates is not None and not model.has_features:
         raise ValueError(
             "this model has no features that could choose candidates: give "
@@ -272,8 +290,9 @@ def require_stages(model: RetrievalModel, candidates: int | None) -> None:
     if candidates != 0 and not model.has_pair_scores:
         raise ValueError(
             "this model scores no pairs: give --candidates 0, which ranks by features "
-            "alone"
+            "alone, or fine-tune it with --matching true"
         )
+    return candidates
 
 
 def _training(context: Context) -> Task:

@@ -31,18 +31,22 @@ class MaskVlmRetrieval(RetrievalModel):
     Args:
         model: the pretrained model.
         whole: it is to have both heads, drawn where it has none.
+        matching: false: without the head for matching, which is left alone where the
+            model has one.
 
     Raises:
         ValueError: it has neither, and is not to.
     """
 
-    def __init__(self, model: MaskVlmForPreTraining, *, whole: bool) -> None:
+    def __init__(
+        self, model: MaskVlmForPreTraining, *, whole: bool, matching: bool = True
+    ) -> None:
         super().__init__()
         if whole:
-            model = with_both_heads(model)
+            model = with_heads(model, matching=matching)
         self.model = model
         self.has_features = bool(model.config.itc_weight)
-        self.has_pair_scores = bool(model.config.itm_weight)
+        self.has_pair_scores = bool(model.config.itm_weight) and matching
         if not (self.has_features or self.has_pair_scores):
             raise ValueError(
                 "this MaskVLM was pretrained without contrast and matching and cannot "
@@ -101,15 +105,18 @@ class MaskVlmRetrieval(RetrievalModel):
         return self.model.encode_texts(stream, ids, layout), layout, stream
 
 
-def with_both_heads(model: MaskVlmForPreTraining) -> MaskVlmForPreTraining:
-    """The same model with heads for contrast and matching, and blocks across where it
-    had none, drawn.
+def with_heads(
+    model: MaskVlmForPreTraining, *, matching: bool
+) -> MaskVlmForPreTraining:
+    """The same model with a head for contrast and, where asked for, one for matching
+    and blocks across; where it had none, drawn.
     """
     config = model.config
-    if config.itc_weight and config.itm_weight:
+    itm_weight = config.itm_weight or float(matching)
+    if config.itc_weight and itm_weight == config.itm_weight:
         return model
     made = MaskVlmForPreTraining(
-        replace(config, itc_weight=1.0, itm_weight=1.0),
+        replace(config, itc_weight=config.itc_weight or 1.0, itm_weight=itm_weight),
         vocab_size=model.words.num_embeddings,
         special_ids=model.ids_by_name,
         max_text=model.text_positions.num_embeddings,

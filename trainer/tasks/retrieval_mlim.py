@@ -37,15 +37,18 @@ class MlimRetrieval(RetrievalModel):
     Args:
         encoder: the pretrained model.
         features: F; 0: as it was pretrained, by its ITM head alone.
+        matching: false: by features alone; an ITM head is left alone.
 
     Raises:
         ValueError: 0 features and no ITM head.
     """
 
-    def __init__(self, encoder: MlimForPreTraining, *, features: int) -> None:
+    def __init__(
+        self, encoder: MlimForPreTraining, *, features: int, matching: bool = True
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.has_features, self.has_pair_scores = features > 0, True
+        self.has_features, self.has_pair_scores = features > 0, matching
         if not features:
             if encoder.itm_head is None:
                 raise ValueError(
@@ -59,7 +62,7 @@ class MlimRetrieval(RetrievalModel):
         self.text_projection = nn.Linear(width, features)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / _TEMPERATURE)))
         added = [self.image_projection, self.text_projection]
-        if encoder.itm_pooler is None or encoder.itm_head is None:
+        if matching and (encoder.itm_pooler is None or encoder.itm_head is None):
             encoder.itm_pooler = nn.Linear(width, width)
             encoder.itm_head = nn.Linear(width, 2)
             added += [encoder.itm_pooler, encoder.itm_head]

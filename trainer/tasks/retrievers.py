@@ -79,8 +79,9 @@ class RetrievalModel(nn.Module):
         uids: Tensor,
         images: Tensor,
     ) -> dict[str, Tensor]:
-        """Contrastive and matching loss, means over B pairs that belong together. Each
-        pair stands beside one with another text and one with another image.
+        """Contrastive loss and, of a model with scores of pairs, matching loss, means
+        over B pairs that belong together. For matching each pair stands beside one with
+        another text and one with another image.
 
         Args:
             hard: share of these that are drawn by similarity.
@@ -93,6 +94,9 @@ class RetrievalModel(nn.Module):
         similarity_bb = similarity_bb * self.scale()
         captions = _caption_table(texts).to(uids.device)
         strange_bb = strangers(uids, images, captions)
+        contrastive = contrastive_loss(similarity_bb, strange_bb)
+        if not self.has_pair_scores:
+            return {"contrastive": contrastive}
         other_text, other_image = drawn_negatives(
             similarity_bb, strange_bb, hard=hard, seed=seed, epochs=epochs, uids=uids
         )
@@ -108,7 +112,7 @@ class RetrievalModel(nn.Module):
         counts[: len(own)] = True
         each = F.cross_entropy(logits, matched.long(), reduction="none")
         return {
-            "contrastive": contrastive_loss(similarity_bb, strange_bb),
+            "contrastive": contrastive,
             "matching": (each * counts).sum() / counts.sum(),
         }
 
@@ -124,11 +128,14 @@ def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
     if isinstance(model, MlimForPreTraining):
         from trainer.tasks.retrieval_mlim import MlimRetrieval
 
-        return MlimRetrieval(model, features=tuned.features if learned else 0)
+        if not learned:
+            return MlimRetrieval(model, features=0)
+        return MlimRetrieval(model, features=tuned.features, matching=tuned.matching)
     if isinstance(model, MaskVlmForPreTraining):
         from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 
-        return MaskVlmRetrieval(model, whole=learned)
+        matching = tuned.matching if learned else True
+        return MaskVlmRetrieval(model, whole=learned, matching=matching)
     raise ValueError(f"tasks do not know how a {type(model).__name__} ranks")
 
 

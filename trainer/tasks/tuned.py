@@ -23,7 +23,7 @@ import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def begin(
     if path.is_file():
         changed = [
             line
-            for line in differences(yaml.safe_load(path.read_text()), new)
+            for line in differences(_with_defaults(path, keys), new)
             if line.split(":")[0] not in _MAY_CHANGE
         ]
         if changed:
@@ -98,6 +98,15 @@ def begin(
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
     # Last: with it the folder is a fine-tuning.
     write_text(path, to_yaml(keys))
+
+
+def _with_defaults(path: Path, keys: Any) -> dict[str, Any]:
+    """The keys in a file, and the default of each that there was not yet."""
+    found: dict[str, Any] = {
+        one.name: one.default for one in fields(keys) if one.default is not MISSING
+    }
+    found = yaml.safe_load(yaml.safe_dump(found))
+    return found | yaml.safe_load(path.read_text())
 
 
 def _keep(output: Path, files: Mapping[str, str]) -> None:

@@ -68,6 +68,38 @@ def test_the_same_evaluation_again_passes_no_pair_through_the_model(
         result(tuned, "retrieval", *words, "--seed=4")
 
 
+def test_contrast_alone_is_resumed_and_measured_by_features(
+    whole: Path, tmp_path: Path
+) -> None:
+    words = [str(whole), "--task=retrieval", "--split=val", f"--output={tmp_path}/o"]
+    words += ["--matching=false", "--features=16", "--batch=10", "--epochs=1"]
+    finetune([*words, "--max_steps=1"])
+    finetune(words)
+    found = result(tmp_path / "o", "retrieval")
+    assert found["candidates"] == 0
+    assert not [name for name in found["metrics"] if name.startswith("features_")]
+    with pytest.raises(ValueError, match="scores no pairs: give --candidates 0"):
+        result(tmp_path / "o", "retrieval", "--candidates=8")
+
+
+def test_a_fine_tuning_from_before_a_key_goes_on_with_its_default(
+    whole: Path, tmp_path: Path
+) -> None:
+    words = [str(whole), "--task=retrieval", "--split=val", f"--output={tmp_path}/o"]
+    words += ["--features=16", "--batch=10", "--epochs=1"]
+    finetune([*words, "--max_steps=1"])
+    keys = tmp_path / "o" / "finetune.yaml"
+    lines = keys.read_text().splitlines(keepends=True)
+    keys.write_text("".join(one for one in lines if not one.startswith("matching")))
+    found = result(tmp_path / "o", "retrieval", f"--max_images={IMAGES}")
+    assert found["candidates"] == 32
+    finetune([*words, "--max_steps=2"])
+    lines = [one for one in lines if not one.startswith("matching")]
+    keys.write_text("".join(lines))
+    with pytest.raises(ValueError, match="matching: True -> False"):
+        finetune([*words, "--matching=false"])
+
+
 def test_a_model_as_it_was_pretrained_is_refused_where_it_cannot_rank(
     whole: Path,
 ) -> None:

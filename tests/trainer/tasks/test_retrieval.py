@@ -20,6 +20,7 @@ from trainer.dataset import Dataset
 from trainer.models.base import Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimForPreTraining
+from trainer.models.mlim_config import MlimConfig
 from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
 from trainer.tasks.ranked_gallery import (
     BothWays,
@@ -27,11 +28,33 @@ from trainer.tasks.ranked_gallery import (
     rank_by_pairs,
     rank_by_scores,
 )
+from trainer.tasks.retrieval import candidates_of
 from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 from trainer.tasks.retrieval_mlim import MlimRetrieval
 from trainer.tasks.retrievers import RetrievalModel, retriever
 
 IMAGES = 14
+SPECIAL = {"pad": 0, "cls": 1, "sep": 2, "mask": 3, "unk": 4}
+ONE_BLOCK = MaskVlmConfig(
+    image_layers=1,
+    text_layers=1,
+    cross_layers=1,
+    decoder_layers=1,
+    width=32,
+    heads=2,
+    ffn_width=64,
+    patch_size=8,
+    projection_width=8,
+)
+OF_MLIM = MlimConfig(
+    layers=1,
+    width=32,
+    heads=2,
+    ffn_width=64,
+    embedder_widths=(8, 8),
+    embedder_hidden=8,
+    decoder_widths=(8, 8, 8),
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +105,8 @@ def tiny_model(name: str, shards: Path) -> RetrievalModel:
         assert isinstance(made, MlimForPreTraining)
         found = MlimRetrieval(made, features=8)
     else:
-        keys = MaskVlmConfig(
-            image_layers=1,
-            text_layers=1,
-            cross_layers=1,
-            decoder_layers=1,
-            width=32,
-            heads=2,
-            ffn_width=64,
-            patch_size=8,
-            projection_width=8,
-        )
         sizes = Sizes(tokenizer.vocab_size, tokenizer.special_ids, 48, 16)
-        found = MaskVlmRetrieval(keys.build(sizes), whole=True)
+        found = MaskVlmRetrieval(ONE_BLOCK.build(sizes), whole=True)
     # As they are drawn, all scores are next to equal.
     with torch.no_grad():
         for weight in found.parameters():
@@ -229,34 +241,28 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(
 
 def test_a_maskvlm_without_heads_gets_them_and_learns_both_losses() -> None:
     torch.manual_seed(0)
-    keys = MaskVlmConfig(
-        image_layers=1,
-        text_layers=1,
-        cross_layers=1,
-        decoder_layers=1,
-        width=32,
-        heads=2,
-        ffn_width=64,
-        patch_size=8,
-        projection_width=8,
-        itc_weight=0.0,
-        itm_weight=0.0,
-    )
-    special = {"pad": 0, "cls": 1, "sep": 2, "mask": 3, "unk": 4}
-    made = keys.build(Sizes(500, special, 16, 16))
+    keys = dataclasses.replace(ONE_BLOCK, itc_weight=0.0, itm_weight=0.0)
+    made = keys.build(Sizes(500, SPECIAL, 16, 16))
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with pytest.raises(ValueError, match=r"pretrain with --model\.itc_weight 1"):
         retriever(made, None)
-    model = retriever(made, SimpleNamespace(task="retrieval"))
+    model = retriever(made, SimpleNamespace(task="retrieval", matching=True))
     after = model.pretrained.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
+    values = learned(model, steps=40)
+    assert values[-1]["contrastive"] < values[0]["contrastive"] / 2
+    assert values[-1]["matching"] < values[0]["matching"]
+
+
+def learned(model: RetrievalModel, *, steps: int) -> list[dict[str, float]]:
+    """Losses of some steps on a dozen pairs."""
     drawn, ids = np.random.default_rng(0), torch.arange(12)
     pixels = drawn.integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
     texts = [np.array([1, 5 + number, 20 + number % 3, 2]) for number in range(12)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
-    for step in range(40):
+    for step in range(steps):
         losses = model.losses(
             pixels,
             texts,
@@ -270,5 +276,38 @@ def test_a_maskvlm_without_heads_gets_them_and_learns_both_losses() -> None:
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         values.append({name: float(loss.detach()) for name, loss in losses.items()})
-    assert values[-1]["contrastive"] < values[0]["contrastive"] / 2
-    assert values[-1]["matching"] < values[0]["matching"]
+    return values
+
+
+HEADS = {
+    "maskvlm": ONE_BLOCK,
+    "maskvlm that cannot match": dataclasses.replace(ONE_BLOCK, itm_weight=0.0),
+    "maskvlm that cannot contrast": dataclasses.replace(ONE_BLOCK, itc_weight=0.0),
+    "mlim": OF_MLIM,
+    "mlim that can match": dataclasses.replace(OF_MLIM, itm_weight=1.0),
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_contrast_alone_trains_no_head_for_matching_and_ranks_by_features(
+    heads: str,
+) -> None:
+    torch.manual_seed(0)
+    made = HEADS[heads].build(Sizes(500, SPECIAL, 16, 16))
+    heads_before = [name for name in made.state_dict() if "itm_" in name]
+    model = retriever(
+        made, SimpleNamespace(task="retrieval", matching=False, features=8)
+    )
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    # Heads that it was pretrained with stay, and none is added.
+    of_matching = [name for name in before if "itm_" in name]
+    assert len(of_matching) == len(heads_before)
+    values = learned(model, steps=20)
+    assert values[0].keys() == {"contrastive"}
+    assert values[-1]["contrastive"] < 0.9 * values[0]["contrastive"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in of_matching)
+    assert candidates_of(model, "auto") == 0
+    for wanted in (32, None):
+        with pytest.raises(ValueError, match=r"--candidates 0.* --matching true"):
+            candidates_of(model, wanted)
