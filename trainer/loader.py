@@ -25,6 +25,7 @@ from trainer.contract import micro_batch_size
 from trainer.data_state import DataState
 from trainer.dataset import Dataset
 from trainer.digest import digest_of, wrap
+from trainer.dropout import Draws
 from trainer.folder import DamagedError
 from trainer.geometry import flipped
 from trainer.kernels.mam_masks import mam_masks
@@ -483,7 +484,14 @@ class Loader:
             n_masked_words=batch.n_masked_words,
             n_recon_images=batch.n_recon_images,
             matching=self.matching(batch),
+            draws=self.draws(batch),
         )
+
+    def draws(self, batch: MicroBatch) -> Draws | None:
+        """What dropout of a micro-batch follows from; None without any."""
+        if not self.config.model.drops:
+            return None
+        return Draws(self.config.seed, batch.epochs, batch.uids)
 
     def matching(self, batch: MicroBatch) -> Any:
         """What an ITM loss of a micro-batch needs, on the device that its tensors are

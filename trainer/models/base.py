@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import nearest
+from trainer.dropout import Draws
 from trainer.matching import Matching
 from trainer.stream import Stream
 
@@ -101,6 +102,9 @@ class Inputs(NamedTuple):
     whose `image_of` is every pair's own row; None: no ITM loss is wanted."""
     contrast: Contrast | None = None
     """None: no loss over the global batch is wanted."""
+    draws: Draws | None = None
+    """What dropout follows from; None: nothing is dropped. Only in training is
+    anything."""
 
 
 class Output(NamedTuple):
@@ -196,6 +200,11 @@ class ModelConfig:
     @property
     def contrastive(self) -> bool:
         """A loss is over the global batch: the model is given a `Contrast`."""
+        return False
+
+    @property
+    def drops(self) -> bool:
+        """Something is dropped in training: the model is given `Draws`."""
         return False
 
     @property

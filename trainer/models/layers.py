@@ -7,18 +7,24 @@ Owns the layers, and which attention runs where. Does not own the streams
 A layer that is given `Rows` gives these rows of its result alone, from the keys and
 values of all: what it does besides is of each row by itself.
 
+A layer that is given `Dropout`, of all rows at the first of its `sites`, drops what
+each branch adds to the residual, as BERT and ViLT do; attention's probabilities it
+leaves alone, which unpadded attention never has as a table.
+
 Shapes: T stream rows, N rows of the result, O rows of the other modality, U of them
 that are attended to, D width, H heads, E width of a head, B segments, S longest one.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.dropout import Dropout, beyond
+from trainer.kernels.dropout import dropped
 from trainer.kernels.layer_norm import add_layer_norm
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
@@ -71,14 +77,17 @@ class ResidualNorm(nn.LayerNorm):
     """A residual connection and LayerNorm after it."""
 
     def forward(  # type: ignore[override]
-        self, x_nd: Tensor, residual_nd: Tensor
+        self, x_nd: Tensor, branch_nd: Tensor, drop: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of two (N, D), and its norm."""
-        return add_layer_norm(x_nd, residual_nd, self.weight, self.bias, self.eps)
+        """The sum of two (N, D), the second after dropout, and its norm."""
+        branch_nd = dropped(branch_nd, drop)
+        return add_layer_norm(x_nd, branch_nd, self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):
     """Attention and feed-forward with residuals, post-norm (BERT) or pre-norm."""
+
+    sites: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -99,17 +108,23 @@ class Block(nn.Module):
         self.ffn_norm = ResidualNorm(width, eps=eps)
 
     def forward(
-        self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
+        self,
+        x_td: Tensor,
+        stream: Segmented,
+        rows: Rows | None = None,
+        drop: Dropout | None = None,
     ) -> Tensor:
         """(T, D) -> (N, D)."""
         kept_nd = x_td if rows is None else x_td.index_select(0, rows.row)
+        first = drop and drop.of(rows)
+        second = beyond(first, 1)
         if self.pre:
             mixed_nd = self.attention(self.attention_norm(x_td), stream, rows)
-            x_nd, normed_nd = self.ffn_norm(kept_nd, mixed_nd)
-            return x_nd + self._ffn(normed_nd)
+            x_nd, normed_nd = self.ffn_norm(kept_nd, mixed_nd, first)
+            return x_nd + dropped(self._ffn(normed_nd), second)
         mixed_nd = self.attention(x_td, stream, rows)
-        _, x_nd = self.attention_norm(kept_nd, mixed_nd)
-        return self.ffn_norm(x_nd, self._ffn(x_nd))[1]
+        _, x_nd = self.attention_norm(kept_nd, mixed_nd, first)
+        return self.ffn_norm(x_nd, self._ffn(x_nd), second)[1]
 
     def _ffn(self, x_nd: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_nd)))
@@ -169,6 +184,7 @@ class CrossBlock(nn.Module):
         self_attention: bool,
     ) -> None:
         super().__init__()
+        self.sites = 2 + self_attention
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.attention, self.cross_norm = None, None
         if self_attention:
@@ -186,17 +202,21 @@ class CrossBlock(nn.Module):
         own: Segments,
         keys: Keys,
         rows: Rows | None = None,
+        drop: Dropout | None = None,
     ) -> Tensor:
         """(T, D), (O, D) -> (N, D)."""
         x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
+        drop = drop and drop.of(rows)
         if self.attention is not None and self.cross_norm is not None:
             mixed_nd = self.attention(self.attention_norm(x_td), own, rows)
-            x_nd, normed_nd = self.cross_norm(x_nd, mixed_nd)
+            x_nd, normed_nd = self.cross_norm(x_nd, mixed_nd, drop)
+            drop = beyond(drop, 1)
         else:
             normed_nd = self.attention_norm(x_nd)
         mixed_nd = self.cross(normed_nd, other_od, own, keys, rows)
-        x_nd, normed_nd = self.ffn_norm(x_nd, mixed_nd)
-        return x_nd + self.down(F.gelu(self.up(normed_nd)))
+        x_nd, normed_nd = self.ffn_norm(x_nd, mixed_nd, drop)
+        hidden_nd = self.down(F.gelu(self.up(normed_nd)))
+        return x_nd + dropped(hidden_nd, beyond(drop, 1))
 
 
 def _varlen(

@@ -345,7 +345,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
             every = none.new_ones(len(masked) * rows)
             image = self.images_across(
                 encoded,
-                Shown(query, torch.cat([masked, text_of]), drawn),
+                Shown(query, torch.cat([masked, text_of]), drawn, not wanted.mim),
                 Read(every, len(every), n_whole),
             )
         if words or n_whole:
@@ -354,7 +354,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
             first, count = words or (none, 0)
             text = self.texts_across(
                 encoded,
-                Shown(query, torch.cat([masked, image_of]), drawn),
+                Shown(query, torch.cat([masked, image_of]), drawn, not wanted.mlm),
                 Read(first[: stream.text_used], count, n_whole),
             )
         return Joint(image, text, n_whole, encoded)
@@ -411,7 +411,8 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
         own = torch.arange(pairs, device=image.device)
         keys = Keys(*self.texts_of(encoded, own))
         rest = (encoded.clean_text_td, layout, keys)
-        x_td = self.mim_norm(self._through(self.mim_decoder, x_td, *rest))
+        drop = self._dropout("mim_decoder", encoded.draws, layout)
+        x_td = self.mim_norm(self._through(self.mim_decoder, x_td, *rest, drop=drop))
         x_rpd = x_td.unflatten(0, (pairs, n_image)).index_select(0, image)
         side, grid = self.config.patch_size, self.grid
         shape = (grid, grid, 3, side, side)

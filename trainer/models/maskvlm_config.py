@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
+from trainer.dropout import Stack, require_dropout, stacks
 from trainer.models import maskvlm_flops
 from trainer.models.base import Figure, ModelConfig, Sizes, Term
 
@@ -119,6 +120,13 @@ class MaskVlmConfig(ModelConfig):
     itm_group: int = 8
     """Pairs of a step that stand together: negatives for matching are drawn among them.
     Micro-batches hold whole groups."""
+    dropout: float = 0.0
+    """Share of the channels that are dropped in pretraining, as in BERT and ViLT (0.1
+    there): of the embeddings (of texts after their LayerNorm), and of what attention
+    and the MLP of each layer add to the residual. Attention's probabilities are not
+    dropped: unpadded attention has none to drop from. What is dropped follows from
+    seed, epoch and sample, like the masks. Nothing is in evaluation and in
+    fine-tuning."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     image_body: str | None = None
@@ -162,6 +170,11 @@ class MaskVlmConfig(ModelConfig):
                 "post-norm: give --model.text_norm post, or --model.text_body null to "
                 "start from the seed"
             )
+        require_dropout(
+            self.dropout,
+            self.dropout_stacks.values(),
+            cure="model.image_layers, text_layers, cross_layers or decoder_layers",
+        )
 
     @property
     def group(self) -> int:
@@ -172,6 +185,27 @@ class MaskVlmConfig(ModelConfig):
     def contrastive(self) -> bool:
         """There is a contrastive loss."""
         return self.itc_weight > 0
+
+    @property
+    def drops(self) -> bool:
+        """There is dropout."""
+        return self.dropout > 0
+
+    @property
+    def dropout_stacks(self) -> Mapping[str, Stack]:
+        """Sites by what they are of. Both encoders see a pair clean and masked; those
+        across modalities see it masked, and for ITM three times whole.
+        """
+        image, text = self.image_layers, self.text_layers
+        across = (3 * self.cross_layers, 4 if self.itm_weight else 1)
+        sizes = {
+            "image": (1 + 2 * image, 2),
+            "text": (1 + 2 * text, 2),
+            "image_cross": across,
+            "text_cross": across,
+            "mim_decoder": (2 * self.decoder_layers, 1),
+        }
+        return dict(zip(sizes, stacks(sizes.values()), strict=True))
 
     @property
     def mismatched(self) -> float | None:

@@ -16,7 +16,7 @@ width, T text rows of all passes, N pairs that are shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.dropout import Draws, Dropout, beyond
+from trainer.kernels.dropout import dropped
 from trainer.kernels.pixels import normalised
 from trainer.masking import Masks
 from trainer.models.base import Inputs
@@ -62,6 +64,8 @@ class Encoded(NamedTuple):
     """Of the texts, B or 2 B."""
     stream: Stream
     passes: Passes
+    draws: Draws | None = None
+    """What their dropout follows from."""
 
     @property
     def masked_image(self) -> int:
@@ -90,6 +94,8 @@ class Shown(NamedTuple):
     drawn: int = 0
     """How many of the texts are drawn: the host does not know their lengths. The others
     are those of all B pairs, some times over."""
+    whole: bool = False
+    """None of them is masked: their dropout is that of later passes."""
 
 
 class Read(NamedTuple):
@@ -194,6 +200,7 @@ class MaskVlmEncoder(nn.Module):
         self, inputs: Inputs, masks: Masks | None, passes: Passes
     ) -> Encoded:
         """Pairs after their encoders; without `masks`, clean passes alone."""
+        draws = inputs.draws
         hidden: list[Tensor | None] = [None] * passes.clean_images
         words: list[Tensor] = [inputs.token_ids] * passes.clean_texts
         if passes.masked_images:
@@ -204,18 +211,23 @@ class MaskVlmEncoder(nn.Module):
             words.append(self._shown_words(inputs, masks))
         image_bnd = inputs.pixels.new_zeros((), dtype=torch.float32)
         if hidden:
-            image_bnd = self.encode_images(inputs.pixels, hidden)
+            image_bnd = self.encode_images(inputs.pixels, hidden, draws)
         text = self._layout(inputs.stream, max(len(words), 1))
         text_td = image_bnd
         if words:
-            text_td = self.encode_texts(inputs.stream, words, text)
-        return Encoded(image_bnd, text_td, text, inputs.stream, passes)
+            first = int(not passes.clean_texts)
+            drop = self._dropout("text", draws, text, first=first)
+            text_td = self.encode_texts(inputs.stream, words, text, drop)
+        return Encoded(image_bnd, text_td, text, inputs.stream, passes, draws)
 
     def encode_images(
-        self, pixels: Tensor, hidden: Iterable[Tensor | None] = (None,)
+        self,
+        pixels: Tensor,
+        hidden: Sequence[Tensor | None] = (None,),
+        draws: Draws | None = None,
     ) -> Tensor:
         """uint8 (B, H, W, 3), or floats (B, 3, H, W) from -1 to 1, -> rows (k B, n, D),
-        [CLS] first, for k masks (B, P) or None.
+        [CLS] first, for k masks (B, P) or None, which comes first.
         """
         patch_bpd = self._embed(pixels)
         parts = []
@@ -231,11 +243,18 @@ class MaskVlmEncoder(nn.Module):
         cls = (self.image_cls + position_nd[0]).expand(len(x_bpd), 1, -1)
         x_bnd = torch.cat([cls, x_bpd + position_nd[1:]], 1)
         layout = of_images(len(x_bnd), self.image_rows, pixels.device)
-        x_td = self._through(self.image_blocks, x_bnd.flatten(0, 1), layout)
+        first = int(hidden[0] is not None)
+        drop = self._dropout("image", draws, layout, first=first)
+        x_td, drop = dropped(x_bnd.flatten(0, 1), drop), beyond(drop, 1)
+        x_td = self._through(self.image_blocks, x_td, layout, drop=drop)
         return self.image_norm(x_td).unflatten(0, x_bnd.shape[:2])
 
     def encode_texts(
-        self, stream: Stream, words: list[Tensor], layout: Segments
+        self,
+        stream: Stream,
+        words: list[Tensor],
+        layout: Segments,
+        drop: Dropout | None = None,
     ) -> Tensor:
         """Token ids (K,) of k passes -> rows (T, D) in a `layout` of k B texts."""
         used, rows = stream.text_used, len(layout.flat)
@@ -245,8 +264,9 @@ class MaskVlmEncoder(nn.Module):
         position = stream.text_position[:used].repeat(len(words))
         position = F.pad(position, (0, rows - len(position)))
         x_td = self.words(ids) + self.text_positions(position)
-        x_td = self.embedding_norm(x_td)
-        return self.text_norm(self._through(self.text_blocks, x_td, layout))
+        x_td, drop = dropped(self.embedding_norm(x_td), drop), beyond(drop, 1)
+        x_td = self._through(self.text_blocks, x_td, layout, drop=drop)
+        return self.text_norm(x_td)
 
     def images_across(self, encoded: Encoded, shown: Shown, read: Read) -> Across:
         """Images that have looked at texts; of the last block what is `read` alone."""
@@ -258,7 +278,9 @@ class MaskVlmEncoder(nn.Module):
         layout = of_images(len(shown.query), rows, x_td.device)
         keys = Keys(*self.texts_of(encoded, shown.key, shown.drawn))
         kept, rest = read.of(layout), (encoded.clean_text_td, layout, keys)
-        x_nd = self._through(self.image_cross, x_td, *rest, rows=kept)
+        first = int(shown.whole)
+        drop = self._dropout("image_cross", encoded.draws, layout, first=first)
+        x_nd = self._through(self.image_cross, x_td, *rest, rows=kept, drop=drop)
         return Across(self.image_cross_norm(x_nd), layout, kept)
 
     def texts_across(self, encoded: Encoded, shown: Shown, read: Read) -> Across:
@@ -271,8 +293,10 @@ class MaskVlmEncoder(nn.Module):
         images = of_images(len(shown.key), rows, x_td.device)
         keys = Keys(rows_of_images(shown.key, rows), images)
         other = encoded.image_bnd[:pairs].flatten(0, 1)
-        kept = read.of(layout)
-        x_nd = self._through(self.text_cross, x_td, other, layout, keys, rows=kept)
+        kept, rest = read.of(layout), (other, layout, keys)
+        first = int(shown.whole)
+        drop = self._dropout("text_cross", encoded.draws, layout, first=first)
+        x_nd = self._through(self.text_cross, x_td, *rest, rows=kept, drop=drop)
         return Across(self.text_cross_norm(x_nd), layout, kept)
 
     def texts_of(
@@ -357,25 +381,41 @@ class MaskVlmEncoder(nn.Module):
             spare=rows - used,
         )
 
+    def _dropout(
+        self, stack: str, draws: Draws | None, layout: Segments, *, first: int = 0
+    ) -> Dropout | None:
+        """Of all rows of a layout at the first site of one of the config's
+        `dropout_stacks`, whose first pass is numbered `first`; None: nothing is
+        dropped.
+        """
+        share = self.config.dropout
+        if not (share and self.training) or draws is None:
+            return None
+        found = self.config.dropout_stacks[stack]
+        return found.rows(share, draws, layout, first=first)
+
     def _through(
         self,
         blocks: nn.ModuleList,
         x_td: Tensor,
         *rest: Any,
         rows: Rows | None = None,
+        drop: Dropout | None = None,
     ) -> Tensor:
         """Through some blocks; of the last one the result at some rows."""
         for block in blocks:
+            assert isinstance(block, Block | CrossBlock)
             of_last = rows if block is blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
                 x_td = checkpoint(
                     block,
-                    *(x_td, *rest, of_last),
+                    *(x_td, *rest, of_last, drop),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x_td = block(x_td, *rest, of_last)
+                x_td = block(x_td, *rest, of_last, drop)
+            drop = beyond(drop, block.sites)
         return x_td
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.dropout import Draws
 from trainer.masking import Masks
 from trainer.models.base import Contrast, Inputs, ModelConfig, Sizes
 from trainer.models.layers import Block, CrossBlock
@@ -104,6 +105,7 @@ def _micro_batch(
                 captions=lambda: table,
             ),
             contrast=Contrast(torch.detach, 0) if config.contrastive else None,
+            draws=Draws(0, number, number) if config.drops else None,
         )
         masks = Masks(
             mode=number,

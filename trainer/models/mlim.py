@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.by_mode import sums_of_modes
+from trainer.dropout import Dropout, beyond
 from trainer.kernels.compact import compact
 from trainer.kernels.cross_entropy import masked_cross_entropy
+from trainer.kernels.dropout import dropped
 from trainer.kernels.mam_embed import Embedding, mam_embed
 from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
 from trainer.kernels.pixels import normalised
@@ -122,18 +124,31 @@ class MlimEncoder(nn.Module):
         if image_bpd is None and stream.n_image:
             image_bpd = self.embed_pixels(inputs.pixels)
         x_td = mam_embed(self._embedding(inputs, masks, image_bpd))
+        drop = self._dropout(inputs, whole=masks is None)
+        x_td, drop = dropped(x_td, drop), beyond(drop, 1)
         for block in self.blocks:
             of_last = rows if block is self.blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
                 x_td = checkpoint(
                     block,
-                    *(x_td, stream, of_last),
+                    *(x_td, stream, of_last, drop),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x_td = block(x_td, stream, of_last)
+                x_td = block(x_td, stream, of_last, drop)
+            drop = beyond(drop, Block.sites)
         return self.final_norm(x_td)
+
+    def _dropout(self, inputs: Inputs, *, whole: bool) -> Dropout | None:
+        """Of the stream's rows after the embeddings, whose pairs are whole or masked;
+        None: nothing is dropped.
+        """
+        config, draws = self.config, inputs.draws
+        if not (config.dropout and self.training) or draws is None:
+            return None
+        stack = config.dropout_stack
+        return stack.rows(config.dropout, draws, inputs.stream, first=int(whole))
 
     def _embedding(
         self, inputs: Inputs, masks: Masks | None, image_bpd: Tensor | None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
+from trainer.dropout import Stack, require_dropout, stacks
 from trainer.matching import Matching, drawn_matching
 from trainer.models import mlim_flops
 from trainer.models.base import Figure, ModelConfig, Sizes, Term
@@ -91,6 +92,12 @@ class MlimConfig(ModelConfig):
     of another of them. Micro-batches hold whole groups."""
     itm_mismatched: float = 0.5
     """Share of texts that are shown with another pair's image."""
+    dropout: float = 0.0
+    """Share of the channels that are dropped in pretraining, as in BERT and ViLT (0.1
+    there): of the embeddings after their LayerNorm, and of what attention and the MLP
+    of each layer add to the residual. Attention's probabilities are not dropped:
+    unpadded attention has none to drop from. What is dropped follows from seed, epoch
+    and sample, like the masks. Nothing is in evaluation and in fine-tuning."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     body: str | None = None
@@ -134,6 +141,7 @@ class MlimConfig(ModelConfig):
                 f"model.decoder_widths needs {layers - 1} numbers: two layers for each "
                 f"of the {len(self.embedder_widths)} model.embedder_widths, less one"
             )
+        require_dropout(self.dropout, [self.dropout_stack], cure="model.layers")
 
     @property
     def patch_size(self) -> int:
@@ -149,6 +157,17 @@ class MlimConfig(ModelConfig):
     def mismatched(self) -> float | None:
         """Share of held-out texts shown with another's image; None without ITM."""
         return self.itm_mismatched if self.itm_weight else None
+
+    @property
+    def drops(self) -> bool:
+        """There is dropout."""
+        return self.dropout > 0
+
+    @property
+    def dropout_stack(self) -> Stack:
+        """Sites of embeddings and layers: of masked pairs, and whole ones for ITM."""
+        (found,) = stacks([(1 + 2 * self.layers, 1 + bool(self.itm_weight))])
+        return found
 
     @property
     def terms(self) -> tuple[Term, ...]:
