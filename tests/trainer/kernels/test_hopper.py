@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = "trainer.kernels"
 MODULES = [
-    *("compact", "cross_entropy", "layer_norm", "mam_embed", "mam_masks"),
+    *("compact", "cross_entropy", "dropout", "layer_norm", "mam_embed", "mam_masks"),
     *("pixel_sse", "pixels"),
 ]
 
