@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from trainer.philox import Use
+from trainer.philox import Use, check_seed
 
 if TYPE_CHECKING:
     from trainer.models.scored_rows import Rows
@@ -49,6 +49,7 @@ class Dropout(NamedTuple):
     """Of the channels that become 0, from 0 to below 1; the others grow by
     1 / (1 - share)."""
     seed: int
+    """The bits of the uint64 seed, as an int64 has them."""
     use: Tensor
     """(N,) int64, counter word 1: the site's number << 24 | epoch."""
     uid: Tensor
@@ -91,7 +92,11 @@ class Stack:
             layout: has B segments for each pass, in the order of passes; rows that are
                 left over after them get what some other row may have.
             first: number of the first of these passes.
+
+        Raises:
+            ValueError: a seed that the generator's key does not hold.
         """
+        check_seed(draws.seed)
         pairs = len(draws.uids)
         segment = layout.flat // layout.longest
         pair = segment % pairs
@@ -99,7 +104,7 @@ class Stack:
         site = number * self.sites + (int(Use.DROPOUT) + self.first)
         return Dropout(
             share=share,
-            seed=draws.seed,
+            seed=draws.seed - (draws.seed >> 63 << 64),
             use=site << _USE_SHIFT | draws.epochs[pair],
             uid=draws.uids[pair],
             place=layout.flat - segment * layout.longest,

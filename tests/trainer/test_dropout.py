@@ -27,7 +27,10 @@ from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimConfig
 from trainer.philox import Use, draw
 
-SHARE, SEED = 0.3, (7 << 32) + 5
+SHARE = 0.3
+# As an int64, and as the generator has it.
+SIGNED = -(7 << 32) + 5
+SEED = SIGNED + (1 << 64)
 LENGTHS = [7, 2, 12, 9, 3, 15, 8, 6]
 UIDS = torch.arange(len(LENGTHS)) * 7919 - (3 << 60)
 EPOCHS = torch.arange(len(LENGTHS)) % 3
@@ -36,7 +39,7 @@ MASKVLM = dataclasses.replace(test_maskvlm.TINY, dropout=SHARE)
 
 
 def some(
-    rows: int, *, share: float = SHARE, seed: int = SEED, site: int = 0
+    rows: int, *, share: float = SHARE, seed: int = SIGNED, site: int = 0
 ) -> Dropout:
     """Rows of a few samples."""
     number = torch.arange(rows)
@@ -108,8 +111,8 @@ def test_as_much_is_dropped_as_asked_for_and_the_rest_grows() -> None:
 def test_seed_epoch_sample_site_and_place_each_change_the_draws() -> None:
     base = some(40)
     others = [
-        some(40, seed=SEED + 1),
-        some(40, seed=SEED + (1 << 32)),
+        some(40, seed=SIGNED + 1),
+        some(40, seed=SIGNED + (1 << 32)),
         base._replace(use=base.use + 1),
         base._replace(uid=base.uid + 1),
         base._replace(uid=base.uid + (1 << 32)),
@@ -345,6 +348,7 @@ def test_no_value_is_read_on_the_host() -> None:
     assert inputs.draws is not None
     draws = Draws(SEED, *(each.to(away) for each in inputs.draws[1:]))
     rows = MLIM.dropout_stack.rows(SHARE, draws, inputs.stream.to(away))
+    assert rows.seed == SIGNED
     assert len(rows.place) == len(inputs.stream.source)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trainer.dropout import Dropout, beyond
 from trainer.kernels.dropout import dropped
-from trainer.kernels.layer_norm import add_layer_norm
+from trainer.kernels.layer_norm import add_layer_norm, dropout_add_layer_norm
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
 
@@ -80,8 +80,10 @@ class ResidualNorm(nn.LayerNorm):
         self, x_nd: Tensor, branch_nd: Tensor, drop: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
         """The sum of two (N, D), the second after dropout, and its norm."""
-        branch_nd = dropped(branch_nd, drop)
-        return add_layer_norm(x_nd, branch_nd, self.weight, self.bias, self.eps)
+        given = (x_nd, branch_nd, self.weight, self.bias, self.eps)
+        if drop is None:
+            return add_layer_norm(*given)
+        return dropout_add_layer_norm(*given, drop)
 
 
 class Block(nn.Module):

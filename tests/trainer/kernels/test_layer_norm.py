@@ -9,6 +9,7 @@ from torch import Tensor, library
 
 from trainer.kernels import layer_norm
 from trainer.kernels.case import Case
+from trainer.kernels.dropout import kept
 from trainer.kernels.layer_norm import CASES, add_layer_norm, add_layer_norm_ref
 from trainer.kernels.layer_norm import add_layer_norm_fused as fused
 from trainer.models.layers import ResidualNorm
@@ -34,7 +35,7 @@ def outputs_and_gradients(
 ) -> list[Tensor]:
     """Both outputs, and gradients of all four tensors under fixed ones of `used`."""
     leaves = [part.detach().clone().requires_grad_() for part in given[:4]]
-    total, normed = function(*leaves, given[4])
+    total, normed = function(*leaves, *given[4:])
     draw = torch.Generator().manual_seed(seed)
     ups = [torch.randn(total.shape, generator=draw).to(total.dtype) for _ in range(2)]
     chosen = {"both": (total, normed), "normed": (normed,), "total": (total,)}[used]
@@ -45,7 +46,7 @@ def outputs_and_gradients(
 
 def exact(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same numbers in fp64."""
-    return (*(part.detach().double() for part in given[:4]), given[4])
+    return (*(part.detach().double() for part in given[:4]), *given[4:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,13 +109,15 @@ def test_the_same_inputs_give_the_same_bits() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("drops", [False, True])
 def test_more_rows_than_programs_are_all_counted(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, drops: bool
 ) -> None:
     monkeypatch.setattr(layer_norm, "_PROGRAMS", 4)
-    given = layer_norm._case(11, 16).inputs(CPU, torch.float32, 0)
-    found = outputs_and_gradients(fused, given)
-    expected = outputs_and_gradients(add_layer_norm_ref, exact(given))
+    case = layer_norm._case(11, 16, drops=drops)
+    given = case.inputs(CPU, torch.float32, 0)
+    found = outputs_and_gradients(case.fused, given)
+    expected = outputs_and_gradients(case.reference, exact(given))
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < 2e-6
 
@@ -146,6 +149,62 @@ def test_a_cpu_uses_the_reference() -> None:
         assert torch.equal(one, other)
 
 
+def dropping(rows: int, width: int) -> tuple[Any, ...]:
+    """Arguments of the kernels with dropout."""
+    return layer_norm._case(rows, width, drops=True).inputs(CPU, torch.float32, 0)
+
+
+def test_dropped_channels_are_those_of_the_reference_bit_for_bit() -> None:
+    given = dropping(9, 21)
+    drop = given[5]._replace(share=0.4)
+    branch = torch.ones(9, 21, requires_grad=True)
+    x, weight = torch.zeros(9, 21), torch.ones(21)
+    total, normed = layer_norm.dropout_add_layer_norm_fused(
+        x, branch, weight, weight, EPS, drop
+    )
+    stays = kept(drop, 21)
+    assert 0 < int(stays.sum()) < stays.numel()
+    assert torch.equal(total != 0, stays)
+    for output in (total, normed):
+        up = torch.randn(9, 21)
+        (gradient,) = torch.autograd.grad(output, branch, up, retain_graph=True)
+        assert torch.equal(gradient != 0, stays)
+
+
+def test_a_sum_with_dropout_alone_has_its_gradient() -> None:
+    given = dropping(4, 12)
+    functions = (
+        layer_norm.dropout_add_layer_norm_fused,
+        layer_norm.dropout_add_layer_norm_ref,
+    )
+    for used in ("total", "normed"):
+        found, expected = (
+            outputs_and_gradients(each, given, used=used) for each in functions
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_share_of_0_is_the_kernel_without_dropout() -> None:
+    given = dropping(6, 40)
+    none = (*given[:5], given[5]._replace(share=0.0))
+    found = outputs_and_gradients(layer_norm.dropout_add_layer_norm_fused, none)
+    expected = outputs_and_gradients(fused, given[:5])
+    # And so the gradient of the branch is that of the stream.
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_operators_with_dropout_are_registered_as_torch_wants_them() -> None:
+    *given, drop = dropping(3, 20)
+    drawn = (*drop[2:], drop.share, 5)
+    library.opcheck(layer_norm._forward_dropping, (*given, *drawn))
+    plain = [part.detach() for part in given[:4]]
+    total, normed, mean, rstd = layer_norm._forward_dropping(*plain, EPS, *drawn)
+    kept_for_it = (total, mean, rstd, plain[2], *drawn)
+    for d_total in (None, total):
+        library.opcheck(layer_norm._backward_dropping, (normed, d_total, *kept_for_it))
+
+
 def test_a_layer_adds_and_norms_as_the_kernel_does() -> None:
     norm = ResidualNorm(24, eps=EPS)
     torch.nn.init.normal_(norm.weight)
@@ -153,4 +212,10 @@ def test_a_layer_adds_and_norms_as_the_kernel_does() -> None:
     x, residual = torch.randn(2, 7, 24)
     found = fused(x, residual, norm.weight, norm.bias, norm.eps)
     for one, other in zip(found, norm(x, residual), strict=True):
+        torch.testing.assert_close(one, other)
+    drop = dropping(7, 24)[5]
+    found = layer_norm.dropout_add_layer_norm_fused(
+        x, residual, norm.weight, norm.bias, norm.eps, drop
+    )
+    for one, other in zip(found, norm(x, residual, drop), strict=True):
         torch.testing.assert_close(one, other)
