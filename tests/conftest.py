@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -52,10 +54,19 @@ def emoji_shards(output: Path, *words: str) -> Path:
     return output
 
 
+# Above those of Ray's workers, below the ports that Linux hands out: one of those could
+# be anybody's between the look here and the start of whoever is to listen there.
+_PORTS = range(20_000, 32_000)
+_CHANCE = random.SystemRandom()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine on which nobody listens."""
+    while True:
+        port = _CHANCE.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def deepspeed_command(ranks: int, *words: str | Path) -> list[str]:

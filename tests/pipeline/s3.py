@@ -22,6 +22,8 @@ from types import TracebackType
 import pytest
 from s3fs import S3FileSystem
 
+from tests.conftest import free_port
+
 _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "expect", "content-length")
 )
@@ -72,7 +74,7 @@ class S3Server:
     """A moto process and the proxy in front of it, until the exit of the context."""
 
     def __enter__(self) -> S3Server:
-        self._backend = ("127.0.0.1", _free_port())
+        self._backend = ("127.0.0.1", free_port())
         host, port = self._backend
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
@@ -270,9 +272,3 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
 
 def _any(method: str, path: str) -> bool:
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,30 +18,26 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import free_port
 from tests.pipeline.corpora import FLAGS, REPOSITORY, run_module
 from tests.pipeline.test_preprocess import files
 
 RAY = Path(sys.executable).with_name("ray")
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+LIMIT_S = 240
 
 
 @pytest.fixture(scope="module")
 def metrics_port() -> int:
     """Where the node of the cluster tells its metrics."""
-    return free_ports(1)[0]
+    return free_port()
 
 
 @pytest.fixture(scope="module")
 def cluster(metrics_port: int) -> Iterator[dict[str, str]]:
     """A head node of our own, on ports of its own, and the environment to reach it."""
-    gcs, dashboard, client, agent = free_ports(4)
+    gcs, dashboard, client, agent = (free_port() for _ in range(4))
     env = {
         **os.environ,
         # As in an activated environment: jobs run the head's `python`.
@@ -74,7 +69,7 @@ def cluster(metrics_port: int) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT_S
     listed = [str(RAY), "job", "list", "--address", address]
     while subprocess.run(listed, env=env, capture_output=True, check=False).returncode:
         assert head.poll() is None
@@ -110,7 +105,7 @@ def await_nodes(cluster: dict[str, str], count: int) -> None:
     subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **cluster},
-        timeout=90,
+        timeout=LIMIT_S,
         check=True,
     )
 
@@ -133,7 +128,7 @@ def submit(
         },
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=LIMIT_S,
         check=False,
     )
 
@@ -200,10 +195,13 @@ def test_an_output_that_another_node_does_not_see_is_refused(
 
 
 def metrics(port: int) -> str:
-    """What the node tells a Prometheus that asks."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        text: str = answer.read().decode()
-    return text
+    """What the node tells a Prometheus that asks; nothing while it does not answer."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as found,
+    ):
+        return str(found.read().decode())
+    return ""
 
 
 def test_a_driver_joins_the_cluster_and_tells_it_its_figures(
@@ -224,26 +222,27 @@ def test_a_driver_joins_the_cluster_and_tells_it_its_figures(
         stderr=subprocess.PIPE,
         text=True,
     )
-    told = ""
-    while driver.poll() is None:
+    # What the driver was at, as Prometheus finds it.
+    wanted = (
+        r'ray_palimpsest_preprocess_done\{.*phase="preprocess".*\} \d',
+        r'ray_palimpsest_preprocess_failed\{.*reason="missing_file".*\} 3',
+    )
+    told, deadline = "", time.monotonic() + LIMIT_S
+    # The node takes in what drivers tell it after a while, and keeps it for a while.
+    while driver.poll() is None or not (
+        driver.returncode or all(re.search(one, told) for one in wanted)
+    ):
+        assert time.monotonic() < deadline, told[-4000:]
         told += metrics(metrics_port)
         time.sleep(0.2)
     stdout, stderr = driver.communicate()
     assert driver.returncode == 0, stderr
     assert "34 inputs" in stdout
     assert files(output) == files(dataset)
-    # What the driver was at, as Prometheus finds it.
-    assert re.search(
-        r'ray_palimpsest_preprocess_done\{.*phase="preprocess".*\} \d', told
-    )
-    assert re.search(
-        r'ray_palimpsest_preprocess_failed\{.*reason="missing_file".*\} 3', told
-    )
 
 
 def test_a_cluster_that_is_not_there_is_one_line(corpus: Path, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    env = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    env = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     flags = [f"--input={corpus}", f"--output={tmp_path / 'out'}", *FLAGS]
     result = run_module("pipeline.preprocess", *flags, env=env)
     assert result.returncode == 1
