@@ -14,6 +14,19 @@ from pipeline.images import ImageError
 from pipeline.lookahead import Bounds, Room, Share, in_order
 
 
+class Late(Future[bytes]):
+    """Done at the moment in which somebody waits for it, and not before."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._data = data
+
+    def result(self, timeout: float | None = None) -> bytes:
+        if not self.done():
+            self.set_result(self._data)
+        return super().result(timeout)
+
+
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
@@ -65,14 +78,12 @@ def test_no_job_is_begun_while_much_is_held() -> None:
 
     def start(number: int, share: Share) -> Future[bytes]:
         begun.append(number)
-        future: Future[bytes] = Future()
         if number == 0:
-            # The first is late; those behind it fill the room.
-            timer = threading.Timer(0.05, future.set_result, [b""])
-            timer.start()
-        else:
-            share.take(40)
-            future.set_result(bytes(40))
+            # Those behind it fill the room.
+            return Late(b"")
+        future: Future[bytes] = Future()
+        share.take(40)
+        future.set_result(bytes(40))
         return future
 
     bounds = Bounds(jobs=1000, begin_bytes=100, held_bytes=1000)
@@ -118,13 +129,11 @@ def test_jobs_larger_than_the_room_get_it_when_their_turn_comes(
     assert room_of[0].held == 0
 
 
-def test_other_errors_end_it_and_cancel_what_waits(
-    threads: ThreadPoolExecutor,
-) -> None:
+def test_other_errors_end_it_and_cancel_what_waits() -> None:
     futures: list[Future[bytes]] = []
 
     def start(number: int, share: Share) -> Future[bytes]:
-        future: Future[bytes] = Future()
+        future: Future[bytes] = Late(b"two") if number == 2 else Future()
         if number == 1:
             future.set_exception(OSError("the storage failed"))
         elif number == 0:
@@ -138,7 +147,6 @@ def test_other_errors_end_it_and_cancel_what_waits(
     with pytest.raises(OSError, match="the storage failed"):
         next(results)
     left = in_order(iter(range(2, 6)), start, Bounds(jobs=3))
-    threads.submit(lambda: (time.sleep(0.05), futures[2].set_result(b"two")))
     assert next(left) == (2, b"two")
     left.close()
     assert [future.cancelled() for future in futures[3:]] == [True, True]
