@@ -6,6 +6,7 @@ whose parent is gone. Each appends `name pid` to PIDS.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,7 +22,8 @@ def started(pids: Path) -> dict[str, psutil.Process]:
     found = {}
     for line in pids.read_text().splitlines() if pids.exists() else []:
         name, pid = line.split()
-        if psutil.pid_exists(int(pid)):
+        # It may end while we look.
+        with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
             if process.status() != psutil.STATUS_ZOMBIE:
                 found[name] = process

@@ -24,7 +24,10 @@ class Loader(importlib.machinery.SourceFileLoader):
         following = module.next_batch
 
         def next_batch(*words: object) -> object:
-            time.sleep(float(Path(os.environ["PACE"]).read_text()))
+            # Whoever writes the file empties it first.
+            while not (pace := Path(os.environ["PACE"]).read_text()):
+                time.sleep(0.001)
+            time.sleep(float(pace))
             return following(*words)
 
         module.next_batch = next_batch  # type: ignore[attr-defined]
