@@ -24,14 +24,15 @@ from tests.cluster.fake_metadata import metadata
 
 NOTICE = "spot notice, told by the test"
 SECONDS = 600
+LIMIT_S = 240
 
 
 def until(happened: Callable[[], Any]) -> Any:
     """What `happened` returns, once that is true."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT_S
     while not (value := happened()):
         if time.monotonic() > deadline:
-            raise TimeoutError("90 s passed")
+            raise TimeoutError(f"{LIMIT_S} s passed")
         time.sleep(0.2)
     return value
 
@@ -62,7 +63,7 @@ def watch(address: str, instance: str) -> int:
         return subprocess.run(
             [sys.executable, "-m", "cluster.notice", *flags],
             env={**os.environ, "RAY_CLOUD_INSTANCE_ID": instance},
-            timeout=120,
+            timeout=LIMIT_S,
             check=False,
         ).returncode
 
@@ -97,19 +98,19 @@ def observe_pod(address: str) -> dict[str, Any]:
                 return ray.get_runtime_context().get_node_id()
 
         busy = Busy.remote()
-        node = ray.get(busy.where.remote(), timeout=90)
+        node = ray.get(busy.where.remote(), timeout=LIMIT_S)
         earliest = time.time() * 1000 + SECONDS * 1000
         shell.terminate()
         told = until(lambda: draining().get(node))
         late = told.deadline_ms - earliest
-        answers = ray.get(busy.where.remote(), timeout=30) == node
+        answers = ray.get(busy.where.remote(), timeout=LIMIT_S) == node
         ray.kill(busy)
         dead = until(
             lambda: next(
                 (n for n in ray.nodes() if n["NodeID"] == node and not n["Alive"]), None
             )
         )
-        shell.wait(timeout=60)
+        shell.wait(timeout=LIMIT_S)
         return {
             "reason": told.reason,
             "late_seconds": late / 1000,

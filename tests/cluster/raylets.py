@@ -35,11 +35,12 @@ ray.init(log_to_driver=False, logging_level="ERROR")
 for line in sys.stdin:
     print(json.dumps(eval(line)), file=answers, flush=True)
 """
-# A raylet that is killed or cut off is given up after some seconds, not a minute.
+# A raylet that is killed is given up after some seconds, not a minute. One that is slow
+# to answer is alive all the same.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "20000",
     "RAY_health_check_failure_threshold": "4",
 }
 
@@ -130,7 +131,8 @@ class Raylets:
         """Start a node, for training by default, and wait until the cluster knows it.
         One of a larger `size` looks like several to who does not ask for their names.
         """
-        before = self.alive()
+        # The head is among them.
+        before = wait_until(self.alive, self._said)
         resources = json.dumps({f"{kind}_node": size})
         gpus = size if kind == "gpu" else 0
         amounts = (f"--num-cpus={size}", f"--num-gpus={gpus}")

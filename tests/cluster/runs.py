@@ -11,6 +11,7 @@ import yaml
 
 from cluster.journal import Event, read_events
 from cluster.store import Store
+from tests.cluster.raylets import Raylets, wait_until
 from tests.trainer.tiny import TINY
 
 STEPS = 60
@@ -40,7 +41,7 @@ def write_config(
         "max_nodes": 2,
         "wait_seconds": 60,
         "settle_seconds": 5,
-        "silent_seconds": 30,
+        "silent_seconds": 120,
         **stage,
     }
     output = path.with_suffix("")
@@ -74,6 +75,17 @@ def training(run: Path) -> list[psutil.Process]:
             if f"--output={run}" in process.cmdline():
                 found.append(process)
     return found
+
+
+def wait_for_the_last(cluster: Raylets, run: Path) -> None:
+    """Return when no process of a run is left. The driver kills its runners and does
+    not wait until they have ended.
+    """
+
+    def left() -> list[psutil.Process]:
+        return [*training(run), *cluster.runners()]
+
+    wait_until(lambda: not left(), left)
 
 
 def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.raylets import Raylets, raylets, wait_until
+from tests.cluster.raylets import LIMIT_S, Raylets, raylets, wait_until
 
 TAKEN = """
 import threading, time, ray
@@ -35,11 +35,20 @@ def where(work, item, report):
     return ray.get_runtime_context().get_node_id()
 
 ray.init(log_to_driver=False, logging_level="ERROR")
-tasks = map_tasks(
-    where, None, ((n, n) for n in range(40)), workers=None, poll=None, resources={asked}
-)
-used = {{done.result for done in tasks}}
 kinds = {{row["NodeID"]: row["Resources"] for row in ray.nodes()}}
+used = set()
+
+def items():
+    # One node may have done many before another has a process for them.
+    number = 0
+    while number < 40 or {training} and not any("gpu_node" in kinds[n] for n in used):
+        yield number, number
+        number += 1
+
+for done in map_tasks(
+    where, None, items(), workers=None, poll=None, resources={asked}
+):
+    used.add(done.result)
 print("CPU NODES", nodes.exists("cpu_node"), "OTHERS", nodes.exists("other"))
 print("USED", sorted({{"gpu_node" in kinds[one] for one in used}}))
 """
@@ -98,6 +107,10 @@ def test_tasks_that_ask_for_a_share_of_a_cpu_node_stay_off_the_others(
     if len(cluster.alive()) == 2:
         cluster.add()
     for asked, used in (({}, "True]"), ({"cpu_node": 0.001}, "USED [False]")):
-        said, _ = cluster.drive(TASKS.format(asked=asked)).communicate(timeout=120)
+        driver = cluster.drive(TASKS.format(asked=asked, training=not asked))
+        try:
+            said, _ = driver.communicate(timeout=LIMIT_S)
+        finally:
+            driver.kill()
         assert "CPU NODES True OTHERS False" in said, said
         assert used in said, said

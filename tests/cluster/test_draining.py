@@ -22,17 +22,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = python(
         "-m",
         "tests.cluster.drained_cluster",
-        timeout=300,
+        timeout=570,
         env={
             **os.environ,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(own),
-            # A killed raylet is given up after 5 s rather than a minute.
+            # A killed raylet is given up after 5 s rather than a minute, a slow one
+            # not at all.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "1000",
+            "RAY_health_check_timeout_ms": "20000",
             "RAY_health_check_failure_threshold": "3",
         },
     )

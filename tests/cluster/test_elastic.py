@@ -15,6 +15,7 @@ from tests.cluster.runs import (
     events,
     tiny_arguments,
     training,
+    wait_for_the_last,
     world_sizes,
     write_config,
 )
@@ -57,7 +58,7 @@ def test_two_nodes_take_the_steps_of_one_launcher(
     for name in ("step", "sample_digest", "loss", "grad_norm"):
         assert column(whole, name) == column(tmp_path / "run", name)
     assert cluster.groups() == {}
-    assert [*training(whole), *cluster.runners()] == []
+    wait_for_the_last(cluster, whole)
 
 
 # Beside an autoscaler `test_run.py` keeps the same promise, in every `make test`.
@@ -104,5 +105,5 @@ def test_a_run_whose_nodes_and_driver_are_killed_takes_the_steps_of_an_undisturb
     assert steps[0] == 0 < steps[1], seed
     assert steps == sorted(steps), seed
     assert cluster.groups() == {}
-    assert [*training(run), *cluster.runners()] == []
+    wait_for_the_last(cluster, run)
     assert complete_checkpoints(run)[-1][0] == len(column(run, "step"))

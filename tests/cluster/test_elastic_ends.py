@@ -25,6 +25,7 @@ from tests.cluster.runs import (
     ranks,
     tiny_arguments,
     training,
+    wait_for_the_last,
     world_sizes,
     write_config,
 )
@@ -64,7 +65,7 @@ def test_what_the_trainer_refuses_ends_the_run_with_its_words(
     assert str(tmp_path) in last
     assert ends(run) == ["failure"]
     assert cluster.groups() == {}
-    assert [*training(run), *cluster.runners()] == []
+    wait_for_the_last(cluster, run)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.soak
 def test_a_full_disk_is_said(cluster: Raylets, shards: Path, full_disk: Path) -> None:
     path = full_disk / "run.yaml"
-    write_config(path, shards, tiny_arguments(), max_nodes=1, failures=0)
+    run = write_config(path, shards, tiny_arguments(), max_nodes=1, failures=0)
     driver = Driver(cluster, path)
     try:
         assert driver.ends() == 1, driver.said()
@@ -96,7 +97,7 @@ def test_a_full_disk_is_said(cluster: Raylets, shards: Path, full_disk: Path) ->
     assert "No space left on device" in last
     assert last.endswith("give the same command, which continues")
     assert cluster.groups() == {}
-    assert cluster.runners() == []
+    wait_for_the_last(cluster, run)
 
 
 def test_hangs_are_ended_notice_saves_and_failures_are_counted(
@@ -106,7 +107,7 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     run = write_config(
         path,
         shards,
-        tiny_arguments(safety__hang_minutes=0.1, checkpoint__every_steps=1000),
+        tiny_arguments(safety__hang_minutes=0.2, checkpoint__every_steps=1000),
         failures=1,
         checkpoint_seconds=30,
     )
@@ -141,7 +142,7 @@ def test_hangs_are_ended_notice_saves_and_failures_are_counted(
     assert log in last
     assert Path(log.partition(":")[2]).is_file()
     assert cluster.groups() == {}
-    assert [*training(run), *cluster.runners()] == []
+    wait_for_the_last(cluster, run)
 
 
 def between_attempts(folder: Path, **stage: Any) -> _Elastic:

@@ -198,16 +198,17 @@ def test_up_again_says_that_it_is_up(cluster: LocalCluster) -> None:
 def test_status_shows_nodes_and_what_waits(cluster: LocalCluster) -> None:
     driver = cluster.start(sys.executable, "-c", WAITING)
     cluster.wait_for({"gpu": 1})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
         done = command("status", *where(cluster), "--json")
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         rows = {row["id"]: row for row in found["nodes"]}
-        (gpu,) = [row for row in rows.values() if row["type"] == "gpu"]
+        # One that was idle for too long before it was used is replaced.
+        (gpu,) = [row for row in rows.values() if row["type"] == "gpu"] or [{}]
         wanted = {"count": 2, "resources": {"CPU": 1.0, "gpu_node": 1.0}}
         waits = [{k: row[k] for k in wanted} for row in found["waiting"]]
-        busy = gpu["resources"].get("gpu_node") == {"used": 1.0, "total": 1.0}
+        busy = gpu.get("resources", {}).get("gpu_node") == {"used": 1.0, "total": 1.0}
         if busy and wanted in waits:
             break
         assert time.monotonic() < deadline, found
@@ -256,7 +257,7 @@ def test_down_ends_the_head_of_an_up_that_was_killed(state: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(local_processes.members(state / NAME)) < 3:
         assert starting.poll() is None
         assert time.monotonic() < deadline

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from tests.pipeline.test_preprocess import files
 from tests.trainer.tiny import column, half_written, launch, steps_taken
 from trainer.contract import COMPLETE, METRICS, complete_checkpoints
 
-SLOW, FAST = "0.4", "0"
+SLOWER, SLOW, FAST = "3", "0.4", "0"
 RAY = str(Path(sys.executable).with_name("ray"))
 # Ranges enough for several nodes.
 CORPUS = {
@@ -148,6 +148,26 @@ def driver_pid(run: Path) -> int:
     return int(events(run, "driver_started")[-1].fields["pid"])
 
 
+def come_in_all(cluster: LocalCluster, kind: str) -> Callable[[], int]:
+    """Counts the nodes of a type that have joined since: on a busy machine one may be
+    gone again before the next has come.
+    """
+    seen: set[str] = set()
+
+    def count() -> int:
+        nodes = [node for node in cluster.nodes(kind) if node.ready and node.raylet]
+        seen.update(node.id for node in nodes)
+        return len(seen)
+
+    return count
+
+
+def lose_a_node(cluster: LocalCluster) -> None:
+    """Kill a node for training; one may be starting."""
+    joined = [node for node in cluster.nodes("gpu") if node.ready and node.raylet]
+    cluster.kill_node(joined[-1].id)
+
+
 def attempts(output: str) -> int:
     seen = read_events(Store(output))
     return sum(event.kind == "attempt_started" for event in seen)
@@ -173,7 +193,8 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     assert cluster.counts() == {}
     pace.write_text(SLOW)
     job = Job(cluster, config, tmp_path / "first.log")
-    job.reaches(lambda: cluster.counts().get("cpu") == 2, "two nodes preprocess")
+    come = come_in_all(cluster, "cpu")
+    job.reaches(lambda: come() == 2, "two nodes preprocess")
     job.reaches(lambda: steps_taken(run) >= 7, "some steps")
     assert files(output / "data") == files(undisturbed / "data")
     progress = json.loads((output / "data.progress.json").read_text())
@@ -182,7 +203,7 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     os.kill(driver_pid(run), signal.SIGKILL)
     assert job.ends() != 0
     job = Job(cluster, config, tmp_path / "second.log")
-    job.reaches(lambda: len(world_sizes(run)) == 2, "another attempt")
+    job.reaches(lambda: len(world_sizes(run)) >= 2, "another attempt")
     job.reaches(lambda: "cpu" not in cluster.counts(), "idle nodes go while it trains")
     before = steps_taken(run)
     job.reaches(lambda: steps_taken(run) > before + 3, "more steps")
@@ -190,8 +211,10 @@ def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
     while not half_written(run) and steps_taken(run) < before + 10:
         time.sleep(0.01)
         assert job.process.poll() is None, job.said()
-    cluster.kill_node(cluster.nodes("gpu")[-1].id)
-    job.reaches(lambda: len(world_sizes(run)) == 3, "an attempt without the node")
+    lose_a_node(cluster)
+    # It would be at its end before a busy machine has started another node.
+    pace.write_text(SLOWER)
+    job.reaches(lambda: len(world_sizes(run)) >= 3, "an attempt without the node")
     job.reaches(lambda: world_sizes(run)[-1] == 2, "it grows again")
     pace.write_text(FAST)
     assert job.ends() == 0, job.said()
@@ -235,7 +258,8 @@ def test_a_job_that_is_stopped_saves_and_another_is_refused_beside_it(
     run = write_config(
         config, shards, tiny_arguments(checkpoint__every_steps=1000), max_nodes=1
     )
-    pace.write_text("1")
+    # The second job takes its time to find out, and so does `ray job stop`.
+    pace.write_text("2")
     job = Job(cluster, config, tmp_path / "first.log")
     job.reaches(lambda: events(run, "driver_started"), "its driver works")
     second = Job(cluster, config, tmp_path / "second.log")
@@ -282,7 +306,7 @@ def test_on_object_storage_training_follows_shards_and_outlives_a_node(
     pace.write_text(SLOW)
     job = Job(cluster, config, tmp_path / "job.log")
     job.reaches(lambda: saved_step(run) >= 10, "a checkpoint")
-    cluster.kill_node(cluster.nodes("gpu")[-1].id)
+    lose_a_node(cluster)
     job.reaches(lambda: attempts(output) > 1, "an attempt without the node")
     pace.write_text(FAST)
     assert job.ends() == 0, job.said()
