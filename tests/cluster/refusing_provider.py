@@ -6,6 +6,7 @@ Named by the configuration that test_fallback.py gives to a real head.
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ HEAD = "head"
 
 
 class RefusingProvider(NodeProvider):
-    """Appends each request to the file `requests`, refuses those of type `refused`."""
+    """Appends each request to the file `requests`, refuses those of type `refused`.
+
+    Lists nothing before the file `joined` is there: a head whose raylet takes longer to
+    join than a machine may is taken for one that never does, and given back.
+    """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
@@ -26,6 +31,8 @@ class RefusingProvider(NodeProvider):
         }
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        while not Path(self.provider_config["joined"]).exists():
+            time.sleep(0.1)
         with self._lock:
             return [
                 node

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, free_port
 RAY = Path(sys.executable).with_name("ray")
 # A head that is healthy may not have a raylet to speak to yet.
 DEMAND = """
-import ray, time
+import pathlib, ray, sys, time
 for left in range(120, -1, -1):
     try:
         ray.init(logging_level="ERROR", log_to_driver=False)
@@ -32,6 +32,7 @@ for left in range(120, -1, -1):
         if not left:
             raise
         time.sleep(1)
+pathlib.Path(sys.argv[1]).touch()
 ray.util.placement_group([{"gpu_node": 1}])
 time.sleep(600)
 """
@@ -57,6 +58,7 @@ def configuration(folder: Path, refused: str = "gpu") -> dict[str, Any]:
             "module": "tests.cluster.refusing_provider.RefusingProvider",
             "disable_node_updaters": True,
             "requests": str(folder / "requests"),
+            "joined": str(folder / "joined"),
             "refused": refused,
         },
         "auth": {},
@@ -137,7 +139,7 @@ def head(refused: str, **more: str) -> Iterator[tuple[Path, dict[str, str], str]
     start = [str(RAY), "start", "--head", "--block"]
     start += [f"--{name}={value}" for name, value in flags.items()]
     address = f"127.0.0.1:{port}"
-    demand = [sys.executable, "-c", DEMAND]
+    demand = [sys.executable, "-c", DEMAND, str(folder / "joined")]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(process(start, folder / "head.log", env))
@@ -176,7 +178,7 @@ def test_on_demand_comes_when_a_spot_machine_never_joins() -> None:
     """What cluster/kuberay relies on, with its two variables: a pod that stays Pending
     is a machine that was given and never joined."""
     timeouts = {
-        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "5",
+        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "10",
         "RAY_AUTOSCALER_AVAILABILITY_RECOVERY_S": "600",
     }
     with head(refused="", **timeouts) as (folder, _, _):
