@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,18 @@ def _namespaces() -> list[str]:
     return subprocess.check_output(["ip", "netns"], text=True).split()
 
 
+def _unused(folder: Path) -> Path:
+    """A folder below, the subnet of which nobody has: there are 512 of them, and the
+    cluster of these tests has one.
+    """
+    for number in itertools.count():
+        found = folder / str(number)
+        subnet = str(Network(folder=found).subnet)
+        if not subprocess.check_output(["ip", "route", "show", "root", subnet]):
+            return found
+    raise AssertionError
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     flags = ("--namespaces",)
@@ -112,11 +125,11 @@ def test_a_node_that_is_reconnected_in_time_lives_on(cluster: LocalCluster) -> N
 
 
 def test_a_subnet_that_is_in_use_is_refused(tmp_path: Path) -> None:
-    network = Network(folder=tmp_path)
+    network = Network(folder=_unused(tmp_path))
     network.create()
     try:
         with pytest.raises(OSError, match="is in use here already"):
-            Network(folder=tmp_path).create()
+            Network(folder=network.folder).create()
     finally:
         network.remove()
 
@@ -128,7 +141,8 @@ def test_up_clears_a_network_whose_folder_is_gone(
     monkeypatch.setattr(local_lifecycle, "start_head", lambda *_: None)
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as state:
-        config = LocalConfig(action="up", state=state, namespaces=True)
+        name = _unused(Path(state)).name
+        config = LocalConfig(action="up", state=state, name=name, namespaces=True)
         network = Network(folder=config.folder)
         network.create()
         try:
