@@ -6,6 +6,7 @@ that must not be reached; both are real sockets.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gzip
 import ipaddress
@@ -305,12 +306,27 @@ def test_a_redirect_to_a_private_address_is_refused(
     assert not server.hits
 
 
+@pytest.fixture
+def two_at_one_port() -> Iterator[tuple[WebServer, socket.socket]]:
+    """A server at the public address, and a socket at its port of the private one."""
+    private = None
+    with contextlib.ExitStack() as stack:
+        while private is None:
+            public = stack.enter_context(WebServer(_PUBLIC))
+            # Somebody else may have that one.
+            with contextlib.suppress(OSError):
+                address = ("127.0.0.1", int(public.port))
+                private = stack.enter_context(socket.create_server(address))
+        yield public, private
+
+
 def test_a_name_that_changes_its_address_gains_nothing(
-    public_server: WebServer,
+    two_at_one_port: tuple[WebServer, socket.socket],
 ) -> None:
     """DNS rebinding: whatever was checked is what gets connected."""
-    port = int(public_server.port)
-    public_server.serve("/", Reply(body=b"public", headers={"Connection": "close"}))
+    public, private = two_at_one_port
+    port = int(public.port)
+    public.serve("/", Reply(body=b"public", headers={"Connection": "close"}))
     answers = itertools.cycle([[_PUBLIC], ["127.0.0.1"], [_PUBLIC, "127.0.0.1"]])
     asked = []
 
@@ -319,11 +335,10 @@ def test_a_name_that_changes_its_address_gains_nothing(
         return next(answers)
 
     network = Network(public=lambda address: address == _PUBLIC, resolve=rebinding)
-    with socket.create_server(("127.0.0.1", port)) as private:
-        private.settimeout(0.2)
-        outcomes = [fetched(f"http://rebind.test:{port}/", network) for _ in range(6)]
-        with pytest.raises(TimeoutError):
-            private.accept()
+    private.settimeout(0.2)
+    outcomes = [fetched(f"http://rebind.test:{port}/", network) for _ in range(6)]
+    with pytest.raises(TimeoutError):
+        private.accept()
     assert outcomes == [b"public", "address_refused", "address_refused"] * 2
     # One look-up for each connection: none between the check and its use.
     assert len(asked) == 6
@@ -352,11 +367,11 @@ def test_requests_at_once_are_bounded_by_host_and_in_all(server: WebServer) -> N
 
 
 def test_waiting_for_a_turn_takes_none_of_an_images_time(server: WebServer) -> None:
-    # Five in a row take longer than any one of them may.
-    url = server.serve("/a", Reply(body=b"x", pause_s=0.5))
-    downloader = opened(per_host=1, total_timeout_s=2.3)
-    futures = [downloader.start(url, Share(Room(), _LIMIT)) for _ in range(5)]
-    assert [future.result(60) for future in futures] == [b"x"] * 5
+    # Twenty in a row take longer than any one of them may.
+    url = server.serve("/a", Reply(body=b"x", pause_s=0.3))
+    downloader = opened(per_host=1, total_timeout_s=5.5)
+    futures = [downloader.start(url, Share(Room(), _LIMIT)) for _ in range(20)]
+    assert [future.result(60) for future in futures] == [b"x"] * 20
     downloader.close()
 
 
