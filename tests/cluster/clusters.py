@@ -113,7 +113,7 @@ class LocalCluster:
         """A command, with what runs it with the head's network."""
         return [*self.cluster.within, *map(str, words)]
 
-    def wait_for(self, counts: Mapping[str, int], seconds: float = 180) -> None:
+    def wait_for(self, counts: Mapping[str, int], seconds: float = 300) -> None:
         """Wait until just so many worker nodes of each type have joined."""
         self.wait_until(lambda: self.counts() == dict(counts), str(counts), seconds)
 
@@ -125,7 +125,7 @@ class LocalCluster:
                 found[node.type] = found.get(node.type, 0) + 1
         return found
 
-    def wait_until(self, true: Any, what: str, seconds: float = 180) -> None:
+    def wait_until(self, true: Any, what: str, seconds: float = 300) -> None:
         """Wait until `true()`; fail with `what` after a generous time."""
         deadline = time.monotonic() + seconds
         while not true():

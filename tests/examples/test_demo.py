@@ -128,7 +128,7 @@ def save(number, frame):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, save)
 (folder / "pid").write_text(f"{os.getpid()} ")
-time.sleep(60)
+time.sleep(300)
 """
 LAUNCHER = """
 import signal, subprocess, sys, time
@@ -136,7 +136,7 @@ rank = subprocess.Popen([sys.executable, f"{sys.argv[1]}/rank.py", sys.argv[1]])
 def pass_on(number, frame):
     if sys.argv[2] == "forwards":
         rank.terminate()
-        rank.wait(30)
+        rank.wait(240)
     sys.exit(1)
 signal.signal(signal.SIGINT, pass_on)
 while rank.poll() is None:
@@ -166,7 +166,7 @@ def test_an_interrupt_lets_ranks_save_and_leaves_no_process(
     )
     wait_for(tmp_path / "pid")
     demo.send_signal(number)
-    _, message = demo.communicate(timeout=30)
+    _, message = demo.communicate(timeout=240)
     assert demo.returncode == 130
     assert "continues" in message
     assert (tmp_path / "saved").exists()
@@ -174,7 +174,7 @@ def test_an_interrupt_lets_ranks_save_and_leaves_no_process(
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not (path.exists() and path.read_text().endswith(" ")):
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.05)

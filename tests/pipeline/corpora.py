@@ -17,6 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ("red", "blue", "small", "large", "bird", "kite", "house", "river", "quiet")
 # One caption holds the texts of special tokens; they are words like any other.
 SPECIAL_CAPTION = "a sign that reads [SEP] and [MASK] and [CLS]"
+# Of one command, on a machine with much else to do.
+LIMIT_S = 500
 FLAGS = ("--split.column=split", "--shard.samples=8", "--image.size=32")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,7 +52,7 @@ def run_module(
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=LIMIT_S,
         check=False,
     )
 

@@ -209,7 +209,7 @@ def test_an_image_that_takes_too_long_is_stopped(judging: Decoder, word: str) ->
 
 def test_a_real_image_that_takes_too_long_is_stopped_inside_its_decoder() -> None:
     slow = encoded(Image.new("RGB", (9000, 9000)), "PNG")
-    options = ImageOptions(size=32, time_limit_s=0.05)
+    options = ImageOptions(size=32, time_limit_s=0.1)
     with Decoder(options, FilterOptions()) as decoder:
         late, sound = decoder.encode([Request(data=slow), Request(data=SOUND[0])])
     assert isinstance(late, ImageError)

@@ -409,7 +409,7 @@ def test_the_trainer_trains_on_indexed_tars_of_any_image(tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stdout

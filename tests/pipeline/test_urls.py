@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.manifest import load_manifest
 from tests.pipeline.corpora import (
+    LIMIT_S,
     REPOSITORY,
     Run,
     caption,
@@ -32,7 +33,7 @@ from tests.pipeline.web import Reply, WebServer
 FLAGS = (
     *("--image.size=32", "--shard.samples=8", "--split.val=0.2", "--dedup.near=0"),
     *("--tokenizer=train:300", "--columns.sha256=hash", "--image.max_bytes=60000"),
-    *("--fetch.allow_private", "--fetch.retries=1", "--fetch.timeout_s=1.5"),
+    *("--fetch.allow_private", "--fetch.retries=1", "--fetch.timeout_s=3"),
 )
 GOOD = 12
 
@@ -192,7 +193,7 @@ def test_no_redirect_leads_to_a_private_address(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=LIMIT_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
