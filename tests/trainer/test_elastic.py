@@ -8,13 +8,14 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.conftest import deepspeed_command, launch_environment
+from tests.conftest import deepspeed_command
 from tests.trainer.tiny import (
     TINY,
     column,
     config,
     launch,
     metrics,
+    paced,
     steps_taken,
     wait_until,
 )
@@ -41,7 +42,7 @@ def launch_and_kill(ranks: int, at_step: int, run: Path, *more: str) -> None:
     """Start `ranks` ranks, and kill all of them once `at_step` steps are taken."""
     with subprocess.Popen(
         deepspeed_command(ranks, *TINY, *more),
-        env=launch_environment(),
+        env=paced(run.parent, 0.1),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

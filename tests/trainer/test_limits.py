@@ -47,13 +47,15 @@ def test_several_ranks_count_together() -> None:
     assert verdict(together, threads=2) == verdict(one, threads=2)
 
 
-def steps_of(shards: Path, pace: float, *more: str) -> str:
-    """The verdict over real steps that each compute for `pace` seconds."""
+def steps_of(shards: Path, pace: float, *more: str, steps: int = 24) -> str:
+    """The verdict over real steps that each compute for `pace` seconds, but for the
+    first four.
+    """
     keys = config(shards, Path("unused"), *more)
     reader = Loader(Dataset(shards, "train"), keys, rank=0, world_size=1)
     spent = Spent()
-    with Feed(reader.steps(0, 24), torch.device("cpu")) as feed:
-        for number in range(24):
+    with Feed(reader.steps(0, steps), torch.device("cpu")) as feed:
+        for number in range(steps):
             begun = time.perf_counter()
             batch = feed.next()
             time.sleep(pace)
@@ -68,11 +70,12 @@ def steps_of(shards: Path, pace: float, *more: str) -> str:
     return verdict(spent, threads=keys.threads)
 
 
+@pytest.mark.alone
 def test_a_real_run_that_computes_decodes_or_reads_is_told_so(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 24 images of 32 px are made in some milliseconds.
-    assert steps_of(shards, 0.2).startswith("compute limits the run")
+    assert steps_of(shards, 0.8, steps=8).startswith("compute limits the run")
     large = ("--image.size=1024", "--image.geometry=random_resized_crop")
     assert steps_of(shards, 0.0, *large).startswith("decode limits the run")
 

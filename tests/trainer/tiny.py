@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from trainer.contract import CHECKPOINTS, COMPLETE
 from trainer.options import PretrainConfig, parse_run
 from trainer.order import Drawn, SampleOrder
 
-LAUNCH_LIMIT_S = 240
+# Of one launch, on a machine with much else to do.
+LAUNCH_LIMIT_S = 480
 FAULTS = Path(__file__).with_name("faults.py")
 _ALIKE = (
     "--image.size=16",
@@ -73,6 +75,16 @@ def steps_per_epoch(order: SampleOrder) -> int:
     found = order.epoch_steps(0)
     assert found
     return found[1]
+
+
+def paced(folder: Path, seconds: float) -> dict[str, str]:
+    """Environment of a launch each of whose steps lasts at least so long: a run that is
+    to be hit after some steps is not at its end when a busy test comes to it.
+    """
+    pace = folder / f"pace-{seconds}"
+    pace.write_text(str(seconds))
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'cluster' / 'paced'}"
+    return launch_environment() | {"PACE": str(pace), "PYTHONPATH": path}
 
 
 def again(order: SampleOrder) -> SampleOrder:
