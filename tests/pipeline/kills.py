@@ -8,6 +8,7 @@ run's processes (SIGSTOP), looking again, and then killing or going on.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -47,6 +48,25 @@ class Server(WebServer):
         super().end()
         with self.lock:
             self.waiting -= 1
+
+
+def suspend(driver: subprocess.Popen[bytes], locks: Path) -> None:
+    """SIGSTOP, but not in the few milliseconds in which it holds the folder's lock:
+    whoever comes then is told so (test_storage.py).
+    """
+    while True:
+        driver.send_signal(signal.SIGSTOP)
+        while psutil.Process(driver.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        descriptor = os.open(locks, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            driver.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+        finally:
+            os.close(descriptor)
 
 
 class Attempt:

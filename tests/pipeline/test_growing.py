@@ -37,6 +37,7 @@ from pipeline.staging import TakenOver
 from pipeline.storage import STAGING, open_storage
 from tests.conftest import EMOJI
 from tests.pipeline.corpora import REPOSITORY, Run, run_module
+from tests.pipeline.kills import suspend
 from tests.pipeline.runs import TOKENIZER, LocalRun, silent
 from tests.pipeline.s3 import DROP, LOSE, Fault, S3Server, status
 from tests.pipeline.test_preprocess import files
@@ -298,10 +299,10 @@ def test_a_driver_that_lost_its_lease_commits_nothing_more(
     corpus: Path, whole: Path, tmp_path: Path, preprocess: Run
 ) -> None:
     output = tmp_path / "out"
-    driver = start(corpus, output, workers=2, PACE_S=0.05)
+    driver = start(corpus, output, workers=2, PACE_S=0.2)
     try:
         await_that(lambda: committed(output) >= 3, driver)
-        driver.send_signal(signal.SIGSTOP)
+        suspend(driver, output / ".palimpsest")
         lease = output / ".palimpsest" / "lease.json"
         holder = json.loads(lease.read_text())
         lease.write_text(json.dumps({**holder, "expires": 0}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,13 +18,35 @@ import pytest
 
 from pipeline.lease import Lease
 from pipeline.manifest import load_manifest
-from pipeline.storage import open_storage
+from pipeline.storage import STAGING, open_storage
 from tests.pipeline.corpora import REPOSITORY, Run, encoded, picture, write_table
+from tests.pipeline.kills import suspend
 from tests.pipeline.test_preprocess import files
 
-# Large output images: the run lasts long enough to be hit in the middle.
+# Large output images and a filter that takes its time: a run lasts long enough to be
+# hit in the middle.
 N_INPUTS = 40
-FLAGS = ("--shard.samples=2", "--image.size=640", "--split.val=0.2")
+FLAGS = (
+    *("--shard.samples=2", "--image.size=640", "--split.val=0.2"),
+    "--filter.function=paced_filter:keep",
+)
+LIMIT_S = 300
+_FILTER = """
+import os, time
+
+def keep(candidate):
+    time.sleep(float(os.environ.get("PACE_S", "0")))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def filter_function(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `FLAGS` name, for every process that is started here."""
+    folder = tmp_path_factory.mktemp("filter")
+    (folder / "paced_filter.py").write_text(_FILTER)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(folder))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -53,36 +74,18 @@ def start(corpus: Path, output: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [*command, f"--output={output}", *FLAGS, "--workers=2"],
         cwd=REPOSITORY,
+        env={**os.environ, "PACE_S": "0.1"},
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert driver.poll() is None, "the run ended before it was hit"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def suspend(driver: subprocess.Popen[bytes], locks: Path) -> None:
-    """SIGSTOP, but not in the few milliseconds in which it holds the folder's lock:
-    whoever comes then is told so (test_storage.py).
-    """
-    while True:
-        driver.send_signal(signal.SIGSTOP)
-        while psutil.Process(driver.pid).status() != psutil.STATUS_STOPPED:
-            time.sleep(0.001)
-        descriptor = os.open(locks, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            driver.send_signal(signal.SIGCONT)
-            time.sleep(0.01)
-        finally:
-            os.close(descriptor)
 
 
 def staged(output: Path) -> int:
@@ -129,7 +132,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
 
     wait_for(found, driver)
     victims[0].kill()
-    assert driver.wait(timeout=120) == 0
+    assert driver.wait(timeout=LIMIT_S) == 0
     assert files(output) == files(undisturbed)
 
 
@@ -150,7 +153,7 @@ def test_a_worker_killed_at_its_start_is_replaced(
 
     wait_for(found, driver)
     victims[0].kill()
-    assert driver.wait(timeout=120) == 0
+    assert driver.wait(timeout=LIMIT_S) == 0
     assert files(output) == files(undisturbed)
 
 
@@ -254,5 +257,11 @@ def test_a_driver_that_lost_its_lease_touches_nothing(
     result = preprocess(f"--input={plain}", f"--output={output}", *FLAGS, "--workers=1")
     assert result.returncode == 0, result.stderr
     driver.send_signal(signal.SIGCONT)
-    assert driver.wait(timeout=120) == 1
-    assert files(output) == files(undisturbed)
+    assert driver.wait(timeout=LIMIT_S) == 1
+    # Its workers die with it, one perhaps in the middle of a write that nobody sees.
+    left = {
+        name: data
+        for name, data in files(output).items()
+        if not name.startswith(f"{STAGING}/")
+    }
+    assert left == files(undisturbed)
