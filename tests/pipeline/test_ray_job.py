@@ -25,7 +25,7 @@ from tests.pipeline.test_preprocess import files
 RAY = Path(sys.executable).with_name("ray")
 
 
-LIMIT_S = 240
+LIMIT_S = 480
 
 
 @pytest.fixture(scope="module")
