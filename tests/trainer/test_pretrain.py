@@ -30,6 +30,7 @@ from tests.trainer.tiny import (
     damaged_copy,
     launch,
     metrics,
+    paced,
     wait_until,
 )
 from trainer.contract import (
@@ -41,14 +42,14 @@ from trainer.contract import (
 
 
 def start_until(
-    reached: Callable[[], bool], *words: str | Path
+    reached: Callable[[], bool], *words: str | Path, folder: Path
 ) -> subprocess.Popen[bytes]:
-    """Start the launcher with two ranks in its own session; return it, still running,
-    as soon as `reached()`.
+    """Start the launcher with two ranks in its own session, with steps that take their
+    time (`folder` holds how much); return it, still running, as soon as `reached()`.
     """
     process = subprocess.Popen(
         deepspeed_command(2, *TINY, *words),
-        env=launch_environment(),
+        env=paced(folder, 0.3),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -66,7 +67,7 @@ def wait_for_group(group: int) -> None:
             return alive and os.getpgid(process.pid) == group
         return False
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
     while any(running(process) for process in psutil.process_iter()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -167,7 +168,9 @@ def test_sigkill_in_mid_run_loses_nothing_committed(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data={shards}", f"--output={run}", "--checkpoint.every_steps=2")
-    process = start_until(lambda: bool(complete_checkpoints(run)), *words)
+    process = start_until(
+        lambda: bool(complete_checkpoints(run)), *words, folder=tmp_path
+    )
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     step, newest = complete_checkpoints(run)[-1]
@@ -189,9 +192,9 @@ def test_sigterm_saves_and_the_same_command_continues(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data={shards}", f"--output={run}")
-    process = start_until(lambda: bool(read_metrics(run)), *words)
+    process = start_until(lambda: bool(read_metrics(run)), *words, folder=tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=60)
+    process.wait(timeout=LAUNCH_LIMIT_S)
     wait_for_group(process.pid)
     found = complete_checkpoints(run)
     assert found, "no checkpoint was written on SIGTERM"
