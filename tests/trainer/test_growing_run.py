@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from pipeline.manifest import load_manifest
 from tests.conftest import EMOJI, ROOT, deepspeed_command, launch_environment
@@ -34,6 +37,18 @@ def shards_of(dataset: Path) -> int:
         return len(load_manifest(dataset, allow_incomplete=True).shards)
     except ValueError:
         return 0
+
+
+def suspend(job: subprocess.Popen[str], dataset: Path) -> int:
+    """SIGSTOP, but not while the job replaces the manifest; how many shards it has."""
+    while True:
+        os.kill(job.pid, signal.SIGSTOP)
+        while psutil.Process(job.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        if found := shards_of(dataset):
+            return found
+        os.kill(job.pid, signal.SIGCONT)
+        time.sleep(0.01)
 
 
 def state_after(run: Path, step: int) -> DataState:
@@ -64,9 +79,8 @@ def test_training_follows_a_job_that_is_committing_shards(tmp_path: Path) -> Non
         ) as job,
     ):
         wait_until(lambda: shards_of(dataset) > 0, job, job_log.read_text)
-        os.kill(job.pid, signal.SIGSTOP)
         try:
-            first = shards_of(dataset)
+            first = suspend(job, dataset)
             with subprocess.Popen(
                 deepspeed_command(2, *TINY, *train, f"--max_steps={STEPS}"),
                 text=True,
