@@ -20,6 +20,8 @@ from trainer.models.mlim_config import MlimConfig
 from trainer.tasks.average_precision import AveragePrecision
 from trainer.tasks.bodies import Body, MlimBody, body_of, inputs_of
 from trainer.tasks.bootstrap import interval, mean_interval
+from trainer.tasks.classes import Answers
+from trainer.tasks.grounded import ranked
 from trainer.tasks.items import Items
 from trainer.tasks.results import (
     Example,
@@ -196,6 +198,22 @@ def test_average_precision_is_that_of_the_definition_also_for_weights() -> None:
     assert perfect() == 1
     nothing = AveragePrecision(np.array([1.0, 2]), np.array([True, False]))
     assert np.isnan(nothing(np.array([0.0, 1])))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_measured_by_no_task(bad: float) -> None:
+    scores = np.full((4, 2), bad)
+    with pytest.raises(ValueError, match=r"no numbers.*--lr"):
+        AveragePrecision(scores[:, 0], np.array([True, True, False, False]))
+    with pytest.raises(ValueError, match="no numbers"):
+        Answers(
+            scores=scores,
+            labels=np.zeros(4, np.int64),
+            names=["cat", "dog"],
+            groups=np.arange(4),
+        )
+    with pytest.raises(ValueError, match="no numbers"):
+        ranked(iter([(np.arange(4), torch.tensor(scores))]), 4, exclusive=True)
 
 
 def test_intervals_hold_the_mean_and_groups_count_once() -> None:

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from trainer.tasks.numbers import require_numbers
+
 
 class AveragePrecision:
     """Of scores (N,) for labels (N,): sorted once, for any weights.
 
     Rows of equal score count as one step of the curve, as in scikit-learn: no order of
     theirs is better than another.
+
+    Raises:
+        ValueError: a score that is no number.
     """
 
     def __init__(self, scores: np.ndarray, labels: np.ndarray) -> None:
+        require_numbers(scores)
         self._order = np.argsort(-scores, kind="stable")
         self._labels = labels[self._order].astype(np.float64)
         ordered = scores[self._order]

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.tasks.bootstrap import mean_interval
+from trainer.tasks.numbers import require_numbers
 from trainer.tasks.results import Example, Metric, Result, Table, extremes
 from trainer.tasks.retrieval_examples import thumbnail
 
@@ -31,7 +32,11 @@ _PICTURE = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What was said of N samples."""
+    """What was said of N samples.
+
+    Raises:
+        ValueError: a score that is no number.
+    """
 
     scores: np.ndarray
     """(N, K), higher is likelier."""
@@ -41,6 +46,9 @@ class Answers:
     """K class names."""
     groups: np.ndarray
     """(N,) what is resampled together."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self.scores)
 
     @property
     def own(self) -> np.ndarray:

@@ -28,6 +28,7 @@ from trainer.options import at_least
 from trainer.tasks.base import Context
 from trainer.tasks.bodies import Body, Pooling, body_of
 from trainer.tasks.items import Items
+from trainer.tasks.numbers import require_numbers
 from trainer.tasks.pictures import Pictures, Unreadable, with_images
 from trainer.tasks.results import Example
 from trainer.tasks.texts import TextEncoder
@@ -222,10 +223,14 @@ def ranked(
 
     Args:
         exclusive: probabilities of the classes add up to 1.
+
+    Raises:
+        ValueError: a logit that is no number.
     """
     first = np.zeros(count, dtype=np.int64)
     share, margin = np.zeros(count), np.zeros(count)
     for numbers, logits in parts:
+        require_numbers(logits.float().numpy())
         shares = logits.softmax(1) if exclusive else logits.sigmoid()
         values, classes = shares.topk(min(2, shares.shape[1]), dim=1)
         first[numbers] = classes[:, 0].numpy()

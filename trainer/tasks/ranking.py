@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.tasks.numbers import require_numbers
+
 RECALL_AT = (1, 5, 10)
 # Queries that are compared with all targets at once.
 _BLOCK = 256
@@ -47,7 +49,7 @@ def image_ranks(scores_nc: np.ndarray, owner: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: a score that is no number.
     """
-    _require_numbers(scores_nc)
+    require_numbers(scores_nc)
     starts = np.searchsorted(owner, np.arange(len(scores_nc) + 1))
     ranks = np.empty(len(scores_nc), dtype=np.int64)
     for first in range(0, len(scores_nc), _BLOCK):
@@ -66,7 +68,7 @@ def image_ranks(scores_nc: np.ndarray, owner: np.ndarray) -> np.ndarray:
 
 def text_ranks(scores_nc: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """Rank (C,) of each caption's own image among all images; arguments as above."""
-    _require_numbers(scores_nc)
+    require_numbers(scores_nc)
     own = scores_nc[owner, np.arange(len(owner))]
     ranks = np.zeros(len(owner), dtype=np.int64)
     for first in range(0, len(scores_nc), _BLOCK):
@@ -102,7 +104,7 @@ def reranked(
         first_ranks: (Q,) ranks by the score that chose the candidates. A query none of
             whose own targets is among them keeps its rank: all of them were ahead.
     """
-    _require_numbers(scores_qk)
+    require_numbers(scores_qk)
     best = np.where(found.right, scores_qk, -np.inf).max(1)
     ahead = np.count_nonzero((scores_qk >= best[:, None]) & ~found.right, axis=1)
     return np.where(found.right.any(1), ahead, first_ranks)
@@ -117,11 +119,3 @@ def chance_recall(n_right: np.ndarray, n_targets: int, k: int) -> float:
         left = np.maximum(n_targets - n_right - place, 0)
         wrong *= left / (n_targets - place)
     return float(1 - wrong.mean())
-
-
-def _require_numbers(scores: np.ndarray) -> None:
-    if not np.isfinite(scores).all():
-        raise ValueError(
-            "the model gives scores that are no numbers (inf or nan): its training "
-            "diverged; take an earlier checkpoint, or train with a lower optimizer.lr"
-        )

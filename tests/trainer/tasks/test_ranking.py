@@ -90,7 +90,7 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     broken = SCORES.copy()
     broken[3, 7] = bad
     for ranks in (image_ranks, text_ranks):
-        with pytest.raises(ValueError, match=r"lower optimizer\.lr"):
+        with pytest.raises(ValueError, match=r"--optimizer\.lr"):
             ranks(broken, OWNER)
     found = Candidates(target=np.zeros((1, 1)), right=np.ones((1, 1), dtype=bool))
     with pytest.raises(ValueError, match="no numbers"):
