@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config import ConfigError
-from pipeline.manifest import file_sha256, load_manifest, manifest_seal
+from pipeline.manifest import Manifest, file_sha256, load_manifest, manifest_seal
 from pipeline.pairs import main as make_pairs
 from trainer.contract import CHECKPOINTS, complete_checkpoints
 from trainer.export import main as export
@@ -170,14 +170,18 @@ def test_a_folder_that_holds_something_else_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"lr: 0.0002 -> 0.1.*another --output"):
         finetune(whole, pairs, finished, f"--dev_pairs={pairs}", "--lr=0.1")
+    before = (finished / "finetune.yaml").read_bytes()
     with (
         tuned.locked(finished),
         pytest.raises(ValueError, match="another process is writing"),
     ):
-        finetune(whole, pairs, finished, f"--dev_pairs={pairs}")
+        finetune(whole, pairs, finished, f"--dev_pairs={pairs}", "--max_steps=9")
+    # Nor has it written anything under the eyes of the other one.
+    assert (finished / "finetune.yaml").read_bytes() == before
     (tmp_path / "thesis.tex").write_text("chapter 1")
     with pytest.raises(ValueError, match="holds something else"):
         finetune(whole, pairs, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="fine-tuned already"):
         finetune(finished, pairs, tmp_path / "o")
     with pytest.raises(ValueError, match="neither a run nor an export"):
@@ -198,6 +202,31 @@ def test_other_pairs_under_the_same_name_are_refused(
         finetune(whole, mine, output)
 
 
+@pytest.mark.parametrize("task", ["matching", "retrieval"])
+def test_a_dataset_may_move_but_another_one_is_refused(
+    whole: Path, shards: Path, pairs: Path, tmp_path: Path, task: str
+) -> None:
+    words = [f"--task={task}", f"--output={tmp_path / 'tuned'}", "--batch=8"]
+    words += [f"--pairs={pairs}"] * (task == "matching")
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(shards, moved)
+    shutil.copytree(shards, other)
+    manifest = load_manifest(shards)
+    reseal(other, replace(manifest, rows=manifest.rows + 1))
+    main([str(whole), *words, f"--data={shards}", "--max_steps=1"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"data\.sha256 is of other examples"):
+            main([str(whole), *words, f"--data={other}", "--max_steps=2"])
+    main([str(whole), *words, f"--data={moved}", "--max_steps=2"])
+    assert [row["step"] for row in rows(tmp_path / "tuned")] == [1, 2]
+
+
+def reseal(dataset: Path, manifest: Manifest) -> None:
+    (dataset / "manifest.json").write_text(manifest.to_json())
+    seal = manifest_seal(manifest.to_json().encode())
+    (dataset / "manifest.json.sha256").write_text(seal)
+
+
 def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
     whole: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -208,9 +237,7 @@ def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
     info = replace(manifest.tokenizer, sha256=file_sha256(words))
     files = {**manifest.files, "tokenizer/tokenizer.json": info.sha256}
     changed = replace(manifest, tokenizer=info, files=files)
-    (other / "manifest.json").write_text(changed.to_json())
-    seal = manifest_seal(changed.to_json().encode())
-    (other / "manifest.json.sha256").write_text(seal)
+    reseal(other, changed)
     with pytest.raises(ValueError, match=r"pipeline\.retokenize"):
         load_pretrained(whole, data=str(other), from_scratch=False, seed=0)
     drawn = load_pretrained(whole, data=str(other), from_scratch=True, seed=0)

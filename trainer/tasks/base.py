@@ -164,4 +164,9 @@ class Spec:
     files: Callable[[Any], Mapping[str, str]] | None = None
     """Texts by the names of files in which fine-tuning keeps them, beside its
     checkpoints, of a task that `training` made (an answer vocabulary, say). Resuming
-    with others is refused."""
+    with others is refused. What examples are read from belongs there: the hash of the
+    dataset, too."""
+
+
+DATA = "data.sha256"
+"""Name of the file that keeps the hash of the dataset, for tasks that read one."""

@@ -93,8 +93,8 @@ def finetune(config: FinetuneConfig, *, command: str) -> str:
         task, model = prepare(start, config, folder=output)
         files = find(config.task).files
         kept = files(task) if files else {}
-        tuned.begin(output, config, start, kept, command=command)
         with tuned.locked(output):
+            tuned.begin(output, config, start, kept, command=command)
             train(task, model, config, output=output, seed=config.seed)
     return config.output
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from trainer.options import at_least
 from trainer.philox import Use, draw, edge
 from trainer.tasks.average_precision import AveragePrecision
-from trainer.tasks.base import Context, Spec
+from trainer.tasks.base import DATA, Context, Spec
 from trainer.tasks.bodies import Body, Pooling, body_of
 from trainer.tasks.bootstrap import interval
 from trainer.tasks.items import Items
@@ -210,8 +210,10 @@ class Matching:
 
     @property
     def files(self) -> dict[str, str]:
-        """What the model learns from, kept beside it: other pairs are another run."""
-        return {
+        """What the model learns from, kept beside it: other pairs, or others' images
+        and texts under their numbers, are another run.
+        """
+        return {DATA: f"{self._samples.manifest_hash}\n"} | {
             f"{name}.sha256": f"{pairs.sha256}  {pairs.name}\n"
             for name, pairs in (("pairs", self._pairs), ("dev_pairs", self._dev))
             if pairs is not None

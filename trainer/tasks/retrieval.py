@@ -18,7 +18,7 @@ from tqdm import tqdm
 from trainer.options import at_least
 from trainer.philox import signed_uids
 from trainer.probes import drawn_places
-from trainer.tasks.base import Context, Spec, Task
+from trainer.tasks.base import DATA, Context, Spec, Task
 from trainer.tasks.bootstrap import mean_interval
 from trainer.tasks.gallery import Gallery, column_of, first_and_which, read_gallery
 from trainer.tasks.items import Items
@@ -111,6 +111,13 @@ class Retrieval:
             self._samples = Samples(
                 [self._dataset], context.pretraining, seed=context.seed
             )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What the model learns from, kept beside it: another dataset is another run,
+        and has another schedule.
+        """
+        return {DATA: f"{self._dataset.manifest_hash}  {self._keys.split}\n"}
 
     def model(self, model: nn.Module) -> nn.Module:
         """As `Task.model`."""
@@ -311,4 +318,5 @@ SPEC = Spec(
     accepts=("retrieval",),
     training=_training,
     evaluation=_evaluation,
+    files=lambda task: task.files,
 )

@@ -51,7 +51,8 @@ _ORIGIN, _PRETRAINING, _WORDS = "origin.json", "pretraining", "tokenizer.json"
 _WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
 _LOCK = ".lock"
 _MEASURED = "dev"
-# What may differ between the calls that make up one run.
+# What may differ between the calls that make up one run: a dataset that moved is the
+# same one where the hash among the task's files says so.
 _MAY_CHANGE = ("output", "max_steps", "data")
 
 
@@ -64,10 +65,10 @@ def begin(
     command: str,
 ) -> None:
     """Write what every fine-tuning has, and the task's `files` (text by name), or see
-    that it is the same there.
+    that it is the same there. `locked` keeps others out meanwhile.
 
     Raises:
-        ValueError: the folder holds another run, or something else.
+        ValueError: the folder holds another run.
     """
     path, new = output / FINETUNE, yaml.safe_load(to_yaml(keys))
     if path.is_file():
@@ -81,10 +82,6 @@ def begin(
                 f"{output} holds a fine-tuning with other keys ({'; '.join(changed)}): "
                 "take another --output, or delete it"
             )
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"{output} holds something else than a fine-tuning: take another --output"
-        )
     _keep(output, files)
     (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
     write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
@@ -115,20 +112,27 @@ def _keep(output: Path, files: Mapping[str, str]) -> None:
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             raise ValueError(
                 f"{path} is of other examples than those that would be learned now: "
-                "restore the files that this fine-tuning began with, or take another "
-                "--output"
+                "restore the files and the dataset (--data) that this fine-tuning "
+                "began with, or take another --output"
             )
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+    for name, text in files.items():
+        write_text(output / name, text)
 
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Keep other processes of this machine from writing to a fine-tuning.
+    """Keep other processes of this machine from writing to a fine-tuning, or to a
+    folder that becomes one.
 
     Raises:
-        ValueError: one does.
+        ValueError: one does, or the folder holds something else.
     """
+    begun = is_tuned(output) or (output / _LOCK).is_file()
+    if not begun and output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"{output} holds something else than a fine-tuning: take another --output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
     with open(output / _LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
