@@ -221,6 +221,30 @@ def test_a_dataset_may_move_but_another_one_is_refused(
     assert [row["step"] for row in rows(tmp_path / "tuned")] == [1, 2]
 
 
+def test_what_a_fine_tuning_began_with_stays_what_it_was(
+    whole: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Pretraining went on after it: here, from step 5 of the run to its last one."""
+    run, begun, output = tmp_path / "run", tmp_path / "begun", tmp_path / "tuned"
+    shutil.copytree(whole, run)
+    (step, newest), kept = complete_checkpoints(run)[-1], tmp_path / "newest"
+    newest.rename(kept)
+    assert complete_checkpoints(run)[-1][0] < step
+    finetune(run, pairs, output, "--max_steps=1")
+    shutil.copytree(output, begun)
+    shutil.rmtree(begun / CHECKPOINTS)
+    origin = (output / "origin.json").read_bytes()
+    kept.rename(newest)
+    finetune(run, pairs, output, "--max_steps=2")
+    assert (output / "origin.json").read_bytes() == origin
+    assert tuned.load_start(output, seed=0).step == json.loads(origin)["step"] < step
+    # Without a checkpoint it would begin anew, with other weights.
+    finetuning = (begun / "finetune.yaml").read_text()
+    (begun / "finetune.yaml").write_text(finetuning.replace(str(output), str(begun)))
+    with pytest.raises(ValueError, match=rf"which has changed \(now {step} steps\)"):
+        finetune(run, pairs, begun, "--max_steps=2")
+
+
 def reseal(dataset: Path, manifest: Manifest) -> None:
     (dataset / "manifest.json").write_text(manifest.to_json())
     seal = manifest_seal(manifest.to_json().encode())

@@ -90,11 +90,13 @@ def finetune(config: FinetuneConfig, *, command: str) -> str:
             from_scratch=config.from_scratch,
             seed=config.seed,
         )
+        # Before the task puts a head on the model.
+        origin = tuned.origin_of(start, command=command)
         task, model = prepare(start, config, folder=output)
         files = find(config.task).files
         kept = files(task) if files else {}
         with tuned.locked(output):
-            tuned.begin(output, config, start, kept, command=command)
+            tuned.begin(output, config, start, kept, origin=origin)
             train(task, model, config, output=output, seed=config.seed)
     return config.output
 

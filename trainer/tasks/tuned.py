@@ -5,8 +5,8 @@ Does not own the loop (`trainer.tasks.training`).
 
     OUTPUT/finetune.yaml            keys of the command, resolved
     OUTPUT/pretraining/config.yaml  keys of the run that the model comes from
-    OUTPUT/origin.json              its step, the tokenizer's hash and special ids, and
-                                    the command that was given last
+    OUTPUT/origin.json              its step, the hash of its weights, tokenizer's hash
+                                    and special ids, and the first command
     OUTPUT/tokenizer.json           its words
     OUTPUT/NAME                     what a task keeps (`Spec.files`)
     OUTPUT/metrics.jsonl            a line a step; `dev_*` where there was a checkpoint
@@ -24,6 +24,7 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,19 @@ def begin(
     start: Pretrained,
     files: Mapping[str, str],
     *,
-    command: str,
+    origin: Mapping[str, Any],
 ) -> None:
     """Write what every fine-tuning has, and the task's `files` (text by name), or see
     that it is the same there. `locked` keeps others out meanwhile.
 
+    Args:
+        origin: `origin_of` the model that the keys name now. A fine-tuning that has a
+            checkpoint goes on from that, whatever became of the model: its own origin
+            stays written down.
+
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or one of another model that has no
+            checkpoint yet.
     """
     path, new = output / FINETUNE, yaml.safe_load(to_yaml(keys))
     if path.is_file():
@@ -83,14 +90,11 @@ def begin(
                 "take another --output, or delete it"
             )
     _keep(output, files)
-    (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
-    write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
-    origin = {
-        "step": start.step,
-        "tokenizer": asdict(start.tokenizer),
-        "command": command,
-    }
-    checkpoint.write_json(output / _ORIGIN, origin)
+    if _is_its_origin(output, origin):
+        (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
+        write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
+    if not (output / _ORIGIN).is_file():
+        checkpoint.write_json(output / _ORIGIN, dict(origin))
     if not (output / _WORDS).is_file():
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
     # Last: with it the folder is a fine-tuning.
@@ -104,6 +108,54 @@ def _with_defaults(path: Path, keys: Any) -> dict[str, Any]:
     }
     found = yaml.safe_load(yaml.safe_dump(found))
     return found | yaml.safe_load(path.read_text())
+
+
+def origin_of(start: Pretrained, *, command: str) -> dict[str, Any]:
+    """What is written down of the model that fine-tuning starts from, before a head is
+    put on it.
+    """
+    digest = sha256()
+    for name, value in sorted(start.model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "step": start.step,
+        "weights_sha256": digest.hexdigest(),
+        "tokenizer": asdict(start.tokenizer),
+        "command": command,
+    }
+
+
+def _is_its_origin(output: Path, origin: Mapping[str, Any]) -> bool:
+    """Did the fine-tuning in a folder, if there is one, begin with this model?
+
+    Raises:
+        ValueError: it did not, and what it began with is lost or no longer fits.
+    """
+    path = output / _ORIGIN
+    if not path.is_file():
+        return True
+    old = json.loads(path.read_text())
+    if old["tokenizer"] != origin["tokenizer"]:
+        raise ValueError(
+            f"{output} began with the words of tokenizer {old['tokenizer']['sha256']}, "
+            f"and those of the model are now of {origin['tokenizer']['sha256']}: take "
+            "another --output, or delete it"
+        )
+    if old["weights_sha256"] == origin["weights_sha256"]:
+        return True
+    if not complete_checkpoints(output):
+        raise ValueError(
+            f"{output} began with a model of {_steps(old)}, which has changed (now "
+            f"{_steps(origin)}), and has no checkpoint to go on from: delete it, or "
+            "take another --output"
+        )
+    return False
+
+
+def _steps(origin: Mapping[str, Any]) -> str:
+    step = origin["step"]
+    return "an unknown number of steps" if step is None else f"{step} steps"
 
 
 def _keep(output: Path, files: Mapping[str, str]) -> None:
