@@ -1,16 +1,24 @@
 """Rows of numbers, kept on disk as they are computed: scores of pairs, features.
 
-Owns the files, and that a killed evaluation goes on where it was. Does not own what the
-rows are (`trainer.tasks.pair_scores`, `trainer.tasks.linear_probe`).
+Owns the files, that a killed evaluation goes on where it was, and that several at once
+do not spoil each other's. Does not own what the rows are (`trainer.tasks.pair_scores`,
+`trainer.tasks.linear_probe`).
 
 Finished rows lie in one file, in their order. How many of them count stands in a second
 one, which is replaced when they are on disk: what was half written is written again.
+The files' name has a hash of what the rows depend on, so rows of another model or
+gallery lie elsewhere. Two processes that compute the same rows both go on behind
+whatever either has finished.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +32,8 @@ class RowTable:
     """fp32 rows in a fixed sequence.
 
     Args:
-        path: where they lie, without suffix.
-        fingerprint: of everything that the rows depend on; those of another are
-            dropped.
+        path: where they lie, without suffix; a hash is added to the name.
+        fingerprint: of everything that the rows depend on.
         total: how many rows there are.
         width: numbers of a row.
     """
@@ -34,25 +41,37 @@ class RowTable:
     def __init__(
         self, path: Path, *, fingerprint: str, total: int, width: int = 1
     ) -> None:
-        self._data, self._state = path.with_suffix(".f32"), path.with_suffix(".json")
         self._fingerprint, self.total, self.width = fingerprint, total, width
+        whole = sha256(f"{fingerprint} {total} {width}".encode()).hexdigest()
+        name = f"{path.name}-{whole[:16]}"
+        self._data, self._state, self._lock = (
+            path.with_name(f"{name}{suffix}") for suffix in (".f32", ".json", ".lock")
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = self._known()
-        """Rows that are computed, the first ones."""
-        if not self.done:
-            self._data.write_bytes(b"")
+        with self._locked():
+            self.done = self._known()
+            """Rows that are computed, the first ones."""
+            self._data.touch()
 
     def append(self, rows: np.ndarray) -> None:
-        """Keep the next rows (n, width), or (n,); they are on disk on return."""
-        with open(self._data, "r+b") as file:
-            file.seek(self.done * self._row)
-            file.write(np.ascontiguousarray(rows, dtype=_DTYPE).tobytes())
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-        self.done += len(rows)
-        state = {"fingerprint": self._fingerprint, "done": self.done}
-        write_text(self._state, json.dumps(state) + "\n")
+        """Keep the next rows (n, width), or (n,); they are on disk on return. `done`
+        may then be further: another process had more of them.
+
+        Raises:
+            ValueError: the files were deleted meanwhile.
+        """
+        with self._locked():
+            known, done = self._known(), self.done + len(rows)
+            if known < self.done:
+                raise ValueError(
+                    f"{self._data} was deleted or damaged while it was written: run "
+                    "the same command again"
+                )
+            if known < done:
+                self._write(rows)
+                state = {"fingerprint": self._fingerprint, "done": done}
+                write_text(self._state, json.dumps(state) + "\n")
+            self.done = max(known, done)
 
     def rows(self) -> np.ndarray:
         """All of them (total, width)."""
@@ -62,12 +81,28 @@ class RowTable:
             self.total, self.width
         )
 
+    def _write(self, rows: np.ndarray) -> None:
+        with open(self._data, "r+b") as file:
+            file.seek(self.done * self._row)
+            file.write(np.ascontiguousarray(rows, dtype=_DTYPE).tobytes())
+            # Behind it lies what a killed call did not finish.
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Wait for other processes that read or write the count."""
+        with open(self._lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     @property
     def _row(self) -> int:
         return self.width * _DTYPE.itemsize
 
     def _known(self) -> int:
-        """How many rows an earlier call left."""
+        """How many rows earlier or other calls have finished."""
         try:
             state = json.loads(self._state.read_text())
             size = self._data.stat().st_size

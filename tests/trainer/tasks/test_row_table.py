@@ -42,16 +42,40 @@ def test_what_is_not_whole_or_of_something_else_is_computed_anew(
 ) -> None:
     RowTable(tmp_path / "scores", fingerprint="a", total=1000).append(SCORES)
     if damage == "torn":
-        with open(tmp_path / "scores.f32", "r+b") as file:
+        with open(next(tmp_path.glob("scores*.f32")), "r+b") as file:
             file.truncate(1001)
     if damage == "no json":
-        (tmp_path / "scores.json").write_text("{")
+        next(tmp_path.glob("scores*.json")).write_text("{")
     total = 500 if damage == "shorter" else 1000
     other = "b" if damage == "fingerprint" else "a"
     table = RowTable(tmp_path / "scores", fingerprint=other, total=total)
     assert table.done == 0
     table.append(SCORES[:total])
     assert np.array_equal(table.rows()[:, 0], SCORES[:total])
+
+
+def test_two_evaluations_at_once_do_not_spoil_each_others_rows(tmp_path: Path) -> None:
+    def table(fingerprint: str) -> RowTable:
+        return RowTable(tmp_path / "scores", fingerprint=fingerprint, total=1000)
+
+    # Of two models: block by block in turn.
+    one, other = table("a"), table("b")
+    for first in range(0, 1000, 500):
+        one.append(SCORES[first : first + 500])
+        other.append(-SCORES[first : first + 500])
+    assert np.array_equal(table("a").rows()[:, 0], SCORES)
+    assert np.array_equal(table("b").rows()[:, 0], -SCORES)
+    # The same one twice: the slower one takes what the faster one has.
+    fast, slow = table("c"), table("c")
+    fast.append(SCORES[:300])
+    fast.append(SCORES[300:600])
+    slow.append(SCORES[:300])
+    assert slow.done == 600
+    assert table("c").done == 600
+    fast.append(SCORES[600:])
+    slow.append(SCORES[600:900])
+    for whole in (fast, slow, table("c")):
+        assert np.array_equal(whole.rows()[:, 0], SCORES)
 
 
 def test_rows_of_several_numbers_stay_whole(tmp_path: Path) -> None:
