@@ -204,6 +204,12 @@ def test_wrong_pairs_are_refused_with_their_cure(
             finetune([str(whole), *words, f"--output={tmp_path / 'o'}"])
         with pytest.raises(ValueError, match=expected):
             evaluate([str(tuned), *words])
+    # Nor is a file of the model's overwritten.
+    before = (tuned / "origin.json").read_bytes()
+    with pytest.raises(ValueError, match=r"origin\.json is no result of matching"):
+        words = ["--task=matching", f"--pairs={pairs}", "--name=origin"]
+        evaluate([str(tuned), *words])
+    assert (tuned / "origin.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"was not fine-tuned.*trainer\.finetune"):
         evaluate([str(whole), "--task=matching", f"--pairs={pairs}"])
     assert not (tmp_path / "o").exists()

@@ -29,6 +29,7 @@ from trainer.tasks.results import (
     Result,
     as_plain,
     extremes,
+    require_name,
     write_result,
 )
 
@@ -274,6 +275,23 @@ def test_a_result_is_written_as_numbers_and_as_a_page(tmp_path: Path) -> None:
     assert "Best" in said
     assert "Worst" not in said
     assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_result_takes_no_others_name(tmp_path: Path) -> None:
+    result = Result(metrics={"accuracy": Metric(0.5)}, kept={"right": np.ones(2)})
+    write_result(tmp_path, "vqa", result, facts={"task": "vqa"})
+    require_name(tmp_path, "vqa", task="vqa")
+    require_name(tmp_path, "free", task="vqa")
+    for name in ("origin", "answers", "torn"):
+        (tmp_path / f"{name}.json").write_text(
+            {"answers": "[1]", "torn": "{"}.get(name, "{}")
+        )
+    (tmp_path / "report.html").write_text("a page")
+    for name in ("origin", "answers", "torn", "report"):
+        with pytest.raises(ValueError, match=rf"{name}\..* is no result.*--name"):
+            require_name(tmp_path, name, task="vqa")
+    with pytest.raises(ValueError, match="no result of matching"):
+        require_name(tmp_path, "vqa", task="matching")
 
 
 def test_examples_are_the_surest_and_the_least_sure() -> None:

@@ -21,7 +21,7 @@ from trainer.tasks.command import joined
 from trainer.tasks.finetuning import as_tuned, the_device, with_head
 from trainer.tasks.names import find
 from trainer.tasks.pretrained import Pretrained, load_pretrained
-from trainer.tasks.results import print_table, write_result
+from trainer.tasks.results import print_table, require_name, write_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the bootstrap, and of what the task draws."""
     name: str | None = None
-    """Name of the files that are written to RUN; null: that of the task."""
+    """Name of the files that are written to RUN, none that something else has; null:
+    that of the task."""
     from_scratch: bool = False
     """Draw the weights of a run or an export instead of loading them, to compare
     with."""
@@ -66,12 +67,13 @@ def evaluate(config: EvaluateConfig, *, command: str) -> str:
             cure.
     """
     spec = find(config.task)
+    name = config.name or config.task
     with local_run(config.run, weights=True) as folder:
+        require_name(folder, name, task=config.task)
         task, model, facts = _prepared(spec, folder, config)
         with torch.inference_mode():
             result = task.evaluate(model.eval())
         facts = {**facts, "seed": config.seed, "command": command}
-        name = config.name or config.task
         write_result(folder, name, result, facts=facts)
     print_table(result)
     return f"{config.run.rstrip('/')}/{name}.json"

@@ -86,6 +86,33 @@ def write_result(
     return path
 
 
+def require_name(folder: Path, name: str, *, task: str) -> None:
+    """Raise ValueError where `write_result` would replace something else than a result
+    of the task.
+    """
+    path = folder / f"{name}.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        ours = isinstance(found, dict) and "metrics" in found
+        if not ours or found.get("task") != task:
+            raise _taken(path, task)
+        return
+    # A page without its numbers: of something else, or a call that died between them.
+    for other in (folder / f"{name}.html", folder / f"{name}.npz"):
+        if other.is_file() and name != task:
+            raise _taken(other, task)
+
+
+def _taken(path: Path, task: str) -> ValueError:
+    return ValueError(
+        f"{path} is no result of {task}, and would be lost: give another --name, such "
+        f"as {task}-2"
+    )
+
+
 def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
