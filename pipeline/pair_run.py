@@ -159,11 +159,8 @@ def _paired(
         seed=config.seed,
     )
     if not len(positive):
-        raise ValueError(
-            f"no two samples for {output} have the same {config.column}: take another "
-            "--column or --split"
-            + (", or another share for --dev" if config.dev else "")
-        )
+        went = _went(fate, mine, rows, np.empty(0, np.int64))
+        raise ValueError(_nothing_matches(went, output, config))
     negative, kinds = negatives(
         table,
         rows,
@@ -172,6 +169,14 @@ def _paired(
         hard_share=config.hard_share if config.hard_columns else 0.0,
         seed=config.seed,
     )
+    if config.negatives and not len(negative):
+        values = len(np.unique(table.values[rows]))
+        raise ValueError(
+            f"{len(positive)} matching pairs and no others for {output}: of the "
+            f"{values} values of {config.column} that have a match, no two could be "
+            "paired. Take another --column or --split, or --negatives 0 for matches "
+            "alone (which trainer.finetune does not take)"
+        )
     whole = np.concatenate([positive, negative])
     kinds = np.concatenate([np.full(len(positive), Kind.MATCH), kinds])
     pairs = sided(table, whole, kinds, seed=config.seed)
@@ -192,15 +197,52 @@ def _accounting(
     table: Table, fate: np.ndarray, mine: np.ndarray, rows: np.ndarray, pairs: Pairs
 ) -> dict[str, int]:
     """Where the samples went; fails where that does not add up."""
+    found = _went(fate, mine, rows, np.concatenate([pairs.left, pairs.right]))
+    if sum(found.values()) != len(table):
+        raise ValueError(f"samples do not add up: {found} of {len(table)}")
+    return found
+
+
+def _went(
+    fate: np.ndarray, mine: np.ndarray, rows: np.ndarray, paired: np.ndarray
+) -> dict[str, int]:
+    """Samples by their final fate.
+
+    Args:
+        mine: (N,) bool, of the file that is made.
+        rows: that have a match.
+        paired: rows that pairs are of.
+    """
     final = fate.copy()
     final[fate == Fate.NOT_DRAWN] = Fate.OTHER_FILE
     final[(fate == Fate.NOT_DRAWN) & mine] = Fate.NO_MATCH
     final[rows] = Fate.NOT_DRAWN
-    final[np.concatenate([pairs.left, pairs.right])] = Fate.PAIRED
-    found = {one.name.lower(): int((final == one).sum()) for one in Fate}
-    if sum(found.values()) != len(table):
-        raise ValueError(f"samples do not add up: {found} of {len(table)}")
-    return found
+    final[paired] = Fate.PAIRED
+    return {one.name.lower(): int((final == one).sum()) for one in Fate}
+
+
+def _nothing_matches(went: dict[str, int], output: str, config: PairsConfig) -> str:
+    """Why there is no matching pair, and what to do, the most frequent cause first."""
+    column = config.column
+    said = {
+        Fate.NOT_DRAWN: f"have the same {column} as others and the same image file as "
+        "all of them",
+        Fate.OTHER_FILE: "are for the other file: take another share for --dev",
+        Fate.NO_MATCH: f"have a {column} that no other has: take another --column",
+        Fate.IN_ANOTHER_SPLIT: f"have a {column} that a held-out split has, too: "
+        f"preprocess with --split.group {column}, or pair that split",
+        Fate.NO_SUCH_CAPTION: "lack the caption of --left_caption or --right_caption: "
+        "lower it, or preprocess with more --columns.caption",
+        Fate.NO_VALUE: f"have no {column}: take another --column",
+    }
+    causes = sorted(
+        ((went[fate.name.lower()], text) for fate, text in said.items()), reverse=True
+    )
+    listed = "; ".join(f"{count:,} {text}" for count, text in causes if count)
+    return (
+        f"no two samples match for {output}. Of {sum(went.values()):,} samples of "
+        f"split {config.split}, {listed}"
+    )
 
 
 def _write(

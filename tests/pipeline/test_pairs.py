@@ -44,6 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "value": value,
             "kind": [f"k{row // 3 % 4}" for row in range(120)],
             "size": [f"s{row % 2}" for row in range(120)],
+            "one": ["the same"] * 120,
             "part": split,
         }
     )
@@ -51,7 +52,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emoji_shards(
         folder / "shards",
         f"--input={folder / 'corpus.parquet'}",
-        "--columns.keep=[value,kind,size]",
+        "--columns.keep=[value,kind,size,one]",
         "--split.column=part",
         "--split.group=null",
         "--tokenizer=train:400",
@@ -253,11 +254,16 @@ def test_what_is_put_aside_follows_from_the_value_alone() -> None:
     [
         (["--column=valeu"], "Did you mean 'value'"),
         (["--column=value", "--split=test"], "it has: train, val"),
-        (["--column=caption"], "Kept are: value, kind, size"),
+        (["--column=caption"], "Kept are: value, kind, size, one"),
         (["--column=value", "--hard=value"], "a hard negative differs in it"),
         (["--column=value", "--output=p.txt"], "ends in .npy"),
         (["--column=value", "--dev=1"], "--dev is 1"),
-        (["--column=value", "--right_caption=7"], "no two samples"),
+        (
+            ["--column=value", "--right_caption=7"],
+            r"no two samples match.*split train, \d+ lack the caption of .*lower it",
+        ),
+        (["--column=size", "--dev=0"], r"\d+ have a size that a held-out split.*group"),
+        (["--column=one", "--split=val"], r"matching pairs and no others.*1 values of"),
     ],
 )
 def test_wrong_calls_are_refused(
