@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.manifest import file_sha256, load_manifest
+from pipeline.manifest import PAIR_DTYPE, file_sha256, load_manifest
 from pipeline.pairs import main as make_pairs
 from tests.conftest import launch_environment, python
 from tests.trainer.pages import Page
@@ -67,7 +67,9 @@ def test_evaluation_writes_numbers_with_intervals_and_examples_to_look_at(
     tuned: Path, pairs: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate([str(tuned), "--task=matching", f"--pairs={pairs}", "--examples=3"])
-    assert capsys.readouterr().out.splitlines()[-1] == f"{tuned}/matching.json"
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"{tuned}/matching.json"
+    assert "the very pairs that the model learned" in said.err
     found = json.loads((tuned / "matching.json").read_text())
     assert found["manifest_sha256"] == load_manifest(shards).sha256
     assert found["pairs_sha256"] == file_sha256(pairs)
@@ -75,6 +77,7 @@ def test_evaluation_writes_numbers_with_intervals_and_examples_to_look_at(
     assert found["seed"] == 0
     assert found["pretraining_steps"] == 12
     assert found["n_pairs"] == 80
+    assert found["trained_on_these_pairs"] is True
     assert set(found["metrics"]) == {"pr_auc_both", "pr_auc_image", "pr_auc_text"}
     for metric in found["metrics"].values():
         low, high = metric["ci95"]
@@ -91,21 +94,26 @@ def test_evaluation_writes_numbers_with_intervals_and_examples_to_look_at(
 
 
 def test_the_same_call_gives_the_same_files(
-    tuned: Path, pairs: Path, tmp_path: Path
+    tuned: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ("again.json", "again.html", "again.npz")
+    others = tmp_path / "others.npy"
+    np.save(others, np.load(pairs)[10:])
     seen = []
     for _ in range(2):
         words = [
             "--task=matching",
-            f"--pairs={pairs}",
+            f"--pairs={others}",
             "--name=again",
             "--modes=[text]",
         ]
         evaluate([str(tuned), *words])
+        assert "the very pairs that" not in capsys.readouterr().err
         seen.append([(tuned / name).read_bytes() for name in files])
     assert seen[0] == seen[1]
-    assert set(json.loads(seen[0][0])["metrics"]) == {"pr_auc_text"}
+    found = json.loads(seen[0][0])
+    assert set(found["metrics"]) == {"pr_auc_text"}
+    assert found["trained_on_these_pairs"] is False
 
 
 def test_scores_of_a_file_are_those_of_its_pairs_one_by_one(
@@ -181,38 +189,74 @@ def damaged(pairs: Path, path: Path, **changes: object) -> Path:
 
 
 def test_wrong_pairs_are_refused_with_their_cure(
-    whole: Path, tuned: Path, pairs: Path, tmp_path: Path
+    shards: Path, whole: Path, tuned: Path, pairs: Path, tmp_path: Path
 ) -> None:
     strange = damaged(pairs, tmp_path / "strange.npy", left_uid=7)
     alike = damaged(pairs, tmp_path / "alike.npy", label=1)
     wrong = damaged(pairs, tmp_path / "wrong.npy", label=3)
     np.save(tmp_path / "plain.npy", np.arange(4))
     (tmp_path / "text.npy").write_text("left,right\n")
+    words = ["--task=matching", f"--pairs={tmp_path / 'missing.npy'}"]
+    cure = r"is no file: make it with python -m pipeline\.pairs"
+    with pytest.raises(ValueError, match=cure):
+        finetune([str(whole), *words, f"--output={tmp_path / 'o'}"])
+    with pytest.raises(ValueError, match=cure):
+        evaluate([str(tuned), *words])
+    samples = task(shards, whole, pairs)._samples
     for path, expected in (
-        (
-            tmp_path / "missing.npy",
-            r"is no file: make it with python -m pipeline\.pairs",
-        ),
         (strange, "80 of 80 uids are not in .* 0000000000000007"),
         (alike, "all 80 pairs have the same label"),
         (wrong, "neither 0 nor 1"),
         (tmp_path / "plain.npy", "holds no pairs"),
         (tmp_path / "text.npy", "is no array of numpy"),
     ):
-        words = ["--task=matching", f"--pairs={path}"]
         with pytest.raises(ValueError, match=expected):
-            finetune([str(whole), *words, f"--output={tmp_path / 'o'}"])
-        with pytest.raises(ValueError, match=expected):
-            evaluate([str(tuned), *words])
+            read_pairs(str(path), samples)
     # Nor is a file of the model's overwritten.
     before = (tuned / "origin.json").read_bytes()
+    words = ["--task=matching", f"--pairs={pairs}", "--name=origin"]
     with pytest.raises(ValueError, match=r"origin\.json is no result of matching"):
-        words = ["--task=matching", f"--pairs={pairs}", "--name=origin"]
         evaluate([str(tuned), *words])
     assert (tuned / "origin.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"was not fine-tuned.*trainer\.finetune"):
         evaluate([str(whole), "--task=matching", f"--pairs={pairs}"])
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value", "expected"),
+    [
+        (
+            "left_uid",
+            "U16",
+            "00bcbd62cda87e53",
+            r"left_uid is of type <U16.*\(uint64\)",
+        ),
+        ("right_uid", "f8", 7.0, "right_uid is of type float64.*whole numbers"),
+        ("label", "f4", 0.5, "neither 0 nor 1: write 1 for"),
+        ("label", "U1", "1", "neither 0 nor 1"),
+        ("left_caption", "i2", -5, "a left_caption is -5: .*from 0, or -1"),
+        ("right_caption", "f4", 0.0, "right_caption is of type float32.*from 0, or -1"),
+        ("right_uid", "u8", 0, "1 of 3 pairs are of a sample and itself.* number 0"),
+    ],
+)
+def test_values_that_stand_for_no_pair_are_refused_as_what_they_are(
+    tmp_path: Path, name: str, dtype: str, value: object, expected: str
+) -> None:
+    fields = [
+        (n, dtype if n == name else PAIR_DTYPE[n]) for n in PAIR_DTYPE.names or ()
+    ]
+    table = np.zeros(3, dtype=fields)
+    table["label"], table["left_caption"] = np.array([0, 1, 1]), -1
+    if name != "left_uid":
+        table["left_uid"] = [0, 1, 2]
+    if name != "right_uid":
+        table["right_uid"] = [1, 2, 3]
+    table[name] = [value, 5, 6] if name == "right_uid" else value
+    np.save(tmp_path / "p.npy", table)
+    with pytest.raises(ValueError, match=expected):
+        # Before a sample is looked for.
+        read_pairs(str(tmp_path / "p.npy"), None)  # type: ignore[arg-type]
 
 
 def test_pairs_of_three_columns_will_do(

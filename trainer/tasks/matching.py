@@ -13,6 +13,7 @@ Shapes: B pairs, N pairs of a file, D width of a pooled item.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from trainer.tasks.results import Example, Metric, Result, extremes
 from trainer.tasks.samples import Samples
 
 MODES = ("text", "image", "both")
+_LEARNED = "pairs.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,11 @@ class Batch(NamedTuple):
 
 
 class Matching:
-    """The task on its pairs."""
+    """The task on its pairs.
+
+    Args:
+        learned: sha256 of the pairs that the model learned, in an evaluation.
+    """
 
     dev_metric: str | None = None
 
@@ -126,11 +132,12 @@ class Matching:
         pairs: Pairs,
         dev_pairs: Pairs | None,
         evaluation: MatchingEvaluation | None,
+        learned: str | None = None,
         seed: int,
     ) -> None:
         self._samples, self._tuning = samples, tuning
         self._pairs, self._dev, self._keys = pairs, dev_pairs, evaluation
-        self._seed = seed
+        self._seed, self._learned = seed, learned
         self.n_train = 0 if evaluation else len(pairs)
         if dev_pairs is not None:
             self.dev_metric = "pr_auc_both"
@@ -177,6 +184,13 @@ class Matching:
         """As `Task.evaluate`: PR AUC in each mode."""
         keys, pairs = self._keys, self._pairs
         assert keys is not None
+        seen = pairs.sha256 == self._learned
+        if seen:
+            print(
+                f"{pairs.name} are the very pairs that the model learned: this says "
+                "how well it remembers them, not how well it matches",
+                file=sys.stderr,
+            )
         scores = {
             mode: self.scores(model, pairs, mode, batch=keys.batch)
             for mode in keys.modes
@@ -192,6 +206,7 @@ class Matching:
                 "manifest_sha256": self._samples.manifest_hash,
                 "pairs": pairs.name,
                 "pairs_sha256": pairs.sha256,
+                "trained_on_these_pairs": seen,
                 "n_pairs": len(pairs),
                 "n_groups": len(np.unique(pairs.groups)),
                 "positive_share": float(pairs.labels.mean()),
@@ -214,8 +229,11 @@ class Matching:
         and texts under their numbers, are another run.
         """
         return {DATA: f"{self._samples.manifest_hash}\n"} | {
-            f"{name}.sha256": f"{pairs.sha256}  {pairs.name}\n"
-            for name, pairs in (("pairs", self._pairs), ("dev_pairs", self._dev))
+            name: f"{pairs.sha256}  {pairs.name}\n"
+            for name, pairs in (
+                (_LEARNED, self._pairs),
+                ("dev_pairs.sha256", self._dev),
+            )
             if pairs is not None
         }
 
@@ -330,12 +348,14 @@ def _training(context: Context) -> Matching:
 
 def _evaluation(context: Context) -> Matching:
     samples = _samples(context)
+    learned = (context.folder / _LEARNED).read_text(encoding="utf-8").split()[0]
     return Matching(
         samples,
         context.tuned,
         pairs=read_pairs(context.keys.pairs, samples),
         dev_pairs=None,
         evaluation=context.keys,
+        learned=learned,
         seed=context.seed,
     )
 

@@ -20,6 +20,7 @@ from trainer.tasks.samples import DRAWN, Samples
 
 _NEEDED = ("left_uid", "right_uid", "label")
 _SIDES = ("left", "right")
+_LABELS = (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,8 @@ def read_pairs(path: str, samples: Samples) -> Pairs:
             that the dataset lacks. The message has the cure.
     """
     table = _read(path)
+    _check(path, table)
     labels = table["label"].astype(np.int64)
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{path}: a label is neither 0 nor 1")
     if len(np.unique(labels)) < 2:
         raise ValueError(
             f"{path}: all {len(table)} pairs have the same label, so that there is "
@@ -95,6 +95,49 @@ def _read(path: str) -> np.ndarray:
             "needed; make it with python -m pipeline.pairs"
         )
     return np.asarray(table)
+
+
+def _check(path: str, table: np.ndarray) -> None:
+    """Raise ValueError for a value that stands for no pair: a cast would make a wrong
+    one of it.
+    """
+    for side in _SIDES:
+        _require_whole(path, table, f"{side}_uid", "as the index and pipeline.pairs do")
+    if (
+        table.dtype["label"].kind not in "biuf"
+        or not np.isin(table["label"], _LABELS).all()
+    ):
+        raise ValueError(
+            f"{path}: a label is neither 0 nor 1: write 1 for pairs that match, 0 for "
+            "the others"
+        )
+    for side in _SIDES:
+        if f"{side}_caption" in (table.dtype.names or ()):
+            _check_captions(path, table, f"{side}_caption")
+    alike = np.flatnonzero(table["left_uid"] == table["right_uid"])
+    if len(alike):
+        raise ValueError(
+            f"{path}: {len(alike)} of {len(table)} pairs are of a sample and itself, "
+            f"the first is number {alike[0]}, from 0: leave them out"
+        )
+
+
+def _check_captions(path: str, table: np.ndarray, name: str) -> None:
+    _require_whole(path, table, name, f"from 0, or {DRAWN}: one is drawn")
+    low = table[name].min()
+    if low < DRAWN:
+        raise ValueError(
+            f"{path}: a {name} is {low}: write its number, from 0, or {DRAWN} for one "
+            "that is drawn"
+        )
+
+
+def _require_whole(path: str, table: np.ndarray, name: str, how: str) -> None:
+    if table.dtype[name].kind not in "iu":
+        raise ValueError(
+            f"{path}: {name} is of type {table.dtype[name]}: write whole numbers "
+            f"({PAIR_DTYPE[name]}), {how}"
+        )
 
 
 def _or(table: np.ndarray, name: str) -> np.ndarray:
