@@ -19,8 +19,8 @@ from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim_config import MlimConfig
 from trainer.tasks.average_precision import AveragePrecision
 from trainer.tasks.bodies import Body, MlimBody, body_of, inputs_of
-from trainer.tasks.bootstrap import interval, mean_interval
-from trainer.tasks.classes import Answers
+from trainer.tasks.bootstrap import OneGroup, interval, mean_interval
+from trainer.tasks.classes import Answers, MeanRecall
 from trainer.tasks.grounded import ranked
 from trainer.tasks.items import Items
 from trainer.tasks.results import (
@@ -226,11 +226,23 @@ def test_intervals_hold_the_mean_and_groups_count_once() -> None:
     grouped = mean_interval(copies, np.tile(np.arange(100), 4), seed=0)
     alone = mean_interval(copies, np.arange(400), seed=0)
     assert grouped[1] - grouped[0] > 1.6 * (alone[1] - alone[0])
+    # Of one group all resamples are the same, which is no certainty.
+    assert isinstance(mean_interval(values, np.zeros(100), seed=0), OneGroup)
     # Resamples without what is asked about are left out.
     few = interval(
         lambda taken: float("nan") if taken[0] == 0 else 2.0, np.arange(3), seed=0
     )
     assert few == [2.0, 2.0]
+
+
+def test_the_mean_over_classes_is_that_of_the_rows_that_were_taken() -> None:
+    labels = np.array([0, 0, 0, 1, 2, -1])
+    right = np.array([True, False, True, True, False, False])
+    recall = MeanRecall(right, labels)
+    assert recall(np.ones(6)) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    # Twice the first row, and none of class 2: as if it had no samples.
+    assert recall(np.array([2.0, 1, 0, 1, 0, 1])) == pytest.approx((2 / 3 + 1) / 2)
+    assert np.isnan(recall(np.array([0.0, 0, 0, 0, 0, 1])))
 
 
 def jpeg(colour: str) -> bytes:
@@ -250,6 +262,7 @@ def test_a_result_is_written_as_numbers_and_as_a_page(tmp_path: Path) -> None:
         metrics={
             "pr_auc": Metric(0.75, [0.7, 0.8], 0.5, 40),
             "nothing": Metric(float("nan"), [float("nan")] * 2),
+            "alone": Metric(0.25, OneGroup(), n=3),
         },
         details={"n_pairs": 40},
         examples={"Best": [example], "Worst": [], "Near the threshold": [example]},
@@ -265,6 +278,8 @@ def test_a_result_is_written_as_numbers_and_as_a_page(tmp_path: Path) -> None:
         "n": 40,
     }
     assert found["metrics"]["nothing"]["value"] is None
+    assert found["metrics"]["alone"]["ci95"] is None
+    assert "one group" in found["metrics"]["alone"]["no_ci95"]
     assert found["command"] == HOSTILE
     page = Page((tmp_path / "matching.html").read_text())
     assert page.tags["img"] == 4

@@ -9,10 +9,20 @@ Efron & Tibshirani, "An introduction to the bootstrap", 1993.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 RESAMPLES = 1000
+
+
+class OneGroup(NamedTuple):
+    """There is no interval: one of no width would say that all is certain."""
+
+    why: str = "all examples are of one group, which says nothing of others"
+
+
+Interval = list[float] | OneGroup
 
 
 def interval(
@@ -21,22 +31,25 @@ def interval(
     *,
     seed: int,
     resamples: int = RESAMPLES,
-) -> list[float]:
-    """[low, high], the 95 % percentile interval.
+) -> Interval:
+    """[low, high], the 95 % percentile interval; `OneGroup` where there is one group,
+    of which every resample is the same.
 
     Args:
         statistic: of weights (N,), how often each of N rows was taken; nan where a
             resample has none, which is left out.
         groups: (N,) rows with equal values are taken together.
     """
+    if len(np.unique(groups)) < 2:
+        return OneGroup()
     values = np.array([statistic(taken) for taken in weights(groups, seed, resamples)])
     return percentiles(values)
 
 
 def mean_interval(
     values: np.ndarray, groups: np.ndarray, *, seed: int, resamples: int = RESAMPLES
-) -> list[float]:
-    """[low, high] of the mean of `values` (N,)."""
+) -> Interval:
+    """The same of the mean of `values` (N,)."""
     values = np.asarray(values, dtype=np.float64)
     return interval(
         lambda taken: float(taken @ values / taken.sum()),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.tasks.bootstrap import mean_interval
+from trainer.tasks.bootstrap import interval, mean_interval
 from trainer.tasks.numbers import require_numbers
 from trainer.tasks.results import Example, Metric, Result, Table, extremes
 from trainer.tasks.retrieval_examples import thumbnail
@@ -93,7 +93,7 @@ def result_of(
     ranks, size = answers.ranks, len(answers.names)
     right = ranks == 0
     known = np.unique(answers.labels[answers.labels >= 0])
-    recalls = [float(right[answers.labels == number].mean()) for number in known]
+    mean_recall = MeanRecall(right, answers.labels)
     always = answers.labels == majority
     rows, mistakes = class_rows(answers), confusions(answers)
     return Result(
@@ -101,7 +101,8 @@ def result_of(
             "accuracy": _share(right, answers, seed, chance=1 / size),
             "top5_accuracy": _share(ranks < 5, answers, seed, chance=min(5 / size, 1)),
             "mean_class_accuracy": Metric(
-                float(np.mean(recalls)) if recalls else float("nan"),
+                mean_recall(np.ones(len(right))),
+                ci95=interval(mean_recall, answers.groups, seed=seed),
                 chance=1 / size,
                 n=len(known),
             ),
@@ -117,8 +118,32 @@ def result_of(
             "confusions": mistakes,
         },
         examples={**examples, "Confusions": confusion_picture(answers)},
+        kept={
+            "accuracy": right.astype(np.float64),
+            "said": answers.said,
+            "labels": answers.labels,
+            "groups": answers.groups,
+        },
         tables={"Class by class": _class_table(rows), "Mistakes": _mistakes(mistakes)},
     )
+
+
+class MeanRecall:
+    """Mean over the classes of the share that is right, of `right` (N,) bool and
+    `labels` (N,), for weights (N,): a class that no row of is taken does not count.
+    """
+
+    def __init__(self, right: np.ndarray, labels: np.ndarray) -> None:
+        self._known = labels >= 0
+        self._labels, self._right = labels[self._known], right[self._known]
+
+    def __call__(self, weights: np.ndarray) -> float:
+        """nan where no class is left."""
+        taken = weights[self._known]
+        of_class = np.bincount(self._labels, weights=taken)
+        hits = np.bincount(self._labels, weights=taken * self._right)
+        there = of_class > 0
+        return float((hits[there] / of_class[there]).mean()) if there.any() else np.nan
 
 
 def answer_examples(

@@ -17,16 +17,22 @@ import numpy as np
 
 from trainer.files import write_text, write_with
 from trainer.report.elements import card, document, grid, header, image, section, table
+from trainer.tasks.bootstrap import Interval, OneGroup
 
 
 class Metric(NamedTuple):
     """A number, how sure it is, and what chance would give."""
 
     value: float
-    ci95: Sequence[float] | None = None
+    ci95: Interval | None = None
     chance: float | None = None
     n: int | None = None
     """How many examples it is of."""
+
+    @property
+    def interval(self) -> list[float] | None:
+        """Its interval, if it has one."""
+        return None if isinstance(self.ci95, OneGroup) else self.ci95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +128,11 @@ def as_plain(result: Result, *, facts: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {
         name: {
             "value": _finite(metric.value),
-            "ci95": None if metric.ci95 is None else [_finite(v) for v in metric.ci95],
+            "ci95": metric.interval and [_finite(v) for v in metric.interval],
             "chance": metric.chance,
             "n": metric.n,
         }
+        | ({"no_ci95": metric.ci95.why} if isinstance(metric.ci95, OneGroup) else {})
         for name, metric in result.metrics.items()
     }
     return {**facts, "metrics": metrics, **result.details}
@@ -165,8 +172,8 @@ def print_table(result: Result) -> None:
     width = max(map(len, result.metrics))
     for name, metric in result.metrics.items():
         line = f"  {name:{width}s}  {metric.value:.4f}"
-        if metric.ci95 is not None:
-            line += "  [{:.4f}, {:.4f}]".format(*metric.ci95)
+        if metric.interval is not None:
+            line += "  [{:.4f}, {:.4f}]".format(*metric.interval)
         if metric.chance is not None:
             line += f"   chance {metric.chance:.4f}"
         print(line)
@@ -206,9 +213,9 @@ def _or_dash(value: float | None) -> str:
 
 
 def _interval(metric: Metric) -> str:
-    if metric.ci95 is None:
-        return ""
-    return "{:.4g} to {:.4g}".format(*metric.ci95)
+    if metric.interval is None:
+        return metric.ci95.why if isinstance(metric.ci95, OneGroup) else ""
+    return "{:.4g} to {:.4g}".format(*metric.interval)
 
 
 def _finite(value: float) -> float | None:
