@@ -4,8 +4,7 @@ Owns what retrieval and zero-shot classification ask of a model, in batches. Doe
 own the models (`trainer.tasks.retrievers`), where scores are kept
 (`trainer.tasks.row_table`) or what is made of them.
 
-Shapes: B pairs or items of a batch, U different images of a batch, S side of an image,
-F features, M pairs to score.
+Shapes: B pairs or items of a batch, S side of an image, F features, M pairs to score.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from trainer.tasks.kept_states import KeptStates
 from trainer.tasks.retrievers import RetrievalModel
 from trainer.tasks.row_table import RowTable
 
@@ -43,6 +43,23 @@ def features_of(
     return np.concatenate(found)
 
 
+def kept_features(
+    one_batch: Callable[[np.ndarray], Tensor],
+    *,
+    table: RowTable,
+    batch: int,
+    progress: tqdm[Any],
+) -> np.ndarray:
+    """The same of all rows of `table`, from where it was left."""
+    progress.update(table.done)
+    with torch.inference_mode():
+        while table.done < table.total:
+            rows = np.arange(table.done, min(table.done + batch, table.total))
+            table.append(one_batch(rows).float().cpu().numpy())
+            progress.update(len(rows))
+    return table.rows()
+
+
 def score_pairs(
     model: RetrievalModel,
     pixels: np.ndarray,
@@ -57,9 +74,11 @@ def score_pairs(
 
     Args:
         pixels: (images, S, S, 3) uint8.
-        pairs: ordered by image, so that each is embedded about once.
+        pairs: ordered by image.
     """
     progress.update(table.done)
+    images = np.unique(pairs[table.done :, 0])
+    kept = KeptStates(model, pixels, texts, images=images, batch=batch)
     with torch.inference_mode():
         while table.done < table.total:
             block = pairs[table.done : table.done + _BLOCK]
@@ -67,12 +86,9 @@ def score_pairs(
             for first in range(0, len(block), batch):
                 image, text = block[first : first + batch].T
                 different, which = np.unique(image, return_inverse=True)
-                states = model.image_states(pixels[different])
-                found = model.pair_scores(
-                    states,
-                    torch.from_numpy(which).to(states.device),
-                    [texts[number] for number in text],
-                )
+                states = kept.of_images(different)
+                which = torch.from_numpy(which).to(states.device)
+                found = model.pair_scores(states, which, kept.of_texts(text))
                 scores.append(found.float().cpu().numpy())
                 progress.update(len(image))
             table.append(np.concatenate(scores))

@@ -13,6 +13,7 @@ K candidates of a query.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.tasks.gallery import Gallery
-from trainer.tasks.pair_scores import features_of, score_pairs
+from trainer.tasks.pair_scores import kept_features, score_pairs
 from trainer.tasks.ranking import (
     Candidates,
     candidates,
@@ -99,12 +100,19 @@ def feature_scores(
     model: RetrievalModel,
     gallery: Gallery,
     *,
+    folder: Path,
+    digest: str,
     batch: int,
     progress: tqdm[Any],
 ) -> np.ndarray:
     """Inner products (U, V) of the features of all different images and texts, each of
     which is computed once.
+
+    Args:
+        folder: where features are kept while they are computed.
+        digest: of the model.
     """
+    whole = _fingerprint(digest, gallery)
 
     def images(rows: np.ndarray) -> torch.Tensor:
         states = model.image_states(gallery.pixels[gallery.images[rows]])
@@ -113,9 +121,18 @@ def feature_scores(
     def texts(rows: np.ndarray) -> torch.Tensor:
         return model.text_features([gallery.texts[n] for n in gallery.different[rows]])
 
-    image = features_of(len(gallery.images), images, batch=batch, progress=progress)
-    text = features_of(len(gallery.different), texts, batch=batch, progress=progress)
-    return image @ text.T
+    def computed(
+        name: str, count: int, one_batch: Callable[[np.ndarray], torch.Tensor]
+    ) -> np.ndarray:
+        table = RowTable(
+            folder / name, fingerprint=whole, total=count, width=model.feature_width
+        )
+        return kept_features(one_batch, table=table, batch=batch, progress=progress)
+
+    image = computed("image_features", len(gallery.images), images)
+    text = computed("text_features", len(gallery.different), texts)
+    scores: np.ndarray = image @ text.T
+    return scores
 
 
 def rank_by_pairs(
@@ -211,9 +228,9 @@ def _keys(images: np.ndarray, texts: np.ndarray, gallery: Gallery) -> np.ndarray
     return keys
 
 
-def _fingerprint(digest: str, gallery: Gallery, pairs: np.ndarray) -> str:
+def _fingerprint(digest: str, gallery: Gallery, *pairs: np.ndarray) -> str:
     whole = sha256(digest.encode())
-    for part in (gallery.uids, np.array(gallery.pixels.shape), pairs):
+    for part in (gallery.uids, np.array(gallery.pixels.shape), *pairs):
         whole.update(np.ascontiguousarray(part).tobytes())
     for number in gallery.different:
         whole.update(gallery.texts[number].tobytes())

@@ -206,22 +206,29 @@ class Retrieval:
         """Ranks by stage, the final one first."""
         keys, stages = self._keys, {}
         total = len(gallery.images) + len(gallery.different)
-        first = None
+        digest = fingerprint(model, self._dataset.manifest_hash)
+        folder, first = self._context.folder / "retrieval", None
         with tqdm(total=total, desc="features", disable=None) as bar:
             if model.has_features:
-                scores = feature_scores(model, gallery, batch=keys.batch, progress=bar)
+                scores = feature_scores(
+                    model,
+                    gallery,
+                    folder=folder,
+                    digest=digest,
+                    batch=keys.batch,
+                    progress=bar,
+                )
                 listed = chosen or SHOWN
                 first = rank_by_scores(scores, gallery, listed=listed)
         if chosen == 0:
             assert first is not None
             return {"": first}
-        digest = fingerprint(model, self._dataset.manifest_hash)
         with tqdm(desc="pairs", unit="pair", disable=None) as bar:
             stages[""] = rank_by_pairs(
                 model,
                 gallery,
                 None if chosen is None else first,
-                folder=self._context.folder / "retrieval",
+                folder=folder,
                 digest=digest,
                 batch=keys.batch,
                 progress=bar,

@@ -21,8 +21,8 @@ from torch import Tensor
 from trainer.models.maskvlm import MaskVlmForPreTraining
 from trainer.models.maskvlm_encoder import Encoded, Passes
 from trainer.models.segments import Segments, of_texts
-from trainer.stream import Stream, pack
-from trainer.tasks.retrievers import RetrievalModel
+from trainer.stream import Stream, lay_out, pack
+from trainer.tasks.retrievers import RetrievalModel, TextState, log_odds
 
 
 class MaskVlmRetrieval(RetrievalModel):
@@ -46,6 +46,7 @@ class MaskVlmRetrieval(RetrievalModel):
             model = with_heads(model, matching=matching)
         self.model = model
         self.has_features = bool(model.config.itc_weight)
+        self.feature_width = self.has_features * model.config.projection_width
         self.has_pair_scores = bool(model.config.itm_weight) and matching
         if not (self.has_features or self.has_pair_scores):
             raise ValueError(
@@ -83,10 +84,42 @@ class MaskVlmRetrieval(RetrievalModel):
         self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
     ) -> Tensor:
         """As `RetrievalModel.matching_logits`."""
-        text_td, layout, stream = self._encode(texts)
+        return self._logits(states, image_of, *self._encode(texts))
+
+    def text_states(self, texts: Sequence[np.ndarray]) -> list[TextState]:
+        """Rows (length, D) of each text after the text encoder, of the encoder's type,
+        on the CPU.
+        """
+        text_td, _, stream = self._encode(texts)
+        lengths = [len(text) for text in texts]
+        return list(text_td[: stream.text_used].cpu().split(lengths))
+
+    def pair_scores(
+        self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
+    ) -> Tensor:
+        """As `RetrievalModel.pair_scores`: the cross-modality encoders and the head
+        alone.
+        """
+        stream = lay_out(np.array([len(text) for text in texts]), 0)
+        text_td = torch.cat([torch.as_tensor(text) for text in texts])
+        padding = len(stream.text_pair) - len(text_td)
+        text_td = F.pad(text_td, (0, 0, 0, padding)).to(self._device)
+        stream = stream.to(self._device)
+        return log_odds(
+            self._logits(states, image_of, text_td, of_texts(stream), stream)
+        )
+
+    def _logits(
+        self,
+        states: Tensor,
+        image_of: Tensor,
+        text_td: Tensor,
+        layout: Segments,
+        stream: Stream,
+    ) -> Tensor:
         passes = Passes(clean_images=True, clean_texts=True)
         encoded = Encoded(states, text_td, layout, stream, passes)
-        every = torch.arange(len(texts), device=image_of.device)
+        every = torch.arange(stream.pairs, device=image_of.device)
         return self.model.matching_logits(encoded, image_of, every).float()
 
     @property

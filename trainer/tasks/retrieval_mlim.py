@@ -49,6 +49,7 @@ class MlimRetrieval(RetrievalModel):
         super().__init__()
         self.encoder = encoder
         self.has_features, self.has_pair_scores = features > 0, matching
+        self.feature_width = features
         if not features:
             if encoder.itm_head is None:
                 raise ValueError(

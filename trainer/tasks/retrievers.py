@@ -23,12 +23,17 @@ from trainer.models.maskvlm import MaskVlmForPreTraining
 from trainer.models.mlim import MlimForPreTraining
 from trainer.tasks.contrast import contrastive_loss, drawn_negatives, strangers
 
+# A text as far as it is computed alone.
+TextState = np.ndarray | Tensor
+
 
 class RetrievalModel(nn.Module):
     """A model with cheap scores by features, or dear ones of pairs, or both."""
 
     has_features: bool
     """Images and texts have features whose inner product is a score."""
+    feature_width: int
+    """F; 0 where there are none."""
     has_pair_scores: bool
     """Pairs have scores that need a pass through the model each."""
 
@@ -61,12 +66,18 @@ class RetrievalModel(nn.Module):
         (B, 2) fp32: they do not match, they do.
         """
 
+    def text_states(self, texts: Sequence[np.ndarray]) -> Sequence[TextState]:
+        """Texts as far as they are computed alone, kept for many pairs: in memory of
+        the host. Of a model that reads both modalities in one stream, their token ids.
+        """
+        return texts
+
     def pair_scores(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+        self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
     ) -> Tensor:
-        """Log odds (B,) that they match; arguments as there."""
-        logits_b2 = self.matching_logits(states, image_of, texts)
-        return logits_b2[:, 1] - logits_b2[:, 0]
+        """Log odds (B,) that they match; arguments as there, but for `text_states`."""
+        ids = [np.asarray(text) for text in texts]
+        return log_odds(self.matching_logits(states, image_of, ids))
 
     def losses(
         self,
@@ -137,6 +148,11 @@ def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
         matching = tuned.matching if learned else True
         return MaskVlmRetrieval(model, whole=learned, matching=matching)
     raise ValueError(f"tasks do not know how a {type(model).__name__} ranks")
+
+
+def log_odds(logits_b2: Tensor) -> Tensor:
+    """Of logits (B, 2) that something is not so, and that it is: (B,)."""
+    return logits_b2[:, 1] - logits_b2[:, 0]
 
 
 def _caption_table(texts: Sequence[np.ndarray]) -> Tensor:

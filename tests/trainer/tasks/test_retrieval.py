@@ -21,6 +21,7 @@ from trainer.models.base import Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimForPreTraining
 from trainer.models.mlim_config import MlimConfig
+from trainer.stream import Stream
 from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
 from trainer.tasks.ranked_gallery import (
     BothWays,
@@ -31,7 +32,7 @@ from trainer.tasks.ranked_gallery import (
 from trainer.tasks.retrieval import candidates_of
 from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 from trainer.tasks.retrieval_mlim import MlimRetrieval
-from trainer.tasks.retrievers import RetrievalModel, retriever
+from trainer.tasks.retrievers import RetrievalModel, log_odds, retriever
 
 IMAGES = 14
 SPECIAL = {"pad": 0, "cls": 1, "sep": 2, "mask": 3, "unk": 4}
@@ -114,6 +115,19 @@ def tiny_model(name: str, shards: Path) -> RetrievalModel:
     return found.eval()
 
 
+def features(
+    model: RetrievalModel, gallery: Gallery, folder: Path, *, batch: int
+) -> np.ndarray:
+    return feature_scores(
+        model,
+        gallery,
+        folder=folder,
+        digest="",
+        batch=batch,
+        progress=tqdm(disable=True),
+    )
+
+
 def ranked(
     model: RetrievalModel,
     gallery: Gallery,
@@ -123,7 +137,7 @@ def ranked(
     batch: int = 16,
 ) -> BothWays:
     bar = tqdm(disable=True)
-    scores = feature_scores(model, gallery, batch=batch, progress=bar)
+    scores = features(model, gallery, folder, batch=batch)
     return rank_by_pairs(
         model,
         gallery,
@@ -144,8 +158,8 @@ def one_by_one(model: RetrievalModel, gallery: Gallery) -> np.ndarray:
         for image, pixels in enumerate(gallery.pixels):
             states = model.image_states(pixels[None])
             for text, ids in enumerate(gallery.texts):
-                found = model.pair_scores(states, torch.tensor([0]), [ids])
-                scores[image, text] = float(found)
+                logits = model.matching_logits(states, torch.tensor([0]), [ids])
+                scores[image, text] = float(log_odds(logits))
     scores = scores[gallery.images[gallery.image_of]]
     return scores[:, gallery.different[gallery.text_of]]
 
@@ -178,7 +192,7 @@ def test_reranking_orders_the_candidates_of_the_first_stage_by_pair_scores(
     model: RetrievalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
     k, scores = 4, one_by_one(model, gallery)
-    first = feature_scores(model, gallery, batch=5, progress=tqdm(disable=True))
+    first = features(model, gallery, tmp_path / "first", batch=5)
     first = first[gallery.image_of[:, None], gallery.text_of]
     both = ranked(model, gallery, tmp_path, k=k)
     images = np.arange(IMAGES)
@@ -208,6 +222,97 @@ def test_the_size_of_a_batch_changes_nothing(
 ) -> None:
     whole = ranked(model, gallery, tmp_path / "a", k=k, batch=64)
     same(ranked(model, gallery, tmp_path / "b", k=k, batch=3), whole)
+
+
+class Counted:
+    """Counts images and texts that go through encoders of their own."""
+
+    def __init__(self, model: RetrievalModel, patch: pytest.MonkeyPatch) -> None:
+        self.images, self.texts = 0, 0
+        of: Any = model.pretrained
+        whole, of_texts = model.image_states, getattr(of, "encode_texts", None)
+
+        def images(pixels: np.ndarray) -> Tensor:
+            self.images += len(pixels)
+            return whole(pixels)
+
+        def texts(stream: Stream, *rest: Any) -> Tensor:
+            assert of_texts is not None
+            self.texts += stream.pairs
+            found: Tensor = of_texts(stream, *rest)
+            return found
+
+        patch.setattr(model, "image_states", images)
+        if of_texts is not None:
+            patch.setattr(of, "encode_texts", texts)
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_each_image_and_text_is_encoded_once_for_all_its_pairs(
+    model: RetrievalModel,
+    gallery: Gallery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    k: int | None,
+) -> None:
+    scores = one_by_one(model, gallery)
+    first = rank_by_scores(
+        features(model, gallery, tmp_path, batch=4), gallery, listed=k or 1
+    )
+    with monkeypatch.context() as patch:
+        count = Counted(model, patch)
+        both = rank_by_pairs(
+            model,
+            gallery,
+            first if k else None,
+            folder=tmp_path,
+            digest="",
+            batch=4,
+            progress=tqdm(disable=True),
+        )
+    assert count.images == len(gallery.images)
+    # MLIM has no pass of a text alone.
+    alone = 0 if isinstance(model, MlimRetrieval) else len(gallery.different)
+    assert count.texts == alone
+    expected = np.take_along_axis(scores, both.images.found.target, 1)
+    assert both.images.scores == pytest.approx(expected, abs=1e-5)
+    expected = np.take_along_axis(scores.T, both.texts.found.target, 1)
+    assert both.texts.scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_texts_beyond_what_is_kept_are_encoded_again_to_the_same_scores(
+    gallery: Gallery, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("maskvlm", shards)
+    whole = ranked(model, gallery, tmp_path / "a", k=None)
+    monkeypatch.setattr("trainer.tasks.kept_states.MOST_TEXT_BYTES", 3000)
+    count = Counted(model, monkeypatch)
+    same(ranked(model, gallery, tmp_path / "b", k=None), whole)
+    assert count.texts > 3 * len(gallery.different)
+
+
+def test_features_that_are_known_are_not_computed_again(
+    model: RetrievalModel,
+    gallery: Gallery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = features(model, gallery, tmp_path / "whole", batch=4)
+    of_texts, calls = model.text_features, 0
+
+    def dying(texts: list[np.ndarray]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return of_texts(texts)
+
+    monkeypatch.setattr(model, "text_features", dying)
+    with pytest.raises(KeyboardInterrupt):
+        features(model, gallery, tmp_path / "killed", batch=4)
+    monkeypatch.setattr(model, "image_states", lambda _: pytest.fail("computed"))
+    assert np.array_equal(features(model, gallery, tmp_path / "killed", batch=4), whole)
+    assert calls == 1 + -(-len(gallery.different) // 4)
 
 
 class Killed(nn.Module):
