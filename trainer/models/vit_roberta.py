@@ -3,7 +3,7 @@ encoders.
 
 Owns which of our parameters is which of theirs, and whether a checkpoint fits. Does not
 own the encoders (`trainer.models.maskvlm_encoder`) or when a body is read
-(`trainer.start`). Whether a tokenizer is a checkpoint's is asked as for MLIM
+(`trainer.build`). Whether a tokenizer is a checkpoint's is asked as for MLIM
 (`trainer.models.bert`).
 
 RoBERTa and BERT add the embedding of token type 0 to every word of a single text: it
