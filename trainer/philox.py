@@ -42,7 +42,7 @@ class Use(enum.IntEnum):
     MIXTURE = 12
     FINETUNE = 13
     DROPOUT = 64
-    """First of the dropout sites, one number each."""
+    """First of the dropout sites, one number each (`trainer.dropout`)."""
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, ...]:

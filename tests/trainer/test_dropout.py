@@ -22,10 +22,11 @@ from trainer.dropout import SITES, Draws, Dropout, beyond
 from trainer.kernels import dropout
 from trainer.kernels.dropout import dropout_ref, dropped, kept
 from trainer.masking import Masks
-from trainer.models.base import Inputs
+from trainer.models.base import Inputs, Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimConfig
 from trainer.philox import Use, draw
+from trainer.plan_memory import Shapes
 
 SHARE = 0.3
 # As an int64, and as the generator has it.
@@ -350,6 +351,17 @@ def test_no_value_is_read_on_the_host() -> None:
     rows = MLIM.dropout_stack.rows(SHARE, draws, inputs.stream.to(away))
     assert rows.seed == SIGNED
     assert len(rows.place) == len(inputs.stream.source)
+
+
+def test_memory_is_measured_with_dropout_and_is_that_without() -> None:
+    """Of numbers: masks of bools are kept on CPUs alone."""
+    shapes = Shapes(pairs=4, rows=100, table=0, masked_words=8, recon_images=4)
+    sizes = Sizes(50, {"mask": 4}, 20, test_maskvlm.SIZE)
+    with recorded() as found:
+        dropping = MASKVLM.activations(shapes, sizes=sizes, bf16=True)
+    assert found
+    plain = test_maskvlm.TINY.activations(shapes, sizes=sizes, bf16=True)
+    assert dropping.blocks == plain.blocks
 
 
 # --- runs ----------------------------------------------------------------------------

@@ -345,7 +345,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
             every = none.new_ones(len(masked) * rows)
             image = self.images_across(
                 encoded,
-                Shown(query, torch.cat([masked, text_of]), drawn, not wanted.mim),
+                Shown(query, torch.cat([masked, text_of]), drawn),
                 Read(every, len(every), n_whole),
             )
         if words or n_whole:
@@ -354,7 +354,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
             first, count = words or (none, 0)
             text = self.texts_across(
                 encoded,
-                Shown(query, torch.cat([masked, image_of]), drawn, not wanted.mlm),
+                Shown(query, torch.cat([masked, image_of]), drawn),
                 Read(first[: stream.text_used], count, n_whole),
             )
         return Joint(image, text, n_whole, encoded)

@@ -94,8 +94,6 @@ class Shown(NamedTuple):
     drawn: int = 0
     """How many of the texts are drawn: the host does not know their lengths. The others
     are those of all B pairs, some times over."""
-    whole: bool = False
-    """None of them is masked: their dropout is that of later passes."""
 
 
 class Read(NamedTuple):
@@ -278,8 +276,7 @@ class MaskVlmEncoder(nn.Module):
         layout = of_images(len(shown.query), rows, x_td.device)
         keys = Keys(*self.texts_of(encoded, shown.key, shown.drawn))
         kept, rest = read.of(layout), (encoded.clean_text_td, layout, keys)
-        first = int(shown.whole)
-        drop = self._dropout("image_cross", encoded.draws, layout, first=first)
+        drop = self._dropout("image_cross", encoded.draws, layout)
         x_nd = self._through(self.image_cross, x_td, *rest, rows=kept, drop=drop)
         return Across(self.image_cross_norm(x_nd), layout, kept)
 
@@ -294,8 +291,7 @@ class MaskVlmEncoder(nn.Module):
         keys = Keys(rows_of_images(shown.key, rows), images)
         other = encoded.image_bnd[:pairs].flatten(0, 1)
         kept, rest = read.of(layout), (other, layout, keys)
-        first = int(shown.whole)
-        drop = self._dropout("text_cross", encoded.draws, layout, first=first)
+        drop = self._dropout("text_cross", encoded.draws, layout)
         x_nd = self._through(self.text_cross, x_td, *rest, rows=kept, drop=drop)
         return Across(self.text_cross_norm(x_nd), layout, kept)
 
