@@ -108,5 +108,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--shard.samples=64",
         "--tokenizer=train:600",
         "--split.val=0.25",
+        "--columns.keep=[base,group]",
         "--workers=2",
     )

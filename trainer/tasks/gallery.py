@@ -1,7 +1,7 @@
 """The images of a split with all their captions, for retrieval.
 
-Owns reading them, and which of them are the same to a model. Does not own features
-(`trainer.tasks.bodies`) or ranks (`trainer.tasks.ranking`).
+Owns reading them, which of them are the same to a model, and what their columns say.
+Does not own features (`trainer.tasks.bodies`) or ranks (`trainer.tasks.ranking`).
 
 What is the same is computed once, so that equal captions, and images that decode to the
 same pixels, have the same scores to the last bit: a tie, which `trainer.tasks.ranking`
@@ -131,7 +131,8 @@ def first_and_which(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 def column_of(
     dataset: Dataset, places: np.ndarray, column: str, *, flag: str
 ) -> list[str]:
-    """What the json of each sample at `places` (N, 2) has under `column`.
+    """What the json of each sample at `places` (N, 2) has under `column`; empty where
+    it has null there.
 
     Args:
         flag: that gave the column, for the error.
@@ -149,5 +150,39 @@ def column_of(
                 f"which has {', '.join(sample)}: preprocess with --columns.keep "
                 f"[{column}]"
             )
-        found.append(str(sample[column]))
+        value = sample[column]
+        found.append("" if value is None else str(value))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classed:
+    """Samples that have a class."""
+
+    places: np.ndarray
+    """(N, 2) of (shard, sample)."""
+    values: list[str]
+    """N class names."""
+    without_class: int
+    """Samples that have none, and are left out."""
+
+
+def classed(dataset: Dataset, places: np.ndarray, column: str) -> Classed:
+    """Those of the samples at `places` whose `--column` is not empty: to have no value
+    is no class, as `pipeline.pairs` has it, too.
+
+    Raises:
+        ValueError: no such key, or none of them has a value.
+    """
+    values = column_of(dataset, places, column, flag="--column")
+    kept = [row for row, value in enumerate(values) if value.strip()]
+    if not kept:
+        raise ValueError(
+            f"--column {column} is empty in all {len(values):,} samples of "
+            f"{dataset.name}: take another one"
+        )
+    return Classed(
+        places=places[kept],
+        values=[values[row] for row in kept],
+        without_class=len(values) - len(kept),
+    )

@@ -28,7 +28,7 @@ from trainer.probes import drawn_places, read_pairs
 from trainer.tasks.base import Context, EvaluatedOnly, Spec
 from trainer.tasks.bodies import Body, Pooling, body_of
 from trainer.tasks.classes import Answers, answer_examples, result_of
-from trainer.tasks.gallery import column_of
+from trainer.tasks.gallery import classed, column_of
 from trainer.tasks.items import Items
 from trainer.tasks.logistic import choose_l2, fit
 from trainer.tasks.pair_scores import fingerprint
@@ -46,7 +46,8 @@ class LinearProbeEvaluation:
     """Keys of linear probes."""
 
     column: str
-    """json key with the class of each sample."""
+    """json key with the class of each sample; those where it is empty are left out, and
+    counted."""
     show: Literal["image", "text", "both"] = "image"
     """What the model sees of a sample."""
     pooling: Pooling = "cls"
@@ -79,6 +80,11 @@ class LinearProbeEvaluation:
             )
         if not self.penalties or min(self.penalties) <= 0:
             raise ValueError(f"penalties {list(self.penalties)}: give positive numbers")
+        if self.train_split == self.split:
+            raise ValueError(
+                f"--train_split and --split are both {self.split!r}: a probe that is "
+                "measured on what it was fitted to says nothing; give two splits"
+            )
 
 
 class LinearProbe(EvaluatedOnly):
@@ -145,6 +151,8 @@ class LinearProbe(EvaluatedOnly):
                 "data": test.dataset.name,
                 "manifest_sha256": test.dataset.manifest_hash,
                 "column": keys.column,
+                "without_class": test.without_class,
+                "train_without_class": train.without_class,
                 "show": keys.show,
                 "pooling": keys.pooling,
                 "train_samples": len(labels),
@@ -163,8 +171,10 @@ class _Part:
     ) -> None:
         self._context, self._keys, self._split = context, keys, split
         self.dataset: Dataset = context.dataset(split)
-        self.places = drawn_places(self.dataset, seed=context.seed, limit=limit)
-        self.values = column_of(self.dataset, self.places, keys.column, flag="--column")
+        places = drawn_places(self.dataset, seed=context.seed, limit=limit)
+        found = classed(self.dataset, places, keys.column)
+        self.places, self.values = found.places, found.values
+        self.without_class = found.without_class
         self.groups = np.arange(len(self.places))
         if keys.group:
             named = column_of(self.dataset, self.places, keys.group, flag="--group")

@@ -32,8 +32,12 @@ def read_names(path: Path) -> list[str]:
     """Names in a text file, one a line.
 
     Raises:
-        ValueError: a name that stands there twice.
+        ValueError: no such file, or a name that stands there twice.
     """
+    if not path.is_file():
+        raise ValueError(
+            f"--classes {path} is no file: write the names there, one a line"
+        )
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     names = [name for name in names if name]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -26,7 +26,7 @@ from trainer.options import at_least
 from trainer.probes import Pairs, drawn_places, read_pairs
 from trainer.tasks.base import Context, EvaluatedOnly, Spec
 from trainer.tasks.classes import Answers, answer_examples, result_of
-from trainer.tasks.gallery import column_of
+from trainer.tasks.gallery import classed
 from trainer.tasks.pair_scores import features_of, fingerprint, score_pairs
 from trainer.tasks.prompts import numbered, read_names, sentences
 from trainer.tasks.results import Result
@@ -40,7 +40,8 @@ class ZeroShotEvaluation:
     """Keys of zero-shot classification."""
 
     column: str
-    """json key with the class name of each sample."""
+    """json key with the class name of each sample; those where it is empty are left
+    out, and counted."""
     classes: str | None = None
     """Text file with the names to choose among, one a line; null: all that occur in
     the split."""
@@ -74,26 +75,19 @@ class ZeroShot(EvaluatedOnly):
         self._context, self._keys = context, context.keys
         keys = self._keys
         self._dataset = context.dataset(keys.split)
-        self._places = drawn_places(
-            self._dataset, seed=context.seed, limit=keys.max_images
-        )
-        self._values = column_of(
-            self._dataset, self._places, keys.column, flag="--column"
-        )
-        self._names = (
-            read_names(Path(keys.classes))
-            if keys.classes
-            else sorted(set(self._values))
-        )
+        places = drawn_places(self._dataset, seed=context.seed, limit=keys.max_images)
+        self._samples = classed(self._dataset, places, keys.column)
+        values = set(self._samples.values)
+        self._names = read_names(Path(keys.classes)) if keys.classes else sorted(values)
         if len(self._names) < 2:
             raise ValueError(
                 f"--column {keys.column} has the one class {self._names[0]!r} in split "
                 f"{keys.split}: nothing to tell apart"
             )
-        if not set(self._names) & set(self._values):
+        if not values.intersection(self._names):
             raise ValueError(
                 f"none of the classes in {keys.classes} is a value of --column "
-                f"{keys.column}, which has {self._values[0]!r}, for example"
+                f"{keys.column}, which has {min(values)!r}, for example"
             )
 
     def model(self, model: nn.Module) -> nn.Module:
@@ -109,7 +103,7 @@ class ZeroShot(EvaluatedOnly):
         pairs = read_pairs(
             self._dataset,
             context.pretraining,
-            self._places,
+            self._samples.places,
             seed=context.seed,
             group=keys.group,
         )
@@ -122,7 +116,7 @@ class ZeroShot(EvaluatedOnly):
         score = self._by_features if by == "features" else self._by_pairs
         answers = Answers(
             scores=score(model, pairs, prompts),
-            labels=numbered(self._values, self._names),
+            labels=numbered(self._samples.values, self._names),
             names=self._names,
             groups=pairs.groups,
         )
@@ -136,6 +130,7 @@ class ZeroShot(EvaluatedOnly):
                 "data": self._dataset.name,
                 "manifest_sha256": self._dataset.manifest_hash,
                 "column": keys.column,
+                "without_class": self._samples.without_class,
                 "by": by,
                 "templates": list(keys.templates),
                 "prompts_cut": cut,

@@ -13,7 +13,7 @@ import torch
 from pipeline.manifest import load_manifest
 from trainer.evaluate import main as evaluate
 from trainer.finetune import main as finetune
-from trainer.tasks import pair_scores
+from trainer.tasks import gallery, pair_scores
 
 IMAGES = 16
 
@@ -23,10 +23,25 @@ def tuned(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has seen a few pairs often enough to know them."""
     output = tmp_path_factory.mktemp("retrieval") / "tuned"
     words = ("--task=retrieval", "--split=val", "--features=16", f"--output={output}")
-    finetune(
-        [str(whole), *words, "--batch=20", "--epochs=30", "--lr=0.003", "--warmup=0.05"]
-    )
+    words = (*words, "--batch=20", "--epochs=30", "--lr=0.003", "--warmup=0.05")
+    finetune([str(whole), *words, "--checkpoint_every=1000"])
     return output
+
+
+@pytest.fixture
+def two_without_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two samples of each split say nothing in any column."""
+    real = gallery.column_of
+
+    def some(*given: Any, flag: str) -> list[str]:
+        return ["", " ", *real(*given, flag=flag)[2:]]
+
+    monkeypatch.setattr(gallery, "column_of", some)
+
+
+def kept(run: Path, task: str) -> dict[str, np.ndarray]:
+    with np.load(run / f"{task}.npz", allow_pickle=False) as found:
+        return dict(found)
 
 
 def result(run: Path, task: str, *more: str) -> dict[str, Any]:
@@ -108,6 +123,7 @@ def test_a_model_as_it_was_pretrained_is_refused_where_it_cannot_rank(
             result(whole, task, *(["--column=base"] * (task == "zero_shot")))
 
 
+@pytest.mark.usefixtures("two_without_class")
 @pytest.mark.parametrize("by", ["features", "pairs"])
 def test_zero_shot_names_a_class_and_says_what_chance_would_give(
     tuned: Path, by: str
@@ -118,22 +134,34 @@ def test_zero_shot_names_a_class_and_says_what_chance_would_give(
     metric = found["metrics"]["accuracy"]
     assert metric["chance"] == pytest.approx(1 / found["classes"])
     assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
-    assert sum(row["samples"] for row in found["per_class"]) == IMAGES
+    assert found["without_class"] == 2
+    assert sum(row["samples"] for row in found["per_class"]) == IMAGES - 2
+    each = kept(tuned, "zero_shot")
+    assert each["accuracy"].mean() == metric["value"]
+    assert len(each["groups"]) == len(each["said"]) == IMAGES - 2
     assert "Class by class" in (tuned / "zero_shot.html").read_text()
 
 
+@pytest.mark.usefixtures("two_without_class")
 def test_a_linear_probe_reads_classes_in_features_that_are_computed_once(
     tuned: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Classes of held-out pairs occur in no other split of this dataset.
-    words = ("--column=base", "--train_split=train", "--split=train", "--max_train=60")
-    words = (*words, "--max_images=60", "--penalties=[0.001,0.1]", "--show=both")
+    words = ("--column=group", "--max_train=120", "--max_images=60", "--show=both")
+    words = (*words, "--penalties=[0.001,0.1]")
     for run in (whole, tuned):
         found = result(run, "linear_probe", *words)
         metrics = found["metrics"]
-        assert metrics["accuracy"]["value"] > metrics["majority_accuracy"]["value"]
+        # Naming the largest class always has exactly chance there.
+        metric = metrics["mean_class_accuracy"]
+        assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
+        assert metric["value"] > 1.5 * metric["chance"]
         assert found["l2"] in (0.001, 0.1)
-        assert found["train_samples"] == 60
+        assert (found["train_split"], found["split"]) == ("train", "val")
+        assert found["train_samples"] == 118
+        assert found["train_without_class"] == found["without_class"] == 2
+        each = kept(run, "linear_probe")
+        assert each["accuracy"].mean() == metrics["accuracy"]["value"]
+        assert ((each["said"] == each["labels"]) == (each["accuracy"] == 1)).all()
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "__call__", lambda *_: pytest.fail("computed"))
         assert result(tuned, "linear_probe", *words) == found
@@ -147,6 +175,8 @@ def test_a_linear_probe_reads_classes_in_features_that_are_computed_once(
         ("zero_shot", ["--column=status"], "one class"),
         ("linear_probe", ["--column=status"], "one class"),
         ("linear_probe", ["--column=base", "--held_out=1"], "between 0 and 1"),
+        ("linear_probe", ["--column=base", "--split=train"], "give two splits"),
+        ("zero_shot", ["--column=base", "--classes=no.txt"], "no.txt is no file"),
         ("retrieval", ["--group=colour"], "--group 'colour' is not in"),
         ("retrieval", ["--max_images=1"], "max_images"),
     ],
