@@ -142,7 +142,7 @@ def _is_its_origin(output: Path, origin: Mapping[str, Any]) -> bool:
             f"and those of the model are now of {origin['tokenizer']['sha256']}: take "
             "another --output, or delete it"
         )
-    if old["weights_sha256"] == origin["weights_sha256"]:
+    if old.get("weights_sha256") == origin["weights_sha256"]:
         return True
     if not complete_checkpoints(output):
         raise ValueError(
