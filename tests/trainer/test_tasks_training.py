@@ -18,6 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.manifest import Manifest, file_sha256, load_manifest, manifest_seal
 from pipeline.pairs import main as make_pairs
 from trainer.contract import CHECKPOINTS, complete_checkpoints
+from trainer.evaluate import main as evaluate
 from trainer.export import main as export
 from trainer.finetune import main
 from trainer.tasks import tuned
@@ -132,12 +133,16 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     assert model.bias.tolist() == [4, 4]
 
 
-def test_an_export_is_the_run_that_it_is_of(whole: Path, tmp_path: Path) -> None:
-    export([str(whole), str(tmp_path / "export")])
+@pytest.fixture(scope="module")
+def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "export"
+    export([str(whole), str(output)])
+    return output
+
+
+def test_an_export_is_the_run_that_it_is_of(whole: Path, exported: Path) -> None:
     of_run = load_pretrained(whole, data=None, from_scratch=False, seed=0)
-    of_export = load_pretrained(
-        tmp_path / "export", data=None, from_scratch=False, seed=0
-    )
+    of_export = load_pretrained(exported, data=None, from_scratch=False, seed=0)
     assert of_export.tokenizer.sha256 == of_run.tokenizer.sha256
     assert of_export.config.model == of_run.config.model
     assert of_export.config.image.size == of_run.config.image.size
@@ -145,6 +150,13 @@ def test_an_export_is_the_run_that_it_is_of(whole: Path, tmp_path: Path) -> None
     expected = of_run.model.state_dict()
     for name, weight in of_export.model.state_dict().items():
         assert torch.equal(weight, expected[name])
+
+
+def test_an_export_has_no_dataset_and_says_so(exported: Path) -> None:
+    for task in ("retrieval", "linear_probe"):
+        words = [str(exported), f"--task={task}", "--from_scratch"]
+        with pytest.raises(ValueError, match="give --data DATASET"):
+            evaluate([*words, *["--column=base"] * (task == "linear_probe")])
 
 
 def test_from_scratch_is_the_same_model_with_drawn_weights(
@@ -182,10 +194,18 @@ def test_a_folder_that_holds_something_else_is_refused(
     with pytest.raises(ValueError, match="holds something else"):
         finetune(whole, pairs, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    matching = ["--task=matching", f"--pairs={pairs}"]
     with pytest.raises(ValueError, match="fine-tuned already"):
         finetune(finished, pairs, tmp_path / "o")
     with pytest.raises(ValueError, match="neither a run nor an export"):
         finetune(tmp_path, pairs, tmp_path / "o")
+    with pytest.raises(
+        ValueError, match=r"was fine-tuned.*finetune RUN --task matching"
+    ):
+        evaluate([str(finished), *matching, "--from_scratch"])
+    for run in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ValueError, match=r"is no folder|neither a run nor"):
+            evaluate([str(run), *matching])
     with pytest.raises(ValueError, match="is a URL"):
         main([str(whole), "--task=matching", f"--pairs={pairs}", "--output=s3://b/o"])
     assert not (tmp_path / "o").exists()
@@ -275,6 +295,10 @@ def test_data_of_another_tokenizer_is_refused_unless_nothing_was_learnt(
         (["r", "--output=o", "--task=matchin"], "Did you mean 'matching'"),
         (["r", "--output=o", "--task=matching"], "pairs"),
         (["r", "--output=o", "--task=matching", "--pairs=p", "--lr=-1"], "lr is -1"),
+        (
+            ["r", "--output=o", "--task=matching", "--pairs=p", "--epochs=0"],
+            "more than 0",
+        ),
         (
             ["r", "--output=o", "--task=matching", "--pairs=p", "--text_only=0.8"],
             "more than all items",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer.dataset import Dataset
 from trainer.options import PretrainConfig
 from trainer.storage import StorageConfig, open_files, read_manifest
+from trainer.tasks.pretrained import NO_DATA
 from trainer.tasks.results import Result
 
 
@@ -70,8 +71,18 @@ class Context:
 
     @property
     def data(self) -> list[str] | str:
-        """The dataset directories."""
-        return getattr(self.keys, "data", None) or self.pretraining.data
+        """The dataset directories.
+
+        Raises:
+            ValueError: the model comes from an export, and none are given.
+        """
+        found = getattr(self.keys, "data", None) or self.pretraining.data
+        if found == NO_DATA:
+            raise ValueError(
+                "an export does not say where its dataset lies: give --data DATASET "
+                "(what pipeline.preprocess wrote, with the export's tokenizer)"
+            )
+        return found
 
     @property
     def _storage(self) -> StorageConfig:

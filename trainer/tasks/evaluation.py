@@ -20,7 +20,7 @@ from trainer.tasks.base import Context, Spec, Task
 from trainer.tasks.command import joined
 from trainer.tasks.finetuning import as_tuned, the_device, with_head
 from trainer.tasks.names import find
-from trainer.tasks.pretrained import Pretrained, load_pretrained
+from trainer.tasks.pretrained import Pretrained, load_pretrained, require_model
 from trainer.tasks.results import print_table, require_name, write_result
 
 
@@ -41,8 +41,8 @@ class EvaluateConfig:
     """Name of the files that are written to RUN, none that something else has; null:
     that of the task."""
     from_scratch: bool = False
-    """Draw the weights of a run or an export instead of loading them, to compare
-    with."""
+    """Draw the weights of a run or an export instead of loading them, to compare with.
+    What was fine-tuned has this key of its own in trainer.finetune."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -85,10 +85,17 @@ def _prepared(
     """The task, the model on the device, and what the files say of it."""
     fine = tuned.is_tuned(folder)
     if fine:
+        if config.from_scratch:
+            raise ValueError(
+                f"{config.run} was fine-tuned, and --from_scratch would measure it as "
+                "it is: fine-tune with --from_scratch (python -m trainer.finetune RUN "
+                f"--task {spec.name} --from_scratch --output OUT) and measure OUT"
+            )
         keys = as_tuned(tuned.read_keys(folder))
         _require_accepted(folder, keys.task, spec)
         start = tuned.load_start(folder, seed=keys.seed)
     else:
+        require_model(folder)
         _require_zero_shot(spec, config)
         keys = None
         start = load_pretrained(

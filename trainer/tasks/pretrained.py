@@ -28,6 +28,8 @@ from trainer.options import PretrainConfig, load_config
 from trainer.storage import open_files, read_manifest
 
 _EXPORTED = "config.json"
+NO_DATA = "-"
+"""Dataset of an export, which does not say on what it was trained."""
 _PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -57,14 +59,22 @@ def load_pretrained(
         ValueError: neither run nor export, no checkpoint, or a dataset of another
             tokenizer. The message has the cure.
     """
+    require_model(run)
     if (run / CONFIG).is_file():
         return _of_run(run, data, from_scratch, seed)
-    if (run / _EXPORTED).is_file():
-        return _of_export(run, data, from_scratch, seed)
-    raise ValueError(
-        f"{run} is neither a run nor an export: it has no {CONFIG} and no {_EXPORTED}; "
-        "give what trainer.pretrain or trainer.export wrote"
-    )
+    return _of_export(run, data, from_scratch, seed)
+
+
+def require_model(run: Path) -> None:
+    """Raise ValueError for a folder that is neither a run nor an export."""
+    cure = "give what trainer.pretrain or trainer.export wrote"
+    if not run.is_dir():
+        raise ValueError(f"{run} is no folder: {cure}")
+    if not (run / CONFIG).is_file() and not (run / _EXPORTED).is_file():
+        raise ValueError(
+            f"{run} is neither a run nor an export: it has no {CONFIG} and no "
+            f"{_EXPORTED}; {cure}"
+        )
 
 
 def drawn_model(config: PretrainConfig, info: TokenizerInfo, *, seed: int) -> nn.Module:
@@ -135,7 +145,7 @@ def _config_of(
     known = [field.name for field in fields(find(name))]
     crops = preprocessor.get("do_center_crop", True)
     plain = {
-        "data": data or "-",
+        "data": data or NO_DATA,
         "output": "-",
         "model": {"name": name} | {key: keys[key] for key in known if key in keys},
         "image": {

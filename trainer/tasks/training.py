@@ -59,8 +59,10 @@ class LoopKeys:
     """Stop after this many steps; a later call with more continues."""
 
     def __post_init__(self) -> None:
-        at_least("", self, epochs=0, batch=1, lr=0, weight_decay=0, warmup=0)
+        at_least("", self, batch=1, lr=0, weight_decay=0, warmup=0)
         at_least("", self, checkpoint_every=1, max_steps=1)
+        if not self.epochs > 0:
+            raise ValueError(f"epochs is {self.epochs}: it must be more than 0")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}: give a positive norm, or .inf")
         if self.warmup > 1:
