@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_wrong_pairs_are_refused_with_their_cure(
 def test_values_that_stand_for_no_pair_are_refused_as_what_they_are(
     tmp_path: Path, name: str, dtype: str, value: object, expected: str
 ) -> None:
-    fields = [
+    fields: list[Any] = [
         (n, dtype if n == name else PAIR_DTYPE[n]) for n in PAIR_DTYPE.names or ()
     ]
     table = np.zeros(3, dtype=fields)
