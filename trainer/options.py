@@ -412,10 +412,13 @@ def parse_run(
 
 @functools.cache
 def with_model(kind: type[RunT], keys: type[ModelConfig]) -> type[RunT]:
-    """`kind` with the keys of a model."""
-    model = ("model", keys, field(default_factory=keys))
+    """`kind` with the keys of a model, and masks that are its own by default."""
+    fields: list[tuple[str, Any, Any]] = [
+        ("model", keys, field(default_factory=keys)),
+        ("mask", MaskConfig, field(default_factory=keys.masks)),
+    ]
     made = make_dataclass(
-        kind.__name__, [model], bases=(kind,), frozen=True, kw_only=True
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True
     )
     made.__doc__, made.__module__ = kind.__doc__, kind.__module__
     return made

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,8 @@ import yaml
 
 from pipeline.config import ConfigError, to_yaml
 from tests.trainer.tiny import config
-from trainer.options import blocking_changes, load_config
+from trainer.mask_config import MaskConfig
+from trainer.options import PretrainConfig, blocking_changes, load_config, parse_run
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,42 @@ def test_layers_are_not_compiled_where_stage_3_gathers_them(tmp_path) -> None:
 
 def test_no_gradient_limit_can_be_asked_for() -> None:
     assert config(Path("d"), Path("o"), "--optimizer.clip=.inf").optimizer.clip > 1e30
+
+
+OF_MASKVLM = MaskConfig(
+    mode_probabilities=(0, 0, 1),
+    light_image_rate=0.6,
+    light_text_rate=0.3,
+    image_block=2,
+)
+
+
+def test_masks_are_those_of_the_model_s_paper_unless_a_flag_or_a_file_says(
+    tmp_path: Path,
+) -> None:
+    def masks(*words: str) -> MaskConfig:
+        words = ("--data=d", "--output=o", "--image.size=64", *words)
+        return parse_run(PretrainConfig, words, prog="", description="").mask
+
+    maskvlm = "--model.name=maskvlm"
+    assert masks() == MaskConfig()
+    assert masks(maskvlm) == OF_MASKVLM
+    assert masks(maskvlm, "--mask.light_text_rate=0.2") == replace(
+        OF_MASKVLM, light_text_rate=0.2
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {name: maskvlm}\nmask: {image_block: 1}\n")
+    assert masks(f"--config={file}") == replace(OF_MASKVLM, image_block=1)
+
+
+def test_a_run_from_before_a_model_had_masks_of_its_own_keeps_those_it_has(
+    tmp_path: Path,
+) -> None:
+    words = ["--data=d", f"--output={tmp_path}", "--model.name=maskvlm"]
+    words += ["--image.size=64"]
+    new = parse_run(PretrainConfig, words, prog="", description="")
+    shown = yaml.safe_load(to_yaml(new))["mask"]
+    assert shown["mode_probabilities"] == [0, 0, 1]
+    assert shown["image_block"] == 2
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(new, mask=MaskConfig())))
+    assert load_config(tmp_path).mask == MaskConfig()

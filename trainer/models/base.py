@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pipeline.config import nearest
 from trainer.dropout import Draws
+from trainer.mask_config import MaskConfig
 from trainer.matching import Matching
 from trainer.stream import Stream
 
@@ -225,6 +226,13 @@ class ModelConfig:
         not; or those of them that it has one for.
         """
         return (self.word_loss, self.image_loss)
+
+    @classmethod
+    def masks(cls) -> MaskConfig:
+        """Masks of a run whose recipe and flags do not say: those of the model's
+        paper.
+        """
+        return MaskConfig()
 
     @property
     def terms(self) -> tuple[Term, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from trainer.dropout import Stack, require_dropout, stacks
+from trainer.mask_config import MaskConfig
 from trainer.models import maskvlm_flops
 from trainer.models.base import Figure, ModelConfig, Sizes, Term
 
@@ -248,6 +249,19 @@ class MaskVlmConfig(ModelConfig):
         if self.itm_weight:
             figures += (Figure("itm_accuracy", "pairs"),)
         return figures
+
+    @classmethod
+    def masks(cls) -> MaskConfig:
+        """Of every pair 60 % of the image, in squares of 2 x 2 positions (32 pixels
+        where a position has 16), and 30 % of the text; each restored with the other
+        modality whole (Kwon et al., 2023).
+        """
+        return MaskConfig(
+            mode_probabilities=(0.0, 0.0, 1.0),
+            light_image_rate=0.6,
+            light_text_rate=0.3,
+            image_block=2,
+        )
 
     def build(self, sizes: Sizes) -> MaskVlmForPreTraining:
         """The model."""

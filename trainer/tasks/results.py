@@ -125,7 +125,7 @@ def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def as_plain(result: Result, *, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the JSON file holds. What is not a number there is null."""
-    metrics = {
+    metrics: dict[str, dict[str, Any]] = {
         name: {
             "value": _finite(metric.value),
             "ci95": metric.interval and [_finite(v) for v in metric.interval],
