@@ -128,7 +128,9 @@ def as_plain(result: Result, *, facts: Mapping[str, Any]) -> dict[str, Any]:
     metrics: dict[str, dict[str, Any]] = {
         name: {
             "value": _finite(metric.value),
-            "ci95": metric.interval and [_finite(v) for v in metric.interval],
+            "ci95": None
+            if metric.interval is None
+            else [_finite(end) for end in metric.interval],
             "chance": metric.chance,
             "n": metric.n,
         }
