@@ -85,10 +85,10 @@ def score_pairs(
             scores = []
             for first in range(0, len(block), batch):
                 image, text = block[first : first + batch].T
-                different, places = np.unique(image, return_inverse=True)
+                different, which = np.unique(image, return_inverse=True)
                 states = kept.of_images(different)
-                which = torch.from_numpy(places).to(states.device)
-                found = model.pair_scores(states, which, kept.of_texts(text))
+                image_of = torch.from_numpy(which).to(states.device)
+                found = model.pair_scores(states, image_of, kept.of_texts(text))
                 scores.append(found.float().cpu().numpy())
                 progress.update(len(image))
             table.append(np.concatenate(scores))
