@@ -18,7 +18,8 @@ from trainer.models.base import ModelConfig, Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim_config import MlimConfig
 from trainer.tasks.average_precision import AveragePrecision
-from trainer.tasks.bodies import Body, MlimBody, body_of, inputs_of
+from trainer.tasks.bodies import Body, body_of, inputs_of
+from trainer.tasks.body_mlim import MlimBody
 from trainer.tasks.bootstrap import OneGroup, interval, mean_interval
 from trainer.tasks.classes import Answers, MeanRecall
 from trainer.tasks.grounded import ranked

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import trainer.models
+from pipeline.config import to_yaml
+from pipeline.pairs import main as make_pairs
 from tests.conftest import free_port
 from tests.trainer.tiny import column, succeeds
 from trainer.contract import read_validation
+from trainer.evaluate import main as evaluate
+from trainer.finetune import main as finetune
 from trainer.models.base import find, names
 from trainer.options import PretrainConfig, parse_run
 
@@ -61,6 +67,28 @@ def test_a_file_and_a_recipe_are_trained_resumed_and_measured_on_two_ranks(
     measured = read_validation(run)
     assert [row["step"] for row in measured] == [4, 8]
     assert all(0 < row["val_colour_loss"] == row["val_loss"] for row in measured)
+
+
+def test_it_learns_a_task_by_what_its_own_file_offers(
+    folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    run, pairs, output = tmp_path / "run", tmp_path / "pairs.npy", tmp_path / "tuned"
+    words = [f"--data={shards}", f"--output={run}", "--model.name=bag"]
+    words += ["--image.size=16"]
+    config = parse_run(PretrainConfig, words, prog="", description="")
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    make_pairs([str(shards), "--column=base", f"--output={pairs}", "--limit=32"])
+    learn = [str(run), "--from_scratch", f"--output={output}"]
+    task = ["--task=matching", f"--pairs={pairs}"]
+    finetune([*learn, *task, "--batch=16", "--epochs=12", "--lr=0.05"])
+    losses = column(output, "loss")
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    evaluate([str(output), *task])
+    found = json.loads((output / "matching.json").read_text())["metrics"]
+    assert found["pr_auc_both"]["value"] > found["pr_auc_both"]["chance"]
+    with pytest.raises(ValueError, match=r"BagConfig.* bag\.py, a method `ranker`"):
+        finetune([*learn[:2], f"--output={tmp_path}/o", "--task=retrieval"])
 
 
 def test_keys_are_those_of_the_model_that_is_named(folder: Path) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from trainer.masking import MaskCounts, Masks
 from trainer.models.base import Figure, Inputs, ModelConfig, Output, Sizes, Term
+from trainer.tasks.bodies import Body, Pooling, inputs_of
+from trainer.tasks.items import Items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,10 @@ class BagConfig(ModelConfig):
         """Pixels are only looked at."""
         return 0.0
 
+    def item_body(self, model: Bag, *, pooling: Pooling) -> Body:
+        """Words and colour."""
+        return BagBody(model, pooling=pooling)
+
 
 CONFIG = BagConfig
 
@@ -80,18 +86,42 @@ class Bag(nn.Module):
     def compile_layers(self, backend: str = "inductor") -> None:
         """There are none."""
 
-    def forward(self, inputs: Inputs, masks: Masks) -> Output:
-        """Losses of a micro-batch."""
+    def means(self, inputs: Inputs) -> Tensor:
+        """Mean vector of the words of each pair."""
         stream = inputs.stream
         used = stream.text_used
         words = self.words(inputs.token_ids[:used])
         summed = words.new_zeros(stream.pairs, words.shape[1])
         summed = summed.index_add(0, stream.text_pair[:used], words)
-        guess = self.head(summed / (stream.n_words[:, None] + 2))
-        colour = inputs.pixels.to(words.dtype).mean((1, 2)) / 255
-        errors = (guess - colour).square().sum(1).float()
+        return summed / (stream.n_words[:, None] + 2)
+
+    def forward(self, inputs: Inputs, masks: Masks) -> Output:
+        """Losses of a micro-batch."""
+        guess = self.head(self.means(inputs))
+        errors = (guess - colours(inputs, guess.dtype)).square().sum(1).float()
         return Output(
             losses={"colour": errors.sum()},
             figures={"colour_near": (errors < 0.05).sum().float()},
             by_mode=errors.new_zeros(4, 3),
         )
+
+
+class BagBody(Body):
+    """Mean of the words beside the mean colour; what an item does not show is zero."""
+
+    model: Bag
+
+    def __init__(self, model: Bag, *, pooling: Pooling) -> None:
+        super().__init__(model, pooling=pooling)
+        self.width = model.config.width + 3
+
+    def of(self, items: Items, show: str) -> Tensor:
+        """As `Body.of`."""
+        inputs = inputs_of(items.pixels, items.texts, n_image=0, device=self.device)
+        words = self.model.means(inputs) * (show != "image")
+        return torch.cat([words, colours(inputs, words.dtype) * (show != "text")], 1)
+
+
+def colours(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """Mean colour of each image."""
+    return inputs.pixels.to(dtype).mean((1, 2)) / 255

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from trainer.masking import MaskCounts, Masks
     from trainer.models.mlim import WordScores
     from trainer.plan_memory import Activations, Shapes
+    from trainer.tasks.bodies import Body, Pooling
+    from trainer.tasks.retrieval import RetrievalTraining
+    from trainer.tasks.retrievers import RetrievalModel
 
 _DEFINES = re.compile(r"^CONFIG\b", re.MULTILINE)
 
@@ -297,6 +300,40 @@ class ModelConfig:
         from trainer.models.measured_memory import measured_activations
 
         return measured_activations(self, shapes, sizes=sizes, bf16=bf16)
+
+    def item_body(self, model: Any, *, pooling: Pooling) -> Body:
+        """What turns items into vectors for tasks with a head: matching, VQA, NLVR2,
+        SNLI-VE, linear probes.
+
+        Args:
+            model: of `build`.
+
+        Raises:
+            ValueError: there is none, or it cannot pool so.
+        """
+        needed = "trainer.tasks.bodies.Body"
+        raise self._lacks("item_body", "what stands for an item", needed)
+
+    def ranker(self, model: Any, learned: RetrievalTraining | None) -> RetrievalModel:
+        """What ranks images and texts: retrieval, zero-shot classification.
+
+        Args:
+            model: of `build`; it may be changed.
+            learned: keys of the fine-tuning; None: it is as it was pretrained.
+
+        Raises:
+            ValueError: it cannot rank. The message has the cure.
+        """
+        needed = "trainer.tasks.retrievers.RetrievalModel"
+        raise self._lacks("ranker", "how images and texts are ranked", needed)
+
+    def _lacks(self, method: str, what: str, needed: str) -> ValueError:
+        name = type(self).__name__
+        return ValueError(
+            f"the model {self.name} does not say {what}: give {name}, in its file "
+            f"{self.name}.py, a method `{method}` that makes a {needed}, as "
+            "trainer.models.base.ModelConfig describes it"
+        )
 
     @property
     def bodies(self) -> dict[str, str]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trainer.masking import MaskCounts
     from trainer.models.alignment import Candidates
     from trainer.models.maskvlm import MaskVlmForPreTraining
+    from trainer.tasks.bodies import Body, Pooling
+    from trainer.tasks.retrieval import RetrievalTraining
+    from trainer.tasks.retrievers import RetrievalModel
 
 _MISMATCHED = 0.5
 _COUNTED = (
@@ -268,6 +271,21 @@ class MaskVlmConfig(ModelConfig):
         from trainer.models.maskvlm import MaskVlmForPreTraining
 
         return MaskVlmForPreTraining(self, **sizes._asdict())
+
+    def item_body(self, model: MaskVlmForPreTraining, *, pooling: Pooling) -> Body:
+        """As `ModelConfig.item_body`."""
+        from trainer.tasks.body_maskvlm import MaskVlmBody
+
+        return MaskVlmBody(model, pooling=pooling)
+
+    def ranker(
+        self, model: MaskVlmForPreTraining, learned: RetrievalTraining | None
+    ) -> RetrievalModel:
+        """As `ModelConfig.ranker`."""
+        from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
+
+        matching = learned is None or learned.matching
+        return MaskVlmRetrieval(model, whole=learned is not None, matching=matching)
 
     def matching(
         self,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trainer.masking import MaskCounts
     from trainer.models.mlim import MlimForPreTraining
     from trainer.plan_memory import Activations, Shapes
+    from trainer.tasks.bodies import Body, Pooling
+    from trainer.tasks.retrieval import RetrievalTraining
+    from trainer.tasks.retrievers import RetrievalModel
 
 
 _PARTS = MappingProxyType(
@@ -198,6 +201,23 @@ class MlimConfig(ModelConfig):
         from trainer.models.mlim import MlimForPreTraining
 
         return MlimForPreTraining(self, **sizes._asdict())
+
+    def item_body(self, model: MlimForPreTraining, *, pooling: Pooling) -> Body:
+        """As `ModelConfig.item_body`."""
+        from trainer.tasks.body_mlim import MlimBody
+
+        return MlimBody(model, pooling=pooling)
+
+    def ranker(
+        self, model: MlimForPreTraining, learned: RetrievalTraining | None
+    ) -> RetrievalModel:
+        """As `ModelConfig.ranker`."""
+        from trainer.tasks.retrieval_mlim import MlimRetrieval
+
+        if learned is None:
+            return MlimRetrieval(model, features=0)
+        features, matching = learned.features, learned.matching
+        return MlimRetrieval(model, features=features, matching=matching)
 
     def matching(
         self,

@@ -1,9 +1,9 @@
 """Pretrained models as rankers of images and texts.
 
-Owns what retrieval and zero-shot classification ask of a model, the loss of fine-tuning
-it for them, and which ranker a model gets. Does not own the rankers
-(`trainer.tasks.retrieval_mlim`, `trainer.tasks.retrieval_maskvlm`) or the parts of the
-loss (`trainer.tasks.contrast`).
+Owns what retrieval and zero-shot classification ask of a model and the loss of
+fine-tuning it for them. Does not own the rankers (what a model's keys offer,
+`trainer.models.base.ModelConfig.ranker`) or the parts of the loss
+(`trainer.tasks.contrast`).
 
 Shapes: B items or pairs, U different images, S side of an image, F features.
 """
@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.maskvlm import MaskVlmForPreTraining
-from trainer.models.mlim import MlimForPreTraining
+from trainer.models.base import ModelConfig
 from trainer.tasks.contrast import contrastive_loss, drawn_negatives, strangers
 
 # A text as far as it is computed alone.
@@ -128,26 +127,16 @@ class RetrievalModel(nn.Module):
         }
 
 
-def retriever(model: nn.Module, tuned: Any) -> RetrievalModel:
+def retriever(model: Any, tuned: Any) -> RetrievalModel:
     """The ranker that a pretrained model is, or that which fine-tuning with the keys
     `tuned` made of it.
 
     Raises:
         ValueError: it cannot rank. The message has the cure.
     """
+    config: ModelConfig = model.config
     learned = tuned is not None and tuned.task == "retrieval"
-    if isinstance(model, MlimForPreTraining):
-        from trainer.tasks.retrieval_mlim import MlimRetrieval
-
-        if not learned:
-            return MlimRetrieval(model, features=0)
-        return MlimRetrieval(model, features=tuned.features, matching=tuned.matching)
-    if isinstance(model, MaskVlmForPreTraining):
-        from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
-
-        matching = tuned.matching if learned else True
-        return MaskVlmRetrieval(model, whole=learned, matching=matching)
-    raise ValueError(f"tasks do not know how a {type(model).__name__} ranks")
+    return config.ranker(model, tuned if learned else None)
 
 
 def log_odds(logits_b2: Tensor) -> Tensor:
