@@ -125,6 +125,10 @@ def test_every_loss_falls_under_the_curve_of_chance(runs: Runs) -> None:
     assert first["itm"] == pytest.approx(0.69, abs=0.2)
     assert 0 < first["mim"] < 0.5
     assert column(runs.folder / "two", "itc_temperature")[0] == pytest.approx(0.07)
+    # Pixels of other images differ by more than six steps teach: that loss is left out.
+    for name in ("mlm", "itc", "itm"):
+        losses = column(runs.folder / "two", f"{name}_loss")
+        assert sum(losses[-2:]) < sum(losses[:2]), name
 
 
 @pytest.mark.parametrize("name", ["two", "three"])
