@@ -251,7 +251,7 @@ def _evaluate(
     result = Path(task.result)
     if task.finetune is None and not row.pretrained:
         result = result.with_stem(f"{result.stem}{_scratch(row)}")
-        given |= {"from_scratch": True, "seed": seed, "name": result.stem}
+        given |= {"from_scratch": True, "name": result.stem}
     return Stage(
         name=evaluation(matrix, row, name, seed),
         words=(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -173,6 +174,12 @@ def test_from_scratch_is_the_same_model_with_drawn_weights(
     assert torch.equal(weight, again.model.state_dict()[name])
     for one in (other, trained):
         assert not torch.equal(weight, one.model.state_dict()[name])
+    run = tmp_path / "run"
+    run.mkdir()
+    keys = yaml.safe_load((whole / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**keys, "seed": 1}))
+    began = load_pretrained(run, data=None, from_scratch=True, seed=None)
+    assert torch.equal(began.model.state_dict()[name], other.model.state_dict()[name])
     output = finetune(whole, pairs, tmp_path / "o", "--from_scratch", "--max_steps=1")
     assert tuned.read_keys(output)["from_scratch"] is True
 

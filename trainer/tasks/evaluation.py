@@ -41,7 +41,8 @@ class EvaluateConfig:
     """Name of the files that are written to RUN, none that something else has; null:
     that of the task."""
     from_scratch: bool = False
-    """Draw the weights of a run or an export instead of loading them, to compare with.
+    """Draw the weights of a run or an export instead of loading them, to compare with:
+    those that pretraining began with.
     What was fine-tuned has this key of its own in trainer.finetune."""
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ def _prepared(
         _require_zero_shot(spec, config)
         keys = None
         start = load_pretrained(
-            folder, data=config.data, from_scratch=config.from_scratch, seed=config.seed
+            folder, data=config.data, from_scratch=config.from_scratch, seed=None
         )
     task = spec.evaluation(_context(config, keys, start, folder))
     model = with_head(task, start.model, seed=0 if keys is None else keys.seed)

@@ -47,13 +47,14 @@ class Pretrained:
 
 
 def load_pretrained(
-    run: Path, *, data: str | None, from_scratch: bool, seed: int
+    run: Path, *, data: str | None, from_scratch: bool, seed: int | None
 ) -> Pretrained:
     """The model of a run or an export.
 
     Args:
         data: dataset directory instead of the one that the run was trained on.
-        from_scratch: with weights drawn by `seed` in place of the trained ones.
+        from_scratch: with drawn weights in place of the trained ones.
+        seed: of drawn weights; None: the run's, so those that it began with.
 
     Raises:
         ValueError: neither run nor export, no checkpoint, or a dataset of another
@@ -84,13 +85,15 @@ def drawn_model(config: PretrainConfig, info: TokenizerInfo, *, seed: int) -> nn
         return build_model(config, info)
 
 
-def _of_run(run: Path, data: str | None, from_scratch: bool, seed: int) -> Pretrained:
+def _of_run(
+    run: Path, data: str | None, from_scratch: bool, seed: int | None
+) -> Pretrained:
     config = load_config(run, data=data)
     dataset = Dataset(
         config.data, _any_split(config, data), growing=True, storage=config.storage
     )
     info, step = dataset.tokenizer, 0
-    model = drawn_model(config, info, seed=seed)
+    model = drawn_model(config, info, seed=config.seed if seed is None else seed)
     if not from_scratch:
         found = checkpoint.newest(run)
         if found is None:
@@ -109,7 +112,7 @@ def _of_run(run: Path, data: str | None, from_scratch: bool, seed: int) -> Pretr
 
 
 def _of_export(
-    folder: Path, data: str | None, from_scratch: bool, seed: int
+    folder: Path, data: str | None, from_scratch: bool, seed: int | None
 ) -> Pretrained:
     keys = json.loads((folder / _EXPORTED).read_text())
     words = folder / "tokenizer.json"
@@ -125,7 +128,7 @@ def _of_export(
         vocab_size=keys["vocab_size"],
         special_ids=keys["special_ids"],
     )
-    model = drawn_model(config, info, seed=seed)
+    model = drawn_model(config, info, seed=config.seed if seed is None else seed)
     if not from_scratch:
         model.load_state_dict(read_weights(folder, tokenizer_sha256=info.sha256))
     return Pretrained(
