@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import secrets
 import socket
 import time
@@ -20,6 +21,7 @@ from cluster.local_cluster import TOKEN, Cluster
 from cluster.local_node import HEAD, Node
 from cluster.local_options import LocalConfig
 from cluster.namespaces import INTERFACE, Network
+from cluster.runner import PORTS
 
 Tell = Callable[[str], None]
 _AUTOSCALER = "autoscaler.json"
@@ -209,8 +211,11 @@ def _own_address() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Different ones that nobody listens on, none that the system hands out itself."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.add(port)
+    return [*found]

@@ -27,8 +27,8 @@ import psutil
 from cluster.guard import STOP
 
 ROOT = Path(__file__).resolve().parents[1]
-# Below the ports that Linux hands out, above those of Ray's workers.
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
+"""Below those that Linux hands out, above those of Ray's workers."""
 _LONGEST_LOG = 1 << 16
 _END_S = 30.0
 # Of the driver's job or of Ray, and wrong for a rank.
@@ -87,7 +87,7 @@ class Runner:
     def free_port(self, address: str) -> int:
         """A port that nobody listens on at an address of this node."""
         while True:
-            port = random.choice(_PORTS)
+            port = random.choice(PORTS)
             with socket.socket() as probe, suppress(OSError):
                 probe.bind((address, port))
                 return port
