@@ -87,9 +87,13 @@ def cluster(metrics_port: int) -> Iterator[dict[str, str]]:
 
 def end(node: subprocess.Popen[bytes]) -> None:
     """Stop `ray start --block` and whatever it started."""
-    started = psutil.Process(node.pid).children(recursive=True)
+    started: list[psutil.Process] = []
+    # It may have ended by itself.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        head = psutil.Process(node.pid)
+        started = [*head.children(recursive=True), head]
     node.terminate()
-    _, alive = psutil.wait_procs([*started, psutil.Process(node.pid)], timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=5)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
