@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     matrix = load(config.matrix)
     place = Place(work=Path(config.work).resolve(), inputs=config.inputs)
     stages = plan(matrix, only=only(config.only))
-    check(stages, work=place.work, inputs=place.inputs)
+    check(stages, place)
     gpu = Path("/dev/nvidiactl").exists()
     schedule = Schedule(
         place,

@@ -94,7 +94,8 @@ class MaskConfig:
     image_block: int = 1
     """Side, in image tokens, of the squares of a fixed grid that are masked whole:
     counts are of squares then. Where the side does not divide that of the image, the
-    last square of a row or column is smaller. (The paper does not say.)"""
+    last square of a row or column is smaller. (The paper does not say. MaskVLM's
+    default is 2, whatever the policy.)"""
     keep_share: float = 0.0
     """Share of masked words that keep their word, and are scored (BERT's 0.1; MLIM
     mentions none)."""

@@ -426,7 +426,7 @@ def with_model(kind: type[RunT], keys: type[ModelConfig]) -> type[RunT]:
 
 def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
     """The configuration that `run` was last started with. Keys that there were none of
-    then have their defaults, which change nothing.
+    then have their defaults, which must change nothing, a model's own (`masks`) too.
 
     Args:
         data: dataset directory instead of the one in it.

@@ -7,9 +7,9 @@ not own the form of the matrix itself (`benchmarks.replication.matrix`).
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
+from benchmarks.replication.schedule import Place
 from benchmarks.replication.stages import Stage, resolved
 from pipeline.config import given, parse
 from pipeline.options import PreprocessConfig
@@ -23,20 +23,24 @@ from trainer.tasks import evaluation, finetuning
 _PLACES = ("--data=", "--output=", "--seed=", "--pairs=")
 
 
-def check(stages: Sequence[Stage], *, work: Path, inputs: Mapping[str, str]) -> None:
-    """Every command takes its words, and every corpus is given and there.
+def check(stages: Sequence[Stage], place: Place) -> None:
+    """Every command takes its words, and every corpus that is still to be read is
+    given and there.
 
     Raises:
         ValueError: the first mistake, with the stage that has it.
     """
-    if work.exists() and not work.is_dir():
-        raise ValueError(f"--work {work} is a file: give a folder")
-    for name, path in inputs.items():
-        if "://" not in path and not glob.glob(path):
-            raise ValueError(f"--inputs.{name} {path}: there is no such file or folder")
+    if place.work.exists() and not place.work.is_dir():
+        raise ValueError(f"--work {place.work} is a file: give a folder")
     seen: set[tuple[str, ...]] = set()
     for stage in stages:
-        module, *words = resolved(stage.words, work=work, inputs=inputs)
+        for name, path in place.inputs_of(stage).items():
+            there = "://" in path or glob.glob(path) or place.done(stage)
+            if not there:
+                raise ValueError(
+                    f"--inputs.{name} {path}: there is no such file or folder"
+                )
+        module, *words = resolved(stage.words, work=place.work, inputs=place.inputs)
         keys = [word for word in words if word.startswith("--")]
         told = (module, *(word for word in keys if not word.startswith(_PLACES)))
         if told in seen:

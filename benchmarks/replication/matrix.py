@@ -178,6 +178,12 @@ class Matrix:
             raise ValueError(f"{place}.fraction is {row.fraction}: above 0, at most 1")
         for task in row.tasks:
             _known(f"{place}.tasks", task, self.tasks)
+            evaluated = self.tasks[task].evaluate.get("task")
+            if not row.pretrained and evaluated == "probes":
+                raise ValueError(
+                    f"{place} is not pretrained, and task {task} probes what was learned "
+                    "in pretraining: take it out of its tasks"
+                )
 
     def _check_table(self, place: str, table: Table) -> None:
         _known(f"{place}.task", table.task, self.tasks)

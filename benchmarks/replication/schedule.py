@@ -78,7 +78,7 @@ class Place:
                 f"remove {path} and {self.work / stage.name} and what was made of it"
             )
         for name, source in marker.get("inputs", {}).items():
-            if self.inputs.get(name, source) != source:
+            if _place(self.inputs.get(name, source)) != _place(source):
                 raise ValueError(
                     f"{stage.name} was made of {source}, and --inputs.{name} is "
                     f"{self.inputs[name]}: take a new --work"
@@ -92,6 +92,11 @@ class Place:
             for name, path in self.inputs.items()
             if any(f"{{input:{name}}}" in word for word in stage.words)
         }
+
+
+def _place(path: str) -> str:
+    """The same for every spelling of a local path."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def _change(old: Sequence[str], new: Sequence[str]) -> str:

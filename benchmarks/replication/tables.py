@@ -59,7 +59,7 @@ def _measured(
                 if marker and stage.result:
                     kept = (place.work / stage.result).with_suffix(".npz")
                     now = kept_sha256(kept)
-                    if marker.get("kept_sha256", now) != now:
+                    if now and marker.get("kept_sha256", now) != now:
                         raise ValueError(
                             f"{kept} is of another evaluation than the one that "
                             f"counts: remove {place.marker(stage)}, so that it is made "

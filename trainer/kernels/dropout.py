@@ -60,11 +60,13 @@ def kept(drop: Dropout, width: int) -> Tensor:
         (uid >> 32) & _WORD,
         *(drop.seed & _WORD, (drop.seed >> 32) & _WORD),
     )
-    return torch.stack(words, 2).flatten(1)[:, :width] >= edge(drop.share)
+    return torch.stack(words, 2).flatten(1)[:, :width] >= first_kept(drop.share)
 
 
-def edge(share: float) -> int:
-    """Words below it are dropped."""
+def first_kept(share: float) -> int:
+    """Words below it are dropped. Unlike `trainer.philox.edge` rounded down, so that it
+    has 32 bits for every share below 1.
+    """
     return int(share * (1 << 32))
 
 
@@ -147,7 +149,7 @@ def dropout_by(
     if rows:
         _kernel[(rows,)](
             *(x, out, use.contiguous(), uid.contiguous(), place.contiguous()),
-            *(seed, edge(share), scale(share), width),
+            *(seed, first_kept(share), scale(share), width),
             BLOCK=block(width),
             num_warps=min(max(block(width) // 256, 1), 16),
         )

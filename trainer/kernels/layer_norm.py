@@ -427,7 +427,7 @@ def _drawn_by(drop: Dropout | None, unused: Tensor) -> tuple[Any, ...]:
     if drop is None:
         return unused, unused, unused, 0, 0, 1.0
     rows = (each.contiguous() for each in drop[2:])
-    return *rows, drop.seed, dropout.edge(drop.share), dropout.scale(drop.share)
+    return *rows, drop.seed, dropout.first_kept(drop.share), dropout.scale(drop.share)
 
 
 def _block(width: int, drop: Dropout | None) -> int:

@@ -314,12 +314,12 @@ class ModelConfig:
         needed = "trainer.tasks.bodies.Body"
         raise self._lacks("item_body", "what stands for an item", needed)
 
-    def ranker(self, model: Any, learned: RetrievalTraining | None) -> RetrievalModel:
+    def ranker(self, model: Any, tuned: RetrievalTraining | None) -> RetrievalModel:
         """What ranks images and texts: retrieval, zero-shot classification.
 
         Args:
             model: of `build`; it may be changed.
-            learned: keys of the fine-tuning; None: it is as it was pretrained.
+            tuned: keys of the fine-tuning; None: it is as it was pretrained.
 
         Raises:
             ValueError: it cannot rank. The message has the cure.

@@ -279,13 +279,13 @@ class MaskVlmConfig(ModelConfig):
         return MaskVlmBody(model, pooling=pooling)
 
     def ranker(
-        self, model: MaskVlmForPreTraining, learned: RetrievalTraining | None
+        self, model: MaskVlmForPreTraining, tuned: RetrievalTraining | None
     ) -> RetrievalModel:
         """As `ModelConfig.ranker`."""
         from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
 
-        matching = learned is None or learned.matching
-        return MaskVlmRetrieval(model, whole=learned is not None, matching=matching)
+        matching = tuned is None or tuned.matching
+        return MaskVlmRetrieval(model, whole=tuned is not None, matching=matching)
 
     def matching(
         self,

@@ -209,14 +209,14 @@ class MlimConfig(ModelConfig):
         return MlimBody(model, pooling=pooling)
 
     def ranker(
-        self, model: MlimForPreTraining, learned: RetrievalTraining | None
+        self, model: MlimForPreTraining, tuned: RetrievalTraining | None
     ) -> RetrievalModel:
         """As `ModelConfig.ranker`."""
         from trainer.tasks.retrieval_mlim import MlimRetrieval
 
-        if learned is None:
+        if tuned is None:
             return MlimRetrieval(model, features=0)
-        features, matching = learned.features, learned.matching
+        features, matching = tuned.features, tuned.matching
         return MlimRetrieval(model, features=features, matching=matching)
 
     def matching(

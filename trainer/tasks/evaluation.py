@@ -42,8 +42,9 @@ class EvaluateConfig:
     that of the task."""
     from_scratch: bool = False
     """Draw the weights of a run or an export instead of loading them, to compare with:
-    those that pretraining began with.
-    What was fine-tuned has this key of its own in trainer.finetune."""
+    by the run's seed, as pretraining does that starts from no checkpoint and no body
+    (an export's is 0). What was fine-tuned has this key of its own in
+    trainer.finetune."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

@@ -54,7 +54,8 @@ def load_pretrained(
     Args:
         data: dataset directory instead of the one that the run was trained on.
         from_scratch: with drawn weights in place of the trained ones.
-        seed: of drawn weights; None: the run's, so those that it began with.
+        seed: of drawn weights; None: the run's, so those that it began with if it did
+            not begin with a checkpoint or a body. An export has none: 0.
 
     Raises:
         ValueError: neither run nor export, no checkpoint, or a dataset of another
@@ -79,9 +80,9 @@ def require_model(run: Path) -> None:
 
 
 def drawn_model(config: PretrainConfig, info: TokenizerInfo, *, seed: int) -> nn.Module:
-    """The model of a recipe with weights drawn by `seed`."""
+    """The model of a recipe with weights drawn by `seed`, as a run draws them."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % (1 << 63))
         return build_model(config, info)
 
 

@@ -149,7 +149,13 @@ def with_heads(
     if config.itc_weight and itm_weight == config.itm_weight:
         return model
     made = MaskVlmForPreTraining(
-        replace(config, itc_weight=config.itc_weight or 1.0, itm_weight=itm_weight),
+        # Nothing is dropped here, and dropout's sites may not suffice for more passes.
+        replace(
+            config,
+            itc_weight=config.itc_weight or 1.0,
+            itm_weight=itm_weight,
+            dropout=0.0,
+        ),
         vocab_size=model.words.num_embeddings,
         special_ids=model.ids_by_name,
         max_text=model.text_positions.num_embeddings,

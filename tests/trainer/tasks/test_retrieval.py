@@ -30,7 +30,7 @@ from trainer.tasks.ranked_gallery import (
     rank_by_scores,
 )
 from trainer.tasks.retrieval import candidates_of
-from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval
+from trainer.tasks.retrieval_maskvlm import MaskVlmRetrieval, with_heads
 from trainer.tasks.retrieval_mlim import MlimRetrieval
 from trainer.tasks.retrievers import RetrievalModel, log_odds, retriever
 
@@ -368,6 +368,23 @@ def test_a_maskvlm_without_heads_gets_them_and_learns_both_losses() -> None:
     values = learned(model, steps=40)
     assert values[-1]["contrastive"] < values[0]["contrastive"] / 2
     assert values[-1]["matching"] < values[0]["matching"]
+
+
+def test_heads_are_added_whatever_sites_of_dropout_a_model_has() -> None:
+    """Matching takes more passes than pretraining did, and nothing is dropped in it."""
+    keys = dataclasses.replace(
+        ONE_BLOCK,
+        image_layers=12,
+        text_layers=12,
+        cross_layers=4,
+        decoder_layers=8,
+        itm_weight=0.0,
+        dropout=0.1,
+    )
+    with pytest.raises(ValueError, match="sites"):
+        dataclasses.replace(keys, itm_weight=1.0)
+    made = keys.build(Sizes(500, SPECIAL, 16, 16))
+    assert with_heads(made, matching=True).config.itm_weight == 1
 
 
 def learned(model: RetrievalModel, *, steps: int) -> list[dict[str, float]]:
