@@ -181,8 +181,8 @@ class Matrix:
             evaluated = self.tasks[task].evaluate.get("task")
             if not row.pretrained and evaluated == "probes":
                 raise ValueError(
-                    f"{place} is not pretrained, and task {task} probes what was learned "
-                    "in pretraining: take it out of its tasks"
+                    f"{place} is not pretrained, and task {task} probes what was "
+                    "learned in pretraining: take it out of its tasks"
                 )
 
     def _check_table(self, place: str, table: Table) -> None:

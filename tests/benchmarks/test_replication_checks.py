@@ -1,5 +1,5 @@
-"""Mistakes of a matrix, its corpora and its folder are found before hours are spent; what
-rows lack is left out of their commands and tables.
+"""Mistakes of a matrix, its corpora and its folder are found before hours are spent;
+what rows lack is left out of their commands and tables.
 """
 
 from __future__ import annotations
