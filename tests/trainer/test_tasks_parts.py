@@ -310,6 +310,24 @@ def test_a_result_takes_no_others_name(tmp_path: Path) -> None:
         require_name(tmp_path, "vqa", task="matching")
 
 
+def test_a_name_whose_writing_died_before_the_numbers_can_be_taken_again(
+    tmp_path: Path,
+) -> None:
+    told = {"command": "<td>task</td><td>matching</td>"}
+    result = Result(metrics={"accuracy": Metric(0.5)}, kept={"right": np.ones(2)})
+    facts = {"task": "vqa", "seed": 0} | told
+    write_result(tmp_path, "mine", result, facts=facts).unlink()
+    require_name(tmp_path, "mine", task="vqa")
+    with pytest.raises(ValueError, match=r"mine\.html is no result of matching"):
+        require_name(tmp_path, "mine", task="matching")
+    # The page comes first: an array without one is somebody else's.
+    (tmp_path / "mine.html").unlink()
+    with pytest.raises(ValueError, match=r"mine\.npz is no result of vqa"):
+        require_name(tmp_path, "mine", task="vqa")
+    write_result(tmp_path, "mine", result, facts=facts)
+    require_name(tmp_path, "mine", task="vqa")
+
+
 def test_examples_are_the_surest_and_the_least_sure() -> None:
     score = [4.0, -3.0, 0.1, -5.0, 2.0, -0.2]
     right = [True, True, False, False, False, True]

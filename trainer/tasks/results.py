@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,9 +108,20 @@ def require_name(folder: Path, name: str, *, task: str) -> None:
             raise _taken(path, task)
         return
     # A page without its numbers: of something else, or a call that died between them.
-    for other in (folder / f"{name}.html", folder / f"{name}.npz"):
-        if other.is_file() and name != task:
+    # The page, which is written first, says which.
+    page_of_task = folder / f"{name}.html"
+    if name == task or (page_of_task.is_file() and _is_page_of(page_of_task, task)):
+        return
+    for other in (page_of_task, folder / f"{name}.npz"):
+        if other.is_file():
             raise _taken(other, task)
+
+
+def _is_page_of(path: Path, task: str) -> bool:
+    """Did `write_result` write this page, of a result of the task?"""
+    # A row of "How it was measured": what else stands on a page is escaped.
+    row = f"<td>task</td><td>{escape(task)}</td>"
+    return row in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _taken(path: Path, task: str) -> ValueError:
@@ -189,8 +201,6 @@ _STYLE = """
 
 
 def _card(example: Example) -> str:
-    from html import escape
-
     shown = "".join(image(one, "", suffix=_suffix(one)) for one in example.images)
     said = "".join(f'<p class="said">{escape(text)}</p>' for text in example.texts)
     return card(
