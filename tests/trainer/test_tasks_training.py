@@ -218,6 +218,33 @@ def test_a_folder_that_holds_something_else_is_refused(
     assert not (tmp_path / "o").exists()
 
 
+def test_a_pretraining_run_is_no_place_to_write_to(
+    whole: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(whole, run)
+    shutil.copytree(whole, other)
+    # As if a fine-tuning had died there before the run began.
+    (other / ".finetune.lock").touch()
+    for output in (run, other):
+        before = files(output)
+        with pytest.raises(ValueError, match=r"of trainer\.pretrain.*another --output"):
+            finetune(run, pairs, output, "--max_steps=1")
+        assert files(output) == before
+    # A trainer that has only just begun.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".lock").touch()
+    with pytest.raises(ValueError, match="holds something else"):
+        finetune(run, pairs, tmp_path / "new", "--max_steps=1")
+    # A fine-tuning that died before it had begun goes on.
+    died = tmp_path / "died"
+    died.mkdir()
+    (died / ".finetune.lock").touch()
+    (died / "tmp-dead-origin.json").write_text("{")
+    finetune(run, pairs, died, "--max_steps=1")
+    assert len(rows(died)) == 1
+
+
 def test_other_pairs_under_the_same_name_are_refused(
     whole: Path, pairs: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -50,7 +50,8 @@ from trainer.tasks.pretrained import Pretrained, drawn_model
 FINETUNE = "finetune.yaml"
 _ORIGIN, _PRETRAINING, _WORDS = "origin.json", "pretraining", "tokenizer.json"
 _WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
-_LOCK = ".lock"
+# No name of pretraining's own: that there is one says that fine-tuning began there.
+_LOCK = ".finetune.lock"
 _MEASURED = "dev"
 # What may differ between the calls that make up one run: a dataset that moved is the
 # same one where the hash among the task's files says so.
@@ -179,6 +180,10 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         ValueError: one does, or the folder holds something else.
     """
+    if (output / CONFIG).is_file() and not is_tuned(output):
+        raise ValueError(
+            f"{output} holds a run of trainer.pretrain: take another --output"
+        )
     begun = is_tuned(output) or (output / _LOCK).is_file()
     if not begun and output.exists() and any(output.iterdir()):
         raise ValueError(
