@@ -275,6 +275,25 @@ def test_a_dataset_may_move_but_another_one_is_refused(
     assert [row["step"] for row in rows(tmp_path / "tuned")] == [1, 2]
 
 
+def test_without_a_hash_of_its_dataset_only_the_path_tells_which_it_is(
+    whole: Path, shards: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """A fine-tuning that was begun before there was one."""
+    output, other = tmp_path / "tuned", tmp_path / "other"
+    finetune(whole, pairs, output, f"--data={shards}", "--max_steps=1")
+    (output / "data.sha256").unlink()
+    shutil.copytree(shards, other)
+    manifest = load_manifest(shards)
+    reseal(other, replace(manifest, rows=manifest.rows + 1))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"data: .* -> .*other'\): take another"):
+        finetune(whole, pairs, output, f"--data={other}", "--max_steps=2")
+    found = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert found == before
+    finetune(whole, pairs, output, f"--data={shards}", "--max_steps=2")
+    assert (output / "data.sha256").is_file()
+
+
 def test_what_a_fine_tuning_began_with_stays_what_it_was(
     whole: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -295,8 +314,12 @@ def test_what_a_fine_tuning_began_with_stays_what_it_was(
     # Without a checkpoint it would begin anew, with other weights.
     finetuning = (begun / "finetune.yaml").read_text()
     (begun / "finetune.yaml").write_text(finetuning.replace(str(output), str(begun)))
+    (begun / "data.sha256").unlink()
+    before = files(begun)
     with pytest.raises(ValueError, match=rf"which has changed \(now {step} steps\)"):
         finetune(run, pairs, begun, "--max_steps=2")
+    # A call that is refused leaves no trace.
+    assert files(begun) == before
 
 
 def reseal(dataset: Path, manifest: Manifest) -> None:

@@ -45,6 +45,7 @@ from trainer.contract import (
 )
 from trainer.files import write_text
 from trainer.options import load_config
+from trainer.tasks.base import DATA
 from trainer.tasks.pretrained import Pretrained, drawn_model
 
 FINETUNE = "finetune.yaml"
@@ -53,9 +54,9 @@ _WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
 # No name of pretraining's own: that there is one says that fine-tuning began there.
 _LOCK = ".finetune.lock"
 _MEASURED = "dev"
-# What may differ between the calls that make up one run: a dataset that moved is the
-# same one where the hash among the task's files says so.
-_MAY_CHANGE = ("output", "max_steps", "data")
+# What may differ between the calls that make up one run; `data`, too, where
+# `_may_move`.
+_MAY_CHANGE = ("output", "max_steps")
 
 
 def begin(
@@ -78,20 +79,13 @@ def begin(
         ValueError: the folder holds another run, or one of another model that has no
             checkpoint yet.
     """
-    path, new = output / FINETUNE, yaml.safe_load(to_yaml(keys))
-    if path.is_file():
-        changed = [
-            line
-            for line in differences(_with_defaults(path, keys), new)
-            if line.split(":")[0] not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} holds a fine-tuning with other keys ({'; '.join(changed)}): "
-                "take another --output, or delete it"
-            )
-    _keep(output, files)
-    if _is_its_origin(output, origin):
+    # All of it before anything is written: a call that is refused leaves no trace.
+    _require_same_keys(output, keys, files)
+    _require_same_files(output, files)
+    same_model = _is_its_origin(output, origin)
+    for name, text in files.items():
+        write_text(output / name, text)
+    if same_model:
         (output / _PRETRAINING).mkdir(parents=True, exist_ok=True)
         write_text(output / _PRETRAINING / CONFIG, to_yaml(start.config))
     if not (output / _ORIGIN).is_file():
@@ -99,7 +93,34 @@ def begin(
     if not (output / _WORDS).is_file():
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
     # Last: with it the folder is a fine-tuning.
-    write_text(path, to_yaml(keys))
+    write_text(output / FINETUNE, to_yaml(keys))
+
+
+def _require_same_keys(output: Path, keys: Any, files: Mapping[str, str]) -> None:
+    path = output / FINETUNE
+    if not path.is_file():
+        return
+    may_change = (*_MAY_CHANGE, *["data"] * _may_move(output, files))
+    changed = [
+        line
+        for line in differences(
+            _with_defaults(path, keys), yaml.safe_load(to_yaml(keys))
+        )
+        if line.split(":")[0] not in may_change
+    ]
+    if changed:
+        raise ValueError(
+            f"{output} holds a fine-tuning with other keys ({'; '.join(changed)}): "
+            "take another --output, or delete it"
+        )
+
+
+def _may_move(output: Path, files: Mapping[str, str]) -> bool:
+    """May the dataset lie elsewhere? Its hash tells whether it is the same one. Without
+    a hash in the folder, as before there were any, only its path can. A task that keeps
+    none takes no examples from it.
+    """
+    return DATA not in files or (output / DATA).is_file()
 
 
 def _with_defaults(path: Path, keys: Any) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def _steps(origin: Mapping[str, Any]) -> str:
     return "an unknown number of steps" if step is None else f"{step} steps"
 
 
-def _keep(output: Path, files: Mapping[str, str]) -> None:
+def _require_same_files(output: Path, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         path = output / name
         if path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -168,8 +189,6 @@ def _keep(output: Path, files: Mapping[str, str]) -> None:
                 "restore the files and the dataset (--data) that this fine-tuning "
                 "began with, or take another --output"
             )
-    for name, text in files.items():
-        write_text(output / name, text)
 
 
 @contextlib.contextmanager
