@@ -322,6 +322,29 @@ def test_what_a_fine_tuning_began_with_stays_what_it_was(
     assert files(begun) == before
 
 
+def test_without_a_hash_of_its_model_the_step_tells_which_it_is(
+    whole: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """A fine-tuning that was begun before there was one, and has no checkpoint."""
+    output = tmp_path / "tuned"
+    finetune(whole, pairs, output, "--max_steps=1")
+    shutil.rmtree(output / CHECKPOINTS)
+    origin = json.loads((output / "origin.json").read_text())
+    del origin["weights_sha256"]
+    # Where the words lie is no part of what they are.
+    origin["tokenizer"]["path"] = "elsewhere"
+    (output / "origin.json").write_text(json.dumps({**origin, "step": 5}))
+    with pytest.raises(ValueError, match=r"of 5 steps.* changed \(now 12 steps\)"):
+        finetune(whole, pairs, output, "--max_steps=1")
+    (output / "origin.json").write_text(json.dumps(origin))
+    finetune(whole, pairs, output, "--max_steps=1")
+    assert complete_checkpoints(output)[-1][0] == 1
+    origin["tokenizer"]["sha256"] = "0"
+    (output / "origin.json").write_text(json.dumps(origin))
+    with pytest.raises(ValueError, match="words of tokenizer 0"):
+        finetune(whole, pairs, output, "--max_steps=1")
+
+
 def reseal(dataset: Path, manifest: Manifest) -> None:
     (dataset / "manifest.json").write_text(manifest.to_json())
     seal = manifest_seal(manifest.to_json().encode())

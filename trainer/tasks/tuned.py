@@ -158,13 +158,15 @@ def _is_its_origin(output: Path, origin: Mapping[str, Any]) -> bool:
     if not path.is_file():
         return True
     old = json.loads(path.read_text())
-    if old["tokenizer"] != origin["tokenizer"]:
+    if old["tokenizer"]["sha256"] != origin["tokenizer"]["sha256"]:
         raise ValueError(
             f"{output} began with the words of tokenizer {old['tokenizer']['sha256']}, "
             f"and those of the model are now of {origin['tokenizer']['sha256']}: take "
             "another --output, or delete it"
         )
-    if old.get("weights_sha256") == origin["weights_sha256"]:
+    # Without a hash, as before there were any, the step has to tell.
+    by = "weights_sha256" if "weights_sha256" in old else "step"
+    if old[by] == origin[by]:
         return True
     if not complete_checkpoints(output):
         raise ValueError(
