@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ CORPUS = {
     "tokenizer": "train:600",
     "shard.samples": 50,
     "split.val": 0.1,
+    "filter.function": "tests.cluster.held:keep",
 }
 
 
@@ -63,17 +64,24 @@ def pace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While it is there, whoever preprocesses waits at its first input (held.py)."""
+    return tmp_path_factory.mktemp("held") / "held"
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
     with S3Server() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def cluster(pace: Path, server: S3Server) -> Iterator[LocalCluster]:
+def cluster(pace: Path, held: Path, server: S3Server) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment.items():
             environment.setenv(name, value)
         environment.setenv("PACE", str(pace))
+        environment.setenv("HELD", str(held))
         environment.setenv("PYTHONPATH", str(Path(__file__).with_name("paced")))
         environment.setenv("OMP_NUM_THREADS", "1")
         with local_cluster(cpu_nodes=2, gpu_nodes=2, idle_seconds=3) as found:
@@ -148,18 +156,17 @@ def driver_pid(run: Path) -> int:
     return int(events(run, "driver_started")[-1].fields["pid"])
 
 
-def come_in_all(cluster: LocalCluster, kind: str) -> Callable[[], int]:
-    """Counts the nodes of a type that have joined since: on a busy machine one may be
-    gone again before the next has come.
-    """
-    seen: set[str] = set()
+def nodes_held(cluster: LocalCluster, held: Path) -> int:
+    """Live nodes for preprocessing that each hold a range, as held.py says."""
+    holding = {int(path.name) for path in held.parent.iterdir() if path != held}
+    joined = [node for node in cluster.nodes("cpu") if node.ready and node.raylet]
+    return sum(not holding.isdisjoint(node.pids) for node in joined)
 
-    def count() -> int:
-        nodes = [node for node in cluster.nodes(kind) if node.ready and node.raylet]
-        seen.update(node.id for node in nodes)
-        return len(seen)
 
-    return count
+def see_two_at_work(job: Job, cluster: LocalCluster, held: Path) -> None:
+    """Neither node can be done, or idle, before the other is at work too."""
+    job.reaches(lambda: nodes_held(cluster, held) == 2, "two nodes preprocess at once")
+    held.unlink()
 
 
 def lose_a_node(cluster: LocalCluster) -> None:
@@ -185,16 +192,20 @@ def mentioning(output: Path) -> list[list[str]]:
 
 
 def test_a_corpus_becomes_a_report_whatever_dies_on_the_way(
-    cluster: LocalCluster, pace: Path, undisturbed: Path, tmp_path: Path
+    cluster: LocalCluster,
+    pace: Path,
+    held: Path,
+    undisturbed: Path,
+    tmp_path: Path,
 ) -> None:
     output = tmp_path / "run"
     run = output / "pretrain"
     config = configured(output)
     assert cluster.counts() == {}
     pace.write_text(SLOW)
+    held.touch()
     job = Job(cluster, config, tmp_path / "first.log")
-    come = come_in_all(cluster, "cpu")
-    job.reaches(lambda: come() >= 2, "two nodes preprocess")
+    see_two_at_work(job, cluster, held)
     job.reaches(lambda: steps_taken(run) >= 7, "some steps")
     assert files(output / "data") == files(undisturbed / "data")
     progress = json.loads((output / "data.progress.json").read_text())
