@@ -174,7 +174,7 @@ def test_a_run_starts_from_its_bodies(
     assert column(run, "step") == [1, 2]
     taken = checkpoint.load_weights(complete_checkpoints(run)[-1][1])
     expected = read_image_body(str(bodies / "vit"), grid=4)
-    expected |= read_text_body(str(bodies / "bert"), max_text=48)
+    expected |= read_text_body(str(bodies / "bert"), max_text=32)
     for name, value in expected.items():
         assert torch.equal(taken[name], value), name
 
