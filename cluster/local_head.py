@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import secrets
 import socket
 import time
@@ -21,7 +20,7 @@ from cluster.local_cluster import TOKEN, Cluster
 from cluster.local_node import HEAD, Node
 from cluster.local_options import LocalConfig
 from cluster.namespaces import INTERFACE, Network
-from cluster.runner import PORTS
+from cluster.runner import free_port
 
 Tell = Callable[[str], None]
 _AUTOSCALER = "autoscaler.json"
@@ -214,8 +213,5 @@ def _free_ports(count: int) -> list[int]:
     """Different ones that nobody listens on, none that the system hands out itself."""
     found: set[int] = set()
     while len(found) < count:
-        port = random.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            found.add(port)
+        found.add(free_port(""))
     return [*found]

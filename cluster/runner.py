@@ -27,12 +27,21 @@ import psutil
 from cluster.guard import STOP
 
 ROOT = Path(__file__).resolve().parents[1]
-PORTS = range(20_000, 32_000)
-"""Below those that Linux hands out, above those of Ray's workers."""
+# Below the ports that Linux hands out, above those of Ray's workers.
+_PORTS = range(20_000, 32_000)
 _LONGEST_LOG = 1 << 16
 _END_S = 30.0
 # Of the driver's job or of Ray, and wrong for a rank.
 _NOT_FOR_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port(address: str) -> int:
+    """A port that nobody listens on at an address of this machine; "": at any."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((address, port))
+            return port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +94,8 @@ class Runner:
         return str(ray.get_runtime_context().get_node_id())
 
     def free_port(self, address: str) -> int:
-        """A port that nobody listens on at an address of this node."""
-        while True:
-            port = random.choice(PORTS)
-            with socket.socket() as probe, suppress(OSError):
-                probe.bind((address, port))
-                return port
+        """As `free_port`, on this node."""
+        return free_port(address)
 
     def start(self, launch: Launch) -> str:
         """Start the launcher; the log file as this node knows it.

@@ -204,15 +204,13 @@ class Matrix:
         for name in (table.reference, *paper, *claimed):
             _known(f"{place}: a row that is shown", name, table.rows)
         metrics = self.tasks[table.task].metrics
+        compared = [(name, table.reference) for name in (*table.metrics, *table.paper)]
         for claim in table.claims:
-            _known(f"{place}.claims.metric", claim.metric, metrics)
-            self._check_objective(place, metrics[claim.metric], claim.row)
-            if claim.against:
-                self._check_objective(place, metrics[claim.metric], claim.against)
-        claims = [claim.metric for claim in table.claims]
-        for name in (*table.metrics, *table.paper, *claims):
+            rows = filter(None, (table.reference, claim.row, claim.against))
+            compared += [(claim.metric, row) for row in rows]
+        for name, row in compared:
             _known(f"{place}.metrics", name, metrics)
-            self._check_objective(place, metrics[name], table.reference)
+            self._check_objective(place, metrics[name], row)
 
     def _check_objective(self, place: str, metric: Metric, row: str) -> None:
         if metric.objective not in (None, *self.rows[row].objectives):

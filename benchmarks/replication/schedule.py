@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.replication.stages import Stage, resolved
+from pipeline.manifest import file_sha256
 from pipeline.terminal import printable
 from trainer.files import write_text
 
@@ -337,7 +337,7 @@ class Schedule:
 
 def kept_sha256(path: Path) -> str | None:
     """Of the file in which an evaluation keeps what it predicted; None: it has none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return file_sha256(path) if path.is_file() else None
 
 
 def duration(seconds: float) -> str:

@@ -12,14 +12,14 @@ from transformers import BertConfig, BertForPreTraining, BertModel
 
 from pipeline.manifest import load_manifest
 from tests.trainer.sequence import launch_all
-from tests.trainer.tiny import column, config
+from tests.trainer.tiny import SMALL_MLIM, column, config
 from trainer import checkpoint
 from trainer.check import check
 from trainer.contract import complete_checkpoints
 from trainer.masking import Masks
 from trainer.models.base import Inputs
 from trainer.models.bert import from_bert, read_body, to_bert
-from trainer.models.mlim import MlimConfig, MlimForPreTraining
+from trainer.models.mlim import MlimForPreTraining
 from trainer.stream import pack
 
 V, MAX_TEXT = 60, 24
@@ -44,18 +44,9 @@ def bert(kind: Any = BertForPreTraining, **changes: int) -> Any:
 
 
 def encoder() -> MlimForPreTraining:
-    tiny = MlimConfig(
-        layers=2,
-        width=32,
-        heads=2,
-        ffn_width=64,
-        embedder_widths=(8, 8),
-        embedder_hidden=8,
-        decoder_widths=(8, 8, 8),
-    )
     special = {"mask": 4}
     return MlimForPreTraining(
-        tiny, vocab_size=V, special_ids=special, max_text=MAX_TEXT, image_size=16
+        SMALL_MLIM, vocab_size=V, special_ids=special, max_text=MAX_TEXT, image_size=16
     )
 
 

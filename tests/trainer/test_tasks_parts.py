@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from tests.trainer.pages import HOSTILE, Page
+from tests.trainer.tiny import SMALL_MLIM
 from trainer.models.base import ModelConfig, Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
-from trainer.models.mlim_config import MlimConfig
 from trainer.tasks.average_precision import AveragePrecision
 from trainer.tasks.bodies import Body, body_of, inputs_of
 from trainer.tasks.body_mlim import MlimBody
@@ -34,15 +34,7 @@ from trainer.tasks.results import (
     write_result,
 )
 
-CONFIG = MlimConfig(
-    layers=2,
-    width=32,
-    heads=2,
-    ffn_width=64,
-    embedder_widths=(8, 8),
-    embedder_hidden=8,
-    decoder_widths=(8, 8, 8),
-)
+CONFIG = SMALL_MLIM
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
 

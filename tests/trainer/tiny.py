@@ -17,9 +17,20 @@ import numpy as np
 
 from tests.conftest import ROOT, deepspeed_command, free_port, launch_environment
 from trainer.contract import CHECKPOINTS, COMPLETE
+from trainer.models.mlim_config import MlimConfig
 from trainer.options import PretrainConfig, parse_run
 from trainer.order import Drawn, SampleOrder
 
+# Small, where no run is needed.
+SMALL_MLIM = MlimConfig(
+    layers=2,
+    width=32,
+    heads=2,
+    ffn_width=64,
+    embedder_widths=(8, 8),
+    embedder_hidden=8,
+    decoder_widths=(8, 8, 8),
+)
 # Of one launch, on a machine with much else to do.
 LAUNCH_LIMIT_S = 480
 FAULTS = Path(__file__).with_name("faults.py")

@@ -227,6 +227,11 @@ def _launch_forward(
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _results_like(x)
+
+
+def _results_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a forward pass gives, by shape: sum, norm, mean and 1 / deviation."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     statistics = x.new_empty(len(x), dtype=torch.float32)
     return total, torch.empty_like(total), statistics, torch.empty_like(statistics)
@@ -297,16 +302,14 @@ def _(
     return torch.empty_like(total), d_weight, torch.empty_like(d_weight)
 
 
-def _keep(
-    ctx: Any,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float],
-    output: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # A sum that nothing uses (post-norm) has no gradient, rather than one of zeros.
     ctx.set_materialize_grads(False)
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(total, mean, rstd, inputs[2])
+    # With dropout, what it is drawn by besides.
+    ctx.save_for_backward(total, mean, rstd, inputs[2], *inputs[5:8])
+    ctx.chosen = inputs[8:]
 
 
 def _differentiate(
@@ -352,9 +355,7 @@ def _(
     share: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    statistics = x.new_empty(len(x), dtype=torch.float32)
-    return total, torch.empty_like(total), statistics, torch.empty_like(statistics)
+    return _results_like(x)
 
 
 @library.custom_op("palimpsest::dropout_add_layer_norm_backward", mutates_args=())
@@ -395,14 +396,6 @@ def _(
     return d_x, torch.empty_like(d_x), d_weight, torch.empty_like(d_weight)
 
 
-def _keep_dropping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    total, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(total, mean, rstd, inputs[2], *inputs[5:8])
-    ctx.chosen = inputs[8:]
-
-
 def _differentiate_dropping(
     ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -417,9 +410,7 @@ def _differentiate_dropping(
     return d_total, d_branch, *[None] * 8
 
 
-_forward_dropping.register_autograd(
-    _differentiate_dropping, setup_context=_keep_dropping
-)
+_forward_dropping.register_autograd(_differentiate_dropping, setup_context=_keep)
 
 
 def _drawn_by(drop: Dropout | None, unused: Tensor) -> tuple[Any, ...]:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tests.trainer.tasks.test_ranking import naive_rank
-from tests.trainer.tiny import config
+from tests.trainer.tiny import SMALL_MLIM, config
 from trainer.build import build_model
 from trainer.dataset import Dataset
 from trainer.models.base import Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimForPreTraining
-from trainer.models.mlim_config import MlimConfig
 from trainer.stream import Stream
 from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
 from trainer.tasks.ranked_gallery import (
@@ -47,15 +46,7 @@ ONE_BLOCK = MaskVlmConfig(
     patch_size=8,
     projection_width=8,
 )
-OF_MLIM = MlimConfig(
-    layers=1,
-    width=32,
-    heads=2,
-    ffn_width=64,
-    embedder_widths=(8, 8),
-    embedder_hidden=8,
-    decoder_widths=(8, 8, 8),
-)
+OF_MLIM = dataclasses.replace(SMALL_MLIM, layers=1)
 
 
 @pytest.fixture(scope="module")
