@@ -85,15 +85,17 @@ class Artist:
                 {
                     "uid": f"{int(self.pairs.uids[row]) % (1 << 64):016x}",
                     "image": f"{folder.name}/{name}",
-                    "tokens": self._tokens(row),
+                    "tokens": self.tokens(row, image=row),
                 }
             )
         return found
 
-    def _tokens(self, row: int) -> list[dict[str, Any]]:
-        """Each word of a pair, and for masked ones what the model would put there."""
+    def tokens(self, row: int, *, image: int) -> list[dict[str, Any]]:
+        """Each word of a pair, and for masked ones what the model would put there,
+        given the image of the pair `image`.
+        """
         one = np.array([row])
-        inputs, masks = self._inputs(one, one, Mode.TEXT_HEAVY)
+        inputs, masks = self._inputs(one, one, Mode.TEXT_HEAVY, shown=np.array([image]))
         with torch.inference_mode():
             hidden_td = self.model.encode(inputs, masks)
             scores = self.model.score_words(hidden_td, inputs, masks)
@@ -123,12 +125,20 @@ class Artist:
         return pixels.cpu().numpy(), masks
 
     def _inputs(
-        self, images: np.ndarray, texts: np.ndarray, mode: Mode
+        self,
+        rows: np.ndarray,
+        texts: np.ndarray,
+        mode: Mode,
+        *,
+        shown: np.ndarray | None = None,
     ) -> tuple[Inputs, Masks]:
+        """Pairs with the masks of `rows`, texts of others, and images of `shown`, or
+        their own.
+        """
         return make_inputs(
             self.config,
-            uids=self.pairs.uids[images],
-            pixels=self.pairs.pixels[images],
+            uids=self.pairs.uids[rows],
+            pixels=self.pairs.pixels[rows if shown is None else shown],
             texts=[self.pairs.texts[int(row)] for row in texts],
             seed=self.seed,
             draw_number=0,
@@ -139,10 +149,14 @@ class Artist:
     def _word(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or "?"
 
+    def words(self, row: int) -> str:
+        """What a pair's text says."""
+        said: str = self.tokenizer.decode(self.pairs.texts[row][1:-1].tolist())
+        return said
+
     def caption(self, row: int) -> str:
         """The words that a pair shows, wrapped."""
-        words = self.tokenizer.decode(self.pairs.texts[row][1:-1].tolist())
-        short = textwrap.shorten(words, _MAX_CAPTION, placeholder=" ...")
+        short = textwrap.shorten(self.words(row), _MAX_CAPTION, placeholder=" ...")
         # Dollars would start mathematics.
         return textwrap.fill(short, _WRAP).replace("$", r"\$")
 

@@ -62,6 +62,12 @@ class Losses:
     counts: np.ndarray
     """(N,) words or pixels that the sum runs over."""
 
+    @property
+    def means(self) -> np.ndarray:
+        """(N,) of each pair; nan where nothing is masked."""
+        found = np.full(len(self.sums), np.nan)
+        return np.divide(self.sums, self.counts, out=found, where=self.counts > 0)
+
 
 def load_pairs(
     dataset: Dataset,

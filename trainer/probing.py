@@ -1,23 +1,20 @@
 """`--task probes` of `trainer.evaluate`: what each modality is worth to the other.
 
 Owns its keys, its table and what `probes.json` holds. Does not own the measurement
-(`trainer.probes`) or its figures (`trainer.figures`).
+(`trainer.probes`), its figures (`trainer.figures`), the pairs on its page
+(`trainer.probe_examples`) or the form of what is written (`trainer.tasks.results`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from trainer.figures import Artist
-
-_UNITS = {
-    "mlm": "nats a word",
-    "recon": "squared error a pixel",
-    "mim": "absolute error a pixel",
-}
+    from trainer.tasks.results import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +48,7 @@ class ProbesConfig:
     """Share of image positions that are masked to measure theirs; null: that of the
     run's image-heavy mode."""
     examples: int = 6
-    """Pairs shown in figures."""
+    """Pairs shown in figures, and of each kind on the page."""
 
     def __post_init__(self) -> None:
         from trainer.options import at_least
@@ -64,18 +61,25 @@ class ProbesConfig:
 
 
 def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any]:
-    """Run the probes of the run that lies in `folder` and draw their figures; what
-    `probes.json` holds.
+    """Run the probes of the run that lies in `folder`, draw their figures and write
+    `probes.json`, `.html` and `.npz`; what the first holds.
+
+    Raises:
+        ValueError: a model that restores nothing or diverged, or pairs that cannot be
+            compared. The message has the cure.
     """
+    import numpy as np
     import torch
     from tokenizers import Tokenizer
     from tqdm import tqdm
 
-    from trainer.checkpoint import write_json
     from trainer.dataset import Dataset
     from trainer.figures import Artist
     from trainer.mask_config import Mode
+    from trainer.probe_examples import examples
     from trainer.probes import load_pairs, measure, summarise, with_rates
+    from trainer.tasks.numbers import require_numbers
+    from trainer.tasks.results import Result, as_plain, write_result
     from trainer.trained import load_trained
 
     trained = load_trained(folder, data=config.data)
@@ -98,6 +102,12 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     )
     if len(pairs) < 2:
         raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
+    n_groups = len(np.unique(pairs.groups))
+    if n_groups < 2:
+        raise ValueError(
+            f"--group {config.group} puts all {len(pairs):,} pairs into one group, "
+            "which leaves no other partner and nothing to resample: take another key"
+        )
     total = 3 * len(keys.restores) * config.draws * len(pairs)
     with tqdm(total=total, desc="probes", unit="pair") as bar:
         losses = measure(
@@ -122,28 +132,62 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
         device=device,
         examples=config.examples,
     )
-    result = {
+    for conditions in losses.values():
+        for found in conditions.values():
+            require_numbers(found.sums)
+    summaries = {
+        name: summarise(values, pairs.groups, config.seed)
+        for name, values in losses.items()
+    }
+    facts = {
         "task": "probes",
         "step": trained.step,
         "seed": config.seed,
         "split": config.split,
-        "pairs": len(pairs),
-        "draws": config.draws,
-        "text_rate": run.mask.text_rates[Mode.TEXT_HEAVY],
-        "image_rate": run.mask.image_rates[Mode.IMAGE_HEAVY],
-        "group": config.group,
-        "groups": len(set(pairs.groups.tolist())),
         "data": dataset.name,
         "manifest_sha256": dataset.manifest_hash,
         "command": command,
-        **{
-            name: summarise(values, pairs.groups, config.seed)
-            for name, values in losses.items()
-        },
-        **_shown(artist, pictures),
     }
-    write_json(folder / "probes.json", result)
-    return result
+    result = Result(
+        metrics=_metrics(summaries, len(pairs)),
+        details={
+            "pairs": len(pairs),
+            "draws": config.draws,
+            "text_rate": run.mask.text_rates[Mode.TEXT_HEAVY],
+            "image_rate": run.mask.image_rates[Mode.IMAGE_HEAVY],
+            "group": config.group,
+            "groups": n_groups,
+            **summaries,
+            **_shown(artist, pictures),
+        },
+        examples=examples(artist, losses, count=config.examples),
+        kept={"uids": pairs.uids, "groups": pairs.groups}
+        | {
+            f"{probe}_{condition}": found.means
+            for probe, conditions in losses.items()
+            for condition, found in conditions.items()
+        },
+    )
+    write_result(folder, "probes", result, facts=facts)
+    return as_plain(result, facts=facts)
+
+
+def _metrics(summaries: Mapping[str, Any], n_pairs: int) -> dict[str, Metric]:
+    """By name, how much worse wrong partners are at the top: a model that does not look
+    at the other modality is at 0.
+    """
+    from trainer.tasks.results import Metric
+
+    found = {
+        f"{probe}_{partner}_gap": Metric(gap["mean"], gap["ci95"], 0.0, n_pairs)
+        for probe, summary in summaries.items()
+        for partner, gap in summary["gaps"].items()
+    }
+    return found | {
+        f"{probe}_{partner}": Metric(loss["mean"], loss["ci95"], None, n_pairs)
+        for probe, summary in summaries.items()
+        for partner, loss in summary["conditions"].items()
+    }
 
 
 def _shown(artist: Artist, folder: Path) -> dict[str, Any]:
@@ -168,7 +212,9 @@ def _shown(artist: Artist, folder: Path) -> dict[str, Any]:
 
 def print_probes(result: dict[str, Any]) -> None:
     """The probes, for a terminal."""
-    for probe, unit in _UNITS.items():
+    from trainer.probe_examples import UNITS
+
+    for probe, unit in UNITS.items():
         if probe not in result:
             continue
         print(f"{probe} loss, {unit}, {result['pairs']} held-out pairs")

@@ -6,15 +6,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.manifest import load_manifest
 from tests.conftest import launch_environment, python
 from tests.trainer.tiny import TINY, config
+from trainer import trained
 from trainer.dataset import Dataset
+from trainer.evaluate import main as evaluate_here
 from trainer.probes import Losses, load_pairs, partners, summarise
 
 
@@ -61,6 +65,68 @@ def test_probes_write_results_with_intervals_and_pictures(run: Path) -> None:
             assert shares == sorted(shares, reverse=True)
 
 
+def test_probes_write_a_page_of_the_best_the_worst_and_the_nearest_pairs(
+    run: Path,
+) -> None:
+    evaluate(run, "--draws=1")
+    result = json.loads((run / "probes.json").read_text())
+    with np.load(run / "probes.npz", allow_pickle=False) as found:
+        kept = dict(found)
+    page = (run / "probes.html").read_text()
+    assert "http" not in page
+    for probe, partner, wrong in (
+        ("mlm", "image", "blank"),
+        ("recon", "caption", "empty"),
+    ):
+        for name in ("shuffled", wrong):
+            metric = result["metrics"][f"{probe}_{name}_gap"]
+            gap = result[probe]["gaps"][name]
+            assert (metric["value"], metric["ci95"]) == (gap["mean"], gap["ci95"])
+            assert (metric["chance"], metric["n"]) == (0, result["pairs"])
+        gaps = kept[f"{probe}_shuffled"] - kept[f"{probe}_true"]
+        gaps = gaps[np.isfinite(gaps)]
+        parts = [
+            section(page, f"{probe}: {title}")
+            for title in (
+                f"the right {partner} helps most",
+                f"a wrong {partner} is better than the right one",
+                f"right and wrong {partner} are worth the same",
+            )
+        ]
+        shown = np.argsort(np.abs(gaps))[:2]
+        for part, values in zip(
+            parts,
+            (np.sort(gaps)[::-1][:2], np.sort(gaps)[:2], gaps[shown]),
+            strict=True,
+        ):
+            assert part.count("<img") == (4 if partner == "image" else 8)
+            assert all(f"{value:+.4f} " in part for value in values)
+
+
+def section(page: str, title: str) -> str:
+    """A part of a page, up to the next one."""
+    assert page.count(f"<h2>{title}</h2>") == 1
+    return page.split(f"<h2>{title}</h2>")[1].split("<h2>", maxsplit=1)[0]
+
+
+def test_probes_of_a_diverged_model_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained.load_trained
+
+    def diverged(*given: Any, **more: Any) -> Any:
+        found = whole(*given, **more)
+        with torch.no_grad():
+            found.model.words.weight.fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(trained, "load_trained", diverged)
+    before = (run / "probes.json").read_bytes()
+    with pytest.raises(ValueError, match="its training diverged"):
+        evaluate_here([str(run), "--max_pairs=4", "--draws=1"])
+    assert (run / "probes.json").read_bytes() == before
+
+
 def test_the_same_seed_measures_the_same(run: Path) -> None:
     results = []
     for _ in range(2):
@@ -76,6 +142,7 @@ def test_wrong_calls_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:
         ((run, "--split=test"), "has: train, val"),
         ((run, "--group=colour"), "columns.keep colour"),
         ((run, "--task=probe"), "task"),
+        ((run, "--group=status"), "into one group"),
         ((run, "--draws=0"), "draws"),
         ((run, "--max_pairs=1"), "max_pairs"),
     ):

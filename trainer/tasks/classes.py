@@ -22,8 +22,14 @@ from PIL import Image
 
 from trainer.tasks.bootstrap import interval, mean_interval
 from trainer.tasks.numbers import require_numbers
-from trainer.tasks.results import Example, Metric, Result, Table, extremes
-from trainer.tasks.retrieval_examples import thumbnail
+from trainer.tasks.results import (
+    Example,
+    Metric,
+    Result,
+    Table,
+    extremes,
+    thumbnail,
+)
 
 _CONFUSIONS = 20
 _MOST_DRAWN = 100

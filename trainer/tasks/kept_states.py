@@ -1,11 +1,11 @@
-"""Images and texts after their own encoders, each encoded once for all its pairs.
+"""Images and texts after their own encoders, each encoded once for all that needs them.
 
-Owns what is encoded when, and how much of it is kept. Does not own the models
-(`trainer.tasks.retrievers`) or what states are for (`trainer.tasks.pair_scores`).
+Owns what is encoded when, and how much of it is kept: features of an image and all its
+pairs are made of one pass. Does not own the models (`trainer.tasks.retrievers`) or what
+states are for (`trainer.tasks.pair_scores`).
 
-Pairs come ordered by image, so an image's state is needed for a while and then no more:
-no more than two batches of them lie on the device. Any text may come again with the
-next image: their states lie in the host's memory.
+States lie in the host's memory. Those of no more than two batches of images lie on the
+device too: they are asked for in ascending order.
 
 Shapes: S side of an image.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from trainer.tasks.retrievers import RetrievalModel, TextState
 
-# States of texts beyond this are made again whenever they are needed.
+# States beyond these are made again whenever they are needed.
+MOST_IMAGE_BYTES = 4 << 30
 MOST_TEXT_BYTES = 4 << 30
 
 
@@ -30,7 +31,6 @@ class KeptStates:
     Args:
         pixels: (images, S, S, 3) uint8.
         texts: token ids of each.
-        images: numbers of the images that will be asked for, ascending.
         batch: images that are encoded at once.
     """
 
@@ -40,42 +40,44 @@ class KeptStates:
         pixels: np.ndarray,
         texts: Sequence[np.ndarray],
         *,
-        images: np.ndarray,
         batch: int,
     ) -> None:
         self._model, self._pixels, self._ids = model, pixels, texts
-        self._images, self._batch = images, batch
-        self._held = images[:0]
-        self._states: Tensor | None = None
+        self._batch = batch
+        self._shown: dict[int, Tensor] = {}
+        self._images: dict[int, Tensor] = {}
         self._texts: dict[int, TextState] = {}
-        self._text_bytes = 0
+        self._image_bytes = self._text_bytes = 0
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self._pixels)
+
+    @property
+    def texts(self) -> int:
+        """How many there are."""
+        return len(self._ids)
 
     def of_images(self, wanted: np.ndarray) -> Tensor:
-        """(len(wanted), ...) of some images, ascending, none before those of the last
-        call and none of `images` left out.
-        """
-        missing = np.setdiff1d(wanted, self._held)
-        if len(missing):
-            ahead = self._images[np.searchsorted(self._images, missing[0]) :]
-            ahead = ahead[: max(self._batch, len(missing))]
-            made = self._model.image_states(self._pixels[ahead])
-            if self._states is not None:
-                first = int(np.searchsorted(self._held, wanted[0]))
-                made = torch.cat([self._states[first:], made])
-                ahead = np.concatenate([self._held[first:], ahead])
-            self._held, self._states = ahead, made
-        assert self._states is not None
-        place = np.searchsorted(self._held, wanted)
-        return self._states[torch.from_numpy(place).to(self._states.device)]
+        """(len(wanted), ...) of the images of these numbers, on the device."""
+        numbers = wanted.tolist()
+        missing = [one for one in numbers if one not in self._shown]
+        if missing:
+            ahead = range(missing[0], min(missing[0] + self._batch, self.images))
+            kept = {one: self._shown[one] for one in numbers if one in self._shown}
+            fetched = [one for one in {*missing, *ahead} if one not in kept]
+            self._shown = kept | self._fetched(sorted(fetched))
+        return torch.stack([self._shown[one] for one in numbers])
 
     def of_texts(self, wanted: np.ndarray) -> list[TextState]:
-        """Of each text of these numbers, which may repeat."""
+        """Of each text of these numbers, which may repeat, on the host."""
         different = dict.fromkeys(wanted.tolist())
         missing = [one for one in different if one not in self._texts]
         made: dict[int, TextState] = {}
         if missing:
             found = self._model.text_states([self._ids[one] for one in missing])
-            made = dict(zip(missing, found, strict=True))
+            made = dict(zip(missing, _on_host(found), strict=True))
         for number, state in made.items():
             if self._text_bytes + state.nbytes <= MOST_TEXT_BYTES:
                 self._texts[number] = state
@@ -83,3 +85,29 @@ class KeptStates:
         return [
             made[one] if one in made else self._texts[one] for one in wanted.tolist()
         ]
+
+    def _fetched(self, numbers: list[int]) -> dict[int, Tensor]:
+        """States on the device by number: kept ones, and others in one pass."""
+        found: dict[int, Tensor] = {}
+        known = [one for one in numbers if one in self._images]
+        if known:
+            states = torch.stack([self._images[one] for one in known])
+            found |= zip(known, states.to(self._model.device), strict=True)
+        new = [one for one in numbers if one not in self._images]
+        if new:
+            made = self._model.image_states(self._pixels[new])
+            found |= zip(new, made, strict=True)
+            each = made[0].nbytes
+            room = (MOST_IMAGE_BYTES - self._image_bytes) // max(each, 1)
+            kept = new[: max(room, 0)]
+            self._images |= zip(kept, made[: len(kept)].cpu(), strict=True)
+            self._image_bytes += each * len(kept)
+        return found
+
+
+def _on_host(states: Sequence[TextState]) -> Sequence[TextState]:
+    """States of several texts, moved in one copy."""
+    tensors = [state for state in states if isinstance(state, Tensor)]
+    if len(tensors) < len(states):
+        return states
+    return torch.cat(tensors).cpu().split([len(state) for state in tensors])

@@ -4,12 +4,12 @@ Owns what retrieval and zero-shot classification ask of a model, in batches. Doe
 own the models (`trainer.tasks.retrievers`), where scores are kept
 (`trainer.tasks.row_table`) or what is made of them.
 
-Shapes: B pairs or items of a batch, S side of an image, F features, M pairs to score.
+Shapes: F features, M pairs to score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainer.tasks.kept_states import KeptStates
-from trainer.tasks.retrievers import RetrievalModel
+from trainer.tasks.retrievers import RetrievalModel, log_odds
 from trainer.tasks.row_table import RowTable
 
 # Pairs between two writes to disk.
@@ -62,8 +62,7 @@ def kept_features(
 
 def score_pairs(
     model: RetrievalModel,
-    pixels: np.ndarray,
-    texts: Sequence[np.ndarray],
+    states: KeptStates,
     pairs: np.ndarray,
     *,
     table: RowTable,
@@ -73,12 +72,10 @@ def score_pairs(
     """Scores (M,) of `pairs` (M, 2) of (image, text), from where `table` was left.
 
     Args:
-        pixels: (images, S, S, 3) uint8.
+        states: of the model.
         pairs: ordered by image.
     """
     progress.update(table.done)
-    images = np.unique(pairs[table.done :, 0])
-    kept = KeptStates(model, pixels, texts, images=images, batch=batch)
     with torch.inference_mode():
         while table.done < table.total:
             block = pairs[table.done : table.done + _BLOCK]
@@ -86,10 +83,11 @@ def score_pairs(
             for first in range(0, len(block), batch):
                 image, text = block[first : first + batch].T
                 different, which = np.unique(image, return_inverse=True)
-                states = kept.of_images(different)
-                image_of = torch.from_numpy(which).to(states.device)
-                found = model.pair_scores(states, image_of, kept.of_texts(text))
-                scores.append(found.float().cpu().numpy())
+                image_of = torch.from_numpy(which).to(model.device)
+                logits = model.matching_logits(
+                    states.of_images(different), image_of, states.of_texts(text)
+                )
+                scores.append(log_odds(logits).cpu().numpy())
                 progress.update(len(image))
             table.append(np.concatenate(scores))
     return table.rows()[:, 0]

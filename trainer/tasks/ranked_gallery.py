@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.tasks.gallery import Gallery
+from trainer.tasks.kept_states import KeptStates
 from trainer.tasks.pair_scores import kept_features, score_pairs
 from trainer.tasks.ranking import (
     Candidates,
@@ -96,8 +97,20 @@ def rank_by_scores(scores_uv: np.ndarray, gallery: Gallery, *, listed: int) -> B
     )
 
 
+def states_of(model: RetrievalModel, gallery: Gallery, *, batch: int) -> KeptStates:
+    """Of all different images and texts, for both ways of scoring."""
+    whole = len(gallery.images) == len(gallery.pixels)
+    return KeptStates(
+        model,
+        gallery.pixels if whole else gallery.pixels[gallery.images],
+        [gallery.texts[number] for number in gallery.different],
+        batch=batch,
+    )
+
+
 def feature_scores(
     model: RetrievalModel,
+    states: KeptStates,
     gallery: Gallery,
     *,
     folder: Path,
@@ -115,11 +128,10 @@ def feature_scores(
     whole = _fingerprint(digest, gallery)
 
     def images(rows: np.ndarray) -> torch.Tensor:
-        states = model.image_states(gallery.pixels[gallery.images[rows]])
-        return model.image_features(states)
+        return model.image_features(states.of_images(rows))
 
     def texts(rows: np.ndarray) -> torch.Tensor:
-        return model.text_features([gallery.texts[n] for n in gallery.different[rows]])
+        return model.text_features(states.of_texts(rows))
 
     def computed(
         name: str, count: int, one_batch: Callable[[np.ndarray], torch.Tensor]
@@ -129,14 +141,15 @@ def feature_scores(
         )
         return kept_features(one_batch, table=table, batch=batch, progress=progress)
 
-    image = computed("image_features", len(gallery.images), images)
-    text = computed("text_features", len(gallery.different), texts)
+    image = computed("image_features", states.images, images)
+    text = computed("text_features", states.texts, texts)
     scores: np.ndarray = image @ text.T
     return scores
 
 
 def rank_by_pairs(
     model: RetrievalModel,
+    states: KeptStates,
     gallery: Gallery,
     first: BothWays | None,
     *,
@@ -152,7 +165,7 @@ def rank_by_pairs(
         folder: where scores are kept while they are computed.
         digest: of the model.
     """
-    shape = len(gallery.images), len(gallery.different)
+    shape = states.images, states.texts
     if first is None:
         pairs = np.indices(shape).reshape(2, -1).T
     else:
@@ -165,8 +178,7 @@ def rank_by_pairs(
     progress.reset(total=len(pairs))
     scores = score_pairs(
         model,
-        gallery.pixels[gallery.images],
-        [gallery.texts[number] for number in gallery.different],
+        states,
         pairs,
         table=table,
         batch=batch,
@@ -185,12 +197,12 @@ def rank_by_pairs(
     )
 
 
-def require_size(gallery: Gallery) -> None:
+def require_size(images: int, captions: int) -> None:
     """Raise ValueError for a gallery whose scores do not fit into memory."""
-    total = len(gallery.uids) * len(gallery.texts)
+    total = images * captions
     if total > MOST_SCORES:
         raise ValueError(
-            f"{len(gallery.uids)} images by {len(gallery.texts)} captions are "
+            f"{images:,} images by {captions:,} captions are "
             f"{total:,} scores, more than the {MOST_SCORES:,} that are kept in memory: "
             "lower --max_images"
         )

@@ -6,6 +6,7 @@ Owns the form of all three. Does not own the numbers (each task), intervals
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from trainer.files import write_text, write_with
 from trainer.report.elements import card, document, grid, header, image, section, table
 from trainer.tasks.bootstrap import Interval, OneGroup
+
+# Of a picture on a page, in pixels.
+_SIDE = 128
 
 
 class Metric(NamedTuple):
@@ -232,6 +237,15 @@ def _interval(metric: Metric) -> str:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """(S, S, 3) uint8 as a JPEG of at most 128 px a side."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_SIDE, _SIDE))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=85)
+    return data.getvalue()
 
 
 def extremes(

@@ -30,6 +30,7 @@ from trainer.tasks.ranked_gallery import (
     rank_by_pairs,
     rank_by_scores,
     require_size,
+    states_of,
 )
 from trainer.tasks.ranking import RECALL_AT, chance_recall
 from trainer.tasks.results import Metric, Result
@@ -160,11 +161,12 @@ class Retrieval:
         keys, context = self._keys, self._context
         candidates = candidates_of(model, keys.candidates)
         places = drawn_places(self._dataset, seed=context.seed, limit=keys.max_images)
+        records = self._dataset.records(places)
+        require_size(len(places), int(records["n_captions"].sum()))
         with tqdm(total=len(places), desc="images", disable=None) as bar:
             gallery = read_gallery(
                 self._dataset, context.pretraining, places, progress=bar
             )
-        require_size(gallery)
         groups = np.arange(len(places))
         if keys.group:
             values = column_of(self._dataset, places, keys.group, flag="--group")
@@ -208,10 +210,12 @@ class Retrieval:
         total = len(gallery.images) + len(gallery.different)
         digest = fingerprint(model, self._dataset.manifest_hash)
         folder, first = self._context.folder / "retrieval", None
+        states = states_of(model, gallery, batch=keys.batch)
         with tqdm(total=total, desc="features", disable=None) as bar:
             if model.has_features:
                 scores = feature_scores(
                     model,
+                    states,
                     gallery,
                     folder=folder,
                     digest=digest,
@@ -226,6 +230,7 @@ class Retrieval:
         with tqdm(desc="pairs", unit="pair", disable=None) as bar:
             stages[""] = rank_by_pairs(
                 model,
+                states,
                 gallery,
                 None if chosen is None else first,
                 folder=folder,

@@ -8,19 +8,16 @@ Queries are chosen by result, so they say nothing of how often it happens.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from trainer.tasks.gallery import Gallery
 from trainer.tasks.ranked_gallery import BothWays, Ranked
-from trainer.tasks.results import Example
+from trainer.tasks.results import Example, thumbnail
 
 _LISTED = 5
-_SIDE = 128
 _TITLES = {
     "best": "right by the widest margin",
     "near": "right and wrong almost as high",
@@ -80,15 +77,6 @@ def examples(
                 shown(query, ranked, gallery, words) for query in picked[name]
             ]
     return parts
-
-
-def thumbnail(pixels: np.ndarray) -> bytes:
-    """(S, S, 3) uint8 as a JPEG of at most 128 px a side."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_SIDE, _SIDE))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=85)
-    return data.getvalue()
 
 
 def _of_image(query: int, ranked: Ranked, gallery: Gallery, words: Words) -> Example:

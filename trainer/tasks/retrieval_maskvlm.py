@@ -20,9 +20,9 @@ from torch import Tensor
 
 from trainer.models.maskvlm import MaskVlmForPreTraining
 from trainer.models.maskvlm_encoder import Encoded, Passes
-from trainer.models.segments import Segments, of_texts
-from trainer.stream import Stream, lay_out, pack
-from trainer.tasks.retrievers import RetrievalModel, TextState, log_odds
+from trainer.models.segments import of_texts
+from trainer.stream import lay_out, pack
+from trainer.tasks.retrievers import RetrievalModel, TextState
 
 
 class MaskVlmRetrieval(RetrievalModel):
@@ -63,79 +63,46 @@ class MaskVlmRetrieval(RetrievalModel):
 
     def image_states(self, pixels: np.ndarray) -> Tensor:
         """uint8 (U, S, S, 3) -> rows (U, n, D) after the image encoder."""
-        moved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        moved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
         return self.model.encode_images(moved)
 
     def image_features(self, states: Tensor) -> Tensor:
         """As `RetrievalModel.image_features`."""
         return F.normalize(self.model.itc_image(states[:, 0]).float(), dim=1)
 
-    def text_features(self, texts: Sequence[np.ndarray]) -> Tensor:
-        """As `RetrievalModel.text_features`."""
-        text_td, layout, _ = self._encode(texts)
-        cls_bd = text_td.index_select(0, layout.starts)
-        return F.normalize(self.model.itc_text(cls_bd).float(), dim=1)
+    def text_states(self, texts: Sequence[np.ndarray]) -> list[Tensor]:
+        """Rows (length, D) of each text after the text encoder."""
+        lengths = np.array([len(text) for text in texts])
+        stream, token_ids = pack(lengths, np.concatenate(texts), 0)
+        stream = stream.to(self.device)
+        ids = [token_ids.to(self.device)]
+        text_td = self.model.encode_texts(stream, ids, of_texts(stream))
+        return list(text_td[: stream.text_used].split(lengths.tolist()))
+
+    def text_features(self, states: Sequence[TextState]) -> Tensor:
+        """As `RetrievalModel.text_features`: of the first row, [CLS]."""
+        cls_bd = torch.stack([torch.as_tensor(state)[0] for state in states])
+        return F.normalize(self.model.itc_text(cls_bd.to(self.device)).float(), dim=1)
 
     def scale(self) -> Tensor:
         """As `RetrievalModel.scale`: one over the temperature."""
         return self.model.itc_temperature()
 
     def matching_logits(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
-    ) -> Tensor:
-        """As `RetrievalModel.matching_logits`."""
-        return self._logits(states, image_of, *self._encode(texts))
-
-    def text_states(self, texts: Sequence[np.ndarray]) -> list[TextState]:
-        """Rows (length, D) of each text after the text encoder, of the encoder's type,
-        on the CPU.
-        """
-        text_td, _, stream = self._encode(texts)
-        lengths = [len(text) for text in texts]
-        return list(text_td[: stream.text_used].cpu().split(lengths))
-
-    def pair_scores(
         self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
     ) -> Tensor:
-        """As `RetrievalModel.pair_scores`: the cross-modality encoders and the head
+        """As `RetrievalModel.matching_logits`: the cross-modality encoders and the head
         alone.
         """
         stream = lay_out(np.array([len(text) for text in texts]), 0)
         text_td = torch.cat([torch.as_tensor(text) for text in texts])
         padding = len(stream.text_pair) - len(text_td)
-        text_td = F.pad(text_td, (0, 0, 0, padding)).to(self._device)
-        stream = stream.to(self._device)
-        return log_odds(
-            self._logits(states, image_of, text_td, of_texts(stream), stream)
-        )
-
-    def _logits(
-        self,
-        states: Tensor,
-        image_of: Tensor,
-        text_td: Tensor,
-        layout: Segments,
-        stream: Stream,
-    ) -> Tensor:
+        text_td = F.pad(text_td, (0, 0, 0, padding)).to(self.device)
+        stream = stream.to(self.device)
         passes = Passes(clean_images=True, clean_texts=True)
-        encoded = Encoded(states, text_td, layout, stream, passes)
+        encoded = Encoded(states, text_td, of_texts(stream), stream, passes)
         every = torch.arange(stream.pairs, device=image_of.device)
         return self.model.matching_logits(encoded, image_of, every).float()
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.words.weight.device
-
-    def _encode(self, texts: Sequence[np.ndarray]) -> tuple[Tensor, Segments, Stream]:
-        """Rows (T, D) of texts after their encoder, which are whose, and the stream
-        that they came from.
-        """
-        lengths = np.array([len(text) for text in texts])
-        stream, token_ids = pack(lengths, np.concatenate(texts), 0)
-        stream = stream.to(self._device)
-        layout = of_texts(stream)
-        ids = [token_ids.to(self._device)]
-        return self.model.encode_texts(stream, ids, layout), layout, stream
 
 
 def with_heads(

@@ -25,7 +25,7 @@ from trainer.models.base import Inputs
 from trainer.models.mlim import MlimForPreTraining
 from trainer.models.scored_rows import first_rows
 from trainer.stream import Stream, pack
-from trainer.tasks.retrievers import RetrievalModel
+from trainer.tasks.retrievers import RetrievalModel, TextState
 
 _TEMPERATURE = 0.07
 _MOST_SCALE = 100.0
@@ -77,7 +77,7 @@ class MlimRetrieval(RetrievalModel):
 
     def image_states(self, pixels: np.ndarray) -> Tensor:
         """uint8 (U, S, S, 3) -> image embeddings (U, P, D)."""
-        moved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        moved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
         return self.encoder.embed_pixels(moved)
 
     def image_features(self, states: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class MlimRetrieval(RetrievalModel):
         cls_bd = self._cls([nothing] * len(states), states)
         return F.normalize(self.image_projection(cls_bd).float(), dim=1)
 
-    def text_features(self, texts: Sequence[np.ndarray]) -> Tensor:
+    def text_features(self, states: Sequence[TextState]) -> Tensor:
         """As `RetrievalModel.text_features`."""
-        cls_bd = self._cls(texts, None)
+        cls_bd = self._cls(states, None)
         return F.normalize(self.text_projection(cls_bd).float(), dim=1)
 
     def scale(self) -> Tensor:
@@ -98,34 +98,31 @@ class MlimRetrieval(RetrievalModel):
         return self.log_scale.exp().clamp(max=_MOST_SCALE)
 
     def matching_logits(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+        self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
     ) -> Tensor:
         """As `RetrievalModel.matching_logits`."""
         hidden_nd, stream = self._encode(texts, states.index_select(0, image_of))
         return self.encoder.matching_logits(hidden_nd, stream).float()
 
-    @property
-    def _device(self) -> torch.device:
-        return self.encoder.words.weight.device
-
-    def _cls(self, texts: Sequence[np.ndarray], image_bpd: Tensor | None) -> Tensor:
+    def _cls(self, texts: Sequence[TextState], image_bpd: Tensor | None) -> Tensor:
         """Last hidden state (B, D) of each [CLS]."""
         hidden_nd, stream = self._encode(texts, image_bpd)
         # A pair's segment begins with [CLS].
         return hidden_nd.index_select(0, stream.cu_seqlens[: stream.pairs])
 
     def _encode(
-        self, texts: Sequence[np.ndarray], image_bpd: Tensor | None
+        self, texts: Sequence[TextState], image_bpd: Tensor | None
     ) -> tuple[Tensor, Stream]:
         """Last hidden states (N, D) of rows with every [CLS] among them, and the stream
         that says where.
         """
         n_image = 0 if image_bpd is None else image_bpd.shape[1]
         lengths = np.array([len(text) for text in texts])
-        stream, token_ids = pack(lengths, np.concatenate(texts), n_image)
+        ids = np.concatenate([np.asarray(text) for text in texts])
+        stream, token_ids = pack(lengths, ids, n_image)
         inputs = Inputs(
-            stream=stream.to(self._device),
-            token_ids=token_ids.to(self._device),
+            stream=stream.to(self.device),
+            token_ids=token_ids.to(self.device),
             # Not looked at: embedded already, or none.
             pixels=token_ids,
             n_masked_words=0,

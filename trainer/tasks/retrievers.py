@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trainer.models.base import ModelConfig
 from trainer.tasks.contrast import contrastive_loss, drawn_negatives, strangers
 
-# A text as far as it is computed alone.
+# A text as far as it is computed alone: its rows (length, ...).
 TextState = np.ndarray | Tensor
 
 
@@ -50,8 +50,8 @@ class RetrievalModel(nn.Module):
         """(B, ...) -> (B, F), of length 1."""
 
     @abstractmethod
-    def text_features(self, texts: Sequence[np.ndarray]) -> Tensor:
-        """B texts, [CLS] words [SEP] -> (B, F), of length 1."""
+    def text_features(self, states: Sequence[TextState]) -> Tensor:
+        """B texts -> (B, F), of length 1."""
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -59,24 +59,23 @@ class RetrievalModel(nn.Module):
 
     @abstractmethod
     def matching_logits(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[np.ndarray]
+        self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
     ) -> Tensor:
-        """States (U, ...), U at most B, and which of them (B,) stands with each text ->
-        (B, 2) fp32: they do not match, they do.
+        """States (U, ...) of images, U at most B, which of them (B,) stands with each
+        text, and B states of texts, wherever they lie -> (B, 2) fp32: they do not
+        match, they do.
         """
 
     def text_states(self, texts: Sequence[np.ndarray]) -> Sequence[TextState]:
-        """Texts as far as they are computed alone, kept for many pairs: in memory of
-        the host. Of a model that reads both modalities in one stream, their token ids.
+        """[CLS] words [SEP] of each -> texts as far as they are computed alone. Of a
+        model that reads both modalities in one stream, their token ids.
         """
         return texts
 
-    def pair_scores(
-        self, states: Tensor, image_of: Tensor, texts: Sequence[TextState]
-    ) -> Tensor:
-        """Log odds (B,) that they match; arguments as there, but for `text_states`."""
-        ids = [np.asarray(text) for text in texts]
-        return log_odds(self.matching_logits(states, image_of, ids))
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.parameters()).device
 
     def losses(
         self,
@@ -99,8 +98,8 @@ class RetrievalModel(nn.Module):
             uids: (B,) int64.
             images: (B,) int64, equal where images are.
         """
-        states = self.image_states(pixels)
-        similarity_bb = self.image_features(states) @ self.text_features(texts).T
+        states, text_states = self.image_states(pixels), self.text_states(texts)
+        similarity_bb = self.image_features(states) @ self.text_features(text_states).T
         similarity_bb = similarity_bb * self.scale()
         captions = _caption_table(texts).to(uids.device)
         strange_bb = strangers(uids, images, captions)
@@ -114,7 +113,7 @@ class RetrievalModel(nn.Module):
         image_of = torch.cat([own, own, other_image])
         text_of = torch.cat([own, other_text, own])
         logits = self.matching_logits(
-            states, image_of, [texts[number] for number in text_of.tolist()]
+            states, image_of, [text_states[number] for number in text_of.tolist()]
         )
         matched = image_of == text_of
         # A pair that has no stranger stands there three times, and counts once.

@@ -27,6 +27,7 @@ from trainer.probes import Pairs, drawn_places, read_pairs
 from trainer.tasks.base import Context, EvaluatedOnly, Spec
 from trainer.tasks.classes import Answers, answer_examples, result_of
 from trainer.tasks.gallery import classed
+from trainer.tasks.kept_states import KeptStates
 from trainer.tasks.pair_scores import features_of, fingerprint, score_pairs
 from trainer.tasks.prompts import numbered, read_names, sentences
 from trainer.tasks.results import Result
@@ -146,7 +147,9 @@ class ZeroShot(EvaluatedOnly):
         with tqdm(total=total, desc="features", disable=None) as bar:
             text = features_of(
                 len(prompts),
-                lambda rows: model.text_features([prompts[row] for row in rows]),
+                lambda rows: model.text_features(
+                    model.text_states([prompts[row] for row in rows])
+                ),
                 batch=batch,
                 progress=bar,
             )
@@ -167,7 +170,7 @@ class ZeroShot(EvaluatedOnly):
         self, model: RetrievalModel, pairs: Pairs, prompts: Sequence[np.ndarray]
     ) -> np.ndarray:
         """Mean log odds (N, K)."""
-        shape = len(pairs), len(prompts)
+        shape, batch = (len(pairs), len(prompts)), self._keys.batch
         wanted = np.indices(shape).reshape(2, -1).T
         digest = fingerprint(
             model,
@@ -183,11 +186,10 @@ class ZeroShot(EvaluatedOnly):
         with tqdm(total=len(wanted), desc="pairs", unit="pair", disable=None) as bar:
             scores = score_pairs(
                 model,
-                pairs.pixels,
-                prompts,
+                KeptStates(model, pairs.pixels, prompts, batch=batch),
                 wanted,
                 table=table,
-                batch=self._keys.batch,
+                batch=batch,
                 progress=bar,
             )
         found: np.ndarray = scores.reshape(shape[0], len(self._names), -1).mean(2)

@@ -13,7 +13,8 @@ import torch
 from pipeline.manifest import load_manifest
 from trainer.evaluate import main as evaluate
 from trainer.finetune import main as finetune
-from trainer.tasks import gallery, pair_scores
+from trainer.tasks import gallery, ranked_gallery, retrieval
+from trainer.tasks.retrieval_mlim import MlimRetrieval
 
 IMAGES = 16
 
@@ -76,7 +77,7 @@ def test_the_same_evaluation_again_passes_no_pair_through_the_model(
     words = (f"--max_images={IMAGES}", "--candidates=null", "--seed=3")
     first = result(tuned, "retrieval", *words)
     monkeypatch.setattr(
-        pair_scores.RetrievalModel, "pair_scores", lambda *_: pytest.fail("scored")
+        MlimRetrieval, "matching_logits", lambda *_: pytest.fail("scored")
     )
     assert result(tuned, "retrieval", *words) == first
     with pytest.raises(pytest.fail.Exception, match="scored"):
@@ -186,6 +187,15 @@ def test_wrong_calls_are_refused_with_their_cure(
 ) -> None:
     with pytest.raises(ValueError, match=cure):
         result(tuned, task, *words)
+
+
+def test_a_gallery_too_large_for_memory_is_refused_before_an_image_is_decoded(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranked_gallery, "MOST_SCORES", IMAGES)
+    monkeypatch.setattr(retrieval, "read_gallery", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"scores, more than the 16 .* --max_images"):
+        result(tuned, "retrieval")
 
 
 def test_templates_and_ties_are_counted_as_they_are_said_to_be() -> None:
