@@ -437,11 +437,13 @@ class Loader:
             self.dataset,
             rows.places,
             rows.records,
+            rows.reads,
             image=config.image,
             crops=rows.crops,
             flips=flipped(rows.flips),
             pixels=pixels.numpy(),
             decoders=decoders,
+            threads=config.threads,
         )
         texts, read_s, decode_s = reading.finish()
         give_way()

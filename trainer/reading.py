@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import crc32c
 import numpy as np
@@ -29,10 +29,11 @@ from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
 
-_CHUNK = 16
 _GIVE_WAY_S = 1e-5
 # Members of a sample lie side by side; with more between them two reads are cheaper.
 _GAP = 1 << 16
+# Columns of `reads_of`.
+_SIZE, _ID_BYTES, _CAPTIONS, _WHOLE = 3, 6, 7, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +50,52 @@ class Texts:
     """(B,) which of `ends` is the first of each sample."""
 
 
-class _Plan(NamedTuple):
-    """How one read gets a sample; numbers, because there is one for each sample."""
+def reads_of(records: np.ndarray, image: ImageConfig, *, id_bytes: int) -> np.ndarray:
+    """How one read gets each of B samples whose tar holds its token ids too: (B, 9)
+    int64, by row where the read begins; bytes of the ids' member, which it begins with;
+    where the image begins in it, which it ends with; its size, 0 where one read does
+    not do; CRC32C of the ids' member and of the image; bytes of ids; captions; whether
+    the image is shown as it is, but for a flip.
 
-    tar: int
-    """Descriptor; -1 where one read does not do."""
-    at: int
-    size: int
-    ids_size: int
-    """Bytes of the read that are the ids' member, at its beginning."""
-    jpg_start: int
-    """Where the image begins in the read; it ends with it."""
-    ids_crc32c: int
-    jpg_crc32c: int
-    put: int
-    """Where in all ids this sample's go, in bytes."""
-    put_end: int
-    whole: bool
-    """The image is shown as it is."""
+    Args:
+        id_bytes: of one token id.
+    """
+    at, ids_size, jpg_at, jpg_size, n_tokens = (
+        records[name].astype(np.int64)
+        for name in ("ids_offset", "ids_size", "jpg_offset", "jpg_size", "n_tokens")
+    )
+    start, ids = jpg_at - at, n_tokens * id_bytes
+    gap = start - ids_size
+    apart = (gap < 0) | (gap > _GAP) | (ids > ids_size)
+    whole = (records["width"] == image.size) & (records["height"] == image.size)
+    whole &= image.geometry != "random_resized_crop"
+    found = np.empty((len(records), 9), dtype=np.int64)
+    for column, values in enumerate(
+        (
+            at,
+            ids_size,
+            start,
+            np.where(apart, 0, start + jpg_size),
+            records["ids_crc32c"],
+            records["jpg_crc32c"],
+            ids,
+            records["n_captions"],
+            whole,
+        )
+    ):
+        found[:, column] = values
+    return found
 
 
 class Reading:
     """A batch that threads are reading.
 
     Args:
+        reads: (B, 9), `reads_of` the records.
         crops: (B, 4) crop draws.
         flips: (B,) bool, images to mirror.
         pixels: (B, S, S, 3) uint8, to be filled.
+        threads: of `decoders`.
     """
 
     def __init__(
@@ -83,27 +103,32 @@ class Reading:
         dataset: Dataset,
         places: np.ndarray,
         records: np.ndarray,
+        reads: np.ndarray,
         *,
         image: ImageConfig,
         crops: np.ndarray,
         flips: np.ndarray,
         pixels: np.ndarray,
         decoders: ThreadPoolExecutor,
+        threads: int,
     ) -> None:
         self._dataset, self._places, self._records = dataset, places, records
         self._image, self._pixels = image, pixels
         self._crops, self._flips = crops, flips.tolist()
         self._shards = places[:, 0].tolist()
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
-        self._n_tokens = records["n_tokens"].astype(np.int64)
-        self._starts = np.cumsum(self._n_tokens) - self._n_tokens
         dtype = dataset.tokenizer.dtype
-        self._ids = np.zeros(int(self._n_tokens.sum()), dtype=dtype)
+        ends = np.cumsum(reads[:, _ID_BYTES])
+        self._ends = ends // dtype.itemsize
+        self._captions = reads[:, _CAPTIONS]
+        self._ids = np.zeros(int(self._ends[-1]), dtype=dtype)
+        self._longest = int(reads[:, _SIZE].max())
         give_way()
-        self._plans = self._planned(flips)
-        self._chunks: Sequence[Future[tuple[float, float]]] = [
-            decoders.submit(self._fill, first)
-            for first in range(0, len(places), _CHUNK)
+        self._failed: list[tuple[int, Exception]] = []
+        # Threads take one row after another: none waits for another's last ones.
+        self._plans = iter(self._planned(reads, ends, flips))
+        self._tasks: Sequence[Future[tuple[float, float]]] = [
+            decoders.submit(self._fill) for _ in range(min(threads, len(places)))
         ]
 
     def finish(self) -> tuple[Texts, float, float]:
@@ -111,78 +136,72 @@ class Reading:
         and on decoding.
 
         Raises:
-            DamagedError: a sample is damaged.
+            DamagedError: a sample is damaged; of several the first.
             OSError: storage failed.
         """
         # The batch's memory must be at rest before anybody fills it again.
-        wait(self._chunks)
-        spent = [chunk.result() for chunk in self._chunks]
+        wait(self._tasks)
+        spent = [task.result() for task in self._tasks]
+        if self._failed:
+            raise min(self._failed, key=lambda failed: failed[0])[1]
         texts = self._texts()
         return texts, sum(read for read, _ in spent), sum(done for _, done in spent)
 
-    def _planned(self, flips: np.ndarray) -> list[_Plan]:
-        """The fast way of each sample."""
-        records, of_shard = self._records, self._places[:, 0]
-        at, ids_size, jpg_at, jpg_size = (
-            records[name].astype(np.int64)
-            for name in ("ids_offset", "ids_size", "jpg_offset", "jpg_size")
-        )
-        tar = np.empty(len(records), dtype=np.int64)
-        side = self._pixels.shape[1]
-        whole = (records["width"] == side) & (records["height"] == side) & ~flips
-        whole &= self._image.geometry != "random_resized_crop"
-        for shard, files in self._files.items():
-            mine = of_shard == shard
-            alone = files is not None and files[1] is None
-            tar[mine] = files[0].fileno() if files and alone else -1
-            if self._dataset.indexed(shard):
-                whole[mine] = False
-        id_bytes, start = self._n_tokens * self._ids.itemsize, jpg_at - at
-        gap = start - ids_size
-        tar[(gap < 0) | (gap > _GAP) | (id_bytes > ids_size)] = -1
-        size = np.where(tar < 0, 0, start + jpg_size)
-        put = self._starts * self._ids.itemsize
-        columns = (
-            tar,
-            at,
-            size,
-            ids_size,
-            start,
-            records["ids_crc32c"],
-            records["jpg_crc32c"],
-            put,
-            put + id_bytes,
-            whole,
-        )
+    def _planned(
+        self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray
+    ) -> list[tuple[int, int, list[int], int, bool]]:
+        """Of each sample its row, the descriptor that one read gets it from, or -1, its
+        row of `reads`, where its ids end among all, in bytes, and whether its image
+        needs no more than decoding.
+        """
+        tars = {
+            shard: -1 if files is None or files[1] else files[0].fileno()
+            for shard, files in self._files.items()
+        }
+        whole = (reads[:, _WHOLE] > 0) & ~flips
+        # Of anybody's tars: an image may be turned, or no JPEG.
+        foreign = [shard for shard in self._files if self._dataset.indexed(shard)]
+        if foreign:
+            whole &= ~np.isin(self._places[:, 0], foreign)
         return list(
-            map(_Plan._make, zip(*(column.tolist() for column in columns), strict=True))
+            zip(
+                range(len(reads)),
+                [tars[shard] for shard in self._shards],
+                reads.tolist(),
+                ends.tolist(),
+                whole.tolist(),
+                strict=True,
+            )
         )
 
-    def _fill(self, first: int) -> tuple[float, float]:
-        """Fill the rows of one chunk; seconds of reading and of decoding."""
-        plans = self._plans[first : first + _CHUNK]
-        memory = _memory(max(plan.size for plan in plans))
+    def _fill(self) -> tuple[float, float]:
+        """Fill rows until none is left; seconds of reading and of decoding."""
+        memory = _memory(self._longest)
         all_ids = self._ids.view(np.uint8).data
         reading = decoding = 0.0
         # Flat, because calls and look-ups for a sample add up to a part of decoding it.
-        for row, plan in enumerate(plans, first):
-            tar, at, size, ids_size, start, ids_crc, jpg_crc, put, end, whole = plan
+        for row, tar, plan, end, whole in self._plans:
+            at, ids_size, start, size, ids_crc, jpg_crc, id_bytes, *_ = plan
             begun = time.perf_counter()
             try:
                 span = memory[:size]
-                got = tar >= 0 and len(read_into(span, tar, at)) == size
+                got = tar >= 0 < size == len(read_into(span, tar, at))
             except OSError:
                 got = False
-            have = time.perf_counter()
-            ids, jpeg = span[:ids_size], span[start:]
-            got = got and crc32c.crc32c(jpeg) == jpg_crc
-            if got and crc32c.crc32c(ids) == ids_crc:
-                all_ids[put:end] = ids[ids_size - (end - put) :]
-            else:
-                jpeg = self._read(row)
+            try:
                 have = time.perf_counter()
-            if not (whole and decode_whole(self._pixels[row], jpeg)):
-                self._decode(row, jpeg)
+                ids, jpeg = span[:ids_size], span[start:]
+                got = got and crc32c.crc32c(jpeg) == jpg_crc
+                if got and crc32c.crc32c(ids) == ids_crc:
+                    all_ids[end - id_bytes : end] = ids[ids_size - id_bytes :]
+                else:
+                    jpeg = self._read(row)
+                    have = time.perf_counter()
+                if not (whole and decode_whole(self._pixels[row], jpeg)):
+                    self._decode(row, jpeg)
+            except Exception as error:
+                self._failed.append((row, error))
+                break
             reading += have - begun
             decoding += time.perf_counter() - have
         return reading, decoding
@@ -201,7 +220,7 @@ class Reading:
             sound = len(ids) == record["ids_size"] and len(jpeg) == record["jpg_size"]
             sound = sound and crc32c.crc32c(jpeg) == record["jpg_crc32c"]
             if sound and crc32c.crc32c(ids) == record["ids_crc32c"]:
-                n_tokens = int(self._n_tokens[row])
+                n_tokens = int(record["n_tokens"])
                 self._put_ids(row, token_ids(ids, n_tokens, self._ids.dtype))
                 return jpeg
         # Once more, with the care and the words of whom it is the business of.
@@ -209,8 +228,8 @@ class Reading:
         return self._dataset.jpeg(shard, record)
 
     def _put_ids(self, row: int, ids: np.ndarray) -> None:
-        start = int(self._starts[row])
-        self._ids[start : start + len(ids)] = ids
+        end = int(self._ends[row])
+        self._ids[end - len(ids) : end] = ids
 
     def _decode(self, row: int, jpeg: memoryview) -> None:
         shard, record = self._shards[row], self._records[row]
@@ -231,12 +250,15 @@ class Reading:
     def _texts(self) -> Texts:
         sep = self._dataset.tokenizer.special_ids["sep"]
         ends = np.flatnonzero(self._ids == sep)
-        first_end = np.searchsorted(ends, self._starts)
-        found = np.diff(np.append(first_end, len(ends)))
-        for row in np.flatnonzero(found != self._records["n_captions"]).tolist():
-            # Says what is wrong with them.
-            self._dataset.captions(self._shards[row], self._records[row])
-        return Texts(ids=self._ids, starts=self._starts, ends=ends, first_end=first_end)
+        starts, last = np.append(0, self._ends[:-1]), np.cumsum(self._captions)
+        first_end = last - self._captions
+        if len(ends) != last[-1] or (ends[last - 1] != self._ends - 1).any():
+            first_end = np.searchsorted(ends, starts)
+            found = np.diff(np.append(first_end, len(ends)))
+            for row in np.flatnonzero(found != self._captions).tolist():
+                # Says what is wrong with them.
+                self._dataset.captions(self._shards[row], self._records[row])
+        return Texts(ids=self._ids, starts=starts, ends=ends, first_end=first_end)
 
 
 _Files = tuple[BinaryIO, BinaryIO | None]

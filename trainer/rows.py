@@ -18,9 +18,9 @@ from trainer.dataset import Dataset
 from trainer.options import PretrainConfig
 from trainer.order import Drawn, SampleOrder
 from trainer.philox import Use, below, draw, signed_uids
-from trainer.reading import give_way
+from trainer.reading import give_way, reads_of
 
-_SAMPLES_AHEAD = 512
+_SAMPLES_AHEAD = 2048
 # One that is being read, one that is looked into.
 _BLOCKS_KEPT = 2
 
@@ -35,6 +35,8 @@ class Rows:
     """(B,) epoch of each one's source."""
     records: np.ndarray
     """(B,) index records."""
+    reads: np.ndarray
+    """(B, 9), `trainer.reading.reads_of` them."""
     uids: np.ndarray
     """(B,) int64, the bits of the uint64 uids."""
     captions: np.ndarray
@@ -53,6 +55,7 @@ class Rows:
             places=self.places[rows],
             epochs=self.epochs[rows],
             records=self.records[rows],
+            reads=self.reads[rows],
             uids=self.uids[rows],
             captions=self.captions[rows],
             crops=self.crops[rows],
@@ -75,6 +78,9 @@ def rows_of(
         places=places,
         epochs=epochs,
         records=records,
+        reads=reads_of(
+            records, config.image, id_bytes=dataset.tokenizer.dtype.itemsize
+        ),
         uids=uids,
         captions=caption_choice(records, uids, seed=config.seed, epoch=epochs),
         crops=crop_draws(config, uids, epochs),

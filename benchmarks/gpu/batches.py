@@ -124,6 +124,7 @@ class Drawn(Loader):
             places=np.zeros((count, 2), dtype=np.int64),
             epochs=np.zeros(count, dtype=np.int64),
             records=records,
+            reads=np.zeros((count, 9), dtype=np.int64),
             uids=uids,
             captions=np.zeros(count, dtype=np.int64),
             crops=np.zeros((count, 4), dtype=np.int64),

@@ -8,9 +8,11 @@ import random
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import crc32c
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,7 +24,7 @@ from trainer.dataset import Dataset
 from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of, decode_into, flipped
 from trainer.loader import STEPS_AHEAD, Loader
-from trainer.reading import Slots, Texts, chosen_texts
+from trainer.reading import Slots, Texts, chosen_texts, reads_of
 from trainer.rows import crop_draws, flip_draws
 
 GEOMETRIES = ("resize", "center_crop", "random_resized_crop")
@@ -178,6 +180,61 @@ def test_a_deleted_or_replaced_shard_is_noticed_though_it_is_open(
         assert caught.value.reason == "missing"
         tar.write_bytes(kept)
         reader.read(reader.rows(places, epochs), pool)
+
+
+def test_of_several_damaged_samples_the_first_is_named_whichever_thread_meets_it(
+    mixed: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(mixed, tmp_path / "copy")
+    reader = loader(copy)
+    places = reader.dataset.places()[:24]
+    rows = reader.rows(places, np.zeros(24, dtype=np.int64))
+    for row in (20, 9, 10, 14):
+        tar = copy / f"train/shard-{int(places[row, 0]):06d}.tar"
+        with open(tar, "r+b") as file:
+            file.seek(int(rows.records[row]["jpg_offset"]) + 30)
+            file.write(b"damaged")
+    for threads in (1, 2, 3, 3, 3):
+        reader.config = replace(reader.config, threads=threads)
+        with ThreadPoolExecutor(threads) as pool:
+            with pytest.raises(DamagedError) as caught:
+                reader.read(rows, pool)
+            assert caught.value.uid == int(rows.records[9]["uid"])
+
+
+def test_ids_after_the_last_separator_belong_to_no_caption(
+    mixed: Path, tmp_path: Path
+) -> None:
+    """A member of another hand: as many captions as the index says, and more ids."""
+    copy = shutil.copytree(mixed, tmp_path / "copy")
+    reader = loader(copy)
+    places = reader.dataset.places()[:24]
+    rows = reader.rows(places, np.zeros(24, dtype=np.int64))
+    row = int(np.flatnonzero(rows.records["n_tokens"] > 4)[3])
+    tar = copy / f"train/shard-{int(places[row, 0]):06d}.tar"
+    record, itemsize = rows.records[row], reader.dataset.tokenizer.dtype.itemsize
+    member = bytearray(record["ids_size"])
+    with open(tar, "r+b") as file:
+        file.seek(int(record["ids_offset"]))
+        file.readinto(member)
+        # The last separator one id earlier.
+        member[-2 * itemsize :] = member[-itemsize:] + member[-2 * itemsize : -itemsize]
+        file.seek(int(record["ids_offset"]))
+        file.write(member)
+    rows.records[row]["ids_crc32c"] = crc32c.crc32c(bytes(member))
+    rows.reads[:] = reads_of(rows.records, reader.config.image, id_bytes=itemsize)
+    with ThreadPoolExecutor(2) as pool:
+        read = reader.read(rows, pool)
+    starts = np.cumsum(read.lengths) - read.lengths
+    for number, record in enumerate(rows.records):
+        text, _ = reader.dataset.text(
+            int(places[number, 0]),
+            record,
+            int(rows.captions[number]),
+            max_tokens=reader.config.text.max_tokens,
+        )
+        mine = read.ids[starts[number] : starts[number] + read.lengths[number]]
+        assert mine.tolist() == text.tolist()
 
 
 def test_buffers_are_used_again_but_not_while_they_are_valid(mixed: Path) -> None:
