@@ -52,7 +52,7 @@ class PairsConfig:
     split: str = "train"
     """Split to pair."""
     hard: str | None = None
-    """Columns that a hard negative shares, with commas between them."""
+    """Columns that a hard negative shares, with commas between them: a,b or [a,b]."""
     hard_share: float = 0.5
     """Share of negatives that are hard, where there are such."""
     negatives: float = 1.0
@@ -94,7 +94,8 @@ class PairsConfig:
     @property
     def hard_columns(self) -> tuple[str, ...]:
         """The columns of --hard."""
-        names = (self.hard or "").split(",")
+        # Brackets are what lists of other keys are written in.
+        names = (self.hard or "").strip().removeprefix("[").removesuffix("]").split(",")
         return tuple(name.strip() for name in names if name.strip())
 
 

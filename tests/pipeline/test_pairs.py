@@ -77,6 +77,8 @@ def test_what_matches_has_the_value_and_what_is_hard_has_the_other_columns(
     dataset: Path, tmp_path: Path
 ) -> None:
     array, twin = pairs_of(dataset, tmp_path / "p.npy", "--hard=kind,size")
+    listed, _ = pairs_of(dataset, tmp_path / "q.npy", "--hard=[kind, size]")
+    assert np.array_equal(listed, array)
     assert {row["kind"] for row in twin} == {"match", "hard", "easy"}
     for record, row in zip(array, twin, strict=True):
         same = row["left_value"] == row["right_value"]
