@@ -45,6 +45,44 @@ def test_only_the_shared_modules_cross_packages(package: str) -> None:
                 assert name != top, f"{path}: {name}"
 
 
+# Outside trainer/models and its recipes: what tasks ask of it, its card, an example.
+OF_MASKVLM = {
+    "trainer/tasks/body_maskvlm.py",
+    "trainer/tasks/retrieval_maskvlm.py",
+    "trainer/model_card.py",
+    "trainer/pretrain.py",
+}
+
+
+def test_a_model_is_known_by_name_in_its_own_files_alone() -> None:
+    """MaskVLM, the second of them: nothing else asks which model it has."""
+    knowing = set()
+    for path in sorted((ROOT / "trainer").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("trainer/models/"):
+            words = {*imports(path), *strings(path)}
+            if any("maskvlm" in word.lower() for word in words):
+                knowing.add(name)
+    assert knowing == OF_MASKVLM
+
+
+def strings(path: Path) -> set[str]:
+    """Strings of a module's code, those that only say something of it left out."""
+    tree = ast.parse(path.read_text())
+    said = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node not in said
+    }
+
+
 def run_without(blocked: set[str], statement: str) -> str:
     """Run `statement` in a new process where `blocked` cannot be imported."""
     code = (
