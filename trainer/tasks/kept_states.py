@@ -32,6 +32,8 @@ class KeptStates:
         pixels: (images, S, S, 3) uint8.
         texts: token ids of each.
         batch: images that are encoded at once.
+        keep_images: they are asked for a second time, after all others.
+        keep_texts: they are asked for more than once.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class KeptStates:
         texts: Sequence[np.ndarray],
         *,
         batch: int,
+        keep_images: bool,
+        keep_texts: bool,
     ) -> None:
         self._model, self._pixels, self._ids = model, pixels, texts
         self._batch = batch
+        self._room_for_images = MOST_IMAGE_BYTES if keep_images else 0
+        self._room_for_texts = MOST_TEXT_BYTES if keep_texts else 0
         self._shown: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
         self._texts: dict[int, TextState] = {}
-        self._image_bytes = self._text_bytes = 0
 
     @property
     def images(self) -> int:
@@ -71,17 +76,21 @@ class KeptStates:
         return torch.stack([self._shown[one] for one in numbers])
 
     def of_texts(self, wanted: np.ndarray) -> list[TextState]:
-        """Of each text of these numbers, which may repeat, on the host."""
+        """Of each text of these numbers, which may repeat; on the host where texts are
+        kept.
+        """
         different = dict.fromkeys(wanted.tolist())
         missing = [one for one in different if one not in self._texts]
         made: dict[int, TextState] = {}
         if missing:
             found = self._model.text_states([self._ids[one] for one in missing])
-            made = dict(zip(missing, _on_host(found), strict=True))
+            if self._room_for_texts:
+                found = _on_host(found)
+            made = dict(zip(missing, found, strict=True))
         for number, state in made.items():
-            if self._text_bytes + state.nbytes <= MOST_TEXT_BYTES:
+            if state.nbytes <= self._room_for_texts:
                 self._texts[number] = state
-                self._text_bytes += state.nbytes
+                self._room_for_texts -= state.nbytes
         return [
             made[one] if one in made else self._texts[one] for one in wanted.tolist()
         ]
@@ -98,10 +107,10 @@ class KeptStates:
             made = self._model.image_states(self._pixels[new])
             found |= zip(new, made, strict=True)
             each = made[0].nbytes
-            room = (MOST_IMAGE_BYTES - self._image_bytes) // max(each, 1)
-            kept = new[: max(room, 0)]
-            self._images |= zip(kept, made[: len(kept)].cpu(), strict=True)
-            self._image_bytes += each * len(kept)
+            kept = new[: self._room_for_images // max(each, 1)]
+            if kept:
+                self._images |= zip(kept, made[: len(kept)].cpu(), strict=True)
+                self._room_for_images -= each * len(kept)
         return found
 
 

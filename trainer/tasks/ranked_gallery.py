@@ -97,14 +97,22 @@ def rank_by_scores(scores_uv: np.ndarray, gallery: Gallery, *, listed: int) -> B
     )
 
 
-def states_of(model: RetrievalModel, gallery: Gallery, *, batch: int) -> KeptStates:
-    """Of all different images and texts, for both ways of scoring."""
+def states_of(
+    model: RetrievalModel, gallery: Gallery, *, batch: int, pairs: bool
+) -> KeptStates:
+    """Of all different images and texts, for both ways of scoring.
+
+    Args:
+        pairs: pairs will be scored, after features where the model has such.
+    """
     whole = len(gallery.images) == len(gallery.pixels)
     return KeptStates(
         model,
         gallery.pixels if whole else gallery.pixels[gallery.images],
         [gallery.texts[number] for number in gallery.different],
         batch=batch,
+        keep_images=pairs and model.has_features,
+        keep_texts=pairs,
     )
 
 

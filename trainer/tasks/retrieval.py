@@ -210,7 +210,7 @@ class Retrieval:
         total = len(gallery.images) + len(gallery.different)
         digest = fingerprint(model, self._dataset.manifest_hash)
         folder, first = self._context.folder / "retrieval", None
-        states = states_of(model, gallery, batch=keys.batch)
+        states = states_of(model, gallery, batch=keys.batch, pairs=chosen != 0)
         with tqdm(total=total, desc="features", disable=None) as bar:
             if model.has_features:
                 scores = feature_scores(

@@ -183,10 +183,18 @@ class ZeroShot(EvaluatedOnly):
             fingerprint=digest,
             total=len(wanted),
         )
+        states = KeptStates(
+            model,
+            pairs.pixels,
+            prompts,
+            batch=batch,
+            keep_images=False,
+            keep_texts=True,
+        )
         with tqdm(total=len(wanted), desc="pairs", unit="pair", disable=None) as bar:
             scores = score_pairs(
                 model,
-                KeptStates(model, pairs.pixels, prompts, batch=batch),
+                states,
                 wanted,
                 table=table,
                 batch=batch,

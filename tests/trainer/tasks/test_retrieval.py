@@ -112,7 +112,7 @@ def features(
 ) -> np.ndarray:
     return feature_scores(
         model,
-        states_of(model, gallery, batch=batch),
+        states_of(model, gallery, batch=batch, pairs=True),
         gallery,
         folder=folder,
         digest="",
@@ -129,7 +129,7 @@ def ranked(
     k: int | None,
     batch: int = 16,
 ) -> BothWays:
-    bar, states = tqdm(disable=True), states_of(model, gallery, batch=batch)
+    bar, states = tqdm(disable=True), states_of(model, gallery, batch=batch, pairs=True)
     scores = feature_scores(
         model, states, gallery, folder=folder, digest="", batch=batch, progress=bar
     )
@@ -284,12 +284,32 @@ def test_states_beyond_what_is_kept_are_made_again_to_the_same_scores(
 def test_a_batch_of_pairs_may_have_images_far_apart(
     model: RetrievalModel, gallery: Gallery, tmp_path: Path
 ) -> None:
-    states = states_of(model, gallery, batch=2)
+    states = states_of(model, gallery, batch=2, pairs=True)
     with torch.inference_mode():
         every = states.of_images(np.arange(states.images))
         for wanted in ([0, 5], [1, 6, 7, 8], [0], [3, 4, 9]):
             found = states.of_images(np.array(wanted))
             assert torch.equal(found, every[wanted])
+
+
+def test_states_that_nobody_asks_for_again_are_not_kept(
+    model: RetrievalModel, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features alone; and images of pairs, in a model without features."""
+    states = states_of(model, gallery, batch=4, pairs=False)
+    with torch.inference_mode():
+        for first in range(0, 12, 4):
+            states.of_images(np.arange(first, first + 4))
+            states.of_texts(np.arange(first, first + 4))
+    assert not states._images
+    assert not states._texts
+    monkeypatch.setattr(model, "has_features", False)
+    states = states_of(model, gallery, batch=4, pairs=True)
+    with torch.inference_mode():
+        states.of_images(np.arange(4))
+        states.of_texts(np.arange(4))
+    assert not states._images
+    assert len(states._texts) == 4
 
 
 def test_features_that_are_known_are_not_computed_again(
