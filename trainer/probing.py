@@ -80,8 +80,14 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     from trainer.probes import load_pairs, measure, summarise, with_rates
     from trainer.tasks.numbers import require_numbers
     from trainer.tasks.results import Result, as_plain, write_result
+    from trainer.tasks.tuned import is_tuned, read_keys
     from trainer.trained import load_trained
 
+    if is_tuned(folder):
+        raise ValueError(
+            f"{config.run} was fine-tuned, and restores no words and pixels any more: "
+            f"give the run that it came from, {read_keys(folder)['run']}"
+        )
     trained = load_trained(folder, data=config.data)
     keys = trained.config.model
     run = with_rates(trained.config, text=config.text_rate, image=config.image_rate)

@@ -141,7 +141,7 @@ def test_wrong_calls_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:
         ((tmp_path,), "is no run"),
         ((run, "--split=test"), "has: train, val"),
         ((run, "--group=colour"), "columns.keep colour"),
-        ((run, "--task=probe"), "task"),
+        ((run, "--task=probe"), "Did you mean 'probes'?"),
         ((run, "--group=status"), "into one group"),
         ((run, "--draws=0"), "draws"),
         ((run, "--max_pairs=1"), "max_pairs"),

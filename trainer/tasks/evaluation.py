@@ -58,7 +58,7 @@ def keys_of(task: str) -> type[EvaluateConfig]:
     Raises:
         ConfigError: no such task.
     """
-    return joined(EvaluateConfig, find(task).evaluate)
+    return joined(EvaluateConfig, find(task, also=("probes",)).evaluate)
 
 
 def evaluate(config: EvaluateConfig, *, command: str) -> str:

@@ -22,15 +22,20 @@ _MODULES = {
 NAMES = tuple(_MODULES)
 
 
-def find(name: str) -> Spec:
+def find(name: str, *, also: tuple[str, ...] = ()) -> Spec:
     """What a task is.
+
+    Args:
+        also: what else a command takes in its place, to be said where there is no such
+            task.
 
     Raises:
         ConfigError: there is no such task.
     """
     if name not in _MODULES:
+        known = (*also, *NAMES)
         raise ConfigError(
-            f"--task {name!r} is none of {', '.join(NAMES)}.{nearest(name, NAMES)}"
+            f"--task {name!r} is none of {', '.join(known)}.{nearest(name, known)}"
         )
     spec: Spec = importlib.import_module(_MODULES[name]).SPEC
     return spec

@@ -189,6 +189,13 @@ def test_wrong_calls_are_refused_with_their_cure(
         result(tuned, task, *words)
 
 
+def test_probes_of_a_fine_tuned_model_name_the_run_that_it_came_from(
+    tuned: Path, whole: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"was fine-tuned.* came from, {whole}"):
+        evaluate([str(tuned), "--task=probes"])
+
+
 def test_a_gallery_too_large_for_memory_is_refused_before_an_image_is_decoded(
     tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
