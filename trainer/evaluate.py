@@ -20,8 +20,8 @@ Measure a model on held-out pairs.
 probes (the default), of a run of trainer.pretrain: does each modality help to restore
 the other? MLM loss with the true, another pair's and a blank image; loss of images with
 the true, another pair's and an empty caption. Writes RUN/probes.json, RUN/probes.html
-(pairs where the right partner helps most, where a wrong one is better, and where it is
-all the same), RUN/probes.npz (every pair's losses) and figures to RUN/probes/.
+(pairs where the right partner helps most, where a wrong one is better, and where both
+are nearest in worth), RUN/probes.npz (every pair's losses) and figures to RUN/probes/.
 
 {tasks}: RUN is what trainer.finetune wrote, or, where a task needs no fine-tuning, a
 run or an export. Writes RUN/TASK.json (value, confidence interval, chance, dataset

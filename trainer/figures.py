@@ -1,13 +1,15 @@
 """Pictures of what a model restores: pixels from words, words from pixels.
 
-Owns the figures of `trainer.evaluate`. Pairs are the first of a drawn order, never
-chosen by result.
+Owns what a model puts where something is hidden, and the figures of
+`trainer.evaluate`, whose pairs are the first of a drawn order, never chosen by result.
+Does not own pairs that are (`trainer.probe_examples`).
 """
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,43 @@ class Artist:
                 {
                     "uid": f"{int(self.pairs.uids[row]) % (1 << 64):016x}",
                     "image": f"{folder.name}/{name}",
-                    "tokens": self.tokens(row, image=row),
+                    "tokens": self._tokens(row),
                 }
             )
         return found
 
-    def tokens(self, row: int, *, image: int) -> list[dict[str, Any]]:
-        """Each word of a pair, and for masked ones what the model would put there,
+    def filled(self, row: int, *, image: int) -> tuple[str, str]:
+        """What a pair's text says with its masked words hidden, and with the likeliest
+        ones in their place, given the image of the pair `image`; both in brackets.
+        """
+        best = {place: ids[0] for place, (ids, _) in self._likely(row, image).items()}
+        hidden, filled = [], []
+        own = enumerate(self.pairs.texts[row][1:-1].tolist(), start=1)
+        for masked, words in groupby(own, key=lambda word: word[0] in best):
+            places, ids = zip(*words, strict=True)
+            said = self.tokenizer.decode(list(ids))
+            hidden.append(f"[{said}]" if masked else said)
+            guessed = self.tokenizer.decode([best.get(one, 0) for one in places])
+            filled.append(f"[{guessed}]" if masked else said)
+        return " ".join(hidden), " ".join(filled)
+
+    def _tokens(self, row: int) -> list[dict[str, Any]]:
+        """Each word of a pair, and for masked ones what the model would put there."""
+        best = {
+            place: [
+                (self._word(number), share)
+                for number, share in zip(ids, shares, strict=True)
+            ]
+            for place, (ids, shares) in self._likely(row, row).items()
+        }
+        return [
+            {"text": self._word(int(token)), "masked": place in best}
+            | ({"top5": best[place]} if place in best else {})
+            for place, token in enumerate(self.pairs.texts[row][1:-1], start=1)
+        ]
+
+    def _likely(self, row: int, image: int) -> dict[int, tuple[list[int], list[float]]]:
+        """The five likeliest words at each masked place of a pair, and their shares,
         given the image of the pair `image`.
         """
         one = np.array([row])
@@ -99,18 +131,13 @@ class Artist:
         with torch.inference_mode():
             hidden_td = self.model.encode(inputs, masks)
             scores = self.model.score_words(hidden_td, inputs, masks)
-        best: dict[int, list[tuple[str, float]]] = {}
+        found = {}
         for place, logits in list(
             zip(scores.text.tolist(), scores.logits, strict=True)
         )[: int(masks.text.sum())]:
-            values, ids = logits.float().softmax(0).topk(5)
-            names = [self._word(int(number)) for number in ids]
-            best[place] = list(zip(names, values.tolist(), strict=True))
-        return [
-            {"text": self._word(int(token)), "masked": place in best}
-            | ({"top5": best[place]} if place in best else {})
-            for place, token in enumerate(self.pairs.texts[row][1:-1], start=1)
-        ]
+            shares, ids = logits.float().softmax(0).topk(5)
+            found[place] = ids.tolist(), shares.tolist()
+        return found
 
     def restore(
         self, images: np.ndarray, texts: np.ndarray

@@ -12,7 +12,7 @@ every model: partners, masks and pairs depend on the seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -226,7 +226,7 @@ def measure(
 
 
 def summarise(
-    losses: dict[str, Losses], groups: np.ndarray, seed: int
+    losses: Mapping[str, Losses], groups: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """Means and 95 % bootstrap intervals of each condition, and of how much worse each
     wrong partner is than the true one. Groups are resampled whole, conditions together.

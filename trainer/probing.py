@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from trainer.dataset import Dataset
     from trainer.figures import Artist
-    from trainer.tasks.results import Metric
+    from trainer.probes import Losses
+    from trainer.tasks.results import Metric, Result
+    from trainer.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,83 +71,12 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
         ValueError: a model that restores nothing or diverged, or pairs that cannot be
             compared. The message has the cure.
     """
-    import numpy as np
-    import torch
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
+    from trainer.tasks.results import as_plain, require_name, write_result
 
-    from trainer.dataset import Dataset
-    from trainer.figures import Artist
-    from trainer.mask_config import Mode
-    from trainer.probe_examples import examples
-    from trainer.probes import load_pairs, measure, summarise, with_rates
-    from trainer.tasks.numbers import require_numbers
-    from trainer.tasks.results import Result, as_plain, write_result
-    from trainer.tasks.tuned import is_tuned, read_keys
-    from trainer.trained import load_trained
-
-    if is_tuned(folder):
-        raise ValueError(
-            f"{config.run} was fine-tuned, and restores no words and pixels any more: "
-            f"give the run that it came from, {read_keys(folder)['run']}"
-        )
-    trained = load_trained(folder, data=config.data)
-    keys = trained.config.model
-    run = with_rates(trained.config, text=config.text_rate, image=config.image_rate)
-    if not keys.restores:
-        raise ValueError(
-            f"{config.run} has no head that restores words or pixels: train one with "
-            "--model.mlm_weight or --model.mim_weight above 0"
-        )
-    dataset = Dataset(trained.config.data, config.split, storage=trained.config.storage)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = trained.model.to(device).eval()
-    pairs = load_pairs(
-        dataset,
-        trained.config,
-        seed=config.seed,
-        limit=config.max_pairs,
-        group=config.group,
-    )
-    if len(pairs) < 2:
-        raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
-    n_groups = len(np.unique(pairs.groups))
-    if n_groups < 2:
-        raise ValueError(
-            f"--group {config.group} puts all {len(pairs):,} pairs into one group, "
-            "which leaves no other partner and nothing to resample: take another key"
-        )
-    total = 3 * len(keys.restores) * config.draws * len(pairs)
-    with tqdm(total=total, desc="probes", unit="pair") as bar:
-        losses = measure(
-            model,
-            run,
-            pairs,
-            seed=config.seed,
-            draws=config.draws,
-            batch=config.batch,
-            device=device,
-            progress=bar,
-        )
-    pictures = folder / "probes"
-    pictures.mkdir(exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
-    artist = Artist(
-        model=model,
-        config=run,
-        pairs=pairs,
-        tokenizer=tokenizer,
-        seed=config.seed,
-        device=device,
-        examples=config.examples,
-    )
-    for conditions in losses.values():
-        for found in conditions.values():
-            require_numbers(found.sums)
-    summaries = {
-        name: summarise(values, pairs.groups, config.seed)
-        for name, values in losses.items()
-    }
+    require_name(folder, "probes", task="probes")
+    trained, dataset = _trained(folder, config)
+    artist = _artist(trained, dataset, config)
+    losses = _measured(artist, config)
     facts = {
         "task": "probes",
         "step": trained.step,
@@ -154,19 +86,138 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
         "manifest_sha256": dataset.manifest_hash,
         "command": command,
     }
-    result = Result(
-        metrics=_metrics(summaries, len(pairs)),
+    result = _result(artist, losses, config, folder / "probes")
+    write_result(folder, "probes", result, facts=facts)
+    return as_plain(result, facts=facts)
+
+
+def _trained(folder: Path, config: ProbesConfig) -> tuple[Trained, Dataset]:
+    """The model on the device, and the split to measure on."""
+    import torch
+
+    from trainer.dataset import Dataset
+    from trainer.tasks.tuned import is_tuned, read_keys
+    from trainer.trained import load_trained
+
+    if is_tuned(folder):
+        raise ValueError(
+            f"{config.run} was fine-tuned, and restores no words and pixels any more: "
+            f"give the run that it came from, {read_keys(folder)['run']}"
+        )
+    trained = load_trained(folder, data=config.data)
+    if not trained.config.model.restores:
+        raise ValueError(
+            f"{config.run} has no head that restores words or pixels: train one with "
+            "--model.mlm_weight or --model.mim_weight above 0"
+        )
+    trained.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    keys = trained.config
+    return trained, Dataset(keys.data, config.split, storage=keys.storage)
+
+
+def _artist(trained: Trained, dataset: Dataset, config: ProbesConfig) -> Artist:
+    """The model with the pairs that it is measured on, at the rates that are asked
+    for.
+    """
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from trainer.figures import Artist
+    from trainer.probes import load_pairs, with_rates
+
+    pairs = load_pairs(
+        dataset,
+        trained.config,
+        seed=config.seed,
+        limit=config.max_pairs,
+        group=config.group,
+    )
+    if len(pairs) < 2:
+        raise ValueError(f"split {config.split!r} has fewer than two pairs to compare")
+    if len(np.unique(pairs.groups)) < 2:
+        raise ValueError(
+            f"--group {config.group} puts all {len(pairs):,} pairs into one group, "
+            "which leaves no other partner and nothing to resample: take another key"
+        )
+    return Artist(
+        model=trained.model,
+        config=with_rates(
+            trained.config, text=config.text_rate, image=config.image_rate
+        ),
+        pairs=pairs,
+        tokenizer=Tokenizer.from_file(str(dataset.tokenizer_file)),
+        seed=config.seed,
+        device=next(trained.model.parameters()).device,
+        examples=config.examples,
+    )
+
+
+def _measured(artist: Artist, config: ProbesConfig) -> dict[str, dict[str, Losses]]:
+    """Losses of every pair by probe and condition."""
+    from tqdm import tqdm
+
+    from trainer.probes import measure
+    from trainer.tasks.numbers import require_numbers
+
+    passes = 3 * len(artist.config.model.restores) * config.draws
+    with tqdm(total=passes * len(artist.pairs), desc="probes", unit="pair") as bar:
+        losses = measure(
+            artist.model,
+            artist.config,
+            artist.pairs,
+            seed=config.seed,
+            draws=config.draws,
+            batch=config.batch,
+            device=artist.device,
+            progress=bar,
+        )
+    for probe, conditions in losses.items():
+        for found in conditions.values():
+            require_numbers(found.sums)
+        if not conditions["true"].counts.any():
+            raise ValueError(
+                f"nothing is masked that the {probe} loss could be of in any of "
+                f"{len(artist.pairs):,} pairs: raise --text_rate or --image_rate, or "
+                "--draws"
+            )
+    return losses
+
+
+def _result(
+    artist: Artist,
+    losses: Mapping[str, Mapping[str, Losses]],
+    config: ProbesConfig,
+    pictures: Path,
+) -> Result:
+    """What is written; figures go to the folder `pictures`."""
+    from trainer.mask_config import Mode
+    from trainer.probe_examples import examples
+    from trainer.probes import summarise
+    from trainer.tasks.results import Result
+
+    pairs, mask = artist.pairs, artist.config.mask
+    summaries = {
+        probe: summarise(conditions, pairs.groups, config.seed)
+        for probe, conditions in losses.items()
+    }
+    measured = {
+        probe: int((conditions["true"].counts > 0).sum())
+        for probe, conditions in losses.items()
+    }
+    pictures.mkdir(exist_ok=True)
+    return Result(
+        metrics=_metrics(summaries, measured),
         details={
             "pairs": len(pairs),
             "draws": config.draws,
-            "text_rate": run.mask.text_rates[Mode.TEXT_HEAVY],
-            "image_rate": run.mask.image_rates[Mode.IMAGE_HEAVY],
+            "text_rate": mask.text_rates[Mode.TEXT_HEAVY],
+            "image_rate": mask.image_rates[Mode.IMAGE_HEAVY],
             "group": config.group,
-            "groups": n_groups,
+            "groups": len(set(pairs.groups.tolist())),
             **summaries,
             **_shown(artist, pictures),
         },
-        examples=examples(artist, losses, count=config.examples),
+        examples=examples(artist, losses, count=config.examples, batch=config.batch),
         kept={"uids": pairs.uids, "groups": pairs.groups}
         | {
             f"{probe}_{condition}": found.means
@@ -174,23 +225,26 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
             for condition, found in conditions.items()
         },
     )
-    write_result(folder, "probes", result, facts=facts)
-    return as_plain(result, facts=facts)
 
 
-def _metrics(summaries: Mapping[str, Any], n_pairs: int) -> dict[str, Metric]:
+def _metrics(
+    summaries: Mapping[str, Any], measured: Mapping[str, int]
+) -> dict[str, Metric]:
     """By name, how much worse wrong partners are at the top: a model that does not look
     at the other modality is at 0.
+
+    Args:
+        measured: pairs with anything masked, by probe.
     """
     from trainer.tasks.results import Metric
 
     found = {
-        f"{probe}_{partner}_gap": Metric(gap["mean"], gap["ci95"], 0.0, n_pairs)
+        f"{probe}_{partner}_gap": Metric(gap["mean"], gap["ci95"], 0.0, measured[probe])
         for probe, summary in summaries.items()
         for partner, gap in summary["gaps"].items()
     }
     return found | {
-        f"{probe}_{partner}": Metric(loss["mean"], loss["ci95"], None, n_pairs)
+        f"{probe}_{partner}": Metric(loss["mean"], loss["ci95"], None, measured[probe])
         for probe, summary in summaries.items()
         for partner, loss in summary["conditions"].items()
     }

@@ -90,7 +90,7 @@ def test_probes_write_a_page_of_the_best_the_worst_and_the_nearest_pairs(
             for title in (
                 f"the right {partner} helps most",
                 f"a wrong {partner} is better than the right one",
-                f"right and wrong {partner} are worth the same",
+                f"right and wrong {partner} are nearest in worth",
             )
         ]
         shown = np.argsort(np.abs(gaps))[:2]
@@ -100,7 +100,7 @@ def test_probes_write_a_page_of_the_best_the_worst_and_the_nearest_pairs(
             strict=True,
         ):
             assert part.count("<img") == (4 if partner == "image" else 8)
-            assert all(f"{value:+.4f} " in part for value in values)
+            assert all(f"{value:+.3g} " in part for value in values)
 
 
 def section(page: str, title: str) -> str:
@@ -110,7 +110,7 @@ def section(page: str, title: str) -> str:
 
 
 def test_probes_of_a_diverged_model_are_refused(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained.load_trained
 
@@ -121,10 +121,53 @@ def test_probes_of_a_diverged_model_are_refused(
         return found
 
     monkeypatch.setattr(trained, "load_trained", diverged)
-    before = (run / "probes.json").read_bytes()
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name in ("probes.json", "probes.html", "probes.npz", "probes"):
+        found = copy / name
+        shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+    before = sorted(copy.rglob("*"))
     with pytest.raises(ValueError, match="its training diverged"):
-        evaluate_here([str(run), "--max_pairs=4", "--draws=1"])
-    assert (run / "probes.json").read_bytes() == before
+        evaluate_here([str(copy), "--max_pairs=4", "--draws=1"])
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_pairs_without_a_masked_word_or_square_do_not_count(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    rare = ("--text_rate=0.03", "--image_rate=0.02", "--draws=1")
+    whole = trained.load_trained
+
+    def by_chance(*given: Any, **more: Any) -> Any:
+        found = whole(*given, **more)
+        mask = dataclasses.replace(found.config.mask, count="bernoulli")
+        config = dataclasses.replace(found.config, mask=mask)
+        return dataclasses.replace(found, config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained, "load_trained", by_chance)
+        evaluate_here([str(copy), *rare])
+        result = json.loads((copy / "probes.json").read_text())
+        with np.load(copy / "probes.npz", allow_pickle=False) as found:
+            kept = dict(found)
+        for probe in ("mlm", "recon"):
+            measured = int(np.isfinite(kept[f"{probe}_true"]).sum())
+            assert 0 < measured < result["pairs"]
+            assert result["metrics"][f"{probe}_true"]["n"] == measured
+        # Nothing at all in two pairs.
+        with pytest.raises(ValueError, match=r"nothing is masked .* raise --text_rate"):
+            evaluate_here([str(copy), "--text_rate=1e-6", "--max_pairs=2"])
+
+
+def test_a_result_of_something_else_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "probes.json").write_text('{"task": "linear_probe", "metrics": {}}')
+    with pytest.raises(ValueError, match="no result of probes"):
+        evaluate_here([str(copy)])
+    with pytest.raises(ValueError, match="--name probes"):
+        evaluate_here(
+            [str(copy), "--task=linear_probe", "--column=base", "--name=probes"]
+        )
 
 
 def test_the_same_seed_measures_the_same(run: Path) -> None:

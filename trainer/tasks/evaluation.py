@@ -50,6 +50,8 @@ class EvaluateConfig:
         check_seed(self.seed)
         if self.name is not None and (not self.name or "/" in self.name):
             raise ValueError(f"--name {self.name!r} is no name of a file")
+        if self.name == "probes":
+            raise ValueError("--name probes is what --task probes writes: take another")
 
 
 def keys_of(task: str) -> type[EvaluateConfig]:

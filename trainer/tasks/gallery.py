@@ -25,6 +25,9 @@ from trainer.geometry import box_of, decode_into
 from trainer.options import ImageConfig, PretrainConfig
 from trainer.philox import signed_uids
 
+# Scores of all images by all captions lie in memory.
+MOST_SCORES = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
@@ -72,11 +75,13 @@ def read_gallery(
     sees them.
 
     Raises:
-        ValueError: a damaged sample.
+        ValueError: a damaged sample, or more of them than scores of all images by all
+            captions find room for, before any is read.
         OSError: storage failed.
     """
     dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     records = dataset.records(places)
+    _require_size(len(places), int(records["n_captions"].sum()))
     side = config.image.size
     pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
     plain = config.image.geometry == "resize"
@@ -110,6 +115,17 @@ def read_gallery(
         images=images,
         different=different,
     )
+
+
+def _require_size(images: int, captions: int) -> None:
+    """Raise ValueError for a gallery whose scores do not fit into memory."""
+    total = images * captions
+    if total > MOST_SCORES:
+        raise ValueError(
+            f"{images:,} images by {captions:,} captions are "
+            f"{total:,} scores, more than the {MOST_SCORES:,} that are kept in memory: "
+            "lower --max_images"
+        )
 
 
 def first_and_which(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

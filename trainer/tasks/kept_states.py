@@ -7,7 +7,7 @@ states are for (`trainer.tasks.pair_scores`).
 States lie in the host's memory. Those of no more than two batches of images lie on the
 device too: they are asked for in ascending order.
 
-Shapes: S side of an image.
+Shapes: N images, S side of an image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class KeptStates:
     """States of a gallery, made when they are first asked for.
 
     Args:
-        pixels: (images, S, S, 3) uint8.
+        pixels: (N, S, S, 3) uint8.
+        images: which of them are asked for, by their places in this array.
         texts: token ids of each.
         batch: images that are encoded at once.
         keep_images: they are asked for a second time, after all others.
@@ -40,6 +41,7 @@ class KeptStates:
         self,
         model: RetrievalModel,
         pixels: np.ndarray,
+        images: np.ndarray,
         texts: Sequence[np.ndarray],
         *,
         batch: int,
@@ -47,7 +49,7 @@ class KeptStates:
         keep_texts: bool,
     ) -> None:
         self._model, self._pixels, self._ids = model, pixels, texts
-        self._batch = batch
+        self._numbers, self._batch = images, batch
         self._room_for_images = MOST_IMAGE_BYTES if keep_images else 0
         self._room_for_texts = MOST_TEXT_BYTES if keep_texts else 0
         self._shown: dict[int, Tensor] = {}
@@ -57,7 +59,7 @@ class KeptStates:
     @property
     def images(self) -> int:
         """How many there are."""
-        return len(self._pixels)
+        return len(self._numbers)
 
     @property
     def texts(self) -> int:
@@ -70,9 +72,14 @@ class KeptStates:
         missing = [one for one in numbers if one not in self._shown]
         if missing:
             ahead = range(missing[0], min(missing[0] + self._batch, self.images))
-            kept = {one: self._shown[one] for one in numbers if one in self._shown}
-            fetched = [one for one in {*missing, *ahead} if one not in kept]
-            self._shown = kept | self._fetched(sorted(fetched))
+            # Clones: a part of a batch would hold the whole of it.
+            kept = {
+                one: self._shown[one].clone() for one in numbers if one in self._shown
+            }
+            self._shown = kept
+            fetched = sorted({*missing, *ahead} - kept.keys())
+            for first in range(0, len(fetched), self._batch):
+                kept |= self._fetched(fetched[first : first + self._batch])
         return torch.stack([self._shown[one] for one in numbers])
 
     def of_texts(self, wanted: np.ndarray) -> list[TextState]:
@@ -104,10 +111,10 @@ class KeptStates:
             found |= zip(known, states.to(self._model.device), strict=True)
         new = [one for one in numbers if one not in self._images]
         if new:
-            made = self._model.image_states(self._pixels[new])
+            made = self._model.image_states(self._pixels[self._numbers[new]])
             found |= zip(new, made, strict=True)
             each = made[0].nbytes
-            kept = new[: self._room_for_images // max(each, 1)]
+            kept = new[: self._room_for_images // each]
             if kept:
                 self._images |= zip(kept, made[: len(kept)].cpu(), strict=True)
                 self._room_for_images -= each * len(kept)

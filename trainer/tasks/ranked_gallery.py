@@ -36,8 +36,6 @@ from trainer.tasks.ranking import (
 from trainer.tasks.retrievers import RetrievalModel
 from trainer.tasks.row_table import RowTable
 
-# Scores of all images by all captions lie in memory.
-MOST_SCORES = 1 << 30
 SHOWN = 10
 """Places of each list that are kept to be shown."""
 
@@ -105,10 +103,10 @@ def states_of(
     Args:
         pairs: pairs will be scored, after features where the model has such.
     """
-    whole = len(gallery.images) == len(gallery.pixels)
     return KeptStates(
         model,
-        gallery.pixels if whole else gallery.pixels[gallery.images],
+        gallery.pixels,
+        gallery.images,
         [gallery.texts[number] for number in gallery.different],
         batch=batch,
         keep_images=pairs and model.has_features,
@@ -130,6 +128,7 @@ def feature_scores(
     which is computed once.
 
     Args:
+        states: `states_of` the gallery.
         folder: where features are kept while they are computed.
         digest: of the model.
     """
@@ -169,6 +168,7 @@ def rank_by_pairs(
     """Ranks by scores of pairs.
 
     Args:
+        states: `states_of` the gallery.
         first: ranks whose lists are put into a new order; None: all pairs are scored.
         folder: where scores are kept while they are computed.
         digest: of the model.
@@ -203,17 +203,6 @@ def rank_by_pairs(
         images=_reordered(first.images, scores[np.searchsorted(keys, of_images)]),
         texts=_reordered(first.texts, scores[np.searchsorted(keys, of_texts)]),
     )
-
-
-def require_size(images: int, captions: int) -> None:
-    """Raise ValueError for a gallery whose scores do not fit into memory."""
-    total = images * captions
-    if total > MOST_SCORES:
-        raise ValueError(
-            f"{images:,} images by {captions:,} captions are "
-            f"{total:,} scores, more than the {MOST_SCORES:,} that are kept in memory: "
-            "lower --max_images"
-        )
 
 
 def _reordered(first: Ranked, scores_qk: np.ndarray) -> Ranked:

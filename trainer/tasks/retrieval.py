@@ -29,7 +29,6 @@ from trainer.tasks.ranked_gallery import (
     feature_scores,
     rank_by_pairs,
     rank_by_scores,
-    require_size,
     states_of,
 )
 from trainer.tasks.ranking import RECALL_AT, chance_recall
@@ -161,8 +160,6 @@ class Retrieval:
         keys, context = self._keys, self._context
         candidates = candidates_of(model, keys.candidates)
         places = drawn_places(self._dataset, seed=context.seed, limit=keys.max_images)
-        records = self._dataset.records(places)
-        require_size(len(places), int(records["n_captions"].sum()))
         with tqdm(total=len(places), desc="images", disable=None) as bar:
             gallery = read_gallery(
                 self._dataset, context.pretraining, places, progress=bar

@@ -51,7 +51,7 @@ class RetrievalModel(nn.Module):
 
     @abstractmethod
     def text_features(self, states: Sequence[TextState]) -> Tensor:
-        """B texts -> (B, F), of length 1."""
+        """States of B texts, wherever they lie -> (B, F), of length 1."""
 
     @abstractmethod
     def scale(self) -> Tensor:

@@ -186,6 +186,7 @@ class ZeroShot(EvaluatedOnly):
         states = KeptStates(
             model,
             pairs.pixels,
+            np.arange(len(pairs)),
             prompts,
             batch=batch,
             keep_images=False,

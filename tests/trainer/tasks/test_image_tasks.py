@@ -13,7 +13,7 @@ import torch
 from pipeline.manifest import load_manifest
 from trainer.evaluate import main as evaluate
 from trainer.finetune import main as finetune
-from trainer.tasks import gallery, ranked_gallery, retrieval
+from trainer.tasks import gallery
 from trainer.tasks.retrieval_mlim import MlimRetrieval
 
 IMAGES = 16
@@ -199,8 +199,8 @@ def test_probes_of_a_fine_tuned_model_name_the_run_that_it_came_from(
 def test_a_gallery_too_large_for_memory_is_refused_before_an_image_is_decoded(
     tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranked_gallery, "MOST_SCORES", IMAGES)
-    monkeypatch.setattr(retrieval, "read_gallery", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(gallery, "MOST_SCORES", IMAGES)
+    monkeypatch.setattr(gallery, "decode_into", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"scores, more than the 16 .* --max_images"):
         result(tuned, "retrieval")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -430,6 +433,52 @@ def learned(model: RetrievalModel, *, steps: int) -> list[dict[str, float]]:
         optimizer.step()
         values.append({name: float(loss.detach()) for name, loss in losses.items()})
     return values
+
+
+class Anew(Sequence[Any]):
+    """States of texts that are encoded whenever they are asked for."""
+
+    def __init__(self, model: RetrievalModel, texts: list[np.ndarray]) -> None:
+        self._encode, self._texts = model.text_states, texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._encode([self._texts[number]])[0]
+
+
+def test_both_losses_learn_through_the_texts_that_they_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = retriever(ONE_BLOCK.build(Sizes(500, SPECIAL, 16, 16)), None)
+
+    def gradients(loss: str) -> dict[str, Tensor]:
+        ids, drawn = torch.arange(6), np.random.default_rng(0)
+        losses = model.losses(
+            drawn.integers(0, 255, (6, 16, 16, 3), dtype=np.uint8),
+            [np.array([1, 5 + number, 20 + number % 3, 2]) for number in range(6)],
+            hard=0.5,
+            seed=0,
+            epochs=torch.zeros_like(ids),
+            uids=ids,
+            images=ids,
+        )
+        model.zero_grad()
+        losses[loss].backward()
+        named = model.pretrained.named_parameters()
+        return {name: one.grad.clone() for name, one in named if one.grad is not None}
+
+    shared = {loss: gradients(loss) for loss in ("contrastive", "matching")}
+    monkeypatch.setattr(model, "text_states", partial(Anew, copy(model)))
+    for loss, expected in shared.items():
+        found = gradients(loss)
+        assert found.keys() == expected.keys()
+        assert found["words.weight"].abs().max() > 0
+        for name, one in found.items():
+            assert one.abs().max() > 0 or expected[name].abs().max() == 0
+            torch.testing.assert_close(expected[name], one, rtol=1e-3, atol=1e-6)
 
 
 HEADS = {
