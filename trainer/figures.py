@@ -8,7 +8,9 @@ Does not own pairs that are (`trainer.probe_examples`).
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,11 @@ class Artist:
     device: torch.device
     examples: int
 
+    @cached_property
+    def partners(self) -> np.ndarray:
+        """Another pair for each (N,)."""
+        return partners(self.pairs, seed=self.seed)
+
     def reconstructions(self, path: Path) -> None:
         """Write a panel: original, masked, restored with its and another caption."""
         import matplotlib as mpl
@@ -49,7 +56,7 @@ class Artist:
 
         count = min(self.examples, len(self.pairs))
         own = np.arange(count)
-        wrong = partners(self.pairs, seed=self.seed)[:count]
+        wrong = self.partners[:count]
         with_own, masks = self.restore(own, own)
         with_wrong, _ = self.restore(own, wrong)
         figure, axes = plt.subplots(
@@ -92,20 +99,28 @@ class Artist:
             )
         return found
 
-    def filled(self, row: int, *, image: int) -> tuple[str, str]:
-        """What a pair's text says with its masked words hidden, and with the likeliest
-        ones in their place, given the image of the pair `image`; both in brackets.
+    def filled(self, row: int, *, image: int) -> tuple[str, str] | None:
+        """What a pair's text says, masked words in brackets, and the same with the
+        likeliest ones in their place, given the image of the pair `image`; None where
+        no word is masked.
         """
         best = {place: ids[0] for place, (ids, _) in self._likely(row, image).items()}
         hidden, filled = [], []
         own = enumerate(self.pairs.texts[row][1:-1].tolist(), start=1)
         for masked, words in groupby(own, key=lambda word: word[0] in best):
             places, ids = zip(*words, strict=True)
-            said = self.tokenizer.decode(list(ids))
-            hidden.append(f"[{said}]" if masked else said)
-            guessed = self.tokenizer.decode([best.get(one, 0) for one in places])
-            filled.append(f"[{guessed}]" if masked else said)
-        return " ".join(hidden), " ".join(filled)
+            if masked:
+                hidden.append(f"[{self._said(ids)}]")
+                filled.append(f"[{self._said([best[one] for one in places])}]")
+            else:
+                hidden.append(self._said(ids))
+                filled.append(hidden[-1])
+        return (" ".join(hidden), " ".join(filled)) if best else None
+
+    def _said(self, ids: Sequence[int]) -> str:
+        # Not without those that a trained tokenizer calls special: its alphabet.
+        said: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return said
 
     def _tokens(self, row: int) -> list[dict[str, Any]]:
         """Each word of a pair, and for masked ones what the model would put there."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from trainer.figures import GREY, Artist, pixel_mask
-from trainer.probes import Losses, partners
+from trainer.probes import Losses
 from trainer.tasks.results import Example, extremes, thumbnail
 
 UNITS = {
@@ -52,7 +52,7 @@ def examples(
         batch: pairs that go through the model at once.
     """
     keys, parts = artist.config.model, {}
-    other = partners(artist.pairs, seed=artist.seed)
+    other = artist.partners
     for probe, conditions in losses.items():
         gap = gaps(conditions)
         measured = np.flatnonzero(np.isfinite(gap))
@@ -92,14 +92,16 @@ def _words_shown(
     """
     pixels = artist.pairs.pixels
     for row, wrong in zip(rows.tolist(), other.tolist(), strict=True):
-        hidden, with_own = artist.filled(row, image=row)
-        _, with_other = artist.filled(row, image=wrong)
-        texts = [
-            artist.words(row),
-            f"Hidden: {hidden}" if "[" in hidden else _NOTHING,
-            f"With its own image (left): {with_own}",
-            f"With another's (right): {with_other}",
-        ]
+        own, another = artist.filled(row, image=row), artist.filled(row, image=wrong)
+        texts = [artist.words(row)]
+        if own is None or another is None:
+            texts.append(_NOTHING)
+        else:
+            texts += [
+                f"Hidden: {own[0]}",
+                f"With its own image (left): {own[1]}",
+                f"With another's (right): {another[1]}",
+            ]
         yield [thumbnail(pixels[row]), thumbnail(pixels[wrong])], texts
 
 

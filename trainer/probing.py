@@ -73,7 +73,7 @@ def probes(folder: Path, config: ProbesConfig, *, command: str) -> dict[str, Any
     """
     from trainer.tasks.results import as_plain, require_name, write_result
 
-    require_name(folder, "probes", task="probes")
+    require_name(folder, "probes", task="probes", cure="move it away")
     trained, dataset = _trained(folder, config)
     artist = _artist(trained, dataset, config)
     losses = _measured(artist, config)

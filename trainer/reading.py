@@ -228,8 +228,8 @@ class Reading:
         return self._dataset.jpeg(shard, record)
 
     def _put_ids(self, row: int, ids: np.ndarray) -> None:
-        end = int(self._ends[row])
-        self._ids[end - len(ids) : end] = ids
+        start = int(self._ends[row]) - int(self._records[row]["n_tokens"])
+        self._ids[start : start + len(ids)] = ids
 
     def _decode(self, row: int, jpeg: memoryview) -> None:
         shard, record = self._shards[row], self._records[row]

@@ -1,8 +1,9 @@
 """What is known of samples before a byte of them is read: index records and draws.
 
-Owns which caption, crop and flip a sample gets, and working that out for several steps
-at once: numpy costs the same for a hundred samples as for a thousand. Does not own
-which samples those are (`trainer.order`) or boxes (`trainer.geometry`).
+Owns which caption, crop and flip a sample gets, and working that out, with how it is
+read, for several steps at once: numpy costs the same for a hundred samples as for a
+thousand. Does not own which samples those are (`trainer.order`), boxes
+(`trainer.geometry`) or reads (`trainer.reading`).
 
 Shapes: B pairs.
 """

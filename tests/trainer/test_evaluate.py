@@ -162,7 +162,7 @@ def test_pairs_without_a_masked_word_or_square_do_not_count(
 def test_a_result_of_something_else_is_not_replaced(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "probes.json").write_text('{"task": "linear_probe", "metrics": {}}')
-    with pytest.raises(ValueError, match="no result of probes"):
+    with pytest.raises(ValueError, match=r"no result of probes.*: move it away"):
         evaluate_here([str(copy)])
     with pytest.raises(ValueError, match="--name probes"):
         evaluate_here(

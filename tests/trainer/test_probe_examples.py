@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,8 @@ from trainer.tasks.results import Example
 N, SIDE = 9, 16
 NAN = 2
 """A pair in which nothing is masked."""
+UNMASKED = 4
+"""A pair in whose first draw nothing is masked."""
 TIE = 5
 """A pair whose partner is the same to the model."""
 GAPS = np.array([0.5, -0.2, 9.0, 0.01, -0.4, 0.0, 0.3, -0.001, 0.2])
@@ -42,7 +46,13 @@ class Recorded:
     def words(self, row: int) -> str:
         return f"caption-{row}"
 
-    def filled(self, row: int, *, image: int) -> tuple[str, str]:
+    @property
+    def partners(self) -> np.ndarray:
+        return partners(self.pairs, seed=self.seed)
+
+    def filled(self, row: int, *, image: int) -> tuple[str, str] | None:
+        if row == UNMASKED:
+            return None
         return f"[hidden-{row}]", f"words-{row}-image-{image}"
 
     def restore(self, images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -108,11 +118,15 @@ def test_words_stand_with_the_image_that_they_were_filled_by(
     parts = examples(recorded, {"mlm": losses()}, count=1, batch=2)  # type: ignore[arg-type]
     for (example,), row in zip(parts.values(), (0, 4, TIE), strict=True):
         wrong = int(other[row])
-        assert example.texts == [
-            f"caption-{row}",
+        hidden = [
             f"Hidden: [hidden-{row}]",
             f"With its own image (left): words-{row}-image-{row}",
             f"With another's (right): words-{row}-image-{wrong}",
+        ]
+        nothing = ["Nothing is hidden in the first draw."]
+        assert example.texts == [
+            f"caption-{row}",
+            *(nothing if row == UNMASKED else hidden),
         ]
         greys = [np.asarray(Image.open(BytesIO(one))).mean() for one in example.images]
         assert greys == pytest.approx([row, wrong], abs=1)
@@ -160,12 +174,41 @@ def test_words_are_filled_by_the_image_that_is_given(shards: Path) -> None:
     swapped = replace(artist, pairs=replace(pairs, pixels=pixels))
     differ = 0
     for row in range(3):
-        hidden, with_own = artist.filled(row, image=row)
-        assert "[" in hidden
-        _, with_other = artist.filled(row, image=row + 3)
-        assert swapped.filled(row, image=row) == (hidden, with_other)
-        # What is not hidden is said as it is.
-        for said in hidden.split("[")[0].split():
-            assert said in with_own
-        differ += with_own != with_other
+        found = artist.filled(row, image=row)
+        other = artist.filled(row, image=row + 3)
+        assert found is not None
+        assert other is not None
+        assert swapped.filled(row, image=row) == other
+        # Word by word, as the table of likely ones has it.
+        tokens = artist._tokens(row)
+        for said, of in ((found[0], own_of), (found[1], first_of)):
+            assert pieces(said) == [
+                (masked, artist._said([number(artist, of(one)) for one in run]))
+                for masked, run in runs(tokens)
+            ]
+        differ += found[1] != other[1]
     assert differ
+
+
+def own_of(token: dict[str, Any]) -> str:
+    return str(token["text"])
+
+
+def first_of(token: dict[str, Any]) -> str:
+    return str(token["top5"][0][0] if token["masked"] else token["text"])
+
+
+def number(artist: Artist, word: str) -> int:
+    return int(artist.tokenizer.token_to_id(word))
+
+
+def runs(tokens: list[dict[str, Any]]) -> list[tuple[bool, list[dict[str, Any]]]]:
+    """Neighbours that are all masked, or all not."""
+    grouped = groupby(tokens, key=lambda token: bool(token["masked"]))
+    return [(masked, list(some)) for masked, some in grouped]
+
+
+def pieces(said: str) -> list[tuple[bool, str]]:
+    """What stands in brackets and what between them."""
+    found = re.split(r" ?\[(.*?)\](?= |$) ?", said)
+    return [(bool(place % 2), one) for place, one in enumerate(found) if one]

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
@@ -25,7 +26,7 @@ from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of, decode_into, flipped
 from trainer.loader import STEPS_AHEAD, Loader
 from trainer.reading import Slots, Texts, chosen_texts, reads_of
-from trainer.rows import crop_draws, flip_draws
+from trainer.rows import Rows, crop_draws, flip_draws
 
 GEOMETRIES = ("resize", "center_crop", "random_resized_crop")
 
@@ -202,39 +203,67 @@ def test_of_several_damaged_samples_the_first_is_named_whichever_thread_meets_it
             assert caught.value.uid == int(rows.records[9]["uid"])
 
 
+@pytest.mark.parametrize("careful", [False, True])
 def test_ids_after_the_last_separator_belong_to_no_caption(
-    mixed: Path, tmp_path: Path
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, careful: bool
 ) -> None:
     """A member of another hand: as many captions as the index says, and more ids."""
-    copy = shutil.copytree(mixed, tmp_path / "copy")
-    reader = loader(copy)
-    places = reader.dataset.places()[:24]
-    rows = reader.rows(places, np.zeros(24, dtype=np.int64))
+    if careful:
+        monkeypatch.setattr("trainer.reading._opened", lambda *_: None)
+    reader = loader(shutil.copytree(mixed, tmp_path / "copy"))
+    rows = reader.rows(reader.dataset.places()[:24], np.zeros(24, dtype=np.int64))
     row = int(np.flatnonzero(rows.records["n_tokens"] > 4)[3])
-    tar = copy / f"train/shard-{int(places[row, 0]):06d}.tar"
-    record, itemsize = rows.records[row], reader.dataset.tokenizer.dtype.itemsize
-    member = bytearray(record["ids_size"])
-    with open(tar, "r+b") as file:
-        file.seek(int(record["ids_offset"]))
-        file.readinto(member)
-        # The last separator one id earlier.
-        member[-2 * itemsize :] = member[-itemsize:] + member[-2 * itemsize : -itemsize]
-        file.seek(int(record["ids_offset"]))
-        file.write(member)
-    rows.records[row]["ids_crc32c"] = crc32c.crc32c(bytes(member))
-    rows.reads[:] = reads_of(rows.records, reader.config.image, id_bytes=itemsize)
+    # The last separator one id earlier.
+    rewrite(reader, rows, row, lambda ids: [*ids[:-2], ids[-1], ids[-2]])
     with ThreadPoolExecutor(2) as pool:
         read = reader.read(rows, pool)
     starts = np.cumsum(read.lengths) - read.lengths
     for number, record in enumerate(rows.records):
         text, _ = reader.dataset.text(
-            int(places[number, 0]),
+            int(rows.places[number, 0]),
             record,
             int(rows.captions[number]),
             max_tokens=reader.config.text.max_tokens,
         )
         mine = read.ids[starts[number] : starts[number] + read.lengths[number]]
         assert mine.tolist() == text.tolist()
+
+
+def test_a_separator_too_many_does_not_make_up_for_one_too_few(
+    mixed: Path, tmp_path: Path
+) -> None:
+    """Together the samples have as many captions as the index says, and each between
+    them would show another's.
+    """
+    reader = loader(shutil.copytree(mixed, tmp_path / "copy"))
+    sep = reader.dataset.tokenizer.special_ids["sep"]
+    rows = reader.rows(reader.dataset.places()[:24], np.zeros(24, dtype=np.int64))
+    long = np.flatnonzero(rows.records["n_tokens"] > 4)
+    rewrite(reader, rows, int(long[2]), lambda ids: [sep, *ids[1:]])
+    rewrite(reader, rows, int(long[-2]), lambda ids: [*ids[:-1], ids[0]])
+    with ThreadPoolExecutor(2) as pool, pytest.raises(DamagedError) as caught:
+        reader.read(rows, pool)
+    assert caught.value.reason == "captions"
+    assert caught.value.uid == int(rows.records[long[2]]["uid"])
+
+
+def rewrite(
+    reader: Loader, rows: Rows, row: int, change: Callable[[list[int]], list[int]]
+) -> None:
+    """Put other ids in a sample's place, with a CRC that is right."""
+    record, dtype = rows.records[row], reader.dataset.tokenizer.dtype
+    tar = Path(reader.dataset.name) / f"train/shard-{int(rows.places[row, 0]):06d}.tar"
+    member = bytearray(record["ids_size"])
+    size = int(record["n_tokens"]) * dtype.itemsize
+    with open(tar, "r+b") as file:
+        file.seek(int(record["ids_offset"]))
+        file.readinto(member)
+        ids = np.frombuffer(member[-size:], dtype=dtype).tolist()
+        member[-size:] = np.array(change(ids), dtype=dtype).tobytes()
+        file.seek(int(record["ids_offset"]))
+        file.write(member)
+    rows.records[row]["ids_crc32c"] = crc32c.crc32c(bytes(member))
+    rows.reads[:] = reads_of(rows.records, reader.config.image, id_bytes=dtype.itemsize)
 
 
 def test_buffers_are_used_again_but_not_while_they_are_valid(mixed: Path) -> None:

@@ -79,9 +79,9 @@ def read_gallery(
             captions find room for, before any is read.
         OSError: storage failed.
     """
-    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     records = dataset.records(places)
     _require_size(len(places), int(records["n_captions"].sum()))
+    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     side = config.image.size
     pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
     plain = config.image.geometry == "resize"

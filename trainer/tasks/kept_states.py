@@ -52,6 +52,7 @@ class KeptStates:
         self._numbers, self._batch = images, batch
         self._room_for_images = MOST_IMAGE_BYTES if keep_images else 0
         self._room_for_texts = MOST_TEXT_BYTES if keep_texts else 0
+        self._keep_texts = keep_texts
         self._shown: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
         self._texts: dict[int, TextState] = {}
@@ -65,6 +66,10 @@ class KeptStates:
     def texts(self) -> int:
         """How many there are."""
         return len(self._ids)
+
+    def keep_no_more_images(self) -> None:
+        """Those that are asked for from now on are not asked for again."""
+        self._room_for_images = 0
 
     def of_images(self, wanted: np.ndarray) -> Tensor:
         """(len(wanted), ...) of the images of these numbers, on the device."""
@@ -91,7 +96,7 @@ class KeptStates:
         made: dict[int, TextState] = {}
         if missing:
             found = self._model.text_states([self._ids[one] for one in missing])
-            if self._room_for_texts:
+            if self._keep_texts:
                 found = _on_host(found)
             made = dict(zip(missing, found, strict=True))
         for number, state in made.items():

@@ -178,6 +178,7 @@ def rank_by_pairs(
         pairs = np.indices(shape).reshape(2, -1).T
     else:
         pairs = _union(first, gallery)
+    states.keep_no_more_images()
     table = RowTable(
         folder / "pair_scores",
         fingerprint=_fingerprint(digest, gallery, pairs),

@@ -98,9 +98,12 @@ def write_result(
     return path
 
 
-def require_name(folder: Path, name: str, *, task: str) -> None:
+def require_name(folder: Path, name: str, *, task: str, cure: str = "") -> None:
     """Raise ValueError where `write_result` would replace something else than a result
     of the task.
+
+    Args:
+        cure: what to do then; by default another --name.
     """
     path = folder / f"{name}.json"
     if path.is_file():
@@ -108,10 +111,8 @@ def require_name(folder: Path, name: str, *, task: str) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             found = None
-        # Probes had no metrics by name at first.
-        ours = isinstance(found, dict) and ("metrics" in found or task == "probes")
-        if not ours or found.get("task") != task:
-            raise _taken(path, task)
+        if not isinstance(found, dict) or found.get("task") != task:
+            raise _taken(path, task, cure)
         return
     # A page without its numbers: of something else, or a call that died between them.
     # The page, which is written first, says which.
@@ -120,7 +121,7 @@ def require_name(folder: Path, name: str, *, task: str) -> None:
         return
     for other in (page_of_task, folder / f"{name}.npz"):
         if other.is_file():
-            raise _taken(other, task)
+            raise _taken(other, task, cure)
 
 
 def _is_page_of(path: Path, task: str) -> bool:
@@ -130,11 +131,9 @@ def _is_page_of(path: Path, task: str) -> bool:
     return row in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _taken(path: Path, task: str) -> ValueError:
-    return ValueError(
-        f"{path} is no result of {task}, and would be lost: give another --name, such "
-        f"as {task}-2"
-    )
+def _taken(path: Path, task: str, cure: str) -> ValueError:
+    cure = cure or f"give another --name, such as {task}-2"
+    return ValueError(f"{path} is no result of {task}, and would be lost: {cure}")
 
 
 def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:

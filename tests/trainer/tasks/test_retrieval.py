@@ -24,6 +24,7 @@ from trainer.models.base import Sizes
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.mlim import MlimForPreTraining
 from trainer.stream import Stream
+from trainer.tasks import kept_states
 from trainer.tasks.gallery import Gallery, first_and_which, read_gallery
 from trainer.tasks.ranked_gallery import (
     BothWays,
@@ -293,6 +294,30 @@ def test_a_batch_of_pairs_may_have_images_far_apart(
         for wanted in ([0, 5], [1, 6, 7, 8], [0], [3, 4, 9]):
             found = states.of_images(np.array(wanted))
             assert torch.equal(found, every[wanted])
+
+
+def test_all_texts_lie_on_the_host_also_when_just_as_many_fit_as_are_kept(
+    gallery: Gallery, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States on two devices could not be put together."""
+    model = tiny_model("maskvlm", shards)
+    moved: list[int] = []
+    whole = kept_states._on_host
+
+    def counted(states: Sequence[TextState]) -> Sequence[TextState]:
+        moved.append(len(states))
+        return whole(states)
+
+    with torch.inference_mode():
+        texts = [gallery.texts[number] for number in gallery.different]
+        fit = sum(state.nbytes for state in model.text_states(texts[:4]))
+        monkeypatch.setattr(kept_states, "MOST_TEXT_BYTES", fit)
+        monkeypatch.setattr(kept_states, "_on_host", counted)
+        states = states_of(model, gallery, batch=4, pairs=True)
+        for first in (0, 4, 8):
+            states.of_texts(np.arange(first, first + 4))
+    assert len(states._texts) == 4
+    assert moved == [4, 4, 4]
 
 
 def test_states_that_nobody_asks_for_again_are_not_kept(
