@@ -160,9 +160,11 @@ class Made:
         )
 
     def _image_of(self, row: int) -> str | None:
-        if self.matching is None:
+        # MaskVLM's is drawn on the device, by similarity: no step without its weights.
+        image_of = getattr(self.matching, "image_of", None)
+        if image_of is None:
             return None
-        uid = int(self.batch.uids[self.matching.image_of[row]])
+        uid = int(self.batch.uids[image_of[row]])
         return f"{uid % (1 << 64):016x}"
 
     def _shown(self, row: int, ids: list[int]) -> dict[int, str]:
