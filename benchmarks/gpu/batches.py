@@ -27,6 +27,7 @@ from trainer.loader import Loader, MicroBatch, Samples, StepBatch, sum_counts
 from trainer.masking import Masks
 from trainer.options import PretrainConfig, parse_run
 from trainer.pretrain import RECIPES
+from trainer.reading import reads_of
 from trainer.rows import Rows
 from trainer.stream import lay_out
 
@@ -124,7 +125,7 @@ class Drawn(Loader):
             places=np.zeros((count, 2), dtype=np.int64),
             epochs=np.zeros(count, dtype=np.int64),
             records=records,
-            reads=np.zeros((count, 9), dtype=np.int64),
+            reads=reads_of(records, self.config.image, id_bytes=2),
             uids=uids,
             captions=np.zeros(count, dtype=np.int64),
             crops=np.zeros((count, 4), dtype=np.int64),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.trainer.tiny import SMALL_MLIM
 from trainer.masking import MaskConfig, Masks, Mode, mam
 from trainer.matching import Matching
 from trainer.models.base import Inputs
@@ -16,15 +17,7 @@ from trainer.replacement import Replacement, random_words
 from trainer.stream import capacity, lay_out
 
 SIZE, V, MASK = 16, 50, 4
-TINY = MlimConfig(
-    layers=2,
-    width=16,
-    heads=2,
-    ffn_width=32,
-    embedder_widths=(6, 8),
-    embedder_hidden=8,
-    decoder_widths=(8, 8, 8),
-)
+TINY = dataclasses.replace(SMALL_MLIM, width=16, ffn_width=32, embedder_widths=(6, 8))
 GRID = SIZE // TINY.patch_size
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.conftest import launch_environment, python
 from tests.pipeline.corpora import encoded, picture
 from tests.trainer.test_quarantine import BEARS, flip, index_of
 from tests.trainer.test_report import HOSTILE, Page
-from tests.trainer.tiny import TINY, column, config
+from tests.trainer.tiny import TINY, TINY_MASKVLM, column, config
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.masking import Masks, Mode
@@ -72,10 +73,11 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def young(folder: Path, shards: Path, *more: str) -> Path:
+def young(folder: Path, shards: Path, *more: str, tiny: Sequence[str] = TINY) -> Path:
     """A run that has its configuration and nothing else yet."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config(shards, folder, *more)))
+    keys = config(shards, folder, *more, tiny=tiny)
+    (folder / "config.yaml").write_text(to_yaml(keys))
     return folder
 
 
@@ -241,6 +243,20 @@ def test_a_step_of_a_schedule_is_shown_with_its_own_rates_and_words(
     ]
     assert 0 < sum(kept) < len(kept)
     assert 0 < counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("loss", ["itc", "itm"])
+def test_a_model_that_draws_its_negatives_on_the_device_is_replayed(
+    shards: Path, tmp_path: Path, loss: str
+) -> None:
+    """By similarity of features, which no step has before its weights."""
+    weights = [f"--model.{one}_weight={int(one == loss)}" for one in ("itc", "itm")]
+    run = young(tmp_path / "run", shards, *weights, tiny=TINY_MASKVLM)
+    page = tmp_path / "page.html"
+    pairs = replayed(run, 9, f"--html={page}")["pairs"]
+    assert pairs
+    assert {pair["image_of"] for pair in pairs} == {None}
+    assert "matched with" not in page.read_text()
 
 
 @pytest.mark.parametrize("step", [1, 7, 8, STEPS])
