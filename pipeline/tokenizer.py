@@ -30,7 +30,10 @@ from pipeline.manifest import SPECIAL_TOKENS, TOKENIZER, TokenizerInfo
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-_READ = (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+DATASET_JSON = "dataset_tokenizer.json"
+"""In an exported model, the tokenizer of the dataset that it was trained on, where
+`tokenizer.json` adds special tokens to its texts."""
+_READ = (TOKENIZER_JSON, DATASET_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
 _TRAINED_SPECIALS = {name: f"[{name.upper()}]" for name in SPECIAL_TOKENS}
 _KNOWN_SPECIALS = {
     "pad": ("[PAD]", "<pad>"),
@@ -139,6 +142,14 @@ def load_tokenizer(name: str) -> StoredTokenizer:
     return _read(directory, f"--tokenizer {name}")
 
 
+def words_file(directory: Path) -> Path:
+    """The `tokenizer.json` that ids are made with, by whose sha256 datasets and models
+    know each other: in an exported model that of its dataset.
+    """
+    of_dataset = directory / DATASET_JSON
+    return of_dataset if of_dataset.is_file() else directory / TOKENIZER_JSON
+
+
 def read_tokenizer(directory: Path, place: str | None = None) -> StoredTokenizer:
     """The tokenizer that a dataset already holds.
 
@@ -170,7 +181,7 @@ def _read(directory: Path, name: str) -> StoredTokenizer:
             configured |= json.loads(path.read_bytes()) if path.is_file() else {}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {file} is no JSON object: {error}") from error
-    return _stored((directory / TOKENIZER_JSON).read_bytes(), _texts(configured), name)
+    return _stored(words_file(directory).read_bytes(), _texts(configured), name)
 
 
 def _untrained(entries: Mapping[str, int]) -> Tokenizer:

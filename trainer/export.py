@@ -1,8 +1,8 @@
 """`python -m trainer.export RUN OUT`: a trained model as others load it.
 
 Owns the command and what lies in its directory. The classes that load it are in
-`trainer.models.hf`, BERT's names in `trainer.models.bert`, the card in
-`trainer.model_card`.
+`trainer.models.hf`, BERT's names in `trainer.models.bert`, the tokenizer in
+`trainer.exported_tokenizer`, the card in `trainer.model_card`.
 """
 
 from __future__ import annotations
@@ -125,34 +125,32 @@ def preprocessor_config(image: ImageConfig) -> dict[str, Any]:
 
 def _write(folder: Path, run: Path, trained: Trained, config: ExportConfig) -> None:
     from trainer.dataset import Dataset
+    from trainer.exported_tokenizer import write_tokenizer
     from trainer.model_card import model_card
     from trainer.models.bert import write_body
     from trainer.models.hf import from_trained
 
     recipe, model = trained.config, trained.model
     dataset = Dataset(recipe.data, recipe.split, growing=True, storage=recipe.storage)
-    tokenizer = dataset.tokenizer_file.parent
     from_trained(model).save_pretrained(folder)
-    _copy_files(tokenizer, folder)
+    folders = [folder]
     text = json.dumps(preprocessor_config(recipe.image), indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    special_ids = dataset.tokenizer.special_ids
     if config.body:
         write_body(
-            folder / "body",
-            model.state_dict(),
-            model.config,
-            special_ids=dataset.tokenizer.special_ids,
+            folder / "body", model.state_dict(), model.config, special_ids=special_ids
         )
-        _copy_files(tokenizer, folder / "body")
+        folders.append(folder / "body")
+    for one in folders:
+        write_tokenizer(
+            dataset.tokenizer_file.parent,
+            one,
+            special_ids,
+            max_text=recipe.text.max_tokens,
+        )
     card = model_card(run, trained, dataset, body=config.body)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    for file in sorted(source.iterdir()):
-        # The model's own config.json stays.
-        if file.is_file() and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
 
 
 def _with_keys(argv: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ from pipeline.manifest import (
     load_index,
     token_ids,
 )
+from pipeline.tokenizer import words_file
 from trainer.storage import (
     StorageConfig,
     StorageError,
@@ -340,7 +341,7 @@ class Folder:
 
     def check_tokenizer(self, directory: Path) -> None:
         """Raise ValueError unless the tokenizer in `directory` made the tokens."""
-        path, info = directory / "tokenizer.json", self.manifest.tokenizer
+        path, info = words_file(directory), self.manifest.tokenizer
         if not path.is_file():
             raise ValueError(f"{path} is missing: not a tokenizer directory")
         found = file_sha256(path)

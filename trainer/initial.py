@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.manifest import file_sha256
+from pipeline.tokenizer import words_file
 from trainer import checkpoint
 from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG
 from trainer.models.base import ModelConfig
@@ -46,9 +47,9 @@ def read_weights(folder: str | Path, *, tokenizer_sha256: str) -> dict[str, Tens
             "checkpoint, a checkpoint (RUN/checkpoints/step-...), or a directory that "
             "trainer.export made"
         )
-    words = folder / "tokenizer.json"
+    words = words_file(folder)
     if words.is_file():
-        _require_same(folder, file_sha256(words), tokenizer_sha256)
+        _require_same(folder, file_sha256(words), tokenizer_sha256, words=str(folder))
     return _read_files(files, _model_keys(folder).get("name", ""))
 
 
@@ -130,15 +131,15 @@ def _some(what: str, names: list[str]) -> list[str]:
 
 def _require_tokenizer(path: Path, tokenizer_sha256: str) -> None:
     trained = checkpoint.read_marker(path)["tokenizer_sha256"]
-    _require_same(path, trained, tokenizer_sha256)
+    _require_same(path, trained, tokenizer_sha256, words="DATASET/tokenizer")
 
 
-def _require_same(path: Path, trained: str, tokenizer_sha256: str) -> None:
+def _require_same(path: Path, trained: str, tokenizer_sha256: str, words: str) -> None:
     if trained != tokenizer_sha256:
         raise ValueError(
             f"--init {path} was trained on tokens of tokenizer {trained}, and the "
             f"dataset's were made with {tokenizer_sha256}: preprocess the data with "
-            "the run's tokenizer, --tokenizer DATASET/tokenizer"
+            f"the run's tokenizer, --tokenizer {words}"
         )
 
 

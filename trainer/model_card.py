@@ -28,13 +28,16 @@ import trainer.models.hf  # of Palimpsest: registers the classes; no remote code
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained(FOLDER)  # or AutoModelForPreTraining
-words = AutoTokenizer.from_pretrained(FOLDER)(["a photo"], return_tensors="pt")
+words = AutoTokenizer.from_pretrained(FOLDER)(
+    ["a photo"], padding=True, truncation=True, return_tensors="pt"
+)
 image = AutoImageProcessor.from_pretrained(FOLDER)(picture, return_tensors="pt")
 hidden = model(words.input_ids, words.attention_mask, image.pixel_values)
 ```
 
 `pixel_values` are `pixel / 127.5 - 1`. `[MASK]` in the text hides a word,
-`bool_masked_pos` image tokens. Texts have at most {max_text} tokens.
+`bool_masked_pos` image tokens. Texts have at most {max_text} tokens,
+the [CLS] and [SEP] that the tokenizer adds included.
 """,
     "maskvlm": """\
 MaskVLM (Kwon et al., 2023, arXiv:2208.02131), {parameters:,} parameters, after {step:,}
@@ -46,14 +49,17 @@ import trainer.models.hf  # of Palimpsest: registers the classes; no remote code
 from transformers import AutoImageProcessor, AutoModelForPreTraining, AutoTokenizer
 
 model = AutoModelForPreTraining.from_pretrained(FOLDER)  # AutoModel: states alone
-words = AutoTokenizer.from_pretrained(FOLDER)(["a photo"], return_tensors="pt")
+words = AutoTokenizer.from_pretrained(FOLDER)(
+    ["a photo"], padding=True, truncation=True, return_tensors="pt"
+)
 image = AutoImageProcessor.from_pretrained(FOLDER)(picture, return_tensors="pt")
 found = model(words.input_ids, words.attention_mask, image.pixel_values)
 ```
 
 `found` has `image_embeds`, `text_embeds`, `logits_per_image` and `itm_logits`, as far
 as there are heads. `pixel_values` are `pixel / 127.5 - 1`. `text_masked_pos` hides
-words and `bool_masked_pos` squares. Texts have at most {max_text} tokens.
+words and `bool_masked_pos` squares. Texts have at most {max_text} tokens,
+the [CLS] and [SEP] that the tokenizer adds included.
 """,
 }
 _TEXT = """\

@@ -19,11 +19,14 @@ from transformers import (
 )
 
 from pipeline.manifest import file_sha256
+from pipeline.tokenizer import load_tokenizer, read_tokenizer
 from tests.conftest import launch_environment, python
 from tests.trainer.sequence import launch_all
 from tests.trainer.tiny import config
 from trainer.check import check
+from trainer.dataset import Dataset
 from trainer.export import ExportConfig, export
+from trainer.exported_tokenizer import write_tokenizer
 from trainer.initial import read_weights
 from trainer.masking import MaskConfig, mam
 from trainer.models import hf
@@ -31,6 +34,7 @@ from trainer.models.base import Inputs
 from trainer.models.bert import read_body
 from trainer.models.mlim import masked_words
 from trainer.stream import capacity, pack
+from trainer.tasks.texts import TextEncoder
 from trainer.trained import Trained, load_trained
 
 LENGTHS = [9, 4, 30, 17]
@@ -177,13 +181,52 @@ def test_the_body_is_a_bert_with_the_same_hidden_states(
     assert all(torch.equal(weights[name], own[name]) for name in weights)
 
 
-def test_tokens_and_pixels_are_those_of_training(
+def test_the_tokenizer_gives_texts_as_the_model_was_trained_to_read_them(
     runs: Path, trained: Trained, shards: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(runs / "out")
-    theirs = AutoTokenizer.from_pretrained(shards / "tokenizer")
-    assert tokenizer("a red heart").input_ids == theirs("a red heart").input_ids
-    assert tokenizer.mask_token_id == trained.model.mask_id
+    info = Dataset(str(shards), "train").tokenizer
+    files = shards / "tokenizer" / "tokenizer.json"
+    texts = ["a red heart", "a grinning face with big eyes", "heart " * 60]
+    encoder = TextEncoder(files, info.special_ids, max_tokens=48)
+    expected, _ = encoder.encode(texts)
+    for folder in (runs / "out", runs / "out" / "body"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        rows = zip(found.input_ids, found.attention_mask, expected, strict=True)
+        for ids, real, one in rows:
+            assert ids[: len(one)].tolist() == one.tolist()
+            assert real.tolist() == [1] * len(one) + [0] * (len(ids) - len(one))
+        assert tokenizer.mask_token_id == trained.model.mask_id
+        pair = tokenizer("a red heart", "a face").input_ids
+        sep = info.special_ids["sep"]
+        assert [pair.count(sep), pair[-1]] == [2, sep]
+
+
+def test_data_tokenized_with_an_export_are_its_model_s(
+    runs: Path, shards: Path
+) -> None:
+    stored = load_tokenizer(str(runs / "out"))
+    own = read_tokenizer(shards / "tokenizer")
+    assert stored == own
+
+
+def test_a_tokenizer_that_adds_both_ends_is_exported_as_it_is(
+    runs: Path, tmp_path: Path
+) -> None:
+    info = load_tokenizer(str(runs / "out")).info
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(runs / "out" / name, source / name)
+    write_tokenizer(source, target, info.special_ids, max_text=9)
+    words = target / "tokenizer.json"
+    assert words.read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (target / "dataset_tokenizer.json").exists()
+    assert AutoTokenizer.from_pretrained(target).model_max_length == 9
+
+
+def test_pixels_are_those_of_training(runs: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image = AutoImageProcessor.from_pretrained(runs / "out")(
         Image.fromarray(pixels), return_tensors="pt"

@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256
+from pipeline.tokenizer import words_file
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.contract import CONFIG
@@ -116,7 +117,7 @@ def _of_export(
     folder: Path, data: str | None, from_scratch: bool, seed: int | None
 ) -> Pretrained:
     keys = json.loads((folder / _EXPORTED).read_text())
-    words = folder / "tokenizer.json"
+    words = words_file(folder)
     if not words.is_file():
         raise ValueError(
             f"{words} is missing: export the run again (python -m trainer.export RUN "
