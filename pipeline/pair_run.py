@@ -34,6 +34,8 @@ from pipeline.storage import Storage, open_storage
 
 _TRAIN = "train"
 _PLACES = ("dataset", "output")
+_FACTS = ".json"
+_ENDS = (".npy", ".parquet", _FACTS)
 
 
 class Fate(enum.IntEnum):
@@ -71,6 +73,8 @@ def pair(config: PairsConfig) -> list[Paired]:
         ValueError: no finished dataset, no such split or column, or nothing that
             matches. The message has the cure.
     """
+    for output in _outputs(config):
+        _require_own(output)
     storage = open_storage(config.dataset)
     manifest, damages = read_manifest(storage)
     if damages:
@@ -82,9 +86,7 @@ def pair(config: PairsConfig) -> list[Paired]:
     fate = _fates(storage, manifest, table, config)
     dev = (fate == Fate.NOT_DRAWN) & in_dev(table.values, config.dev, seed=config.seed)
     found = []
-    for output, mine in ((config.output, ~dev), (_dev_name(config.output), dev)):
-        if output != config.output and not config.dev:
-            continue
+    for output, mine in zip(_outputs(config), (~dev, dev), strict=False):
         found.append(_paired(table, fate, mine, output, config))
     # Nothing is written unless all of it can be.
     for one in found:
@@ -103,8 +105,35 @@ def summary(found: Sequence[Paired]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _dev_name(output: str) -> str:
-    return output.removesuffix(".npy") + "-dev.npy"
+def _outputs(config: PairsConfig) -> list[str]:
+    stem = config.output.removesuffix(".npy")
+    return [config.output, *([f"{stem}-dev.npy"] if config.dev else [])]
+
+
+def _place(output: str) -> tuple[Storage, str]:
+    """Where the files go, and their name without what it ends in."""
+    folder, _, name = output.rpartition("/")
+    target = open_storage(folder or ("/" if output.startswith("/") else "."))
+    return target, name.removesuffix(".npy")
+
+
+def _require_own(output: str) -> None:
+    """Raise ValueError where a file would be replaced that this command did not
+    write.
+    """
+    target, stem = _place(output)
+    there = [f"{stem}{end}" for end in _ENDS if target.size(f"{stem}{end}") is not None]
+    if not there:
+        return
+    try:
+        facts = json.loads(target.read(f"{stem}{_FACTS}"))
+    except (FileNotFoundError, ValueError):
+        facts = None
+    if not isinstance(facts, dict) or not facts.keys() >= {"keys", "pairs", "samples"}:
+        raise ValueError(
+            f"--output {output} would replace {' and '.join(there)}, and no {stem}"
+            f"{_FACTS} of this command says that it wrote them: give another name"
+        )
 
 
 def _shards(storage: Storage, manifest: Manifest, split: str) -> Sequence[Shard]:
@@ -253,9 +282,7 @@ def _write(
     one: Paired,
     config: PairsConfig,
 ) -> None:
-    folder, _, name = one.output.rpartition("/")
-    target = open_storage(folder or ("/" if one.output.startswith("/") else "."))
-    stem = name.removesuffix(".npy")
+    target, stem = _place(one.output)
     facts = {
         "dataset": storage.url,
         "manifest_sha256": manifest.sha256,
@@ -264,10 +291,12 @@ def _write(
         "samples": one.samples,
     }
     text = json.dumps(facts, indent=1) + "\n"
-    target.write(f"{stem}.parquet", _twin(storage, shards, table, one.pairs, config))
-    target.write(f"{stem}.json", text.encode())
+    twin = _twin(storage, shards, table, one.pairs, config)
+    # First: it says whose files the others are.
+    target.write(f"{stem}{_FACTS}", text.encode())
+    target.write(f"{stem}.parquet", twin)
     # Last: where it is, all three are.
-    target.write(name, _array(table, one.pairs, config))
+    target.write(f"{stem}.npy", _array(table, one.pairs, config))
 
 
 def _array(table: Table, pairs: Pairs, config: PairsConfig) -> bytes:

@@ -162,6 +162,19 @@ def test_the_same_dataset_and_keys_give_the_same_bytes(
         assert first != other
 
 
+def test_files_of_another_hand_are_not_replaced(dataset: Path, tmp_path: Path) -> None:
+    for name in ("p.parquet", "p-dev.json", "p.npy"):
+        other = tmp_path / name
+        other.write_text("mine")
+        with pytest.raises(ValueError, match=rf"would replace {name}.*another name"):
+            pairs_of(dataset, tmp_path / "p.npy", "--dev=0.3")
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert other.read_text() == "mine"
+        other.unlink()
+    for seed in (0, 1):
+        pairs_of(dataset, tmp_path / "p.npy", "--dev=0.3", f"--seed={seed}")
+
+
 def table_of(values: list[int], hard: list[int], images: list[int]) -> Table:
     """Samples whose uids are spread, so that their order means nothing."""
     uids = np.arange(len(values), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -22,11 +22,13 @@ from trainer.tasks.bodies import Body, body_of, inputs_of
 from trainer.tasks.body_mlim import MlimBody
 from trainer.tasks.bootstrap import OneGroup, interval, mean_interval
 from trainer.tasks.classes import Answers, MeanRecall
+from trainer.tasks.evaluation import EvaluateConfig
 from trainer.tasks.grounded import ranked
 from trainer.tasks.items import Items
 from trainer.tasks.results import (
     Example,
     Metric,
+    Predictions,
     Result,
     as_plain,
     extremes,
@@ -300,6 +302,37 @@ def test_a_result_takes_no_others_name(tmp_path: Path) -> None:
             require_name(tmp_path, name, task="vqa")
     with pytest.raises(ValueError, match="no result of matching"):
         require_name(tmp_path, "vqa", task="matching")
+    (tmp_path / "sent_predictions.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"sent_predictions\.json is no result of vqa"):
+        require_name(tmp_path, "sent", task="vqa")
+    told = Result(metrics=result.metrics, predictions=Predictions("csv", "a,True\n"))
+    path = write_result(tmp_path, "told", told, facts={"task": "vqa"})
+    assert json.loads(path.read_text())["predictions"] == "told_predictions.csv"
+    assert (tmp_path / "told_predictions.csv").read_text() == "a,True\n"
+    require_name(tmp_path, "told", task="vqa")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("config", "kept for a file that runs"),
+        ("wandb", "kept for a file that runs"),
+        ("tokenizer", "kept for a file that runs"),
+        ("vqa", "what --task vqa writes"),
+        ("probes", "what --task probes writes"),
+        (".hidden", "no name of a file"),
+        ("a/b", "no name of a file"),
+        ("", "no name of a file"),
+        ("n" * 300, "no name of a file"),
+    ],
+)
+def test_a_name_that_others_will_want_is_refused_before_they_have_it(
+    name: str, why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        EvaluateConfig(run="run", task="retrieval", name=name)
+    for free in ("retrieval", "retrieval-2", None):
+        EvaluateConfig(run="run", task="retrieval", name=free)
 
 
 def test_a_name_whose_writing_died_before_the_numbers_can_be_taken_again(

@@ -19,9 +19,22 @@ from trainer.tasks import tuned
 from trainer.tasks.base import Context, Spec, Task
 from trainer.tasks.command import joined
 from trainer.tasks.finetuning import as_tuned, the_device, with_head
-from trainer.tasks.names import find
+from trainer.tasks.names import NAMES, find
 from trainer.tasks.pretrained import Pretrained, load_pretrained, require_model
 from trainer.tasks.results import print_table, require_name, write_result
+
+_PROBES = "probes"
+# What files beside an evaluation's are called, whether or not a folder has them yet.
+_OTHERS = frozenset(
+    {
+        *("config", "complete", "environment", "wandb", "report", "replay"),
+        *("origin", "answers", "examples", "tokenizer"),
+        *("dataset_tokenizer", "tokenizer_config", "special_tokens_map"),
+        *("preprocessor_config", "generation_config", "model.safetensors.index"),
+    }
+)
+# A file system's names have at most 255 bytes.
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +61,26 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.name is not None and (not self.name or "/" in self.name):
-            raise ValueError(f"--name {self.name!r} is no name of a file")
-        if self.name == "probes":
-            raise ValueError("--name probes is what --task probes writes: take another")
+        if self.name is not None:
+            _require_free(self.name, self.task)
+
+
+def _require_free(name: str, task: str) -> None:
+    """Raise ValueError where files of a name would be taken for others, or could not
+    be written.
+    """
+    if not name or "/" in name or name.startswith(".") or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"--name {name!r} is no name of a file: give a short one without / that "
+            f"does not begin with a dot, such as {task}-2"
+        )
+    if name != task and name in (_PROBES, *NAMES):
+        raise ValueError(f"--name {name} is what --task {name} writes: take another")
+    if name in _OTHERS:
+        raise ValueError(
+            f"--name {name} is kept for a file that runs, fine-tunings or exports "
+            f"have: take another, such as {task}-2"
+        )
 
 
 def keys_of(task: str) -> type[EvaluateConfig]:
@@ -60,7 +89,7 @@ def keys_of(task: str) -> type[EvaluateConfig]:
     Raises:
         ConfigError: no such task.
     """
-    return joined(EvaluateConfig, find(task, also=("probes",)).evaluate)
+    return joined(EvaluateConfig, find(task, also=(_PROBES,)).evaluate)
 
 
 def evaluate(config: EvaluateConfig, *, command: str) -> str:

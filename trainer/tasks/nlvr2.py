@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from trainer.files import write_text
 from trainer.tasks.base import Context, Spec
 from trainer.tasks.bootstrap import mean_interval
 from trainer.tasks.grounded import LearningKeys, MeasuringKeys, Reader
 from trainer.tasks.labelled import Labelled, LabelledTask, most_frequent
 from trainer.tasks.nlvr2_files import Sentence, consistency, read_sentences
-from trainer.tasks.results import Metric, Result
+from trainer.tasks.results import Metric, Predictions, Result
 
 CLASSES = ("False", "True")
 
@@ -69,11 +68,12 @@ class Nlvr2(LabelledTask):
         Predictions are written for the official script.
         """
         found, labels = self.ranked(model), self.held_out.labels
-        name = self._write(found.first)
-        details = {**self.held_out.examples.facts, "predictions": name}
+        written = self._written(found.first)
+        details = dict(self.held_out.examples.facts)
         if labels is None:
             n = len(self.sentences)
-            return Result(metrics={"predictions": Metric(n, n=n)}, details=details)
+            metrics = {"predictions": Metric(n, n=n)}
+            return Result(metrics=metrics, details=details, predictions=written)
         constant = most_frequent(labels)
         right, always = found.first == labels, labels == constant
         metrics = {
@@ -86,6 +86,7 @@ class Nlvr2(LabelledTask):
             details=details,
             examples=self.shown(found),
             kept=self.kept(found),
+            predictions=written,
         )
 
     def _consistency(self, right: np.ndarray, always: np.ndarray) -> Metric:
@@ -108,15 +109,13 @@ class Nlvr2(LabelledTask):
             n=len(right),
         )
 
-    def _write(self, said: np.ndarray) -> str:
-        """Predictions as the official metrics.py reads them; the file's name."""
-        name = f"{self.context.keys.name or SPEC.name}_predictions.csv"
+    def _written(self, said: np.ndarray) -> Predictions:
+        """As the official metrics.py reads them."""
         lines = [
             f"{sentence.identifier},{CLASSES[int(one)]}\n"
             for sentence, one in zip(self.sentences, said, strict=True)
         ]
-        write_text(self.context.folder / name, "".join(lines))
-        return name
+        return Predictions("csv", "".join(lines))
 
 
 def training(context: Context) -> Nlvr2:

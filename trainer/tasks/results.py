@@ -6,6 +6,7 @@ Owns the form of all three. Does not own the numbers (each task), intervals
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from trainer.files import write_text, write_with
 from trainer.report.elements import card, document, grid, header, image, section, table
 from trainer.tasks.bootstrap import Interval, OneGroup
 
+_PREDICTIONS = "_predictions."
 # Of a picture on a page, in pixels.
 _SIDE = 128
 
@@ -62,6 +64,14 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Predictions(NamedTuple):
+    """What was said of each example, as others read it."""
+
+    form: str
+    """What the file's name ends in, such as "csv"."""
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a task found."""
@@ -77,13 +87,16 @@ class Result:
     model is, so that two can be compared pair by pair."""
     tables: Mapping[str, Table] = field(default_factory=dict)
     """By the title of their part of the page."""
+    predictions: Predictions | None = None
+    """For a test server or an official script."""
 
 
 def write_result(
     folder: Path, name: str, result: Result, *, facts: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/name.json`, `folder/name.html` and, where something is kept of each
-    example, `folder/name.npz`; the path of the first, which is written last.
+    """Write `folder/name.json`, `folder/name.html` and, where there are such,
+    `folder/name.npz` with what is kept of each example and `folder/name_predictions.*`;
+    the path of the first, which is written last.
 
     Args:
         facts: what the command knows: task, seed, step, data, manifest_sha256, command.
@@ -93,8 +106,12 @@ def write_result(
     write_text(folder / f"{name}.html", page(name, result, facts=facts))
     if result.kept:
         write_with(folder / f"{name}.npz", lambda to: _save(to, result.kept))
-    text = json.dumps(as_plain(result, facts=facts), indent=1, allow_nan=False)
-    write_text(path, text + "\n")
+    plain = as_plain(result, facts=facts)
+    if result.predictions is not None:
+        form, text = result.predictions
+        plain["predictions"] = f"{name}{_PREDICTIONS}{form}"
+        write_text(folder / plain["predictions"], text)
+    write_text(path, json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -119,7 +136,8 @@ def require_name(folder: Path, name: str, *, task: str, cure: str = "") -> None:
     page_of_task = folder / f"{name}.html"
     if name == task or (page_of_task.is_file() and _is_page_of(page_of_task, task)):
         return
-    for other in (page_of_task, folder / f"{name}.npz"):
+    predictions = sorted(folder.glob(f"{glob.escape(name + _PREDICTIONS)}*"))
+    for other in (page_of_task, folder / f"{name}.npz", *predictions):
         if other.is_file():
             raise _taken(other, task, cure)
 

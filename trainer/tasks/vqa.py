@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.files import write_text
 from trainer.options import at_least
 from trainer.tasks.base import Context, Spec
 from trainer.tasks.bootstrap import mean_interval
@@ -38,7 +37,7 @@ from trainer.tasks.grounded import (
     classifier,
     ranked,
 )
-from trainer.tasks.results import Example, Metric, Result, extremes
+from trainer.tasks.results import Example, Metric, Predictions, Result, extremes
 from trainer.tasks.vqa_answers import accuracy, soft_targets, vocabulary
 from trainer.tasks.vqa_files import Answered, Question, read_questions
 
@@ -167,15 +166,15 @@ class Vqa:
         questions, examples = self._held_out
         found = self._ranked(model)
         said = self._predictions(found)
+        written = _written(questions, said)
         details = {
             **examples.facts,
-            "predictions": self._write(questions, said),
             "vocabulary": len(self._answers),
             "always": self._answers[0],
         }
         if questions[0].answered is None:
             metrics = {"predictions": Metric(len(questions), n=len(questions))}
-            return Result(metrics=metrics, details=details)
+            return Result(metrics=metrics, details=details, predictions=written)
         scores = _scores(questions, said)
         always = _scores(questions, [self._answers[0]] * len(questions))
         numbers = {answer: number for number, answer in enumerate(self._answers)}
@@ -190,6 +189,7 @@ class Vqa:
             details=details,
             examples=self._shown(questions, examples, found, scores),
             kept={"accuracy": scores, "groups": _images(questions)},
+            predictions=written,
         )
 
     def _metrics(
@@ -219,16 +219,6 @@ class Vqa:
 
     def _predictions(self, found: Ranked) -> list[str]:
         return [self._answers[number] for number in found.first.tolist()]
-
-    def _write(self, questions: Sequence[Question], said: Sequence[str]) -> str:
-        """The name of the file."""
-        name = f"{self._context.keys.name or SPEC.name}_predictions.json"
-        rows = [
-            {"question_id": question.number, "answer": answer}
-            for question, answer in zip(questions, said, strict=True)
-        ]
-        write_text(self._context.folder / name, json.dumps(rows) + "\n")
-        return name
 
     def _shown(
         self,
@@ -304,6 +294,14 @@ def _answered(question: Question) -> Answered:
 def _said(question: Question) -> tuple[str, ...]:
     """What people said."""
     return _answered(question).answers
+
+
+def _written(questions: Sequence[Question], said: Sequence[str]) -> Predictions:
+    rows = [
+        {"question_id": question.number, "answer": answer}
+        for question, answer in zip(questions, said, strict=True)
+    ]
+    return Predictions("json", json.dumps(rows) + "\n")
 
 
 def _images(questions: Sequence[Question]) -> np.ndarray:
