@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from pipeline.config import to_yaml
+from pipeline.manifest import MANIFEST
 from trainer import checkpoint
 from trainer.build import require_start
-from trainer.contract import check_world_size
+from trainer.contract import CONFIG, FINETUNE, PREPROCESSOR, check_world_size
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import chosen_precision, world_from_environment
@@ -26,6 +27,12 @@ from trainer.run_copy import RunCopy
 from trainer.sources import sources_of
 from trainer.storage import local_path
 from trainer.tracking import check_installed
+
+_OF_OTHERS = {
+    FINETUNE: "a fine-tuning",
+    PREPROCESSOR: "an exported model",
+    MANIFEST: "a dataset",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,7 @@ def check(config: PretrainConfig) -> Checked:
     copy = RunCopy(config) if local_path(run) is None else None
     if copy:
         copy.require_writable(rank)
+    _require_no_other(config.output, copy)
     found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
     if found:
         require_same(config, copy.config() if copy else load_config(config.run))
@@ -99,6 +107,23 @@ def check(config: PretrainConfig) -> Checked:
         safety=found[1]["safety"] if found else None,
         copy=copy,
     )
+
+
+def _require_no_other(output: str, copy: RunCopy | None) -> None:
+    """Raise ValueError where what lies in the output is known, and no run."""
+
+    def has(name: str) -> bool:
+        if copy:
+            return copy.store.read_version(name) is not None
+        return Path(output, name).is_file()
+
+    for name, what in _OF_OTHERS.items():
+        # A run that has begun beside it goes on.
+        if has(name) and not has(CONFIG):
+            raise ValueError(
+                f"--output {output} holds {what} ({name}): take another --output for "
+                "the run"
+            )
 
 
 def require_same(config: PretrainConfig, before: PretrainConfig) -> None:

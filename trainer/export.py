@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse, run
+from trainer.contract import PREPROCESSOR
 
 if TYPE_CHECKING:
     from trainer.options import ImageConfig
@@ -135,7 +136,7 @@ def _write(folder: Path, run: Path, trained: Trained, config: ExportConfig) -> N
     from_trained(model).save_pretrained(folder)
     folders = [folder]
     text = json.dumps(preprocessor_config(recipe.image), indent=2) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
     special_ids = dataset.tokenizer.special_ids
     if config.body:
         write_body(

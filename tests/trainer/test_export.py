@@ -262,6 +262,8 @@ def test_an_export_can_be_trained_on(
     assert all(torch.equal(given[name], own[name]) for name in own)
     keys = [f"--init={runs / 'out'}", "--model.norm=post"]
     check(config(shards, runs / "new", *keys))
+    with pytest.raises(ValueError, match=r"out holds an exported model.*another --out"):
+        check(config(shards, runs / "out", *keys))
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(

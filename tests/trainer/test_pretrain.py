@@ -309,6 +309,7 @@ def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
     assert "multiple of the 4 px" in refused(*words, "--image.size=18")
     assert "lower global_batch" in refused(*words, "--global_batch=1200")
     assert "no manifest.json" in refused(f"--data={tmp_path}", f"--output={run}")
+    assert "holds a dataset" in refused(*words, f"--output={shards}")
     assert "has: train, val" in refused(*words, "--split=test")
     bf16 = ("--deepspeed.precision=bf16", "--deepspeed.zero_stage=0")
     assert "zero_stage 1 or more" in refused(*words, *bf16)

@@ -18,6 +18,8 @@ from torch import nn
 from pipeline.config import ConfigError
 from pipeline.manifest import Manifest, file_sha256, load_manifest, manifest_seal
 from pipeline.pairs import main as make_pairs
+from tests.trainer.tiny import config
+from trainer.check import check
 from trainer.contract import CHECKPOINTS, complete_checkpoints
 from trainer.evaluate import main as evaluate
 from trainer.export import main as export
@@ -102,6 +104,15 @@ def test_a_finished_run_is_left_as_it_is(
     before = files(output)
     finetune(whole, pairs, output, f"--dev_pairs={pairs}")
     assert before == files(output)
+
+
+def test_pretraining_does_not_write_into_a_fine_tuning(
+    finished: Path, shards: Path
+) -> None:
+    before = files(finished)
+    with pytest.raises(ValueError, match=r"holds a fine-tuning.*another --output"):
+        check(config(shards, finished))
+    assert before == files(finished)
 
 
 def test_the_learning_rate_rises_then_falls_and_every_example_comes_once(

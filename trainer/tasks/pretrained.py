@@ -21,7 +21,7 @@ from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256
 from pipeline.tokenizer import words_file
 from trainer import checkpoint
 from trainer.build import build_model
-from trainer.contract import CONFIG
+from trainer.contract import CONFIG, PREPROCESSOR
 from trainer.dataset import Dataset
 from trainer.initial import read_weights
 from trainer.models.base import find
@@ -31,7 +31,6 @@ from trainer.storage import open_files, read_manifest
 _EXPORTED = "config.json"
 NO_DATA = "-"
 """Dataset of an export, which does not say on what it was trained."""
-_PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ def _of_export(
             f"{words} is missing: export the run again (python -m trainer.export RUN "
             "OUT)"
         )
-    config = _config_of(keys, json.loads((folder / _PREPROCESSOR).read_text()), data)
+    config = _config_of(keys, json.loads((folder / PREPROCESSOR).read_text()), data)
     info = TokenizerInfo(
         path=TOKENIZER,
         sha256=file_sha256(words),

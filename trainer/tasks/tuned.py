@@ -40,6 +40,7 @@ from trainer.contract import (
     CHECKPOINTS,
     COMPLETE,
     CONFIG,
+    FINETUNE,
     checkpoint_name,
     complete_checkpoints,
 )
@@ -48,7 +49,6 @@ from trainer.options import load_config
 from trainer.tasks.base import DATA
 from trainer.tasks.pretrained import Pretrained, drawn_model
 
-FINETUNE = "finetune.yaml"
 _ORIGIN, _PRETRAINING, _WORDS = "origin.json", "pretraining", "tokenizer.json"
 _WEIGHTS, _MOMENTS = "weights.safetensors", "moments.safetensors"
 # No name of pretraining's own: that there is one says that fine-tuning began there.
