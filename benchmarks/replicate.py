@@ -21,7 +21,8 @@ seeds and over test items, and what the papers claim beside it.
   python -m benchmarks.replicate --work runs/full --matrix full --minutes 6 \\
       --inputs.flickr8k flickr8k/captions.tsv --inputs.fashion fashion/items.parquet
 
-small: emoji, hours on two cores. full: photos and a catalogue, on a GPU. Or a YAML file
+small: emoji, hours on two cores. photos: photos and a catalogue with small models, an
+hour on two cores. full: the papers' rows on the same corpora, on a GPU. Or a YAML file
 of your own (benchmarks/replication/small.yaml shows how).
 
 The same command continues, whenever and however it was stopped. Its status is 0 when
@@ -38,7 +39,7 @@ class ReplicateConfig:
     work: str
     """Folder of the replication: runs, logs, and markers of what is complete."""
     matrix: str = "small"
-    """small, full, or a YAML file."""
+    """small, photos, full, or a YAML file."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Corpora that the matrix does not name itself: {flickr8k: PATH}."""
     minutes: float | None = None
@@ -61,17 +62,22 @@ class ReplicateConfig:
 def main(argv: Sequence[str]) -> int:
     """Run what remains, write the tables."""
     config = parse(ReplicateConfig, argv, prog=PROG, description=DESCRIPTION)
-    from benchmarks.replication.checking import check
+    from benchmarks.replication.checking import check, check_inputs
     from benchmarks.replication.matrix import load
     from benchmarks.replication.schedule import Place, Schedule, locked
     from benchmarks.replication.stages import only, plan
-    from benchmarks.replication.writing import say_what_remains, write_tables
+    from benchmarks.replication.writing import (
+        require_own,
+        say_what_remains,
+        write_tables,
+    )
 
     # In order, as Ctrl-C: what runs keeps what it has.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     matrix = load(config.matrix)
     place = Place(work=Path(config.work).resolve(), inputs=config.inputs)
     stages = plan(matrix, only=only(config.only))
+    check_inputs(matrix, config.inputs)
     check(stages, place)
     gpu = Path("/dev/nvidiactl").exists()
     schedule = Schedule(
@@ -81,10 +87,11 @@ def main(argv: Sequence[str]) -> int:
         seconds=matrix.seconds,
         threads=None if gpu else 1,
     )
+    output = Path(config.output) if config.output else place.work / "tables"
+    require_own(output)
     if config.dry_run:
         say_what_remains(schedule)
         return 0
-    output = Path(config.output) if config.output else place.work / "tables"
     with locked(place.work) as lock:
         try:
             failed = schedule.run(minutes=config.minutes, lock=lock)

@@ -91,13 +91,25 @@ def parse(
 def given(argv: Sequence[str], key: str, *, recipes: Path | None = None) -> Any:
     """What `argv` gives for a dotted key, by a flag or in its file; None if neither
     does. For a command whose other keys depend on this one.
+
+    Raises:
+        ConfigError: two files give two values.
     """
     found, words = None, _config_first(argv, recipes)
+    files = [path for word, path in itertools.pairwise(words) if word == "--config"]
+    values = {path: value for path in files if (value := _in_file(path, key))}
+    if len(set(map(str, values.values()))) > 1:
+        said = " and ".join(f"{value} in {path}" for path, value in values.items())
+        raise ConfigError(
+            f"{key} is {said}, and decides which other keys there are: give one of the "
+            "files to --config"
+        )
     for word, following in itertools.pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         value = value if equals else following
         if name == "--config":
-            found = _in_file(value, key)
+            in_file = _in_file(value, key)
+            found = found if in_file is None else in_file
         elif name == f"--{key}":
             found = value
     return found
@@ -261,6 +273,12 @@ def _config_path(given: str, recipes: Path | None) -> str:
     return str(path)
 
 
+_ONE_FOR_A_LIST = (
+    r'key "(?P<key>[\w.]+)": Expected a (?:List\[|<class .(?:list|tuple).>).*?'
+    r"Got value: (?P<one>.+)$"
+)
+_A_LIST = r"--\g<key> takes a list: give it as '" + r"""["\g<one>"]'"""
+_KINDS = {"float": "number", "int": "whole number", "str": "text"}
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.\-]+)",
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.\-]+)'",
@@ -281,6 +299,8 @@ def _explain(message: str, known: Sequence[str]) -> str:
     # Of a group that may be left out; the other error says that it is not left out.
     if found := re.search(r"Union subtypes .*?Errors: - (.+?) - Expected a", text):
         return found[1]
+    text = re.sub(_ONE_FOR_A_LIST, _A_LIST, text)
+    text = re.sub(r"<class '(\w+)'>", lambda kind: _KINDS.get(kind[1], kind[0]), text)
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     if text.startswith("Unexpected config"):
         return "the file given as --config holds no keys"

@@ -180,6 +180,34 @@ class Whole:
     """Its part."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Keys of several kinds."""
+
+    names: tuple[str, ...] = ("a",)
+    """Its names."""
+    more: list[str] = field(default_factory=list)
+    """More of them."""
+    rate: float = 1.0
+    """Its rate."""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--names=a {}", """--names takes a list: give it as '["a {}"]'"""),
+        ("--more=b", """--more takes a list: give it as '["b"]'"""),
+        ("--rate=nan", 'key "rate": Expected a number. Got value: nan'),
+    ],
+)
+def test_a_value_of_another_kind_is_answered_with_how_to_give_it(
+    word: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Listed, [word], prog="p", description="d")
+    assert str(caught.value) == said
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

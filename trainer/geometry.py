@@ -29,7 +29,7 @@ from cykooz_resizer import (
     ResizeOptions,
     Resizer,
 )
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from trainer.options import ImageConfig
 
@@ -249,6 +249,9 @@ def _decoded(data: memoryview, check: Callable[[tuple[int, int]], None]) -> Imag
             # Now, not after it took a thousand times the memory: files are anybody's.
             check(image.size)
             return _on_white(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        # Pillow's own words name an object in memory.
+        raise ValueError(f"is damaged, or none of {', '.join(_FORMATS)}") from error
     except Exception as error:  # decoders raise anything on hostile data
         raise ValueError(f"does not decode: {error}") from error
 

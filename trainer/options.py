@@ -9,6 +9,7 @@ with storage (`trainer.storage`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -26,11 +27,14 @@ RunT = TypeVar("RunT", bound="PretrainConfig")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
-    """Raise ValueError for a key of `config` below its lowest value."""
+    """Raise ValueError for a key of `config` below its lowest value, or not finite."""
     for name, low in lowest.items():
         value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"{group}{name} is {value}: it must be {low} or more")
+        if value is not None and not low <= value < math.inf:
+            number = "" if math.isfinite(value) else "a number, "
+            raise ValueError(
+                f"{group}{name} is {value}: it must be {number}{low} or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +386,9 @@ class PretrainConfig:
         return min(self.max_steps or self.schedule.steps, self.schedule.steps)
 
 
+_OF_ANOTHER_MODEL = ("unknown key 'model.", 'key "model.name": Expected one of')
+
+
 def parse_run(
     kind: type[RunT],
     argv: Sequence[str],
@@ -401,13 +408,21 @@ def parse_run(
         keys = find(str(name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return parse(
-        with_model(kind, keys),  # type: ignore[arg-type]
-        argv,
-        prog=prog,
-        description=description,
-        recipes=recipes,
-    )
+    try:
+        return parse(
+            with_model(kind, keys),  # type: ignore[arg-type]
+            argv,
+            prog=prog,
+            description=description,
+            recipes=recipes,
+        )
+    except ConfigError as error:
+        if not str(error).startswith(_OF_ANOTHER_MODEL):
+            raise
+        raise ConfigError(
+            f"{error} The model is {name}, by model.name: a recipe or a flag of "
+            "another model does not go with it"
+        ) from error
 
 
 @functools.cache

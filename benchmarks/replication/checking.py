@@ -7,11 +7,13 @@ not own the form of the matrix itself (`benchmarks.replication.matrix`).
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
+from benchmarks.replication.matrix import Matrix
 from benchmarks.replication.schedule import Place
-from benchmarks.replication.stages import Stage, resolved
-from pipeline.config import given, parse
+from benchmarks.replication.stages import Stage, plan, resolved
+from pipeline.config import given, nearest, parse
 from pipeline.options import PreprocessConfig
 from pipeline.pairs import PairsConfig
 from trainer.options import PretrainConfig, parse_run
@@ -50,6 +52,20 @@ def check(stages: Sequence[Stage], place: Place) -> None:
             _read(module, words)
         except ValueError as error:
             raise ValueError(f"{stage.name}: {error}") from error
+
+
+def check_inputs(matrix: Matrix, inputs: Mapping[str, str]) -> None:
+    """Raise ValueError for a corpus that no dataset of the matrix is made of."""
+    words = [word for stage in plan(matrix) for word in stage.words]
+    asked = list(dict.fromkeys(re.findall(r"\{input:(.+?)\}", "\n".join(words))))
+    for name in inputs:
+        if name not in asked:
+            takes = ", ".join(f"--inputs.{one}" for one in asked) or "none"
+            hint = nearest(name, asked)
+            raise ValueError(
+                f"--inputs.{name}: this matrix does not ask for it.{hint} It takes "
+                f"{takes}"
+            )
 
 
 def _read(module: str, words: list[str]) -> None:

@@ -36,14 +36,31 @@ def say_what_remains(schedule: Schedule) -> None:
     )
 
 
+def require_own(output: Path) -> None:
+    """Raise ValueError where `write_tables` would replace what it did not write."""
+    files = [output.with_name(f"{output.name}.{end}") for end in ("md", "json", "png")]
+    there = [path for path in files if path.exists()]
+    try:
+        found = json.loads(files[1].read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if there and not (isinstance(found, dict) and found.keys() == {"seeds", "tables"}):
+        raise ValueError(
+            f"--output {output} would replace {', '.join(map(str, there))}, and no "
+            f"{files[1].name} with tables says that this command wrote that: give "
+            "another name"
+        )
+
+
 def write_tables(matrix: Matrix, place: Place, output: Path) -> None:
     """Markdown, JSON and figure of what is there; the Markdown is printed too."""
     found = tables(matrix, place)
     text = markdown(found)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output.with_name(f"{output.name}.md"), text)
     plain = json.dumps({"seeds": matrix.seeds, "tables": found}, indent=1)
+    # First: it says whose files the others are.
     write_text(output.with_name(f"{output.name}.json"), plain + "\n")
+    write_text(output.with_name(f"{output.name}.md"), text)
     if not shown(found):
         print("nothing is measured yet")
         return

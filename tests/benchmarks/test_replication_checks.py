@@ -67,6 +67,28 @@ def test_a_corpus_that_is_not_there_and_a_file_as_work_are_refused(
     assert main([*words, "--inputs.emoji=s3://bucket/emoji.parquet"]) == 0
     with pytest.raises(ValueError, match="is a file: give a folder"):
         main([f"--matrix={given}", f"--work={given}", "--dry_run"])
+    with pytest.raises(
+        ValueError, match=r"emojy: .*Did you mean 'emoji'. It takes --i"
+    ):
+        main([*words, "--inputs.emojy=x"])
+    with pytest.raises(ValueError, match=r"emoji: .*not ask for it\. It takes none"):
+        main([f"--matrix={given}", f"--work={tmp_path}", "--inputs.emoji=x"])
+
+
+def test_tables_replace_no_file_of_another_hand(given: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "notes.md"
+    mine.write_text("mine")
+    words = [f"--matrix={given}", f"--work={tmp_path / 'work'}", "--minutes=0"]
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(
+            ValueError, match=r"would replace .*notes\.md.*another name"
+        ):
+            main([*words, f"--output={tmp_path / 'notes'}", *more])
+    assert [mine.read_text(), list(tmp_path.iterdir())] == ["mine", [mine]]
+    # Their own they do.
+    for _ in range(2):
+        main([*words, f"--output={tmp_path / 'tables'}"])
+    assert (tmp_path / "tables.md").is_file()
 
 
 def test_what_was_made_of_another_corpus_is_refused(tmp_path: Path) -> None:

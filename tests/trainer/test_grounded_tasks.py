@@ -225,6 +225,34 @@ def test_missing_images_are_refused_before_training_or_counted(
     assert (found["missing_image"], found["damaged_image"], found["used"]) == (1, 1, 85)
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "field"),
+    [("snli_ve", "hypotheses", "gold_label"), ("nlvr2", "sentences", "label")],
+)
+def test_examples_of_one_class_are_refused(
+    run: Path,
+    published: dict[str, dict[str, Words]],
+    learned: Callable[[str], Path],
+    tmp_path: Path,
+    task: str,
+    key: str,
+    field: str,
+) -> None:
+    calls = []
+    for part in ("train2014", "val2014"):
+        words = dict(word[2:].split("=") for word in published[task][part])
+        rows = [json.loads(line) for line in Path(words[key]).read_text().splitlines()]
+        alike = [row for row in rows if row[field] == rows[0][field]]
+        file = tmp_path / f"{part}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in alike))
+        calls.append([f"--{key}={file}", f"--images={words['images']}"])
+    with pytest.raises(ValueError, match="so that there is nothing to tell apart"):
+        learn(run, task, calls[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="so that there is nothing to tell apart"):
+        measure(learned(task), task, calls[1])
+
+
 def test_fine_tuning_is_not_continued_on_other_examples(
     run: Path, published: dict[str, dict[str, Words]], tmp_path: Path
 ) -> None:

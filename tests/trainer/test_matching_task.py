@@ -216,7 +216,7 @@ def test_wrong_pairs_are_refused_with_their_cure(
     # Nor is a file of the model's overwritten.
     before = (tuned / "origin.json").read_bytes()
     words = ["--task=matching", f"--pairs={pairs}", "--name=origin"]
-    with pytest.raises(ValueError, match=r"origin\.json is no result of matching"):
+    with pytest.raises(ValueError, match=r"--name origin is kept for a file that"):
         evaluate([str(tuned), *words])
     assert (tuned / "origin.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"was not fine-tuned.*trainer\.finetune"):
@@ -258,6 +258,29 @@ def test_values_that_stand_for_no_pair_are_refused_as_what_they_are(
     with pytest.raises(ValueError, match=expected):
         # Before a sample is looked for.
         read_pairs(str(tmp_path / "p.npy"), None)  # type: ignore[arg-type]
+
+
+def test_a_caption_that_a_sample_lacks_is_refused(
+    shards: Path, whole: Path, pairs: Path, tmp_path: Path
+) -> None:
+    table = np.load(pairs)
+    table["right_caption"][3] = 99
+    np.save(tmp_path / "p.npy", table)
+    said = (
+        r"1 of 80 pairs show a caption .* number 3, from 0, whose right_caption is 99"
+    )
+    with pytest.raises(ValueError, match=said):
+        task(shards, whole, tmp_path / "p.npy")
+
+
+def test_a_file_that_is_no_array_is_answered_with_the_one_that_is(
+    pairs: Path, shards: Path, whole: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"parquet is no array.*give the \.npy"
+    ) as found:
+        task(shards, whole, pairs.with_suffix(".parquet"))
+    assert "pickle" not in str(found.value)
 
 
 def test_pairs_of_three_columns_will_do(

@@ -10,6 +10,7 @@ from pipeline.config import ConfigError, to_yaml
 from tests.trainer.tiny import config
 from trainer.mask_config import MaskConfig
 from trainer.options import PretrainConfig, blocking_changes, load_config, parse_run
+from trainer.pretrain import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,25 @@ def test_an_impossible_value_is_refused_by_its_key(flag: str) -> None:
         config(Path("data"), Path("out"), flag)
     assert "\n" not in str(caught.value)
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config=maskvlm-emoji", "--config=mlim-tiny"],
+        ["--config=mlim-tiny", "--config=maskvlm-emoji"],
+        ["--config=maskvlm-emoji", "--model.name=mlim"],
+        ["--config=mlim-tiny", "--model.name=maskvlm"],
+    ],
+)
+def test_a_recipe_of_another_model_is_told_from_a_misspelt_key(
+    words: list[str],
+) -> None:
+    argv = [*words, "--data=x", "--output=y"]
+    with pytest.raises(
+        ConfigError, match=r"by model\.name: a recipe or a flag of anoth"
+    ):
+        parse_run(PretrainConfig, argv, prog="p", description="d", recipes=RECIPES)
 
 
 def test_offload_without_zero_is_refused_with_the_cure() -> None:

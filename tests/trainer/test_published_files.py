@@ -165,6 +165,12 @@ def test_undecided_hypotheses_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [one.label for one in found] == [0, 1, 2]
     assert undecided == 1
     assert all(one.image.is_file() for one in found)
+    path, images = snli_ve(tmp_path)
+    lines = Path(path).read_text().splitlines()
+    rows = [json.loads(line) | {"gold_label": "-"} for line in lines]
+    write_lines(Path(path), rows)
+    with pytest.raises(ValueError, match=r"any of its 4 lines .* give a file that has"):
+        read_hypotheses(path, images)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +227,9 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path: Path) -> None:
         lambda: read_sentences(nowhere, images),
         lambda: read_hypotheses(nowhere, images),
     ):
-        with pytest.raises(ValueError, match="nowhere"):
+        with pytest.raises(ValueError, match=r"nowhere.*: give ") as caught:
             read()
+        assert "Errno" not in str(caught.value)
 
 
 def pictures(side: int, **keys: Any) -> Pictures:
@@ -264,6 +271,10 @@ def test_missing_damaged_and_huge_images_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--vqa\.unreadable leave_out") as caught:
             reader.read([whole, path])
         assert str(path) in str(caught.value)
+        # Of Python's objects nobody has heard.
+        assert "<_io" not in str(caught.value)
+    with pytest.raises(ValueError, match="is damaged, or none of JPEG, PNG"):
+        reader.read([text])
     with pytest.raises(ValueError, match="more than 500 pixels"):
         pictures(16, max_pixels=500).read([whole])
     Image.open(whole).save(text, "PNG")

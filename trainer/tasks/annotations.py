@@ -141,4 +141,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error.reason}); {_CURE}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give the path of the published "
+            "file"
+        ) from error

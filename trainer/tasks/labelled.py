@@ -61,8 +61,20 @@ class LabelledTask:
     ) -> None:
         self.context, self.reader, self.classes = context, reader, classes
         self._train, self._held_out, self._views = train, held_out, views
+        for part in (train, held_out):
+            self._require_classes(part)
         self.n_train = 0 if train is None else len(train)
         self.dev_metric = None if held_out is None else "accuracy"
+
+    def _require_classes(self, part: Labelled | None) -> None:
+        if part is None or part.labels is None or len(np.unique(part.labels)) > 1:
+            return
+        files = ", ".join(part.examples.facts["files"])
+        raise ValueError(
+            f"{files}: all {len(part):,} examples are "
+            f"{self.classes[int(part.labels[0])]!r}, so that there is nothing to tell "
+            f"apart; give a file with several of {', '.join(self.classes)}"
+        )
 
     @property
     def files(self) -> Mapping[str, str]:

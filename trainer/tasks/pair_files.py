@@ -60,13 +60,14 @@ def read_pairs(path: str, samples: Samples) -> Pairs:
             "nothing to tell apart; make it with python -m pipeline.pairs"
         )
     rows = np.stack([samples.rows(table[f"{side}_uid"]) for side in _SIDES], axis=1)
-    whole = {name: _or(table, name) for name in ("left_caption", "right_caption")}
+    captions = np.stack([_or(table, f"{side}_caption") for side in _SIDES], axis=1)
+    _check_has_caption(path, rows, captions, samples)
     alone = np.arange(len(table), dtype=np.uint64)
     return Pairs(
         name=path,
         sha256=file_sha256(path),
         rows=rows,
-        captions=np.stack(list(whole.values()), axis=1),
+        captions=captions,
         labels=labels.astype(bool),
         groups=table["group"] if "group" in (table.dtype.names or ()) else alone,
         uids=_pair_uids(table),
@@ -80,11 +81,12 @@ def _read(path: str) -> np.ndarray:
             f"--column COLUMN --output {path}"
         )
     try:
+        # numpy's own words advise to unpickle what might be anybody's.
         table = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} is no array of numpy ({error}): make it with python -m "
-            "pipeline.pairs"
+            f"{path} is no array of numpy (.npy): give the .npy file that python -m "
+            "pipeline.pairs writes, not the table for people beside it"
         ) from error
     names = getattr(table, "dtype", np.dtype("u1")).names or ()
     missing = [name for name in _NEEDED if name not in names]
@@ -128,6 +130,24 @@ def _check_captions(path: str, table: np.ndarray, name: str) -> None:
     if low < DRAWN:
         raise ValueError(
             f"{path}: a {name} is {low}: write its number, from 0, or {DRAWN} for one "
+            "that is drawn"
+        )
+
+
+def _check_has_caption(
+    path: str, rows: np.ndarray, captions: np.ndarray, samples: Samples
+) -> None:
+    """Raise ValueError where a sample lacks the caption (N, 2) that a pair asks for."""
+    have = samples.n_captions(rows)
+    wrong = np.argwhere(captions >= have)
+    if len(wrong):
+        number, side = wrong[0].tolist()
+        raise ValueError(
+            f"{path}: {len(np.unique(wrong[:, 0])):,} of {len(rows):,} pairs show a "
+            "caption that their sample lacks; the first is number "
+            f"{number}, from 0, whose {_SIDES[side]}_caption is "
+            f"{captions[number, side]}, and the sample has {have[number, side]}: make "
+            "the pairs of this dataset (python -m pipeline.pairs), or write -1 for one "
             "that is drawn"
         )
 

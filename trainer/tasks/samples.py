@@ -145,15 +145,11 @@ class Samples:
     def chosen(
         self, rows: np.ndarray, captions: np.ndarray, *, epoch: int
     ) -> np.ndarray:
-        """Caption number (N,) of each, those that are `DRAWN` by Philox. A number that
-        a sample has no caption for is its last one.
-        """
+        """Caption number (N,) of each, those that are `DRAWN` by Philox."""
         have = self.n_captions(rows)
         uids = signed_uids(self.uids(rows))
         words = draw(seed=self._seed, use=Use.CAPTION, epoch=epoch, uid=uids, index=0)
-        return np.where(
-            captions == DRAWN, below(words[0], have), np.minimum(captions, have - 1)
-        )
+        return np.where(captions == DRAWN, below(words[0], have), captions)
 
     def image(self, row: int) -> np.ndarray:
         """(S, S, 3) uint8, cut or squeezed as in pretraining, without augmentation."""

@@ -64,5 +64,9 @@ def read_hypotheses(path: str, images: str) -> tuple[list[Hypothesis], int]:
             )
         )
     if not found:
-        raise ValueError(f"{path} has no line with a label of {', '.join(CLASSES)}")
+        raise ValueError(
+            f"{path}: people did not agree on any of its {undecided:,} lines "
+            f"(gold_label {UNDECIDED}), and none is left; give a file that has lines "
+            f"of {', '.join(CLASSES)}"
+        )
     return found, undecided
