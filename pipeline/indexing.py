@@ -44,6 +44,7 @@ from pipeline.manifest import (
     MANIFEST_SHA256,
     SCHEMA_VERSION,
     TOKENIZER,
+    TOKENIZER_JSON,
     Accounting,
     Manifest,
     canonical_json,
@@ -55,7 +56,6 @@ from pipeline.storage import STAGING, Storage, open_storage
 from pipeline.tar_samples import SampleReader
 from pipeline.terminal import printable
 from pipeline.tokenizer import (
-    TOKENIZER_JSON,
     StoredTokenizer,
     load_tokenizer,
     train_tokenizer,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.manifest import captions_of
-from pipeline.tokenizer import TOKENIZER_JSON, CaptionEncoder, StoredTokenizer
+from pipeline.manifest import TOKENIZER_JSON, captions_of
+from pipeline.tokenizer import CaptionEncoder, StoredTokenizer
 
 _BATCH = 1000
 

@@ -25,6 +25,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.json.sha256"
 TOKENIZER = "tokenizer"
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+DATASET_JSON = "dataset_tokenizer.json"
+"""In an exported model, the tokenizer of the dataset that it was trained on, where
+`tokenizer.json` adds special tokens to its texts."""
 SPECIAL_TOKENS = ("pad", "unk", "cls", "sep", "mask")
 
 # One record per sample, little-endian and packed, so that a memory map of
@@ -425,3 +430,11 @@ def captions_of(ids: np.ndarray, sep: int) -> Sequence[np.ndarray]:
     """Split a sample's ids into one array per caption, separators kept."""
     ends = np.flatnonzero(ids == sep) + 1
     return np.split(ids, ends)[: len(ends)]
+
+
+def words_file(directory: Path) -> Path:
+    """The `tokenizer.json` that ids are made with, by whose sha256 datasets and models
+    know each other: in an exported model that of its dataset.
+    """
+    of_dataset = directory / DATASET_JSON
+    return of_dataset if of_dataset.is_file() else directory / TOKENIZER_JSON

@@ -37,6 +37,7 @@ from pipeline.manifest import (
     INDEX_DTYPE,
     MANIFEST,
     MANIFEST_SHA256,
+    TOKENIZER_JSON,
     Manifest,
     Shard,
     file_sha256,
@@ -46,7 +47,7 @@ from pipeline.shards import StagedShard, members, shard_stats
 from pipeline.storage import STATE, Storage, open_storage
 from pipeline.stored_config import given_config, stored_config
 from pipeline.tarwalk import index_record, read_spans
-from pipeline.tokenizer import TOKENIZER_JSON, read_tokenizer
+from pipeline.tokenizer import read_tokenizer
 
 Say = Callable[[str], None]
 # Where a file arrives in the quarantine before it gets its name.

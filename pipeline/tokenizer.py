@@ -25,14 +25,17 @@ from tokenizers import (
     trainers,
 )
 
-from pipeline.manifest import SPECIAL_TOKENS, TOKENIZER, TokenizerInfo
+from pipeline.manifest import (
+    DATASET_JSON,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TokenizerInfo,
+    words_file,
+)
 
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-DATASET_JSON = "dataset_tokenizer.json"
-"""In an exported model, the tokenizer of the dataset that it was trained on, where
-`tokenizer.json` adds special tokens to its texts."""
 _READ = (TOKENIZER_JSON, DATASET_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
 _TRAINED_SPECIALS = {name: f"[{name.upper()}]" for name in SPECIAL_TOKENS}
 _KNOWN_SPECIALS = {
@@ -140,14 +143,6 @@ def load_tokenizer(name: str) -> StoredTokenizer:
             f"from_pretrained({name!r}).save_pretrained(DIR), and give DIR"
         )
     return _read(directory, f"--tokenizer {name}")
-
-
-def words_file(directory: Path) -> Path:
-    """The `tokenizer.json` that ids are made with, by whose sha256 datasets and models
-    know each other: in an exported model that of its dataset.
-    """
-    of_dataset = directory / DATASET_JSON
-    return of_dataset if of_dataset.is_file() else directory / TOKENIZER_JSON
 
 
 def read_tokenizer(directory: Path, place: str | None = None) -> StoredTokenizer:

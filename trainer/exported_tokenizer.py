@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, processors
 
-from pipeline.tokenizer import DATASET_JSON, TOKENIZER_CONFIG, TOKENIZER_JSON
+from pipeline.manifest import DATASET_JSON, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
 def write_tokenizer(

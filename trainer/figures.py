@@ -8,7 +8,6 @@ Does not own pairs that are (`trainer.probe_examples`).
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -24,6 +23,7 @@ from trainer.masking import Masks, Mode
 from trainer.models.base import Inputs, Restoring
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, make_inputs, partners
+from trainer.tasks.texts import text_of
 
 GREY = 200
 _WRAP = 24
@@ -110,17 +110,13 @@ class Artist:
         for masked, words in groupby(own, key=lambda word: word[0] in best):
             places, ids = zip(*words, strict=True)
             if masked:
-                hidden.append(f"[{self._said(ids)}]")
-                filled.append(f"[{self._said([best[one] for one in places])}]")
+                hidden.append(f"[{text_of(self.tokenizer, ids)}]")
+                likely = text_of(self.tokenizer, (best[one] for one in places))
+                filled.append(f"[{likely}]")
             else:
-                hidden.append(self._said(ids))
+                hidden.append(text_of(self.tokenizer, ids))
                 filled.append(hidden[-1])
         return (" ".join(hidden), " ".join(filled)) if best else None
-
-    def _said(self, ids: Sequence[int]) -> str:
-        # Not without those that a trained tokenizer calls special: its alphabet.
-        said: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return said
 
     def _tokens(self, row: int) -> list[dict[str, Any]]:
         """Each word of a pair, and for masked ones what the model would put there."""
@@ -193,8 +189,7 @@ class Artist:
 
     def words(self, row: int) -> str:
         """What a pair's text says."""
-        said: str = self.tokenizer.decode(self.pairs.texts[row][1:-1].tolist())
-        return said
+        return text_of(self.tokenizer, self.pairs.texts[row][1:-1])
 
     def caption(self, row: int) -> str:
         """The words that a pair shows, wrapped."""

@@ -31,18 +31,18 @@ beside the newest, if there are dev examples.
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune, and say where the result is."""
-    from trainer.tasks.names import NAMES
+    from trainer.tasks.names import fine_tuned
 
     task = given(argv, "task")
     from trainer.tasks import finetuning
 
     if task is None and not {"-h", "--help"} & set(argv):
-        raise ConfigError(f"--task must be given: one of {', '.join(NAMES)}")
+        raise ConfigError(f"--task must be given: one of {', '.join(fine_tuned())}")
     config = parse(
         finetuning.keys_of(task),
         argv,
         prog=PROG,
-        description=DESCRIPTION.format(tasks=", ".join(NAMES)),
+        description=DESCRIPTION.format(tasks=", ".join(fine_tuned())),
         positional="run",
     )
     command = shlex.join(["python", "-m", PROG, *argv])

@@ -31,8 +31,8 @@ from pipeline.manifest import (
     file_sha256,
     load_index,
     token_ids,
+    words_file,
 )
-from pipeline.tokenizer import words_file
 from trainer.storage import (
     StorageConfig,
     StorageError,

@@ -15,8 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipeline.manifest import file_sha256
-from pipeline.tokenizer import words_file
+from pipeline.manifest import file_sha256, words_file
 from trainer import checkpoint
 from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG
 from trainer.models.base import ModelConfig

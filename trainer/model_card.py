@@ -15,6 +15,7 @@ from pipeline.config import to_yaml
 from trainer.contract import read_metrics, read_validation
 from trainer.dataset import Dataset
 from trainer.options import PretrainConfig
+from trainer.probes import probes_in
 from trainer.trained import Trained
 
 _ABOUT = {
@@ -162,18 +163,13 @@ def _probes(result: dict[str, Any]) -> str:
         "| loss | condition | mean | 95 % |",
         "|---|---|---|---|",
     ]
-    measured = {name: of for name, of in result.items() if _is_probe(of)}
-    for probe, of in measured.items():
+    for probe, of in probes_in(result).items():
         for name, entry in of["conditions"].items():
             low, high = entry["ci95"]
             lines.append(
                 f"| {probe} | {name} | {entry['mean']:.4f} | {low:.4f} to {high:.4f} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def _is_probe(value: Any) -> bool:
-    return isinstance(value, dict) and "conditions" in value
 
 
 def _names(data: list[str] | str) -> list[str]:

@@ -18,7 +18,7 @@ from trainer.figures import GREY, Artist, pixel_mask
 from trainer.probes import Losses
 from trainer.tasks.results import Example, extremes, thumbnail
 
-UNITS = {
+_UNITS = {
     "mlm": "nats a word",
     "recon": "squared error a pixel",
     "mim": "absolute error a pixel",
@@ -29,6 +29,11 @@ _TITLES = {
     "Worst": "a wrong {} is better than the right one",
     "Near the threshold": "right and wrong {} are nearest in worth",
 }
+
+
+def unit_of(probe: str) -> str:
+    """Of the loss that a probe measures, for people."""
+    return _UNITS.get(probe, "of the loss")
 
 
 def gaps(losses: Mapping[str, Losses]) -> np.ndarray:
@@ -73,7 +78,7 @@ def examples(
                 Example(
                     images=images,
                     texts=texts,
-                    title=f"{gap[row]:+.3g} {UNITS[probe]} with another's {partner}",
+                    title=f"{gap[row]:+.3g} {unit_of(probe)} with another's {partner}",
                     note=_note(row, conditions),
                 )
                 for row, (images, texts) in zip(rows.tolist(), shown, strict=True)

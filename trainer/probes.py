@@ -140,6 +140,15 @@ def read_pairs(
     )
 
 
+def probes_in(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The probes by name of what `probes.json` holds beside other facts."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, dict) and "conditions" in value
+    }
+
+
 def partners(pairs: Pairs, *, seed: int) -> np.ndarray:
     """Another pair for each pair (N,), never itself: the next one on a drawn ring, past
     those of the same group while there is another group.

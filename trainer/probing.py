@@ -272,17 +272,16 @@ def _shown(artist: Artist, folder: Path) -> dict[str, Any]:
 
 def print_probes(result: dict[str, Any]) -> None:
     """The probes, for a terminal."""
-    from trainer.probe_examples import UNITS
+    from trainer.probe_examples import unit_of
+    from trainer.probes import probes_in
 
-    for probe, unit in UNITS.items():
-        if probe not in result:
-            continue
-        print(f"{probe} loss, {unit}, {result['pairs']} held-out pairs")
-        for name, row in result[probe]["conditions"].items():
+    for probe, of in probes_in(result).items():
+        print(f"{probe} loss, {unit_of(probe)}, {result['pairs']} held-out pairs")
+        for name, row in of["conditions"].items():
             low, high = row["ci95"]
             line = f"  {name:9s} {row['mean']:.4f}  [{low:.4f}, {high:.4f}]"
-            if name in result[probe]["gaps"]:
-                gap = result[probe]["gaps"][name]
+            if name in of["gaps"]:
+                gap = of["gaps"][name]
                 low, high = gap["ci95"]
                 line += f"   worse by {gap['mean']:.4f}  [{low:.4f}, {high:.4f}]"
             print(line)

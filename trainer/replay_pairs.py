@@ -23,6 +23,7 @@ from trainer.matching import Matching
 from trainer.order import Drawn
 from trainer.replacement import random_words
 from trainer.rows import crop_draws, flip_draws
+from trainer.tasks.texts import text_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ class Made:
         stored = dataset.captions(shard, record)
         key, captions = _from_json(dataset, shard, record)
         if len(captions) != len(stored):
-            captions = [self.tokenizer.decode(text[:-1].tolist()) for text in stored]
+            captions = [text_of(self.tokenizer, text[:-1]) for text in stored]
         return Pair(
             lane=int(self.ordered.lanes[row]),
             source=self.loader.order.sources[int(self.ordered.sources[row])].name,

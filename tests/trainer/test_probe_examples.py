@@ -23,6 +23,7 @@ from trainer.figures import GREY, Artist
 from trainer.probe_examples import examples
 from trainer.probes import Losses, Pairs, load_pairs, partners
 from trainer.tasks.results import Example
+from trainer.tasks.texts import text_of
 
 N, SIDE = 9, 16
 NAN = 2
@@ -183,7 +184,10 @@ def test_words_are_filled_by_the_image_that_is_given(shards: Path) -> None:
         tokens = artist._tokens(row)
         for said, of in ((found[0], own_of), (found[1], first_of)):
             assert pieces(said) == [
-                (masked, artist._said([number(artist, of(one)) for one in run]))
+                (
+                    masked,
+                    text_of(artist.tokenizer, [number(artist, of(one)) for one in run]),
+                )
                 for masked, run in runs(tokens)
             ]
         differ += found[1] != other[1]

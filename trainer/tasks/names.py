@@ -39,3 +39,8 @@ def find(name: str, *, also: tuple[str, ...] = ()) -> Spec:
         )
     spec: Spec = importlib.import_module(_MODULES[name]).SPEC
     return spec
+
+
+def fine_tuned() -> tuple[str, ...]:
+    """Names of the tasks that a model learns; others are measured on it as it is."""
+    return tuple(name for name in NAMES if find(name).finetune is not None)

@@ -17,8 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256
-from pipeline.tokenizer import words_file
+from pipeline.manifest import TOKENIZER, TokenizerInfo, file_sha256, words_file
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.contract import CONFIG, PREPROCESSOR

@@ -16,6 +16,7 @@ import numpy as np
 from trainer.tasks.gallery import Gallery
 from trainer.tasks.ranked_gallery import BothWays, Ranked
 from trainer.tasks.results import Example, thumbnail
+from trainer.tasks.texts import text_of
 
 _LISTED = 5
 _TITLES = {
@@ -27,12 +28,13 @@ Words = Callable[[np.ndarray], str]
 
 
 def chosen(ranked: Ranked, count: int) -> dict[str, list[int]]:
-    """Numbers of `count` queries, or fewer, that went best, near either way, worst;
-    none twice.
+    """Numbers of `count` queries, or fewer, that went best (answered rightly), worst,
+    near either way; none twice.
     """
     margins = ranked.margins
+    surest = np.argsort(-margins, kind="stable")
     orders = {
-        "best": np.lexsort((-margins, ranked.ranks)),
+        "best": surest[ranked.ranks[surest] == 0],
         "worst": np.lexsort((margins, -ranked.ranks)),
         "near": np.argsort(np.abs(margins), kind="stable"),
     }
@@ -50,12 +52,7 @@ def words_of(tokenizer_file: Path) -> Words:
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
 
-    def words(ids: np.ndarray) -> str:
-        # Not by "special": a trained tokenizer calls its alphabet that.
-        said: str = tokenizer.decode(ids[1:-1].tolist(), skip_special_tokens=False)
-        return said
-
-    return words
+    return lambda ids: text_of(tokenizer, ids[1:-1])
 
 
 def examples(

@@ -1,16 +1,21 @@
 """Texts of the user's own, as the model was trained to read captions.
 
-Owns their way to token ids. Does not own the captions in shards, whose ids the pipeline
-made (`trainer.dataset`), or the tokenizer, which lies beside them.
+Owns their way to token ids, and that of ids back to text for people. Does not own the
+captions in shards, whose ids the pipeline made (`trainer.dataset`), or the tokenizer,
+which lies beside them.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class TextEncoder:
@@ -48,3 +53,10 @@ class TextEncoder:
             for one in words
         ]
         return ids, sum(len(one) > self._room for one in words)
+
+
+def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """What token ids say."""
+    # [UNK], which counts as special, stands for a word.
+    said: str = tokenizer.decode([int(one) for one in ids], skip_special_tokens=False)
+    return said

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from trainer.tasks.ranked_gallery import Ranked
 from trainer.tasks.ranking import (
     Candidates,
     candidates,
@@ -15,6 +17,7 @@ from trainer.tasks.ranking import (
     reranked,
     text_ranks,
 )
+from trainer.tasks.retrieval_examples import chosen
 
 IMAGES = 300
 GENERATOR = np.random.Generator(np.random.Philox(key=5))
@@ -108,3 +111,16 @@ def test_a_rank_depends_on_no_order_of_the_samples() -> None:
         image_ranks(shuffled, owner), image_ranks(SCORES, OWNER)[order]
     )
     assert np.array_equal(text_ranks(shuffled, owner), text_ranks(SCORES, OWNER)[texts])
+
+
+def test_only_queries_that_are_answered_rightly_are_shown_as_such() -> None:
+    scores = np.array([[3.0, 1.0], [5.0, 4.0], [2.0, 1.5], [9.0, 0.0]])
+    right = np.array([[True, False], [False, True], [True, False], [False, False]])
+    ranked = Ranked(
+        ranks=np.array([0, 1, 0, 7]),
+        found=Candidates(target=np.zeros((4, 2), dtype=np.int64), right=right),
+        scores=scores,
+    )
+    assert chosen(ranked, 3) == {"best": [0, 2], "worst": [3, 1], "near": []}
+    nobody = replace(ranked, ranks=np.array([1, 1, 2, 7]))
+    assert chosen(nobody, 2)["best"] == []
