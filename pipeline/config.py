@@ -93,26 +93,26 @@ def given(argv: Sequence[str], key: str, *, recipes: Path | None = None) -> Any:
     does. For a command whose other keys depend on this one.
 
     Raises:
-        ConfigError: two files give two values.
+        ConfigError: two files give two values, and no flag does.
     """
-    found, words = None, _config_first(argv, recipes)
-    files = [path for word, path in itertools.pairwise(words) if word == "--config"]
-    values = {path: value for path in files if (value := _in_file(path, key))}
-    if len(set(map(str, values.values()))) > 1:
-        said = " and ".join(f"{value} in {path}" for path, value in values.items())
+    flag, in_files = None, {}
+    for word, following in itertools.pairwise([*_config_first(argv, recipes), ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name == "--config":
+            in_files[value] = _in_file(value, key)
+        elif name == f"--{key}":
+            flag = value
+    if flag is not None:
+        return flag
+    found = {path: value for path, value in in_files.items() if value is not None}
+    if len(set(map(str, found.values()))) > 1:
+        said = " and ".join(f"{value} in {path}" for path, value in found.items())
         raise ConfigError(
             f"{key} is {said}, and decides which other keys there are: give one of the "
             "files to --config"
         )
-    for word, following in itertools.pairwise([*words, ""]):
-        name, equals, value = word.partition("=")
-        value = value if equals else following
-        if name == "--config":
-            in_file = _in_file(value, key)
-            found = found if in_file is None else in_file
-        elif name == f"--{key}":
-            found = value
-    return found
+    return next(iter(found.values()), None)
 
 
 def known_keys(config_class: type, prefix: str = "") -> list[str]:

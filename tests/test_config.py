@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from pipeline.config import ConfigError, differences, flat, parse, to_yaml
+from pipeline.config import ConfigError, differences, flat, given, parse, to_yaml
 from tests.conftest import ROOT
 
 
@@ -178,6 +178,26 @@ class Whole:
 
     stage: Stage | None = None
     """Its part."""
+
+
+def test_a_key_that_decides_others_is_not_taken_from_one_of_two_files(
+    tmp_path: Path,
+) -> None:
+    files = []
+    for number, name in enumerate(("mlim", "maskvlm", "maskvlm")):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(f"model: {{name: {name}}}\n")
+    (tmp_path / "none.yaml").write_text("seed: 1\n")
+    words = [f"--config={path}" for path in files]
+    with pytest.raises(
+        ConfigError, match=r"mlim in .*0\.yaml and maskvlm in .*give one"
+    ):
+        given(words, "model.name")
+    assert given([*words, "--model.name", "other"], "model.name") == "other"
+    assert given(words[1:], "model.name") == "maskvlm"
+    more = [words[0], f"--config={tmp_path / 'none.yaml'}"]
+    assert given(more, "model.name") == "mlim"
+    assert given(more[1:], "model.name") is None
 
 
 @dataclass(frozen=True, kw_only=True)
