@@ -49,7 +49,7 @@ def read_manifest(storage: Storage) -> tuple[Manifest, list[Damage]]:
     """
     try:
         text = storage.read(MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{storage.url} has no {MANIFEST}: not a finished dataset. Make one with "
             "`python -m pipeline.preprocess --input ... --output ...`"

@@ -278,12 +278,41 @@ _ONE_FOR_A_LIST = (
     r"Got value: (?P<one>.+)$"
 )
 _A_LIST = r"--\g<key> takes a list: give it as '" + r"""["\g<one>"]'"""
-_KINDS = {"float": "number", "int": "whole number", "str": "text"}
+_KINDS = {
+    "float": "number",
+    "int": "whole number",
+    "str": "text",
+    "tuple": "list",
+    "NoneType": "null",
+}
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.\-]+)",
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.\-]+)'",
     r"Option '(?P<key>[\w.\-]+)' is not accepted",
 )
+
+
+_ONE_OF_SEVERAL = (
+    r'(?:key "(?P<key>[\w.]+)": )?Does not validate .*?Errors: - (?P<errors>.+) '
+    r"Given value type: .*?Given value: (?P<value>.*)$"
+)
+
+
+def _of_several(key: str | None, errors: str, value: str) -> str:
+    """What a value is that is of none of several kinds."""
+    said = errors.split(" - ")
+    if key is None or not all(one.startswith("Expected ") for one in said):
+        # Of a group that may be left out; the other error says that it is not left out.
+        return said[0]
+    kinds = [re.sub("^Expected (a )?", "", one) for one in said]
+    kinds = [re.sub(r"typing\.Literal\[(.+)\]", r"\1", one) for one in kinds]
+    kinds = [re.sub(r"<class '(\w+)'>", _kind, one) for one in kinds]
+    listed = ", ".join(kinds[:-1]) + f" or {kinds[-1]}"
+    return f'key "{key}": Expected a {listed}. Got value: {value}'
+
+
+def _kind(found: re.Match[str]) -> str:
+    return _KINDS.get(found[1], found[0])
 
 
 def _explain(message: str, known: Sequence[str]) -> str:
@@ -296,11 +325,10 @@ def _explain(message: str, known: Sequence[str]) -> str:
     text = re.sub(r"\s+", " ", message).strip().replace("Parser key", "key")
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = text.replace('"<unicode string>"', "the file given as --config")
-    # Of a group that may be left out; the other error says that it is not left out.
-    if found := re.search(r"Union subtypes .*?Errors: - (.+?) - Expected a", text):
-        return found[1]
+    if found := re.search(_ONE_OF_SEVERAL, text):
+        text = _of_several(**found.groupdict())
     text = re.sub(_ONE_FOR_A_LIST, _A_LIST, text)
-    text = re.sub(r"<class '(\w+)'>", lambda kind: _KINDS.get(kind[1], kind[0]), text)
+    text = re.sub(r"<class '(\w+)'>", _kind, text)
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     if text.startswith("Unexpected config"):
         return "the file given as --config holds no keys"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.audit_files import read_manifest
-from pipeline.manifest import PAIR_DTYPE, Manifest, Shard
+from pipeline.manifest import MANIFEST, PAIR_DTYPE, Manifest, Shard
 from pipeline.pair_draws import Kind, Pairs, in_dev, matches, negatives, sided
 from pipeline.pair_table import (
     NO_VALUE,
@@ -73,10 +73,11 @@ def pair(config: PairsConfig) -> list[Paired]:
         ValueError: no finished dataset, no such split or column, or nothing that
             matches. The message has the cure.
     """
-    for output in _outputs(config):
-        _require_own(output)
     storage = open_storage(config.dataset)
     manifest, damages = read_manifest(storage)
+    for output in _outputs(config):
+        _require_own(output)
+    _require_no_dev(config)
     if damages:
         raise ValueError(f"{damages[0]}: mend it with python -m pipeline.validate")
     shards = _shards(storage, manifest, config.split)
@@ -106,8 +107,11 @@ def summary(found: Sequence[Paired]) -> str:
 
 
 def _outputs(config: PairsConfig) -> list[str]:
-    stem = config.output.removesuffix(".npy")
-    return [config.output, *([f"{stem}-dev.npy"] if config.dev else [])]
+    return [config.output, *([_dev_of(config.output)] if config.dev else [])]
+
+
+def _dev_of(output: str) -> str:
+    return output.removesuffix(".npy") + "-dev.npy"
 
 
 def _place(output: str) -> tuple[Storage, str]:
@@ -118,22 +122,45 @@ def _place(output: str) -> tuple[Storage, str]:
 
 
 def _require_own(output: str) -> None:
-    """Raise ValueError where a file would be replaced that this command did not
-    write.
+    """Raise ValueError where a file would be replaced that this command did not write,
+    or where a dataset is.
     """
     target, stem = _place(output)
+    if target.size(MANIFEST) is not None:
+        raise ValueError(
+            f"--output {output} lies in a dataset, where pipeline.validate would find "
+            "it to be damage: give a path outside"
+        )
     there = [f"{stem}{end}" for end in _ENDS if target.size(f"{stem}{end}") is not None]
-    if not there:
-        return
-    try:
-        facts = json.loads(target.read(f"{stem}{_FACTS}"))
-    except (FileNotFoundError, ValueError):
-        facts = None
-    if not isinstance(facts, dict) or not facts.keys() >= {"keys", "pairs", "samples"}:
+    if there and _facts(target, stem) is None:
         raise ValueError(
             f"--output {output} would replace {' and '.join(there)}, and no {stem}"
             f"{_FACTS} of this command says that it wrote them: give another name"
         )
+
+
+def _require_no_dev(config: PairsConfig) -> None:
+    """Raise ValueError where a call without --dev would leave the other file of an
+    earlier one, whose pairs the new file has too.
+    """
+    target, stem = _place(_dev_of(config.output))
+    earlier = None if config.dev else _facts(target, stem)
+    if earlier and earlier["keys"].get("dev"):
+        raise ValueError(
+            f"{_dev_of(config.output)} is of an earlier call with --dev "
+            f"{earlier['keys']['dev']}, and {config.output} without would have its "
+            "pairs too: give --dev, delete it, or give another --output"
+        )
+
+
+def _facts(target: Storage, stem: str) -> dict[str, Any] | None:
+    """What this command wrote beside an output; None where it did not."""
+    try:
+        found = json.loads(target.read(f"{stem}{_FACTS}"))
+    except (FileNotFoundError, ValueError):
+        return None
+    own = isinstance(found, dict) and found.keys() >= {"keys", "pairs", "samples"}
+    return found if own else None
 
 
 def _shards(storage: Storage, manifest: Manifest, split: str) -> Sequence[Shard]:

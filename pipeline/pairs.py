@@ -60,7 +60,7 @@ class PairsConfig:
     per_value: int = 50
     """Most matching pairs of a value, so that no large group makes up the task."""
     limit: int | None = None
-    """Most matching pairs in all, drawn; null for all."""
+    """Most matching pairs of a file, drawn; null for all."""
     dev: float = 0.0
     """Share of the values, drawn, whose pairs go to NAME-dev.npy instead."""
     left_caption: int | None = None

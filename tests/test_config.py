@@ -210,6 +210,10 @@ class Listed:
     """More of them."""
     rate: float = 1.0
     """Its rate."""
+    most: int | Literal["auto"] | None = None
+    """Its limit."""
+    some: tuple[str, ...] | None = None
+    """Some of them."""
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,11 @@ class Listed:
         ("--names=a {}", """--names takes a list: give it as '["a {}"]'"""),
         ("--more=b", """--more takes a list: give it as '["b"]'"""),
         ("--rate=nan", 'key "rate": Expected a number. Got value: nan'),
+        (
+            "--most=many",
+            """key "most": Expected a whole number, 'auto' or null. Got value: many""",
+        ),
+        ("--some=a", 'key "some": Expected a list or null. Got value: a'),
     ],
 )
 def test_a_value_of_another_kind_is_answered_with_how_to_give_it(

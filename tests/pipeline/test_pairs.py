@@ -173,6 +173,28 @@ def test_files_of_another_hand_are_not_replaced(dataset: Path, tmp_path: Path) -
         other.unlink()
     for seed in (0, 1):
         pairs_of(dataset, tmp_path / "p.npy", "--dev=0.3", f"--seed={seed}")
+    # Its pairs would be in both files.
+    with pytest.raises(
+        ValueError, match=r"p-dev\.npy is of an earlier call.*--dev 0\.3"
+    ):
+        pairs_of(dataset, tmp_path / "p.npy")
+    for path in tmp_path.glob("p-dev.*"):
+        path.unlink()
+    pairs_of(dataset, tmp_path / "p.npy")
+    # One of another call stays.
+    pairs_of(dataset, tmp_path / "p-dev.npy", "--split=val")
+    pairs_of(dataset, tmp_path / "p.npy")
+
+
+def test_a_dataset_is_no_place_for_pairs(dataset: Path, tmp_path: Path) -> None:
+    before = sorted(dataset.rglob("*"))
+    with pytest.raises(ValueError, match=r"lies in a dataset.*give a path outside"):
+        pairs_of(dataset, dataset / "p.npy")
+    assert sorted(dataset.rglob("*")) == before
+    file = tmp_path / "items.parquet"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"items\.parquet has no manifest\.json.*Make"):
+        pairs_of(file, tmp_path / "p.npy")
 
 
 def table_of(values: list[int], hard: list[int], images: list[int]) -> Table:

@@ -70,6 +70,7 @@ def test_evaluation_writes_numbers_with_intervals_and_examples_to_look_at(
     evaluate([str(tuned), "--task=matching", f"--pairs={pairs}", "--examples=3"])
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"{tuned}/matching.json"
+    assert "80 of 80 pairs of" in said.err
     assert "the very pairs that the model learned" in said.err
     found = json.loads((tuned / "matching.json").read_text())
     assert found["manifest_sha256"] == load_manifest(shards).sha256
@@ -98,8 +99,7 @@ def test_the_same_call_gives_the_same_files(
     tuned: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ("again.json", "again.html", "again.npz")
-    others = tmp_path / "others.npy"
-    np.save(others, np.load(pairs)[10:])
+    others = unlearned(pairs, tmp_path / "others.npy")
     seen = []
     for _ in range(2):
         words = [
@@ -115,6 +115,49 @@ def test_the_same_call_gives_the_same_files(
     found = json.loads(seen[0][0])
     assert set(found["metrics"]) == {"pr_auc_text"}
     assert found["trained_on_these_pairs"] is False
+    assert found["n_pairs_trained_on"] == 0
+
+
+def unlearned(pairs: Path, output: Path) -> Path:
+    """Pairs of the same samples, none of which is in the file."""
+    table = np.load(pairs)
+    table["right_uid"] = np.roll(table["right_uid"], 1)
+    given = np.load(pairs)[["left_uid", "right_uid"]].tolist()
+    known = {frozenset(pair) for pair in given}
+    drawn = table[["left_uid", "right_uid"]].tolist()
+    new = [len(set(pair)) == 2 and frozenset(pair) not in known for pair in drawn]
+    assert sum(new) > 40
+    np.save(output, table[new])
+    return output
+
+
+def test_a_part_of_the_learned_pairs_is_told_from_others(
+    tuned: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = np.load(unlearned(pairs, tmp_path / "others.npy"))
+    learned = np.load(pairs)[:30]
+    # The other way around it is the same pair.
+    left, right = learned["left_uid"].copy(), learned["right_uid"].copy()
+    learned["left_uid"], learned["right_uid"] = right, left
+    np.save(tmp_path / "some.npy", np.concatenate([others, learned]))
+    words = ["--task=matching", f"--pairs={tmp_path / 'some.npy'}", "--name=some"]
+    evaluate([str(tuned), *words, "--modes=[text]", "--examples=0"])
+    assert f"30 of {len(others) + 30} pairs of" in capsys.readouterr().err
+    found = json.loads((tuned / "some.json").read_text())
+    assert found["trained_on_these_pairs"] is True
+    assert found["n_pairs_trained_on"] == 30
+
+
+def test_dev_pairs_that_are_learned_are_told_before_training(
+    whole: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn = [str(whole), "--task=matching", f"--pairs={pairs}", "--max_steps=1"]
+    others = unlearned(pairs, tmp_path / "others.npy")
+    for dev, told in ((others, False), (pairs, True)):
+        output = tmp_path / dev.stem
+        finetune([*learn, f"--dev_pairs={dev}", f"--output={output}"])
+        said = capsys.readouterr().err
+        assert (f"80 of 80 pairs of {dev} are in {pairs} too" in said) == told
 
 
 def test_scores_of_a_file_are_those_of_its_pairs_one_by_one(

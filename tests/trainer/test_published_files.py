@@ -202,6 +202,8 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, expected: str) -> 
         ({"identifier": "train-7-0-1"}, "stood in an earlier line"),
         ({"label": "Maybe"}, "neither True nor False"),
         ({"sentence": None}, "no 'sentence'"),
+        ({"sentence": 5}, "'sentence' is 5, which says nothing"),
+        ({"sentence": " "}, "'sentence' is ' ', which says nothing"),
     ],
 )
 def test_malformed_sentences_are_named(

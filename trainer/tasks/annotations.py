@@ -33,6 +33,17 @@ class Row:
             raise self.wrong(f"{names[0]!r} is {value!r}, which is no text")
         return str(value)
 
+    def words(self, name: str) -> str:
+        """The text called `name`, in which something is said.
+
+        Raises:
+            ValueError: there is none, or it is no text, or nothing but blanks.
+        """
+        value = self._first((name,))
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(f"{name!r} is {value!r}, which says nothing")
+        return value
+
     def number(self, *names: str) -> int:
         """The whole number of the first of `names` that there is.
 

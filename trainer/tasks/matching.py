@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +32,12 @@ from trainer.tasks.base import DATA, Context, Spec
 from trainer.tasks.bodies import Body, Pooling, body_of
 from trainer.tasks.bootstrap import interval
 from trainer.tasks.items import Items
-from trainer.tasks.pair_files import Pairs, read_pairs
+from trainer.tasks.pair_files import Pairs, among, as_text, read_pairs
 from trainer.tasks.results import Example, Metric, Result, extremes
 from trainer.tasks.samples import Samples
 
 MODES = ("text", "image", "both")
-_LEARNED = "pairs.sha256"
+_LEARNED, _WHICH = "pairs.sha256", "pairs.learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class Matching:
     """The task on its pairs.
 
     Args:
-        learned: sha256 of the pairs that the model learned, in an evaluation.
+        learned: in an evaluation, which of its pairs (N,) bool the model learned.
     """
 
     dev_metric: str | None = None
@@ -132,7 +133,7 @@ class Matching:
         pairs: Pairs,
         dev_pairs: Pairs | None,
         evaluation: MatchingEvaluation | None,
-        learned: str | None = None,
+        learned: np.ndarray | None = None,
         seed: int,
     ) -> None:
         self._samples, self._tuning = samples, tuning
@@ -184,11 +185,13 @@ class Matching:
         """As `Task.evaluate`: PR AUC in each mode."""
         keys, pairs = self._keys, self._pairs
         assert keys is not None
-        seen = pairs.sha256 == self._learned
+        assert self._learned is not None
+        seen = int(self._learned.sum())
         if seen:
             print(
-                f"{pairs.name} are the very pairs that the model learned: this says "
-                "how well it remembers them, not how well it matches",
+                f"{seen:,} of {len(pairs):,} pairs of {pairs.name} are among the very "
+                "pairs that the model learned: this says how well it remembers them, "
+                "not how well it matches",
                 file=sys.stderr,
             )
         scores = {
@@ -206,7 +209,8 @@ class Matching:
                 "manifest_sha256": self._samples.manifest_hash,
                 "pairs": pairs.name,
                 "pairs_sha256": pairs.sha256,
-                "trained_on_these_pairs": seen,
+                "trained_on_these_pairs": seen > 0,
+                "n_pairs_trained_on": seen,
                 "n_pairs": len(pairs),
                 "n_groups": len(np.unique(pairs.groups)),
                 "positive_share": float(pairs.labels.mean()),
@@ -228,7 +232,11 @@ class Matching:
         """What the model learns from, kept beside it: other pairs, or others' images
         and texts under their numbers, are another run.
         """
-        return {DATA: f"{self._samples.manifest_hash}\n"} | {
+        own = {
+            DATA: f"{self._samples.manifest_hash}\n",
+            _WHICH: f"{as_text(self._pairs)}\n",
+        }
+        return own | {
             name: f"{pairs.sha256}  {pairs.name}\n"
             for name, pairs in (
                 (_LEARNED, self._pairs),
@@ -335,11 +343,20 @@ def _metric(scores: np.ndarray, pairs: Pairs, seed: int) -> Metric:
 
 def _training(context: Context) -> Matching:
     keys, samples = context.keys, _samples(context)
+    pairs = read_pairs(keys.pairs, samples)
     dev = read_pairs(keys.dev_pairs, samples) if keys.dev_pairs else None
+    both = 0 if dev is None else int(among(dev, as_text(pairs)).sum())
+    if dev is not None and both:
+        print(
+            f"{both:,} of {len(dev):,} pairs of {dev.name} are in {pairs.name} too: "
+            "the best checkpoint is chosen by how well it remembers them; make both "
+            "files with one call of pipeline.pairs --dev",
+            file=sys.stderr,
+        )
     return Matching(
         samples,
         keys,
-        pairs=read_pairs(keys.pairs, samples),
+        pairs=pairs,
         dev_pairs=dev,
         evaluation=None,
         seed=context.seed,
@@ -348,16 +365,24 @@ def _training(context: Context) -> Matching:
 
 def _evaluation(context: Context) -> Matching:
     samples = _samples(context)
-    learned = (context.folder / _LEARNED).read_text(encoding="utf-8").split()[0]
+    pairs = read_pairs(context.keys.pairs, samples)
     return Matching(
         samples,
         context.tuned,
-        pairs=read_pairs(context.keys.pairs, samples),
+        pairs=pairs,
         dev_pairs=None,
         evaluation=context.keys,
-        learned=learned,
+        learned=_learned(context.folder, pairs),
         seed=context.seed,
     )
+
+
+def _learned(folder: Path, pairs: Pairs) -> np.ndarray:
+    if (folder / _WHICH).is_file():
+        return among(pairs, (folder / _WHICH).read_text(encoding="utf-8"))
+    # Before it was written down which pairs those are, only the file can tell.
+    learned = (folder / _LEARNED).read_text(encoding="utf-8").split()[0]
+    return np.full(len(pairs), learned == pairs.sha256)
 
 
 def _samples(context: Context) -> Samples:

@@ -73,7 +73,7 @@ def read_sentences(path: str, images: str) -> list[Sentence]:
         left, right = (_image(row, identifier, folder, side) for side in (0, 1))
         found[identifier] = Sentence(
             identifier=identifier,
-            text=row.text("sentence"),
+            text=row.words("sentence"),
             images=(left, right),
             label=_label(row),
         )

@@ -9,6 +9,7 @@ Shapes: N pairs.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Pairs:
     """(N,) equal for pairs that are resampled together."""
     uids: np.ndarray
     """(N,) int64, of a pair: what is drawn for it is a function of this."""
+    both: np.ndarray
+    """(N,) uint64, equal for pairs of the same two samples, whichever is the left."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,8 +73,23 @@ def read_pairs(path: str, samples: Samples) -> Pairs:
         captions=captions,
         labels=labels.astype(bool),
         groups=table["group"] if "group" in (table.dtype.names or ()) else alone,
-        uids=_pair_uids(table),
+        uids=signed_uids(_mixed(table["left_uid"], table["right_uid"])),
+        both=_mixed(
+            np.minimum(table["left_uid"], table["right_uid"]),
+            np.maximum(table["left_uid"], table["right_uid"]),
+        ),
     )
+
+
+def as_text(pairs: Pairs) -> str:
+    """Which pairs these are, for `among`."""
+    return base64.b64encode(np.unique(pairs.both).astype("<u8").tobytes()).decode()
+
+
+def among(pairs: Pairs, text: str) -> np.ndarray:
+    """(N,) bool: is a pair one of those that `as_text` was told of?"""
+    known = np.frombuffer(base64.b64decode(text), dtype="<u8")
+    return np.isin(pairs.both, known)
 
 
 def _read(path: str) -> np.ndarray:
@@ -166,8 +184,8 @@ def _or(table: np.ndarray, name: str) -> np.ndarray:
     return np.full(len(table), DRAWN, dtype=np.int64)
 
 
-def _pair_uids(table: np.ndarray) -> np.ndarray:
-    """One number of both uids; that of (a, b) is not that of (b, a)."""
+def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One number (N,) uint64 of two uids; that of (a, b) is not that of (b, a)."""
     odd = np.uint64(0x9E3779B97F4A7C15)
-    mixed = table["left_uid"].astype(np.uint64) * odd
-    return signed_uids(mixed ^ table["right_uid"].astype(np.uint64))
+    mixed: np.ndarray = first.astype(np.uint64) * odd ^ second.astype(np.uint64)
+    return mixed

@@ -58,7 +58,7 @@ def read_hypotheses(path: str, images: str) -> tuple[list[Hypothesis], int]:
         found.append(
             Hypothesis(
                 pair=row.text("pairID") if row.has("pairID") else row.where,
-                text=row.text("sentence2"),
+                text=row.words("sentence2"),
                 image=folder / f"{image.removesuffix('.jpg')}.jpg",
                 label=CLASSES.index(label),
             )

@@ -75,7 +75,7 @@ def read_questions(
             )
         found[number] = Question(
             number=number,
-            text=row.text("question"),
+            text=row.words("question"),
             image=paths.of(row),
             answered=None if answered is None else answered[number],
         )
