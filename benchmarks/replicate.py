@@ -22,8 +22,8 @@ seeds and over test items, and what the papers claim beside it.
       --inputs.flickr8k flickr8k/captions.tsv --inputs.fashion fashion/items.parquet
 
 small: emoji, hours on two cores. photos: photos and a catalogue with small models, an
-hour on two cores. full: the papers' rows on the same corpora, on a GPU. Or a YAML file
-of your own (benchmarks/replication/small.yaml shows how).
+hour or two on two cores. full: the papers' rows on these, on a GPU. Or a YAML file of
+your own (benchmarks/replication/small.yaml shows how).
 
 The same command continues, whenever and however it was stopped. Its status is 0 when
 everything is done, 75 when time is up and stages remain, 1 when a stage has failed. A

@@ -16,7 +16,14 @@ from pipeline.config import to_yaml
 from pipeline.manifest import MANIFEST
 from trainer import checkpoint
 from trainer.build import require_start
-from trainer.contract import CONFIG, FINETUNE, PREPROCESSOR, check_world_size
+from trainer.contract import (
+    CHECKPOINTS,
+    CONFIG,
+    FINETUNE,
+    LOCK,
+    PREPROCESSOR,
+    check_world_size,
+)
 from trainer.data_state import DataState, resumed
 from trainer.dataset import Dataset
 from trainer.engine import chosen_precision, world_from_environment
@@ -33,6 +40,11 @@ _OF_OTHERS = {
     PREPROCESSOR: "an exported model",
     MANIFEST: "a dataset",
 }
+
+
+# What a run's folder has from its first moments.
+_OWN = (LOCK, CHECKPOINTS)
+_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +129,27 @@ def _require_no_other(output: str, copy: RunCopy | None) -> None:
             return copy.store.read_version(name) is not None
         return Path(output, name).is_file()
 
+    if copy is None and Path(output).is_file():
+        raise ValueError(f"--output {output} is a file: give a folder")
+    # A run that has begun beside others' files goes on.
+    if has(CONFIG):
+        return
     for name, what in _OF_OTHERS.items():
-        # A run that has begun beside it goes on.
-        if has(name) and not has(CONFIG):
+        if has(name):
             raise ValueError(
                 f"--output {output} holds {what} ({name}): take another --output for "
                 "the run"
             )
+    folder = Path(output)
+    if copy or not folder.is_dir() or any((folder / name).exists() for name in _OWN):
+        return
+    # Files may be logs of the launcher; folders are something else.
+    others = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if others:
+        raise ValueError(
+            f"--output {output} is no run and holds {', '.join(others[:_SHOWN])}: take "
+            "another --output for the run, such as one below it"
+        )
 
 
 def require_same(config: PretrainConfig, before: PretrainConfig) -> None:

@@ -28,6 +28,7 @@ from trainer.check import Checked
 from trainer.contract import (
     COMPLETE,
     CONFIG,
+    LOCK,
     LOCKED,
     read_validation,
 )
@@ -279,7 +280,7 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
     """
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
-    lock = open(run / ".lock", "w")  # noqa: SIM115
+    lock = open(run / LOCK, "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

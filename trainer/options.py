@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.config import ConfigError, given, parse
-from trainer.contract import CONFIG, blocking
+from trainer.contract import CONFIG, PREPROCESSOR, blocking
 from trainer.mask_config import MaskConfig
 from trainer.models.base import ModelConfig, find
 from trainer.models.mlim_config import MlimConfig
@@ -450,6 +450,10 @@ def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
         ValueError: no run.
     """
     if not (run / CONFIG).is_file():
+        if (run / PREPROCESSOR).is_file():
+            raise ValueError(
+                f"{run} is an exported model, and this needs the run that it is of"
+            )
         raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
     words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
     return parse_run(PretrainConfig, words, prog="", description="")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from benchmarks.replication.matrix import Matrix
-from benchmarks.replication.schedule import Place
+from benchmarks.replication.schedule import Place, require_own
 from benchmarks.replication.stages import Stage, plan, resolved
 from pipeline.config import given, nearest, parse
 from pipeline.options import PreprocessConfig
@@ -32,8 +32,7 @@ def check(stages: Sequence[Stage], place: Place) -> None:
     Raises:
         ValueError: the first mistake, with the stage that has it.
     """
-    if place.work.exists() and not place.work.is_dir():
-        raise ValueError(f"--work {place.work} is a file: give a folder")
+    require_own(place.work)
     seen: set[tuple[str, ...]] = set()
     for stage in stages:
         for name, path in place.inputs_of(stage).items():

@@ -29,6 +29,8 @@ from pipeline.manifest import file_sha256
 from pipeline.terminal import printable
 from trainer.files import write_text
 
+_LOCK = "lock"
+_SHOWN = 5
 _POLL_S = 0.2
 # A step and a checkpoint.
 _GRACE_S = 60.0
@@ -110,10 +112,11 @@ def locked(work: Path) -> Iterator[int]:
     """The only replication in its folder; the descriptor that holds the lock.
 
     Raises:
-        ValueError: another one is at work there.
+        ValueError: another one is at work there, or the folder holds something else.
     """
+    require_own(work)
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as file:
+    with open(work / _LOCK, "w") as file:
         end = time.monotonic() + _ENDING_S
         while not _lock(file.fileno()):
             if time.monotonic() > end:
@@ -123,6 +126,18 @@ def locked(work: Path) -> Iterator[int]:
                 )
             time.sleep(_POLL_S)
         yield file.fileno()
+
+
+def require_own(work: Path) -> None:
+    """Raise ValueError where a folder holds something else than a replication."""
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"--work {work} is a file: give a folder")
+    others = [] if not work.exists() else sorted(path.name for path in work.iterdir())
+    if others and _LOCK not in others:
+        raise ValueError(
+            f"--work {work} is no folder of a replication and holds "
+            f"{', '.join(others[:_SHOWN])}: give a new one"
+        )
 
 
 def _lock(descriptor: int) -> bool:

@@ -61,7 +61,7 @@ def test_a_corpus_that_is_not_there_and_a_file_as_work_are_refused(
     values = matrix(shards)
     del values["datasets"]["emoji"]["preprocess"]["config"]  # type: ignore[index]
     asks = write(tmp_path / "asks.yaml", values)
-    words = [f"--matrix={asks}", f"--work={tmp_path}", "--dry_run"]
+    words = [f"--matrix={asks}", f"--work={tmp_path / 'work'}", "--dry_run"]
     with pytest.raises(ValueError, match=r"--inputs\.emoji .*no such file or folder"):
         main([*words, f"--inputs.emoji={tmp_path / 'none.tsv'}"])
     assert main([*words, "--inputs.emoji=s3://bucket/emoji.parquet"]) == 0
@@ -72,7 +72,10 @@ def test_a_corpus_that_is_not_there_and_a_file_as_work_are_refused(
     ):
         main([*words, "--inputs.emojy=x"])
     with pytest.raises(ValueError, match=r"emoji: .*not ask for it\. It takes none"):
-        main([f"--matrix={given}", f"--work={tmp_path}", "--inputs.emoji=x"])
+        main([f"--matrix={given}", f"--work={tmp_path / 'work'}", "--inputs.emoji=x"])
+    with pytest.raises(ValueError, match=r"is no folder of a replication and holds "):
+        main([f"--matrix={given}", f"--work={shards}", "--minutes=0"])
+    assert not (shards / "lock").exists()
 
 
 def test_tables_replace_no_file_of_another_hand(given: Path, tmp_path: Path) -> None:

@@ -288,11 +288,16 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     shutil.rmtree(out)
 
 
-def test_texts_that_do_not_fit_are_refused(runs: Path) -> None:
+def test_texts_and_images_that_do_not_fit_are_refused(runs: Path) -> None:
     model = AutoModel.from_pretrained(runs / "out")
     ids = torch.full((1, 49), 7)
     with pytest.raises(ValueError, match="max_length=48"):
         model(ids)
+    pixels = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="2 images and 1 texts"):
+        model(ids[:, :3], pixel_values=pixels)
+    with pytest.raises(ValueError, match=r"the model takes \[images, 3, 16, 16\]"):
+        model(ids[:, :3], pixel_values=pixels[:1, :, :8])
     left = torch.tensor([[0, 1, 1]])
     with pytest.raises(ValueError, match="pad on the right"):
         model(ids[:, :3], left)

@@ -223,6 +223,17 @@ def test_missing_images_are_refused_before_training_or_counted(
     output = learn(run, "snli_ve", words, tmp_path / "out", *more)
     found = json.loads((output / "examples.json").read_text())["train"]["examples"]
     assert (found["missing_image"], found["damaged_image"], found["used"]) == (1, 1, 85)
+    # One that is found damaged in training: what the error recommends works there.
+    (fewer / "train20140.jpg").write_bytes(b"\xff\xd8 damaged")
+    again = tmp_path / "again"
+    with pytest.raises(ValueError, match=r"train2014[01]\.jpg.*--unreadable leave_out"):
+        learn(run, "snli_ve", words, again, "--epochs=1")
+    learn(run, "snli_ve", words, again, *more)
+    found = json.loads((again / "examples.json").read_text())["train"]["examples"]
+    assert (found["damaged_image"], found["used"]) == (2, 85)
+    # With a checkpoint its keys are kept.
+    with pytest.raises(ValueError, match="other keys"):
+        learn(run, "snli_ve", words, again, "--max_steps=2")
 
 
 @pytest.mark.parametrize(

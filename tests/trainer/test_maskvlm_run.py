@@ -212,6 +212,32 @@ def test_an_exported_run_says_what_the_run_s_model_says(
     torch.testing.assert_close(again, logits)
 
 
+def test_each_side_has_its_embeddings_alone_and_wrong_shapes_are_told(
+    exported: Path,
+) -> None:
+    loaded = AutoModelForPreTraining.from_pretrained(exported)
+    pairs = Pairs([9, 4, 12, 7, 5, 6])
+    inputs, _ = pairs.micro(loaded.maskvlm.config)
+    pixels = inputs.pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    texts = pad_sequence(pairs.texts, batch_first=True)
+    real = pad_sequence([torch.ones_like(text) for text in pairs.texts], True)
+    with torch.no_grad():
+        both = loaded(texts, real, pixels)
+        images, words = loaded(pixel_values=pixels[:4]), loaded(texts, real)
+    torch.testing.assert_close(images.image_embeds, both.image_embeds[:4])
+    torch.testing.assert_close(words.text_embeds, both.text_embeds)
+    assert images.text_embeds is images.itm_logits is words.image_embeds is None
+    for model in (loaded, AutoModel.from_pretrained(exported)):
+        with pytest.raises(ValueError, match="4 images and 6 texts"):
+            model(texts, real, pixels[:4])
+        with pytest.raises(ValueError, match=r"the model takes \[images, 3, 16, 16\]"):
+            model(texts, real, pixels[..., :12])
+        with pytest.raises(ValueError, match=r"the model takes \[images, 3, 16, 16\]"):
+            model(pixel_values=pixels[0])
+        with pytest.raises(ValueError, match="give input_ids, pixel_values or both"):
+            model()
+
+
 def test_a_new_run_starts_from_an_export(
     runs: Runs, exported: Path, tmp_path: Path, shards: Path
 ) -> None:

@@ -310,6 +310,11 @@ def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
     assert "lower global_batch" in refused(*words, "--global_batch=1200")
     assert "no manifest.json" in refused(f"--data={tmp_path}", f"--output={run}")
     assert "holds a dataset" in refused(*words, f"--output={shards}")
+    assert "is a file: give" in refused(*words, f"--output={shards / 'manifest.json'}")
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    line = refused(*words, f"--output={tmp_path / 'mine'}")
+    assert "is no run and holds images: take another --output" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["images"]
     assert "has: train, val" in refused(*words, "--split=test")
     bf16 = ("--deepspeed.precision=bf16", "--deepspeed.zero_stage=0")
     assert "zero_stage 1 or more" in refused(*words, *bf16)

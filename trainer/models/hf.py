@@ -29,7 +29,13 @@ from transformers.utils import ModelOutput
 from trainer.masking import Masks
 from trainer.models import hf_maskvlm, mlim
 from trainer.models.base import Inputs
-from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text, weighted
+from trainer.models.hf_padded import (
+    RecipeConfig,
+    padded_stream,
+    padded_text,
+    require_images,
+    weighted,
+)
 from trainer.models.maskvlm import MaskVlmForPreTraining as MaskVlm
 
 
@@ -105,7 +111,11 @@ class MlimPreTrainedModel(PreTrainedModel):
             pixel_values is not None,
             input_ids.device,
         )
-        n_image = self.mlim.grid**2 if images else 0
+        n_image = 0
+        if pixel_values is not None:
+            side = self.config.image_size
+            require_images(pixel_values, side=side, texts=pairs)
+            n_image = self.mlim.grid**2
         stream, token_ids = padded_stream(
             input_ids, attention_mask, n_image=n_image, max_text=self.config.max_text
         )

@@ -31,7 +31,13 @@ from trainer.masking import Masks
 from trainer.models import maskvlm
 from trainer.models.alignment import Temperature
 from trainer.models.base import Inputs
-from trainer.models.hf_padded import RecipeConfig, padded_stream, padded_text, weighted
+from trainer.models.hf_padded import (
+    RecipeConfig,
+    padded_stream,
+    padded_text,
+    require_images,
+    weighted,
+)
 from trainer.models.maskvlm_encoder import Encoded, MaskVlmEncoder, Passes
 
 _CLEAN = Passes(clean_images=True, clean_texts=True)
@@ -120,6 +126,9 @@ class MaskVlmPreTrainedModel(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, images: Tensor | None
     ) -> Inputs:
         """The stream of a padded batch. Its lengths are read on the host."""
+        if images is not None:
+            side = self.config.image_size
+            require_images(images, side=side, texts=len(input_ids))
         stream, token_ids = padded_stream(
             input_ids,
             attention_mask,
@@ -135,6 +144,11 @@ class MaskVlmPreTrainedModel(PreTrainedModel):
             n_masked_words=0,
             n_recon_images=0,
         )
+
+    def _alone(self, images: Tensor) -> Tensor:
+        """Hidden states of images without texts."""
+        require_images(images, side=self.config.image_size, texts=None)
+        return self.maskvlm.encode_images(images)
 
 
 class MaskVlmModel(MaskVlmPreTrainedModel):
@@ -165,8 +179,7 @@ class MaskVlmModel(MaskVlmPreTrainedModel):
         if input_ids is None:
             if pixel_values is None:
                 raise ValueError("give input_ids, pixel_values or both")
-            alone = self.maskvlm.encode_images(pixel_values)
-            return MaskVlmModelOutput(image_hidden_state=alone)
+            return MaskVlmModelOutput(image_hidden_state=self._alone(pixel_values))
         inputs = self._inputs(input_ids, attention_mask, pixel_values)
         length, stream = input_ids.shape[1], inputs.stream
         both = pixel_values is not None
@@ -198,26 +211,33 @@ class MaskVlmForPreTraining(MaskVlmPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
         text_masked_pos: Tensor | None = None,
     ) -> MaskVlmPreTrainingOutput:
-        """What the heads say of pairs, and the losses of what is hidden of them.
+        """What the heads say of pairs, and the losses of what is hidden of them. Images
+        or texts alone have their embeddings.
 
         Args:
-            input_ids: (B, L), whole texts, [CLS] first.
+            input_ids: (B, L), whole texts, [CLS] first; None for images alone.
             attention_mask: (B, L), 0 where padding, which is on the right.
             pixel_values: (B, 3, H, H), whole images from -1 to 1; None for texts alone.
             bool_masked_pos: (B, P), image positions to hide; asks for MIM.
             text_masked_pos: (B, L), words to hide; asks for MLM.
         """
-        model = self.maskvlm
+        model, found = self.maskvlm, MaskVlmPreTrainingOutput()
+        if input_ids is None:
+            if pixel_values is None:
+                raise ValueError("give input_ids, pixel_values or both")
+            if model.config.itc_weight:
+                image = model.itc_image(self._alone(pixel_values)[:, 0])
+                found.image_embeds = F.normalize(image.float(), dim=1)
+            return found
         inputs = self._inputs(input_ids, attention_mask, pixel_values)
         both = pixel_values is not None
         clean = model.encode_pairs(inputs, None, _CLEAN._replace(clean_images=both))
-        found = MaskVlmPreTrainingOutput()
         self._align(found, clean, both=both)
         if pixel_values is None:
             return found

@@ -124,6 +124,20 @@ def padded_stream(
     return stream.to(device), token_ids.to(device)
 
 
+def require_images(images: Tensor, *, side: int, texts: int | None) -> None:
+    """Raise ValueError unless `images` are (B, 3, side, side), as many as texts."""
+    if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
+        raise ValueError(
+            f"pixel_values are {list(images.shape)}, and the model takes [images, 3, "
+            f"{side}, {side}]: AutoImageProcessor.from_pretrained makes them"
+        )
+    if texts is not None and len(images) != texts:
+        raise ValueError(
+            f"{len(images)} images and {texts} texts: the first image goes with the "
+            "first text, and so on; encode each side by itself, or repeat one"
+        )
+
+
 def weighted(parts: Iterable[tuple[float, Tensor | None]]) -> Tensor | None:
     """Sum of the losses that there are, each by its weight; None without any."""
     found = [weight * loss for weight, loss in parts if loss is not None]

@@ -170,9 +170,9 @@ class MaskVlmConfig(ModelConfig):
             )
         if self.text_body and self.text_norm == "pre":
             raise ValueError(
-                f"model.text_body {self.text_body} is a RoBERTa or BERT, which is "
-                "post-norm: give --model.text_norm post, or --model.text_body null to "
-                "start from the seed"
+                f"model.text_body {self.text_body} has to be a RoBERTa or BERT, which "
+                "are post-norm: give --model.text_norm post, or --model.text_body null "
+                "to start from the seed"
             )
         require_dropout(
             self.dropout,

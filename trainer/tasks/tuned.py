@@ -76,12 +76,13 @@ def begin(
             stays written down.
 
     Raises:
-        ValueError: the folder holds another run, or one of another model that has no
-            checkpoint yet.
+        ValueError: the folder holds a run of other keys or examples that has a
+            checkpoint, or one of another task, or of another model that has none yet.
     """
     # All of it before anything is written: a call that is refused leaves no trace.
-    _require_same_keys(output, keys, files)
-    _require_same_files(output, files)
+    if not _nothing_learned(output, keys):
+        _require_same_keys(output, keys, files)
+        _require_same_files(output, files)
     same_model = _is_its_origin(output, origin)
     for name, text in files.items():
         write_text(output / name, text)
@@ -94,6 +95,16 @@ def begin(
         write_text(output / _WORDS, start.tokenizer_file.read_text(encoding="utf-8"))
     # Last: with it the folder is a fine-tuning.
     write_text(output / FINETUNE, to_yaml(keys))
+
+
+def _nothing_learned(output: Path, keys: Any) -> bool:
+    """Has the task's fine-tuning in a folder no checkpoint, so that other keys, such as
+    one that its first error recommends, or other examples begin it anew?
+    """
+    path = output / FINETUNE
+    if not path.is_file() or complete_checkpoints(output):
+        return False
+    return bool(yaml.safe_load(path.read_text())["task"] == keys.task)
 
 
 def _require_same_keys(output: Path, keys: Any, files: Mapping[str, str]) -> None:
@@ -201,6 +212,8 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         ValueError: one does, or the folder holds something else.
     """
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file: give a folder")
     if (output / CONFIG).is_file() and not is_tuned(output):
         raise ValueError(
             f"{output} holds a run of trainer.pretrain: take another --output"
