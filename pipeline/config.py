@@ -277,12 +277,12 @@ _ONE_FOR_A_LIST = (
     r'key "(?P<key>[\w.]+)": Expected a (?:List\[|<class .(?:list|tuple).>).*?'
     r"Got value: (?P<one>.+)$"
 )
-_A_LIST = r"--\g<key> takes a list: give it as '" + r"""["\g<one>"]'"""
 _KINDS = {
     "float": "number",
     "int": "whole number",
     "str": "text",
     "tuple": "list",
+    "dict": "mapping such as {key: value}",
     "NoneType": "null",
 }
 _UNKNOWN = (
@@ -311,6 +311,19 @@ def _of_several(key: str | None, errors: str, value: str) -> str:
     return f'key "{key}": Expected a {listed}. Got value: {value}'
 
 
+def _as_list(found: re.Match[str]) -> str:
+    """How to give a list of what was given without brackets."""
+    key, one = found["key"], found["one"]
+    parts = [part.strip() for part in one.split(",")]
+    if all(re.fullmatch(r"[-+.\deE]+", part) for part in parts):
+        return f"--{key} takes a list: give it as '[{', '.join(parts)}]', all of it"
+    # A sentence may have commas.
+    if not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
+        parts = [one]
+    listed = ", ".join(f'"{part}"' for part in parts)
+    return f"--{key} takes a list: give it as '[{listed}]'"
+
+
 def _kind(found: re.Match[str]) -> str:
     return _KINDS.get(found[1], found[0])
 
@@ -325,9 +338,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
     text = re.sub(r"\s+", " ", message).strip().replace("Parser key", "key")
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = text.replace('"<unicode string>"', "the file given as --config")
+    # Of one entry of a mapping.
+    text = re.sub(r"NestedArg\(key='[^']*', val='(.*?)'\)", r"\1", text)
     if found := re.search(_ONE_OF_SEVERAL, text):
         text = _of_several(**found.groupdict())
-    text = re.sub(_ONE_FOR_A_LIST, _A_LIST, text)
+    text = re.sub(_ONE_FOR_A_LIST, _as_list, text)
     text = re.sub(r"<class '(\w+)'>", _kind, text)
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     if text.startswith("Unexpected config"):

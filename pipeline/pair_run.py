@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.audit_files import read_manifest
-from pipeline.manifest import MANIFEST, PAIR_DTYPE, Manifest, Shard
+from pipeline.manifest import PAIR_DTYPE, Manifest, Shard
 from pipeline.pair_draws import Kind, Pairs, in_dev, matches, negatives, sided
 from pipeline.pair_table import (
     NO_VALUE,
@@ -76,6 +76,8 @@ def pair(config: PairsConfig) -> list[Paired]:
     storage = open_storage(config.dataset)
     manifest, damages = read_manifest(storage)
     for output in _outputs(config):
+        if not manifest.indexed:
+            _require_outside(output, storage)
         _require_own(output)
     _require_no_dev(config)
     if damages:
@@ -121,21 +123,31 @@ def _place(output: str) -> tuple[Storage, str]:
     return target, name.removesuffix(".npy")
 
 
+def _require_outside(output: str, dataset: Storage) -> None:
+    """Raise ValueError where an output would lie in the dataset that it is of."""
+    target, _ = _place(output)
+    if target.path is not None and dataset.path is not None:
+        inside = target.path.resolve().is_relative_to(dataset.path.resolve())
+    else:
+        inside = f"{target.url}/".startswith(f"{dataset.url}/")
+    if inside:
+        raise ValueError(
+            f"--output {output} lies in the dataset, where pipeline.validate would "
+            "find it to be damage: give a path outside"
+        )
+
+
 def _require_own(output: str) -> None:
-    """Raise ValueError where a file would be replaced that this command did not write,
-    or where a dataset is.
+    """Raise ValueError where a file would be replaced that this command did not
+    write.
     """
     target, stem = _place(output)
-    if target.size(MANIFEST) is not None:
-        raise ValueError(
-            f"--output {output} lies in a dataset, where pipeline.validate would find "
-            "it to be damage: give a path outside"
-        )
     there = [f"{stem}{end}" for end in _ENDS if target.size(f"{stem}{end}") is not None]
     if there and _facts(target, stem) is None:
         raise ValueError(
             f"--output {output} would replace {' and '.join(there)}, and no {stem}"
-            f"{_FACTS} of this command says that it wrote them: give another name"
+            f"{_FACTS} of this command says that it wrote them: give another name, or "
+            "delete them"
         )
 
 

@@ -214,6 +214,8 @@ class Listed:
     """Its limit."""
     some: tuple[str, ...] | None = None
     """Some of them."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Two numbers."""
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,8 @@ class Listed:
     [
         ("--names=a {}", """--names takes a list: give it as '["a {}"]'"""),
         ("--more=b", """--more takes a list: give it as '["b"]'"""),
+        ("--more=b,c", """--more takes a list: give it as '["b", "c"]'"""),
+        ("--betas=0.8, 1", "--betas takes a list: give it as '[0.8, 1]', all of it"),
         ("--rate=nan", 'key "rate": Expected a number. Got value: nan'),
         (
             "--most=many",

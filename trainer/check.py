@@ -45,6 +45,7 @@ _OF_OTHERS = {
 # What a run's folder has from its first moments.
 _OWN = (LOCK, CHECKPOINTS)
 _SHOWN = 5
+_LOGS = (".log", ".txt", ".out", ".err")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def check(config: PretrainConfig) -> Checked:
     copy = RunCopy(config) if local_path(run) is None else None
     if copy:
         copy.require_writable(rank)
-    _require_no_other(config.output, copy)
+    _require_no_other(config, copy)
     found = copy.checkpoints.newest() if copy else checkpoint.newest(config.run)
     if found:
         require_same(config, copy.config() if copy else load_config(config.run))
@@ -121,15 +122,16 @@ def check(config: PretrainConfig) -> Checked:
     )
 
 
-def _require_no_other(output: str, copy: RunCopy | None) -> None:
-    """Raise ValueError where what lies in the output is known, and no run."""
+def _require_no_other(config: PretrainConfig, copy: RunCopy | None) -> None:
+    """Raise ValueError where something else than a run lies in the output."""
+    output, folder = config.output, config.run
 
     def has(name: str) -> bool:
         if copy:
             return copy.store.read_version(name) is not None
-        return Path(output, name).is_file()
+        return (folder / name).is_file()
 
-    if copy is None and Path(output).is_file():
+    if copy is None and folder.is_file():
         raise ValueError(f"--output {output} is a file: give a folder")
     # A run that has begun beside others' files goes on.
     if has(CONFIG):
@@ -140,16 +142,23 @@ def _require_no_other(output: str, copy: RunCopy | None) -> None:
                 f"--output {output} holds {what} ({name}): take another --output for "
                 "the run"
             )
-    folder = Path(output)
     if copy or not folder.is_dir() or any((folder / name).exists() for name in _OWN):
         return
-    # Files may be logs of the launcher; folders are something else.
-    others = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    # A launcher may have made its logs there already.
+    others = sorted(path.name for path in folder.iterdir() if _is_foreign(path))
     if others:
         raise ValueError(
             f"--output {output} is no run and holds {', '.join(others[:_SHOWN])}: take "
             "another --output for the run, such as one below it"
         )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Is this a folder of somebody's, with something else than logs in it?"""
+    if path.name.startswith(".") or path.name == "lost+found" or not path.is_dir():
+        return False
+    files = (one for one in path.rglob("*") if one.is_file())
+    return any(one.suffix not in _LOGS for one in files)
 
 
 def require_same(config: PretrainConfig, before: PretrainConfig) -> None:

@@ -145,7 +145,7 @@ def _write(folder: Path, run: Path, trained: Trained, config: ExportConfig) -> N
         folders.append(folder / "body")
     for one in folders:
         write_tokenizer(
-            dataset.tokenizer_file.parent,
+            dataset.tokenizer_file,
             one,
             special_ids,
             max_text=recipe.text.max_tokens,

@@ -17,27 +17,37 @@ from pipeline.manifest import DATASET_JSON, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
 def write_tokenizer(
-    source: Path, folder: Path, special_ids: Mapping[str, int], *, max_text: int
+    words: Path, folder: Path, special_ids: Mapping[str, int], *, max_text: int
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. Where the first
     is not the dataset's, that lies beside it as `dataset_tokenizer.json`: by its sha256
     the export is known to fit a dataset.
 
     Args:
-        source: the same two files of the dataset.
-        special_ids: ids by name; `cls` and `sep` are needed.
+        words: `tokenizer.json` of the dataset. The other file is written anew, because
+            of a dataset behind a URL only this one is here.
+        special_ids: ids by name, `cls` and `sep` among them.
         max_text: longest text in tokens, [CLS] and [SEP] included, which `truncation=
             True` cuts to.
     """
-    data = (source / TOKENIZER_JSON).read_bytes()
+    data = words.read_bytes()
     tokenizer = Tokenizer.from_str(data.decode())
     if not _adds_both(tokenizer, special_ids):
         (folder / DATASET_JSON).write_bytes(data)
         tokenizer.post_processor = _template(tokenizer, special_ids)
         data = tokenizer.to_str(pretty=True).encode()
     (folder / TOKENIZER_JSON).write_bytes(data)
-    configured = json.loads((source / TOKENIZER_CONFIG).read_bytes())
-    text = json.dumps(configured | {"model_max_length": max_text}, indent=1) + "\n"
+    tokens = {
+        f"{role}_token": tokenizer.id_to_token(number)
+        for role, number in special_ids.items()
+    }
+    config = {
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_text,
+        **tokens,
+    }
+    text = json.dumps(config, indent=1) + "\n"
     (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 

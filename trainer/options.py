@@ -27,14 +27,24 @@ RunT = TypeVar("RunT", bound="PretrainConfig")
 
 
 def at_least(group: str, config: object, **lowest: float) -> None:
-    """Raise ValueError for a key of `config` below its lowest value, or not finite."""
+    """Raise ValueError for a key of `config` below its lowest value."""
     for name, low in lowest.items():
         value = getattr(config, name)
-        if value is not None and not low <= value < math.inf:
-            number = "" if math.isfinite(value) else "a number, "
+        if value is not None and not value >= low:
+            number = "a number, " if math.isnan(value) else ""
             raise ValueError(
                 f"{group}{name} is {value}: it must be {number}{low} or more"
             )
+
+
+def finite(group: str, config: object, *names: str) -> None:
+    """Raise ValueError for a key of `config` that is infinite, where that says
+    nothing.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if math.isinf(value):
+            raise ValueError(f"{group}{name} is {value}: give a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +95,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         at_least("optimizer.", self, lr=0, eps=0, weight_decay=0)
+        finite("optimizer.", self, "lr", "eps", "weight_decay")
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas are {self.betas}: from 0 to below 1")
         if not self.clip > 0:

@@ -188,8 +188,9 @@ def test_files_of_another_hand_are_not_replaced(dataset: Path, tmp_path: Path) -
 
 def test_a_dataset_is_no_place_for_pairs(dataset: Path, tmp_path: Path) -> None:
     before = sorted(dataset.rglob("*"))
-    with pytest.raises(ValueError, match=r"lies in a dataset.*give a path outside"):
-        pairs_of(dataset, dataset / "p.npy")
+    for inside in (dataset / "p.npy", dataset / "pairs" / "p.npy"):
+        with pytest.raises(ValueError, match=r"lies in the dataset.*a path outside"):
+            pairs_of(dataset, inside)
     assert sorted(dataset.rglob("*")) == before
     file = tmp_path / "items.parquet"
     file.write_bytes(b"")

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -214,16 +215,28 @@ def test_a_tokenizer_that_adds_both_ends_is_exported_as_it_is(
     runs: Path, tmp_path: Path
 ) -> None:
     info = load_tokenizer(str(runs / "out")).info
-    source, target = tmp_path / "source", tmp_path / "target"
-    for folder in (source, target):
-        folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(runs / "out" / name, source / name)
-    write_tokenizer(source, target, info.special_ids, max_text=9)
-    words = target / "tokenizer.json"
-    assert words.read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert not (target / "dataset_tokenizer.json").exists()
-    assert AutoTokenizer.from_pretrained(target).model_max_length == 9
+    words = runs / "out" / "tokenizer.json"
+    write_tokenizer(words, tmp_path, info.special_ids, max_text=9)
+    assert (tmp_path / "tokenizer.json").read_bytes() == words.read_bytes()
+    assert not (tmp_path / "dataset_tokenizer.json").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 9
+
+
+def test_a_run_on_a_dataset_behind_a_url_is_exported_with_its_tokenizer(
+    runs: Path, shards: Path, tmp_path: Path
+) -> None:
+    fsspec.filesystem("memory").put(str(shards), "/exported", recursive=True)
+    output = tmp_path / "out"
+    given = ExportConfig(
+        run=str(runs / "post"), output=str(output), data="memory://exported"
+    )
+    export(given)
+    names = ("tokenizer.json", "tokenizer_config.json", "dataset_tokenizer.json")
+    for name in names:
+        assert (output / name).read_bytes() == (runs / "out" / name).read_bytes()
+    own = json.loads((shards / "tokenizer" / "tokenizer_config.json").read_bytes())
+    found = json.loads((output / "tokenizer_config.json").read_bytes())
+    assert found == own | {"model_max_length": 48}
 
 
 def test_pixels_are_those_of_training(runs: Path) -> None:

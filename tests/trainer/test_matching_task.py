@@ -139,7 +139,13 @@ def test_a_part_of_the_learned_pairs_is_told_from_others(
     # The other way around it is the same pair.
     left, right = learned["left_uid"].copy(), learned["right_uid"].copy()
     learned["left_uid"], learned["right_uid"] = right, left
-    np.save(tmp_path / "some.npy", np.concatenate([others, learned]))
+    some = np.concatenate([others, learned])
+    # Others write uids as they please: these are the same bits.
+    dtype = [(n, "i8" if n == "left_uid" else some.dtype[n]) for n in some.dtype.names]
+    signed = np.zeros(len(some), dtype=dtype)
+    for name in some.dtype.names:
+        signed[name] = some[name].view("i8") if name == "left_uid" else some[name]
+    np.save(tmp_path / "some.npy", signed)
     words = ["--task=matching", f"--pairs={tmp_path / 'some.npy'}", "--name=some"]
     evaluate([str(tuned), *words, "--modes=[text]", "--examples=0"])
     assert f"30 of {len(others) + 30} pairs of" in capsys.readouterr().err

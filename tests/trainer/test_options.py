@@ -8,6 +8,7 @@ import yaml
 
 from pipeline.config import ConfigError, to_yaml
 from tests.trainer.tiny import config
+from trainer.check import check
 from trainer.mask_config import MaskConfig
 from trainer.options import PretrainConfig, blocking_changes, load_config, parse_run
 from trainer.pretrain import RECIPES
@@ -50,6 +51,31 @@ def test_an_impossible_value_is_refused_by_its_key(flag: str) -> None:
         config(Path("data"), Path("out"), flag)
     assert "\n" not in str(caught.value)
     assert key in str(caught.value)
+
+
+def test_a_folder_that_a_launcher_has_put_its_logs_into_becomes_a_run(
+    shards: Path, tmp_path: Path
+) -> None:
+    for name in (
+        "logs/rank0/stdout.log",
+        ".snapshot/x.bin",
+        "lost+found/y",
+        "train.sh",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    check(config(shards, tmp_path))
+    (tmp_path / "empty" / "photo.jpg").touch()
+    with pytest.raises(ValueError, match="is no run and holds empty: take another"):
+        check(config(shards, tmp_path))
+
+
+@pytest.mark.parametrize("value", ["nan", ".nan", ".inf"])
+def test_a_rate_that_is_no_finite_number_is_refused(value: str) -> None:
+    words = ["--data=x", "--output=y", f"--optimizer.lr={value}"]
+    with pytest.raises(ConfigError, match="number"):
+        parse_run(PretrainConfig, words, prog="p", description="d")
 
 
 @pytest.mark.parametrize(

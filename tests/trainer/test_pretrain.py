@@ -309,9 +309,11 @@ def test_wrong_calls_are_refused_in_one_line_before_anything_is_written(
     assert "multiple of the 4 px" in refused(*words, "--image.size=18")
     assert "lower global_batch" in refused(*words, "--global_batch=1200")
     assert "no manifest.json" in refused(f"--data={tmp_path}", f"--output={run}")
-    assert "holds a dataset" in refused(*words, f"--output={shards}")
+    for output in (shards, f"file://{shards}"):
+        assert "holds a dataset" in refused(*words, f"--output={output}")
     assert "is a file: give" in refused(*words, f"--output={shards / 'manifest.json'}")
     (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "0.jpg").touch()
     line = refused(*words, f"--output={tmp_path / 'mine'}")
     assert "is no run and holds images: take another --output" in line
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["images"]

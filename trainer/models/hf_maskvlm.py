@@ -231,6 +231,10 @@ class MaskVlmForPreTraining(MaskVlmPreTrainedModel):
         if input_ids is None:
             if pixel_values is None:
                 raise ValueError("give input_ids, pixel_values or both")
+            if bool_masked_pos is not None or text_masked_pos is not None:
+                raise ValueError(
+                    "what is hidden is restored from the other side: give input_ids too"
+                )
             if model.config.itc_weight:
                 image = model.itc_image(self._alone(pixel_values)[:, 0])
                 found.image_embeds = F.normalize(image.float(), dim=1)

@@ -66,6 +66,7 @@ def read_pairs(path: str, samples: Samples) -> Pairs:
     captions = np.stack([_or(table, f"{side}_caption") for side in _SIDES], axis=1)
     _check_has_caption(path, rows, captions, samples)
     alone = np.arange(len(table), dtype=np.uint64)
+    left, right = (table[f"{side}_uid"].astype(np.uint64) for side in _SIDES)
     return Pairs(
         name=path,
         sha256=file_sha256(path),
@@ -73,11 +74,8 @@ def read_pairs(path: str, samples: Samples) -> Pairs:
         captions=captions,
         labels=labels.astype(bool),
         groups=table["group"] if "group" in (table.dtype.names or ()) else alone,
-        uids=signed_uids(_mixed(table["left_uid"], table["right_uid"])),
-        both=_mixed(
-            np.minimum(table["left_uid"], table["right_uid"]),
-            np.maximum(table["left_uid"], table["right_uid"]),
-        ),
+        uids=signed_uids(_mixed(left, right)),
+        both=_mixed(np.minimum(left, right), np.maximum(left, right)),
     )
 
 
@@ -185,7 +183,6 @@ def _or(table: np.ndarray, name: str) -> np.ndarray:
 
 
 def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """One number (N,) uint64 of two uids; that of (a, b) is not that of (b, a)."""
-    odd = np.uint64(0x9E3779B97F4A7C15)
-    mixed: np.ndarray = first.astype(np.uint64) * odd ^ second.astype(np.uint64)
+    """One number (N,) of two uids (N,) uint64; that of (a, b) is not that of (b, a)."""
+    mixed: np.ndarray = first * np.uint64(0x9E3779B97F4A7C15) ^ second
     return mixed

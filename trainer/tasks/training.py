@@ -28,7 +28,7 @@ from tqdm import tqdm
 from trainer.contract import METRICS
 from trainer.engine import learning_rate, parameter_groups
 from trainer.metrics import keep_steps
-from trainer.options import OptimizerConfig, ScheduleConfig, at_least
+from trainer.options import OptimizerConfig, ScheduleConfig, at_least, finite
 from trainer.philox import Use, permutation
 from trainer.tasks import tuned
 from trainer.tasks.base import Task
@@ -60,6 +60,7 @@ class LoopKeys:
 
     def __post_init__(self) -> None:
         at_least("", self, batch=1, lr=0, weight_decay=0, warmup=0)
+        finite("", self, "epochs", "lr", "weight_decay")
         at_least("", self, checkpoint_every=1, max_steps=1)
         if not self.epochs > 0:
             raise ValueError(f"epochs is {self.epochs}: it must be more than 0")
