@@ -25,11 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.replication.stages import Stage, resolved
-from pipeline.manifest import file_sha256
+from pipeline.manifest import MANIFEST, file_sha256
 from pipeline.terminal import printable
+from trainer.contract import CONFIG, FINETUNE, PREPROCESSOR
 from trainer.files import write_text
 
 _LOCK = "lock"
+_STAGES = "stages"
+# Datasets, runs, fine-tunings and exports have one of these.
+_OF_OTHERS = (MANIFEST, CONFIG, FINETUNE, PREPROCESSOR)
 _SHOWN = 5
 _POLL_S = 0.2
 # A step and a checkpoint.
@@ -50,11 +54,11 @@ class Place:
 
     def marker(self, stage: Stage) -> Path:
         """File that says that a stage is complete."""
-        return self._file("stages", stage, "json")
+        return self._file(_STAGES, stage, "json")
 
     def spent(self, stage: Stage) -> Path:
         """File of the seconds of calls that did not complete it."""
-        return self._file("stages", stage, "spent")
+        return self._file(_STAGES, stage, "spent")
 
     def log(self, stage: Stage) -> Path:
         """What its command has said."""
@@ -132,8 +136,16 @@ def require_own(work: Path) -> None:
     """Raise ValueError where a folder holds something else than a replication."""
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work} is a file: give a folder")
-    others = [] if not work.exists() else sorted(path.name for path in work.iterdir())
-    if others and _LOCK not in others:
+    there = sorted(work.iterdir()) if work.exists() else []
+    if {_LOCK, _STAGES}.intersection(path.name for path in there):
+        return
+    # A log or the matrix may lie there already.
+    others = [
+        path.name
+        for path in there
+        if path.name in _OF_OTHERS or (path.is_dir() and path.name[0] != ".")
+    ]
+    if others:
         raise ValueError(
             f"--work {work} is no folder of a replication and holds "
             f"{', '.join(others[:_SHOWN])}: give a new one"
