@@ -14,13 +14,14 @@ import yaml
 
 from pipeline.config import to_yaml
 from pipeline.manifest import MANIFEST
-from trainer import checkpoint
+from trainer import checkpoint, roll_back
 from trainer.build import require_start
 from trainer.contract import (
     CHECKPOINTS,
     CONFIG,
     FINETUNE,
     LOCK,
+    METRICS,
     PREPROCESSOR,
     check_world_size,
 )
@@ -42,8 +43,8 @@ _OF_OTHERS = {
 }
 
 
-# What a run's folder has from its first moments.
-_OWN = (LOCK, CHECKPOINTS)
+# One of these a run's folder has, whatever its user has deleted of it.
+_OWN = (LOCK, CHECKPOINTS, METRICS, roll_back.FOLDER)
 _SHOWN = 5
 _LOGS = (".log", ".txt", ".out", ".err")
 
