@@ -116,9 +116,8 @@ def locked(work: Path) -> Iterator[int]:
     """The only replication in its folder; the descriptor that holds the lock.
 
     Raises:
-        ValueError: another one is at work there, or the folder holds something else.
+        ValueError: another one is at work there.
     """
-    require_own(work)
     work.mkdir(parents=True, exist_ok=True)
     with open(work / _LOCK, "w") as file:
         end = time.monotonic() + _ENDING_S
