@@ -63,15 +63,17 @@ GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or
 	$(wildcard $(BIN)/python),$(PYTHON)))
 GPU_WHEELS := build/gpu-wheels
 GPU_SITE := build/gpu-site
-GPU_TESTS := tests/benchmarks/test_gpu.py $(wildcard tests/trainer/kernels)
+GPU_SHARDS := build/gpu-shards
+GPU_TESTS := tests/benchmarks/test_gpu.py tests/trainer/kernels \
+	tests/trainer/test_feed.py tests/trainer/test_masking.py tests/trainer/test_plan_run.py
 GPU_CHECKS := checks syncs
-GPU_BENCHES := kernels steps ablation baselines precision real_run
+GPU_BENCHES := kernels steps profile ablation baselines precision real_run
 # Such as GPU_ARGS='--data build/gpu-data --output /tmp/results'
 GPU_ARGS ?=
 # Python of that machine.
 WHEELS_FOR ?= 3.12
 
-gpu-wheels: setup ## What a machine with a GPU and no network lacks, in build/gpu-wheels
+gpu-wheels: setup ## What a machine with a GPU and no network lacks, in build/gpu-*
 	rm -rf $(GPU_WHEELS)
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --no-cache-dir \
 		--wheel-dir $(GPU_WHEELS) $(shell sed -n '/^deepspeed==/p' requirements.txt)
@@ -79,7 +81,10 @@ gpu-wheels: setup ## What a machine with a GPU and no network lacks, in build/gp
 		--only-binary=:all: --platform manylinux_2_28_x86_64 \
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 		--dest $(GPU_WHEELS) -r benchmarks/requirements-gpu.txt
-	@du -sh $(GPU_WHEELS)
+	rm -rf $(GPU_SHARDS)*
+	$(BIN)/python -c 'from pathlib import Path; from tests import conftest; \
+		conftest.small_shards(Path("$(GPU_SHARDS)"))'
+	@du -sh $(GPU_WHEELS) $(GPU_SHARDS)
 
 # Only what is not installed, beside everything that is.
 gpu-site:
@@ -96,7 +101,7 @@ gpu-check: gpu-site ## With a GPU: kernels against references, gpu tests, host w
 		"$(GPU_PYTHON)" -m benchmarks.gpu $$part $(GPU_ARGS) || failed=1; done; \
 	"$(GPU_PYTHON)" -m pytest -m gpu $(GPU_TESTS) || failed=1; exit $$failed
 
-gpu-bench: gpu-site ## With a GPU: kernels, steps, ablation, baselines, precision
+gpu-bench: gpu-site ## With a GPU: kernels, steps, profile, ablation, baselines, precision
 	@failed=0; export PYTHONPATH=$(GPU_SITE); \
 	for part in $(GPU_BENCHES); do \
 		"$(GPU_PYTHON)" -m benchmarks.gpu $$part $(GPU_ARGS) || failed=1; done; \

@@ -30,6 +30,7 @@ if importlib.util.find_spec("hypothesis"):
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "examples" / "emoji.parquet"
+GPU_SHARDS = ROOT / "build" / "gpu-shards"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -101,9 +102,20 @@ def launch_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 240 emoji at 32 px in train and val shards, made by the pipeline."""
+    """A dataset of 240 emoji at 32 px in train and val shards, made by the pipeline;
+    where there is no Ray, as `make gpu-wheels` has made it before.
+    """
+    if importlib.util.find_spec("ray"):
+        return small_shards(tmp_path_factory.mktemp("emoji") / "shards")
+    if not GPU_SHARDS.exists():
+        pytest.fail(f"no Ray, and no {GPU_SHARDS}: bring what make gpu-wheels makes")
+    return GPU_SHARDS
+
+
+def small_shards(output: Path) -> Path:
+    """240 emoji at 32 px in train and val shards."""
     return emoji_shards(
-        tmp_path_factory.mktemp("emoji") / "shards",
+        output,
         "--limit=240",
         "--shard.samples=64",
         "--tokenizer=train:600",

@@ -115,7 +115,10 @@ def states(
             moments=_ADAM * parameters,
             step=max(flattened, FP32 * parameters),
         )
-    bucket = size * REDUCE_BUCKET
+    # One rank of stage 1 takes its gradients whole (`trainer.one_rank`).
+    whole = stage == 1 and ranks == 1
+    reduced = 0 if whole else reduced
+    bucket = 0 if whole else size * REDUCE_BUCKET
     gathered = size * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
     return States(
         weights=gathered + size * share if stage == 3 else size * parameters,

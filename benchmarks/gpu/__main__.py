@@ -13,6 +13,7 @@ import torch
 from benchmarks.gpu.kernels import checks, times
 from benchmarks.gpu.peers import baselines
 from benchmarks.gpu.precision import precision
+from benchmarks.gpu.profile import profile
 from benchmarks.gpu.real_run import real_run
 from benchmarks.gpu.record import RESULTS, OutOfTime, Record, Setting
 from benchmarks.gpu.steps import ablation, steps
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[Setting, Record], None]] = {
     "syncs": syncs,
     "kernels": times,
     "steps": steps,
+    "profile": profile,
     "ablation": ablation,
     "baselines": baselines,
     "precision": precision,

@@ -28,6 +28,7 @@ from benchmarks.gpu.training import ROUNDS, speed
 from trainer.build import build_model
 from trainer.loader import MicroBatch
 from trainer.matching import caption_table
+from trainer.models.convolutions import SquareConv, TransposedConv
 from trainer.options import PretrainConfig
 from trainer.profiling import peak_memory_gib
 
@@ -173,7 +174,7 @@ class PaddedMlim(nn.Module):
         super().__init__()
         own = build_model(config, tokenizer(vocab_size))
         sizes = config.model
-        self.embedder, self.decoder = own.embedder, own.decoder
+        self.embedder, self.decoder = _plain(own.embedder), _plain(own.decoder)
         self.grid, self.patch = own.grid, sizes.patch_size
         self.bert = BertForMaskedLM(
             BertConfig(
@@ -216,6 +217,20 @@ class PaddedMlim(nn.Module):
         tiles = image_mask.unflatten(1, (self.grid, self.grid))
         wide = tiles.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
         return mlm + (error * wide).sum() / wide.sum().clamp(min=1)
+
+
+def _plain(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers as `torch.nn` has them."""
+    made: list[nn.Module] = []
+    for one in layers:
+        if not isinstance(one, SquareConv | TransposedConv):
+            continue
+        kind = nn.Conv2d if isinstance(one, SquareConv) else nn.ConvTranspose2d
+        shape = (one.in_channels, one.out_channels, one.kernel_size)
+        same = kind(*shape, stride=one.stride, padding=one.padding)  # type: ignore[arg-type]
+        same.load_state_dict(one.state_dict())
+        made += [same, nn.GELU()] if one.gelu else [same]
+    return nn.Sequential(*made)
 
 
 def padded_table(

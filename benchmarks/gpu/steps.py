@@ -62,7 +62,7 @@ def steps(setting: Setting, record: Record) -> None:
         if setting.data:
             pairs = best_size(record.entries, name) or sizes(setting, name)[0]
             record.measure(
-                f"{name} | {pairs} pairs, from shards",
+                f"{name} | from shards",
                 functools.partial(from_shards, setting, name, pairs),
             )
 
@@ -125,13 +125,15 @@ def measured(
 
 def from_shards(setting: Setting, name: str, pairs: int) -> dict[str, Any]:
     """Steps of a model on a dataset, read and decoded meanwhile, by as many threads as
-    there are cores but two, at most 12.
+    there are cores but two, at most 12. Of fewer pairs where the dataset has fewer.
     """
     threads = min(max((os.cpu_count() or 1) - 2, 1), 12)
     assert setting.data is not None
     words = (f"--data={setting.data}", f"--threads={threads}")
+    dataset = Dataset(setting.data, "train", tokenizer=None)
+    while pairs > len(dataset):
+        pairs //= 2
     config = recipe(name, pairs=pairs, tiny=setting.tiny, words=words)
-    dataset = Dataset(config.data, config.split, tokenizer=None)
     loader = Loader(dataset, config, rank=0, world_size=1)
     one = trainee(loader, setting)
     warmup, count = (1, 1) if setting.tiny else (_WARMUP, _STEPS)

@@ -18,16 +18,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import trainer.kernels
 from benchmarks.gpu import batches, training
 from benchmarks.gpu.record import Setting
-from trainer import loop
+from trainer import engine, loop
 from trainer.kernels import layer_norm
+from trainer.kernels.pixels import normalised
 from trainer.loader import Loader, MicroBatch, StepBatch
+from trainer.models.mlim import MlimEncoder
 
 _FUSED = "_fused"
+_UNUSED = {"dropout"}
+"""Modules of kernels that no step of the recipes calls: they drop nothing."""
 
 
 class Calls:
@@ -73,6 +77,23 @@ def variants(setting: Setting) -> list[Variant]:
         Variant(name="as trained", what="what trainer.pretrain does"),
         *_without_kernels(),
         *_without_pruning(),
+        Variant(
+            name="embedder by convolutions",
+            what="convolutions of 2 x 2 on images as they lie, instead of matrix "
+            "products on pixels in nested order",
+            around=_convolved,
+        ),
+        Variant(
+            name="gradients reduced",
+            what="DeepSpeed copies and reduces each gradient, though there is one rank",
+            around=_reduced,
+        ),
+        Variant(
+            name="parameters unaligned",
+            what="parameters laid end to end in the model's order, so that most biases "
+            "begin at no multiple of 16 bytes",
+            around=_unaligned,
+        ),
         Variant(
             name="text padded",
             what="every text padded to text.max_tokens, as others do",
@@ -158,6 +179,8 @@ def _without_kernels() -> list[Variant]:
     modules = kernel_modules()
     for module in modules:
         short = module.__name__.rpartition(".")[2]
+        if short in _UNUSED:
+            continue
         made.append(
             Variant(
                 name=f"without {short}",
@@ -199,6 +222,29 @@ def _norms_for_the_compiler(calls: Calls) -> Iterator[None]:
     calls.count += 1
     plain = layer_norm.add_layer_norm_ref
     with patch.object(layer_norm, "add_layer_norm_fused", plain):
+        yield
+
+
+@contextlib.contextmanager
+def _convolved(calls: Calls) -> Iterator[None]:
+    def embedded(model: MlimEncoder, pixels: Tensor) -> Tensor:
+        given = normalised(pixels, model.words.weight.dtype)
+        return model.embedder(given).flatten(2).transpose(1, 2)
+
+    with patch.object(MlimEncoder, "embed_nested", calls.through(embedded)):
+        yield
+
+
+@contextlib.contextmanager
+def _reduced(calls: Calls) -> Iterator[None]:
+    with patch.object(engine, "take_gradients_whole", calls.through(lambda _: None)):
+        yield
+
+
+@contextlib.contextmanager
+def _unaligned(calls: Calls) -> Iterator[None]:
+    calls.count += 1
+    with patch.object(engine, "_VECTOR", 1):
         yield
 
 

@@ -236,7 +236,7 @@ def test_every_part_is_rehearsed(tmp_path: Path, shards: Path) -> None:
     parts = [part for part in PARTS if part not in ("checks", "kernels", "baselines")]
     rehearsed(tmp_path, *parts, f"--data={shards}")
     steps = stored(tmp_path, "steps")["entries"]
-    assert len([key for key in steps if key.endswith(", from shards")]) == 1
+    assert len([key for key in steps if key.endswith(" from shards")]) == 1
     for part in ("steps", "ablation"):
         for key, entry in stored(tmp_path, part)["entries"].items():
             assert entry["pairs_per_s"] > 0, key

@@ -188,7 +188,7 @@ def itself(layer: Any, x: Tensor, heads: int) -> Tensor:
 
 def plain(block: Any, x: Tensor, heads: int) -> Tensor:
     def ffn(h: Tensor) -> Tensor:
-        return block.down(F.gelu(block.up(h)))
+        return block.down(F.gelu(F.linear(h, block.up.weight, block.up.bias)))
 
     if block.pre:
         x = x + itself(block.attention, norm(block.attention_norm, x), heads)
@@ -204,7 +204,8 @@ def across(block: Any, x: Tensor, other: Tensor, heads: int) -> Tensor:
         h = norm(block.cross_norm, x)
     k, v = block.cross.key_value(other).chunk(2, 1)
     x = x + block.cross.out(attend(block.cross.query(h), k, v, heads))
-    return x + block.down(F.gelu(block.up(norm(block.ffn_norm, x))))
+    up = F.linear(norm(block.ffn_norm, x), block.up.weight, block.up.bias)
+    return x + block.down(F.gelu(up))
 
 
 class Naive:

@@ -375,7 +375,8 @@ def test_impossible_shapes_are_refused() -> None:
 def test_tied_head_is_the_word_embedding() -> None:
     model = build()
     hidden = torch.randn(3, TINY.width)
-    normed = model.mlm_norm(F.gelu(model.mlm_dense(hidden)))
+    dense = model.mlm_dense
+    normed = model.mlm_norm(F.gelu(F.linear(hidden, dense.weight, dense.bias)))
     expected = normed @ model.words.weight.T + model.mlm_bias
     torch.testing.assert_close(model.word_logits(hidden), expected)
 
@@ -453,6 +454,7 @@ def test_layers_are_compiled_for_few_shapes_and_change_no_loss() -> None:
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    # Layers share their code, the last one takes rows; then sizes are variables.
-    assert 0 < counters["frames"]["ok"] <= 8
+    # Layers share their code, the last one takes rows; then sizes are variables, of
+    # the images that are decoded too.
+    assert 0 < counters["frames"]["ok"] <= 14
     assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -93,7 +93,7 @@ def masked_cross_entropy_fused(
 
 
 @triton.jit
-def _forward(
+def _cross_entropy_forward_kernel(
     logits: tl.tensor,
     target: tl.tensor,
     valid: tl.tensor,
@@ -143,7 +143,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _cross_entropy_backward_kernel(
     grad: tl.tensor,
     logits: tl.tensor,
     target: tl.tensor,
@@ -184,7 +184,7 @@ def _forward_op(
     """Loss (M,), log of the softmax's denominator (M,), correct (M,)."""
     rows, n_words = logits.shape
     loss, log_sum, correct = _empty(logits)
-    _forward[(rows,)](
+    _cross_entropy_forward_kernel[(rows,)](
         logits,
         target.contiguous(),
         valid.contiguous(),
@@ -272,7 +272,7 @@ def _launch_backward(
 ) -> None:
     rows, n_words = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(n_words))
-    _backward[(rows, triton.cdiv(n_words, block))](
+    _cross_entropy_backward_kernel[(rows, triton.cdiv(n_words, block))](
         grad,
         logits,
         target.contiguous(),

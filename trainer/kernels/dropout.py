@@ -116,7 +116,7 @@ CHOSEN = ("seed", "least", "grow")
 
 
 @triton.jit(do_not_specialize=CHOSEN)
-def _kernel(  # type: ignore[no-untyped-def]
+def _dropout_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     out_ptr,
     use_ptr,
@@ -133,9 +133,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     inside = column < width
     at = row.to(tl.int64) * width + column
     stays = keeps(row, True, use_ptr, uid_ptr, place_ptr, seed, least, width, BLOCK)
-    # What is dropped is not read.
-    x = tl.load(x_ptr + at, mask=inside & stays, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (x * grow).to(out_ptr.dtype.element_ty), mask=inside)
+    # Dropped channels are read too: whole vectors cost less than a choice of them.
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(stays, x * grow, 0.0)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @library.custom_op("palimpsest::dropout", mutates_args=())
@@ -147,7 +148,7 @@ def dropout_by(
     rows, width = x.shape
     out = torch.empty_like(x)
     if rows:
-        _kernel[(rows,)](
+        _dropout_kernel[(rows,)](
             *(x, out, use.contiguous(), uid.contiguous(), place.contiguous()),
             *(seed, first_kept(share), scale(share), width),
             BLOCK=block(width),

@@ -82,7 +82,7 @@ def dropout_add_layer_norm_ref(
 
 
 @triton.jit(do_not_specialize=dropout.CHOSEN)
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _layer_norm_forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -107,14 +107,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     inside = column < width
     at = row.to(tl.int64) * width + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    stays = inside
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
-        stays &= keeps(
-            row, True, use_ptr, uid_ptr, place_ptr, seed, least, width, BLOCK
-        )
-    residual = tl.load(residual_ptr + at, mask=stays, other=0.0).to(tl.float32)
-    if DROPS:
-        residual *= grow
+        stays = keeps(row, True, use_ptr, uid_ptr, place_ptr, seed, least, width, BLOCK)
+        residual = tl.where(stays, residual * grow, 0.0)
     total = x + residual
     tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=inside)
     mean = tl.sum(total, 0) / width
@@ -129,7 +125,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=dropout.CHOSEN)
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
     d_normed_ptr,
     d_total_ptr,
     total_ptr,
@@ -211,7 +207,7 @@ def _launch_forward(
     total, normed = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        _forward_kernel[(rows,)](
+        _layer_norm_forward_kernel[(rows,)](
             *(x, residual, weight.contiguous(), bias.contiguous()),
             *(total, normed, mean, rstd),
             *_drawn_by(drop, x),
@@ -272,7 +268,7 @@ def _launch_backward(
     programs = triton.cdiv(rows, per_program)
     parts = total.new_empty(2, programs, width, dtype=torch.float32)
     if rows:
-        _backward_kernel[(programs,)](
+        _layer_norm_backward_kernel[(programs,)](
             d_normed,
             d_normed if d_total is None else d_total.contiguous(),
             *(total, mean, rstd, weight.contiguous()),

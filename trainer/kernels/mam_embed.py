@@ -168,7 +168,7 @@ def _standardise(
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_text", "mask_id"])
-def _forward_kernel(
+def _mam_embed_forward_kernel(
     out: tl.tensor,
     shown: tl.tensor,
     hidden_k: tl.tensor,
@@ -225,7 +225,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_text", "mask_id", "n_pairs", "n_image_programs"])
-def _backward_kernel(
+def _mam_embed_backward_kernel(
     grad: tl.tensor,
     d_text: tl.tensor,
     d_image: tl.tensor,
@@ -344,7 +344,7 @@ def embed_fused(*arguments: Any) -> Tensor:
     given = _contiguous(arguments)
     out_td = _embed_fake(*arguments)
     n_rows, width = out_td.shape
-    _forward_kernel[(triton.cdiv(n_rows, _ROWS),)](
+    _mam_embed_forward_kernel[(triton.cdiv(n_rows, _ROWS),)](
         out_td,
         *given[:5],
         *given[_WORDS:_MASK_ID],
@@ -378,7 +378,7 @@ def embed_backward(grad_td: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     d_position = sums.new_empty((groups, n_image, width))
     d_text_kd = given.words.new_empty((n_text, width))
     d_image_bpd = torch.empty_like(given.image)
-    _backward_kernel[(n_programs,)](
+    _mam_embed_backward_kernel[(n_programs,)](
         grad_td.contiguous(),
         d_text_kd,
         d_image_bpd,

@@ -111,7 +111,7 @@ def _require_squares(raw: Tensor, scored: Tensor, side: int) -> None:
 
 
 @triton.jit
-def _forward(
+def _pixel_error_forward_kernel(
     raw: tl.tensor,
     pixels: tl.tensor,
     image: tl.tensor,
@@ -155,7 +155,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _pixel_error_backward_kernel(
     grad: tl.tensor,
     raw: tl.tensor,
     pixels: tl.tensor,
@@ -256,7 +256,7 @@ def _forward_op(
     sums = raw.new_empty(scored.shape, dtype=torch.float32)
     pixels = pixels.contiguous()
     first, channel, row, column = raw.stride()
-    _forward[(scored.numel(),)](
+    _pixel_error_forward_kernel[(scored.numel(),)](
         raw,
         pixels,
         image.contiguous(),
@@ -293,7 +293,7 @@ def _backward_op(
     pixels = pixels.contiguous()
     first, channel, row, column = raw.stride()
     output_first, output_channel, output_row, output_column = output.stride()
-    _backward[(scored.numel(),)](
+    _pixel_error_backward_kernel[(scored.numel(),)](
         grad,
         raw,
         pixels,

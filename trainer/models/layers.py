@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trainer.dropout import Dropout, beyond
 from trainer.kernels.dropout import dropped
 from trainer.kernels.layer_norm import add_layer_norm, dropout_add_layer_norm
+from trainer.models.dense import GeluLinear, Linear, biased
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
 
@@ -42,12 +43,13 @@ class Projection(nn.Linear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> (N, H, E), (T, H, E), (T, H, E)."""
         if rows is None:
-            return super().forward(x_td).unflatten(-1, (3, self.heads, -1)).unbind(1)
+            qkv = biased(x_td, self.weight, self.bias)
+            return qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         sizes = [self.in_features, 2 * self.in_features]
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
-        q = F.linear(x_td.index_select(0, rows.row), w_q, b_q)
-        k, v = F.linear(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        q = biased(x_td.index_select(0, rows.row), w_q, b_q)
+        k, v = biased(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
         return q.unflatten(-1, (self.heads, -1)), k, v
 
 
@@ -57,7 +59,7 @@ class Attention(nn.Module):
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
         self.qkv = Projection(width=width, heads=heads)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(
         self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
@@ -105,8 +107,8 @@ class Block(nn.Module):
         self.attention = Attention(width=width, heads=heads)
         before = nn.LayerNorm if self.pre else ResidualNorm
         self.attention_norm = before(width, eps=eps)
-        self.up = nn.Linear(width, ffn_width)
-        self.down = nn.Linear(ffn_width, width)
+        self.up = GeluLinear(width, ffn_width)
+        self.down = Linear(ffn_width, width)
         self.ffn_norm = ResidualNorm(width, eps=eps)
 
     def forward(
@@ -129,7 +131,7 @@ class Block(nn.Module):
         return self.ffn_norm(x_nd, self._ffn(x_nd), second)[1]
 
     def _ffn(self, x_nd: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_nd)))
+        return self.down(self.up(x_nd))
 
 
 class Keys(NamedTuple):
@@ -147,9 +149,9 @@ class CrossAttention(nn.Module):
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
 
     def forward(
         self,
@@ -194,8 +196,8 @@ class CrossBlock(nn.Module):
             self.cross_norm = ResidualNorm(width, eps=eps)
         self.cross = CrossAttention(width=width, heads=heads)
         self.ffn_norm = ResidualNorm(width, eps=eps)
-        self.up = nn.Linear(width, ffn_width)
-        self.down = nn.Linear(ffn_width, width)
+        self.up = GeluLinear(width, ffn_width)
+        self.down = Linear(ffn_width, width)
 
     def forward(
         self,
@@ -217,7 +219,7 @@ class CrossBlock(nn.Module):
             normed_nd = self.attention_norm(x_nd)
         mixed_nd = self.cross(normed_nd, other_od, own, keys, rows)
         x_nd, normed_nd = self.ffn_norm(x_nd, mixed_nd, drop)
-        hidden_nd = self.down(F.gelu(self.up(normed_nd)))
+        hidden_nd = self.down(self.up(normed_nd))
         return x_nd + dropped(hidden_nd, beyond(drop, 1))
 
 

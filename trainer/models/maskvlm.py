@@ -35,6 +35,7 @@ from trainer.matching import Matching, caption_table
 from trainer.models import alignment
 from trainer.models.alignment import Candidates, Temperature
 from trainer.models.base import Inputs, Output
+from trainer.models.dense import GeluLinear, scores_of_words
 from trainer.models.layers import Keys
 from trainer.models.maskvlm_config import MaskVlmConfig
 from trainer.models.maskvlm_encoder import (
@@ -131,7 +132,7 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
         )
         width, image_eps = config.width, config.image_norm_eps
         if config.mlm_weight:
-            self.mlm_dense = nn.Linear(width, width)
+            self.mlm_dense = GeluLinear(width, width)
             self.mlm_norm = nn.LayerNorm(width, eps=config.text_norm_eps)
             self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
         if config.mim_weight:
@@ -229,8 +230,8 @@ class MaskVlmForPreTraining(MaskVlmEncoder):
 
     def word_logits(self, hidden_md: Tensor) -> Tensor:
         """(M, D) -> (M, V): RoBERTa's two-layer head, its output tied to the words."""
-        h = self.mlm_norm(F.gelu(self.mlm_dense(hidden_md)))
-        return F.linear(h, self.words.weight, self.mlm_bias)
+        h = self.mlm_norm(self.mlm_dense(hidden_md))
+        return scores_of_words(h, self.words.weight, self.mlm_bias)
 
     def score_words(self, joint: Joint, inputs: Inputs, masks: Masks) -> WordScores:
         """Loss of every masked word, zero in rows beyond their number."""

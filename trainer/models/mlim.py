@@ -31,9 +31,11 @@ from trainer.kernels.cross_entropy import masked_cross_entropy
 from trainer.kernels.dropout import dropped
 from trainer.kernels.mam_embed import Embedding, mam_embed
 from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
-from trainer.kernels.pixels import normalised
+from trainer.kernels.pixels import nested, normalised
 from trainer.masking import Masks
 from trainer.models.base import Inputs, Output
+from trainer.models.convolutions import SquareConv, TransposedConv
+from trainer.models.dense import GeluLinear, scores_of_words
 from trainer.models.layers import Block
 from trainer.models.mlim_config import MlimConfig
 from trainer.models.scored_rows import Rows, first_rows, scored_rows
@@ -177,11 +179,11 @@ class MlimEncoder(nn.Module):
         )
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Have each transformer layer compiled when it is first used. Its parameters
-        keep their names.
+        """Have each transformer layer and the embedder compiled when they are first
+        used. Parameters keep their names.
         """
-        for block in self.blocks:
-            block.compile(backend=backend)
+        for part in (*self.blocks, self.embedder):
+            part.compile(backend=backend)
 
     def shown_words(self, inputs: Inputs, masks: Masks) -> tuple[Tensor, Tensor]:
         """Token id (K,) at each text row, and which of them (K,) the mask vector hides:
@@ -203,8 +205,15 @@ class MlimEncoder(nn.Module):
         """
         dtype = self.words.weight.dtype
         if pixels.dtype == torch.uint8:
+            if pixels.is_cuda:
+                return self.embed_nested(pixels)
             pixels = normalised(pixels, dtype)
         return self.embedder(pixels.to(dtype)).flatten(2).transpose(1, 2)
+
+    def embed_nested(self, pixels: Tensor) -> Tensor:
+        """The same of uint8 (B, H, W, 3) in nested order, by matrix products alone."""
+        given = nested(pixels, self.config.patch_size, self.words.weight.dtype)
+        return self.embedder(given).unflatten(0, (len(pixels), -1))
 
     def initialise(self, module: nn.Module) -> None:
         """Draw the weights of a module: BERT's way; He et al. (2015) for convolutions,
@@ -246,7 +255,7 @@ class MlimForPreTraining(MlimEncoder):
             image_size=image_size,
         )
         width, eps = config.width, config.norm_eps
-        self.mlm_dense = nn.Linear(width, width)
+        self.mlm_dense = GeluLinear(width, width)
         self.mlm_norm = nn.LayerNorm(width, eps=eps)
         self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))
         self.decoder = _decoder(config)
@@ -258,6 +267,11 @@ class MlimForPreTraining(MlimEncoder):
             self.itm_head = nn.Linear(width, 2)
             self.initialise(self.itm_pooler)
             self.initialise(self.itm_head)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """As the encoder's, with the decoder."""
+        super().compile_layers(backend)
+        self.decoder.compile(backend=backend)
 
     def forward(self, inputs: Inputs, masks: Masks) -> Output:
         """Losses of a micro-batch under `masks`."""
@@ -309,8 +323,8 @@ class MlimForPreTraining(MlimEncoder):
 
     def word_logits(self, hidden_md: Tensor) -> Tensor:
         """(M, D) -> (M, V): BERT's two-layer head, its output tied to the words."""
-        h = self.mlm_norm(F.gelu(self.mlm_dense(hidden_md)))
-        return F.linear(h, self.words.weight, self.mlm_bias)
+        h = self.mlm_norm(self.mlm_dense(hidden_md))
+        return scores_of_words(h, self.words.weight, self.mlm_bias)
 
     def score_words(
         self, hidden_td: Tensor, inputs: Inputs, masks: Masks
@@ -407,22 +421,28 @@ def at_words(stream: Stream, table: Tensor) -> Tensor:
 
 
 def _embedder(config: MlimConfig) -> nn.Sequential:
-    """2x2/2 convolutions, then 1x1 to the width: no receptive fields overlap."""
+    """2x2/2 convolutions, then 1x1 to the width: no receptive fields overlap. GELU is
+    part of a layer; that weights are numbered as if it were none is older.
+    """
     layers: list[nn.Module] = []
     channels = 3
     for width in config.embedder_widths:
-        layers += [nn.Conv2d(channels, width, 2, stride=2), nn.GELU()]
+        layers += [SquareConv(channels, width, 2, gelu=True), nn.Identity()]
         channels = width
-    layers += [nn.Conv2d(channels, config.embedder_hidden, 1), nn.GELU()]
-    return nn.Sequential(*layers, nn.Conv2d(config.embedder_hidden, config.width, 1))
+    hidden = config.embedder_hidden
+    layers += [SquareConv(channels, hidden, 1, gelu=True), nn.Identity()]
+    return nn.Sequential(*layers, SquareConv(hidden, config.width, 1, gelu=False))
 
 
 def _decoder(config: MlimConfig) -> nn.Sequential:
-    """Transposed convolutions 3x3/1 and 4x4/2 in turn, from tokens to pixels."""
+    """Transposed convolutions 3x3/1 and 4x4/2 in turn, from tokens to pixels; numbered
+    as the embedder's.
+    """
     widths = (config.width, *config.decoder_widths, 3)
     layers: list[nn.Module] = []
     for number, (before, after) in enumerate(itertools.pairwise(widths)):
         kernel, stride = (4, 2) if number % 2 else (3, 1)
-        layers.append(nn.ConvTranspose2d(before, after, kernel, stride, padding=1))
-        layers.append(nn.GELU())
+        gelu = number + 2 < len(widths)
+        layers.append(TransposedConv(before, after, kernel, stride, gelu=gelu))
+        layers.append(nn.Identity())
     return nn.Sequential(*layers[:-1])

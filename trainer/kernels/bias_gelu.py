@@ -1,0 +1,199 @@
+"""A layer's bias and GELU after it in one pass, and both of their gradients in another.
+
+Owns the kernels and their reference. Does not own the product or convolution before
+(`trainer.models.layers`, `trainer.models.mlim`), which is made without its bias.
+
+The backward pass adds up the bias's gradient in fp32 while it has that of GELU at hand:
+each program over its own rows, in their order, and what the programs found in their
+order too. No atomics: the same inputs give the same bits.
+
+Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, with the exact normal
+distribution, as BERT has it. Shapes: N rows, F features, G programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, library
+
+from trainer.kernels.case import Case, Inputs
+
+_BLOCK = 2048
+"""Numbers of a program of the forward pass, and of a tile of the backward pass."""
+_COLUMNS = 128
+"""Most features of a tile: 256 bytes of bf16 of each of its rows."""
+# Programs of a backward pass, at least: eight for each of the 132 multiprocessors of an
+# H100 or H200. Not asked of the device: sums would depend on it.
+_PROGRAMS = 1056
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of `x + bias`, (N, F). On CUDA by one kernel.
+
+    Args:
+        x: (N, F).
+        bias: (F,), of the same dtype.
+    """
+    return bias_gelu_fused(x, bias) if x.is_cuda else bias_gelu_ref(x, bias)
+
+
+def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
+    """The same in plain torch."""
+    return F.gelu(x + bias)
+
+
+@triton.jit
+def _bias_gelu_forward_kernel(
+    x_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    n: tl.int64,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + at % FEATURES, mask=inside, other=0.0).to(tl.float32)
+    y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_backward_kernel(
+    dy_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    part_ptr: tl.tensor,
+    rows: tl.int64,
+    FEATURES: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    wide = column < FEATURES
+    bias = tl.load(bias_ptr + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+    found = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in range(0, TILES):
+        row = (program * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * FEATURES + column[None, :]
+        inside = (row < rows)[:, None] & wide[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        dx = dy * (below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        found += dx
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    own = part_ptr + program * FEATURES + column
+    tl.store(own, tl.sum(found, 0), mask=wide)
+
+
+@library.custom_op("palimpsest::bias_gelu", mutates_args=())
+def bias_gelu_fused(x: Tensor, bias: Tensor) -> Tensor:
+    """The kernel, wherever the tensors are."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        _bias_gelu_forward_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+            *(x, bias.contiguous(), y, x.numel()),
+            FEATURES=x.shape[1],
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+    return y
+
+
+@bias_gelu_fused.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@library.custom_op("palimpsest::bias_gelu_backward", mutates_args=())
+def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and of the bias."""
+    dy, x = dy.contiguous(), x.contiguous()
+    rows, features = x.shape
+    dx = torch.empty_like(x)
+    columns = min(triton.next_power_of_2(features), _COLUMNS)
+    tile = _BLOCK // columns
+    across = triton.cdiv(features, columns)
+    # A power of two, so that it is compiled for few numbers of rows.
+    tiles = triton.cdiv(triton.cdiv(rows, tile) * across, _PROGRAMS)
+    tiles = triton.next_power_of_2(max(tiles, 1))
+    programs = triton.cdiv(rows, tile * tiles)
+    parts = x.new_empty(programs, features, dtype=torch.float32)
+    if rows:
+        _bias_gelu_backward_kernel[(programs, across)](
+            *(dy, x, bias.contiguous(), dx, parts, rows),
+            FEATURES=features,
+            TILES=tiles,
+            ROWS=tile,
+            COLUMNS=columns,
+            num_warps=8,
+        )
+    return dx, parts.sum(0).to(bias.dtype)
+
+
+@bias_gelu_backward.register_fake
+def _(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like, torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = bias_gelu_backward(dy, *ctx.saved_tensors)
+    return found
+
+
+bias_gelu_fused.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _case(rows: int, features: int, *, small: bool = False) -> Case:
+    def inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(rows, features, generator=generator, device=device)
+        bias = torch.randn(features, generator=generator, device=device)
+        return tuple(part.to(dtype).requires_grad_() for part in (x, 0.3 * bias))
+
+    def moved(dtype: torch.dtype, *, tables: int) -> int:
+        return (tables * rows + 1) * features * dtype.itemsize
+
+    return Case(
+        kernel="bias + GELU",
+        shape=f"N={rows} F={features}",
+        inputs=inputs,
+        fused=bias_gelu_fused,
+        reference=bias_gelu_ref,
+        tolerances={torch.float32: 1e-5, torch.bfloat16: 6e-3},
+        reason="fp32: exp and erf to a few last digits, and sums in another order; "
+        "bf16: outputs and gradients are rounded once (2^-9 of them on average), and "
+        "cut off to it by up to 2^-7 under Triton's interpreter",
+        forward_bytes=lambda dtype: moved(dtype, tables=2),
+        backward_bytes=lambda dtype: moved(dtype, tables=3),
+        small=small,
+    )
+
+
+# The last two are feed-forward layers of 96 pairs, as in `trainer.kernels.layer_norm`;
+# the one before them is the embedder's first layer, of a quarter of the pixels.
+CASES = (
+    _case(1, 8, small=True),
+    _case(37, 24, small=True),
+    _case(3, 300, small=True),
+    _case(130, 96, small=True),
+    _case(96 * 49 * 256, 24),
+    _case(7_008, 3_072),
+    _case(16_128, 4_096),
+)

@@ -1,0 +1,68 @@
+"""Convolutions with GELU after them: of squares that do not overlap, and transposed.
+
+Owns how they are computed where. Does not own which there are, or their weights
+(`trainer.models.mlim`).
+
+On a CUDA device bias and GELU are one pass (`trainer.kernels.bias_gelu`), over what a
+product or convolution without its bias gives.
+
+Shapes: B images, C channels, O of the result, N pixels or squares in nested order
+(`trainer.kernels.pixels`).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.kernels.bias_gelu import bias_gelu
+from trainer.models import dense
+from trainer.models.dense import gelu_after
+
+
+class SquareConv(nn.Conv2d):
+    """A convolution of `side` x `side` by steps of `side`, and GELU if asked for."""
+
+    def __init__(self, channels: int, width: int, side: int, *, gelu: bool) -> None:
+        super().__init__(channels, width, side, stride=side)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, H / side, W / side); or in nested order (N, C), whose
+        channels may be followed by some that are 0, -> (N / side^2, O).
+        """
+        assert self.bias is not None
+        if x.dim() == 4:
+            found = super().forward(x)
+            return F.gelu(found) if self.gelu else found
+        taps_ohwc = self.weight.permute(0, 2, 3, 1)
+        # Channels that are 0 have weights that are 0.
+        taps_ohwc = F.pad(taps_ohwc, (0, x.shape[1] - self.in_channels))
+        weight_ok = taps_ohwc.flatten(1)
+        x_nk = x.view(-1, weight_ok.shape[1])
+        if not self.gelu:
+            return F.linear(x_nk, weight_ok, self.bias)
+        return gelu_after(F.linear(x_nk, weight_ok), self.bias)
+
+
+class TransposedConv(nn.ConvTranspose2d):
+    """A transposed convolution, and GELU if asked for."""
+
+    def __init__(
+        self, channels: int, width: int, side: int, stride: int, *, gelu: bool
+    ) -> None:
+        super().__init__(channels, width, side, stride, padding=1)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, C, h, w) -> (B, O, H, W)."""
+        assert self.bias is not None
+        if not (self.gelu and dense.fuses(x)):
+            found = super().forward(x)
+            return F.gelu(found) if self.gelu else found
+        found = F.conv_transpose2d(x, self.weight, None, self.stride, 1)
+        last = found.permute(0, 2, 3, 1)
+        if not last.is_contiguous():
+            return F.gelu(found + self.bias[:, None, None])
+        flat = bias_gelu(last.flatten(0, 2), self.bias)
+        return flat.view(last.shape).permute(0, 3, 1, 2)
