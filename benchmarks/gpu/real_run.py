@@ -30,8 +30,8 @@ _WORDS = (
     "--micro_batch=384",
     "--lanes=48",
     "--threads=12",
-    "--schedule.steps=1500",
-    "--schedule.warmup=150",
+    "--schedule.steps=600",
+    "--schedule.warmup=60",
     "--eval.every_steps=250",
     "--eval.max_pairs=1024",
 )

@@ -24,7 +24,7 @@ from benchmarks.gpu.variants import Calls, Variant, variants
 from trainer.dataset import Dataset
 from trainer.loader import Loader, StepBatch
 
-SIZES = {"mlim-base": (96, 192, 384, 768), "mlim-large-384": (48, 96, 192, 384)}
+SIZES = {"mlim-base": (96, 192, 384, 768), "mlim-large-384": (96, 192, 384)}
 TINY_SIZES = (4, 8)
 _BATCHES = 6
 _WARMUP, _STEPS = 6, 8

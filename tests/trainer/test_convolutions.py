@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.kernels.pixels import nested, normalised
 from trainer.models import dense
-from trainer.models.convolutions import SquareConv, TransposedConv
+from trainer.models.convolutions import SquareConv, TransposedConv, by_quarters
 from trainer.models.dense import GeluLinear
 
 PIXELS = torch.randint(
@@ -24,11 +24,11 @@ def embedder() -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
-def gradients(of: Tensor, model: nn.Module) -> list[Tensor]:
+def gradients(of: Tensor, model: nn.Module, *more: Tensor) -> list[Tensor]:
     upstream = torch.randn(
         of.shape, generator=torch.Generator().manual_seed(2), dtype=of.dtype
     )
-    return list(torch.autograd.grad(of, list(model.parameters()), upstream))
+    return list(torch.autograd.grad(of, [*model.parameters(), *more], upstream))
 
 
 @pytest.mark.parametrize("fuses", [False, True])
@@ -60,6 +60,23 @@ def test_a_bias_that_is_added_with_gelu_is_the_convolutions_own(
     monkeypatch.setattr(dense, "fuses", lambda x: True)
     fused = layer(x)
     for ours, theirs in zip([fused, *gradients(fused, layer)], wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_quarters_of_steps_are_the_transposed_convolution(
+    gelu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    layer = TransposedConv(6, 3, 4, 2, gelu=gelu).double()
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    plain = layer(x)
+    wanted = [plain, *gradients(plain, layer, x)]
+    monkeypatch.setattr(dense, "fuses", lambda x: True)
+    assert by_quarters(x, layer.weight, layer.bias).shape == (2, 3, 10, 14)
+    quarters = layer(x)
+    found = [quarters, *gradients(quarters, layer, x)]
+    for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

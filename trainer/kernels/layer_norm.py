@@ -26,10 +26,12 @@ from trainer.dropout import Dropout
 from trainer.kernels import dropout
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.dropout import keeps
+from trainer.kernels.parts import observed, sum_parts
 
-# Most programs of a backward pass, each with rows of its own: four for each of the 132
-# multiprocessors of an H100 or H200. Not asked of the device: sums would depend on it.
-_PROGRAMS = 528
+# Most programs of a backward pass, each with rows of its own: eight for each of the 132
+# multiprocessors of an H100 or H200, which hide each other's waits. Not asked of the
+# device: sums would depend on it.
+_PROGRAMS = 1056
 
 
 def add_layer_norm(
@@ -246,7 +248,8 @@ def _backward(
     d_x, _, d_weight, d_bias = _launch_backward(
         d_normed, d_total, total, mean, rstd, weight, None
     )
-    return d_x, d_weight, d_bias
+    # Results of an operator may not share memory.
+    return d_x, d_weight, d_bias.clone()
 
 
 def _launch_backward(
@@ -281,7 +284,7 @@ def _launch_backward(
             BLOCK=_block(width, drop),
             num_warps=_warps(width),
         )
-    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in parts)
+    d_weight, d_bias = sum_parts(parts, weight.dtype)
     return d_x, d_branch, d_weight, d_bias
 
 
@@ -370,7 +373,10 @@ def _backward_dropping(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, of the branch, of weight and of bias."""
     drop = Dropout(share, seed, use, uid, place)
-    return _launch_backward(d_normed, d_total, total, mean, rstd, weight, drop)
+    d_x, d_branch, d_weight, d_bias = _launch_backward(
+        d_normed, d_total, total, mean, rstd, weight, drop
+    )
+    return d_x, d_branch, d_weight, d_bias.clone()
 
 
 @_backward_dropping.register_fake
@@ -431,7 +437,36 @@ def add_layer_norm_fused(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The kernel, wherever the tensors are."""
-    return _forward(x, residual, weight, bias, eps)[:2]
+    if observed():
+        return _forward(x, residual, weight, bias, eps)[:2]
+    total, normed = _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    return total, normed
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """The operator without its way through `torch.library`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, mean, rstd = _launch_forward(
+            x, residual, weight, bias, eps, None
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, mean, rstd, weight)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_total, d_normed = grads
+        if d_normed is None:
+            return d_total, d_total, None, None, None
+        total, mean, rstd, weight = ctx.saved_tensors
+        d_x, _, d_weight, d_bias = _launch_backward(
+            d_normed, d_total, total, mean, rstd, weight, None
+        )
+        return d_x, d_x, d_weight, d_bias, None
 
 
 def dropout_add_layer_norm_fused(

@@ -12,12 +12,16 @@ Shapes: B images, C channels, O of the result, N pixels or squares in nested ord
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.kernels.bias_gelu import bias_gelu
 from trainer.models import dense
 from trainer.models.dense import gelu_after
+
+_FEW = 4
+"""Channels."""
 
 
 class SquareConv(nn.Conv2d):
@@ -53,10 +57,15 @@ class TransposedConv(nn.ConvTranspose2d):
     ) -> None:
         super().__init__(channels, width, side, stride, padding=1)
         self.gelu = gelu
+        # cuDNN has slow kernels alone for a transposed convolution to three channels.
+        self._has_few_outputs = (side, stride) == (4, 2) and width <= _FEW
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, h, w) -> (B, O, H, W)."""
         assert self.bias is not None
+        if self._has_few_outputs and dense.fuses(x):
+            found = by_quarters(x, self.weight, self.bias)
+            return F.gelu(found) if self.gelu else found
         if not (self.gelu and dense.fuses(x)):
             found = super().forward(x)
             return F.gelu(found) if self.gelu else found
@@ -66,3 +75,32 @@ class TransposedConv(nn.ConvTranspose2d):
             return F.gelu(found + self.bias[:, None, None])
         flat = bias_gelu(last.flatten(0, 2), self.bias)
         return flat.view(last.shape).permute(0, 3, 1, 2)
+
+
+def by_quarters(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A transposed convolution of 4 x 4 by steps of 2 with padding 1, as a convolution
+    of 3 x 3 whose channels are the four quarters of what is between two steps (Shi et
+    al., "Real-time single image and video super-resolution using an efficient sub-pixel
+    convolutional neural network", 2016).
+
+    Args:
+        x: (B, C, h, w).
+        weight: (C, O, 4, 4).
+        bias: (O,).
+
+    Returns:
+        (B, O, 2 h, 2 w).
+    """
+    channels, width = weight.shape[:2]
+    # Half a of a step takes from input d - 1 the weight numbered a + 3 - 2 d, if any.
+    half = torch.arange(6, device=x.device)
+    number = half // 3 + 3 - 2 * (half % 3)
+    chosen = number[:, None] == torch.arange(4, device=x.device)
+    chosen = chosen.to(weight.dtype)
+    taps = chosen @ weight.flatten(0, 1) @ chosen.t()
+    taps = taps.view(channels, width, 2, 3, 2, 3).permute(1, 2, 4, 0, 3, 5)
+    quarters = taps.reshape(4 * width, channels, 3, 3)
+    found = F.conv2d(
+        x, quarters, bias.repeat_interleave(4, output_size=4 * width), 1, 1
+    )
+    return F.pixel_shuffle(found, 2)

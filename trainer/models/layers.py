@@ -24,11 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.dropout import Dropout, beyond
+from trainer.kernels import attention
 from trainer.kernels.dropout import dropped
 from trainer.kernels.layer_norm import add_layer_norm, dropout_add_layer_norm
 from trainer.models.dense import GeluLinear, Linear, biased
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
+
+SHORT = 256
+"""Rows of segments that our attention kernel is made for; FlashAttention takes longer
+ones, of which it wastes less."""
 
 
 class Projection(nn.Linear):
@@ -40,11 +45,11 @@ class Projection(nn.Linear):
 
     def forward(  # type: ignore[override]
         self, x_td: Tensor, rows: Rows | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, D) -> (N, H, E), (T, H, E), (T, H, E)."""
+    ) -> tuple[Tensor, ...]:
+        """(T, D) -> (T, 3, H, E) alone; with rows, (N, H, E), (T, H, E), (T, H, E)."""
         if rows is None:
             qkv = biased(x_td, self.weight, self.bias)
-            return qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+            return (qkv.unflatten(-1, (3, self.heads, -1)),)
         sizes = [self.in_features, 2 * self.in_features]
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
@@ -65,10 +70,12 @@ class Attention(nn.Module):
         self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
     ) -> Tensor:
         """(T, D) -> (N, D)."""
-        q, k, v = self.qkv(x_td, rows)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            mixed = _varlen(q, k, v, stream, rows)
-        elif q.device.type == "cpu" and not torch.compiler.is_compiling():
+        table = self.qkv(x_td, rows)
+        if x_td.is_cuda and x_td.dtype in (torch.bfloat16, torch.float16):
+            mixed = _unpadded(table, stream, rows)
+            return self.out(mixed.flatten(-2))
+        q, k, v = table[0].unbind(1) if rows is None else table
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
             mixed = _by_segment(q, k, v, stream, rows)
         else:
             mixed = _padded(q, k, v, stream, rows)
@@ -223,16 +230,34 @@ class CrossBlock(nn.Module):
         return x_nd + dropped(hidden_nd, beyond(drop, 1))
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, stream: Segmented, rows: Rows | None
+def _unpadded(
+    table: tuple[Tensor, ...], stream: Segmented, rows: Rows | None
 ) -> Tensor:
-    """Attention over unpadded segments: (N, H, E) -> (N, H, E). CUDA, 16 bits."""
+    """Attention over unpadded segments, of what `Projection` gives: (N, H, E). CUDA, 16
+    bits.
+    """
+    cu, longest = stream.cu_seqlens, stream.longest
+    own = longest <= SHORT and attention.supported(table[0].shape[-1])
+    if rows is None:
+        if own:
+            return attention.attention_packed(table[0], cu, longest)
+        q, k, v = table[0].unbind(1)
+        return _varlen(q, k, v, cu, cu, longest)
+    q, k, v = table
+    if own:
+        bounds = rows.cu_seqlens
+        return attention.attention(q, k, v, bounds, cu, longest, longest)
+    return _varlen(q, k, v, rows.cu_seqlens, cu, longest)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int
+) -> Tensor:
+    """FlashAttention: (N, H, E) -> (N, H, E)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = stream.cu_seqlens, stream.longest
-    cu_q = cu if rows is None else rows.cu_seqlens
     # By position: the keywords changed between the releases we support.
-    mixed = varlen_attn(q, k, v, cu_q, cu, longest, longest)
+    mixed = varlen_attn(q, k, v, cu_q, cu_k, longest, longest)
     assert isinstance(mixed, Tensor)
     return mixed
 

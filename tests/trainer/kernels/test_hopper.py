@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = "trainer.kernels"
 MODULES = [
-    *("bias_gelu", "column_sums", "compact", "cross_entropy", "dropout"),
+    *("attention", "bias_gelu", "column_sums", "compact", "cross_entropy", "dropout"),
     *("layer_norm", "mam_embed", "mam_masks", "pixel_sse", "pixels"),
 ]
 
