@@ -27,11 +27,13 @@ from trainer import engine, loop
 from trainer.kernels import layer_norm
 from trainer.kernels.pixels import normalised
 from trainer.loader import Loader, MicroBatch, StepBatch
+from trainer.models import layers
 from trainer.models.mlim import MlimEncoder
 
 _FUSED = "_fused"
-_UNUSED = {"dropout"}
-"""Modules of kernels that no step of the recipes calls: they drop nothing."""
+_KEPT = {"attention", "dropout"}
+"""Modules whose references say nothing of a step: of attention it goes from segment to
+segment, and FlashAttention is the other choice; and the recipes drop nothing."""
 
 
 class Calls:
@@ -77,6 +79,11 @@ def variants(setting: Setting) -> list[Variant]:
         Variant(name="as trained", what="what trainer.pretrain does"),
         *_without_kernels(),
         *_without_pruning(),
+        Variant(
+            name="FlashAttention",
+            what="torch.nn.attention.varlen instead of our kernel for short segments",
+            around=_flash,
+        ),
         Variant(
             name="embedder by convolutions",
             what="convolutions of 2 x 2 on images as they lie, instead of matrix "
@@ -157,7 +164,11 @@ def kernel_modules() -> list[ModuleType]:
     """The modules of kernels that the step may use."""
     names = [found.name for found in pkgutil.iter_modules(trainer.kernels.__path__)]
     loaded = [importlib.import_module(f"trainer.kernels.{name}") for name in names]
-    return [module for module in loaded if _pairs(module)]
+    return [
+        module
+        for module in loaded
+        if _pairs(module) and module.__name__.rpartition(".")[2] not in _KEPT
+    ]
 
 
 def _pairs(module: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -179,8 +190,6 @@ def _without_kernels() -> list[Variant]:
     modules = kernel_modules()
     for module in modules:
         short = module.__name__.rpartition(".")[2]
-        if short in _UNUSED:
-            continue
         made.append(
             Variant(
                 name=f"without {short}",
@@ -222,6 +231,13 @@ def _norms_for_the_compiler(calls: Calls) -> Iterator[None]:
     calls.count += 1
     plain = layer_norm.add_layer_norm_ref
     with patch.object(layer_norm, "add_layer_norm_fused", plain):
+        yield
+
+
+@contextlib.contextmanager
+def _flash(calls: Calls) -> Iterator[None]:
+    taken = calls.through(layers._varlen)
+    with patch.object(layers, "SHORT", 0), patch.object(layers, "_varlen", taken):
         yield
 
 

@@ -71,13 +71,13 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _column_sums_kernel(
     x_ptr: tl.tensor,
     part_ptr: tl.tensor,
     rows: tl.int64,
+    tiles: tl.int64,
     FEATURES: tl.constexpr,
-    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -85,11 +85,14 @@ def _column_sums_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     wide = column < FEATURES
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tile in range(0, TILES):
-        row = (program * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    # Not range(): the interpreter takes no given number there.
+    tile = program * tiles
+    while tile < (program + 1) * tiles:
+        row = tile * ROWS + tl.arange(0, ROWS)
         at = row[:, None] * FEATURES + column[None, :]
         inside = (row < rows)[:, None] & wide[None, :]
         found += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tile += 1
     tl.store(part_ptr + program * FEATURES + column, tl.sum(found, 0), mask=wide)
 
 
@@ -105,16 +108,13 @@ def _launch(x: Tensor) -> Tensor:
     columns = min(triton.next_power_of_2(features), _COLUMNS)
     tile = _TILE // columns
     across = triton.cdiv(features, columns)
-    # A power of two, so that it is compiled for few numbers of rows.
-    tiles = triton.cdiv(triton.cdiv(rows, tile) * across, _PROGRAMS)
-    tiles = triton.next_power_of_2(max(tiles, 1))
+    tiles = max(triton.cdiv(triton.cdiv(rows, tile) * across, _PROGRAMS), 1)
     programs = triton.cdiv(rows, tile * tiles)
     parts = x.new_empty(1, programs, features, dtype=torch.float32)
     if rows:
         _column_sums_kernel[(programs, across)](
-            *(x, parts, rows),
+            *(x, parts, rows, tiles),
             FEATURES=features,
-            TILES=tiles,
             ROWS=tile,
             COLUMNS=columns,
             num_warps=8,

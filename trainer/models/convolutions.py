@@ -100,7 +100,13 @@ def by_quarters(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     taps = chosen @ weight.flatten(0, 1) @ chosen.t()
     taps = taps.view(channels, width, 2, 3, 2, 3).permute(1, 2, 4, 0, 3, 5)
     quarters = taps.reshape(4 * width, channels, 3, 3)
-    found = F.conv2d(
-        x, quarters, bias.repeat_interleave(4, output_size=4 * width), 1, 1
+    biases = bias.repeat_interleave(4, output_size=4 * width)
+    found = F.conv2d(x, quarters, biases, 1, 1)
+    images, _, height, across = found.shape
+    # As torch's pixel_shuffle, but with channels last, as convolutions have them.
+    apart = found.view(images, width, 2, 2, height, across)
+    return (
+        apart.permute(0, 4, 2, 5, 3, 1)
+        .reshape(images, 2 * height, 2 * across, width)
+        .permute(0, 3, 1, 2)
     )
-    return F.pixel_shuffle(found, 2)
