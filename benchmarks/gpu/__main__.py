@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         output=words.output or RESULTS,
         data=words.data,
         again=words.again,
-        only=words.only,
+        only=tuple(words.only),
         seconds=words.seconds,
     )
     status = 0
@@ -84,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="dataset directory of shards")
     parser.add_argument("--again", action="store_true", help="measure all anew")
     parser.add_argument(
-        "--only", default="", help="no entries but those with this in their key"
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="no entries but those with this in their key, or with another's",
     )
     parser.add_argument(
         "--seconds", type=float, default=420.0, help="begin no entry after these"

@@ -44,8 +44,8 @@ class Setting:
     """Dataset directory of shards; None: no part that needs one."""
     again: bool = False
     """Measure what is there already."""
-    only: str = ""
-    """Measure no entries but those with this in their key."""
+    only: tuple[str, ...] = ()
+    """Measure no entries but those with one of these in their key; none: all."""
     seconds: float = 420.0
     """No entry is begun after these."""
 
@@ -100,7 +100,8 @@ class Record:
         found = self.entries.get(key)
         if found and "error" not in found and found.get("passed", True):
             return found
-        if self.setting.only not in key and key != CEILINGS:
+        only = self.setting.only
+        if only and not any(part in key for part in only) and key != CEILINGS:
             return {}
         if time.monotonic() - self._began > self.setting.seconds:
             raise OutOfTime(f"{self.part}: stopped before {key!r}; run it again")
