@@ -331,8 +331,8 @@ class PretrainConfig:
     threads: int = 1
     """Decoding threads of each rank."""
     compile: Literal["none", "layers"] = "none"
-    """layers: torch.compile of each transformer layer, not with ZeRO stage 3. The first
-    steps take minutes; needs a C compiler."""
+    """layers: torch.compile of each transformer layer, and of MLIM's embedder and
+    decoder, not with ZeRO stage 3. The first steps take minutes; needs a C compiler."""
     digest: Literal["samples", "full"] = "samples"
     """What `sample_digest` covers: (uid, caption, augmentation), or the masks too."""
     model: ModelConfig = field(default_factory=MlimConfig)
