@@ -35,7 +35,7 @@ def _opening(found: Plan) -> Iterator[str]:
     yield advice(found)
     yield (
         "An estimate: FLOPs and kept tensors are counted, utilisation is assumed; "
-        "never checked on a GPU."
+        "memory has been checked on one GPU with ZeRO 1 alone."
     )
 
 

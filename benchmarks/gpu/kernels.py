@@ -185,7 +185,11 @@ def _seconds(
             outputs = _differentiable(_tensors(function(*inputs)))
             torch.autograd.grad(outputs, _wanting(inputs), gradients, allow_unused=True)
 
-        found[f"{name}_step_s"] = median_seconds(rotating(both, sets), setting)
+        step = rotating(both, sets)
+        found[f"{name}_step_s"] = median_seconds(step, setting)
+        replayed = graph_seconds(step, setting)
+        if replayed is not None:
+            found[f"{name}_step_graph_s"] = replayed
     return found
 
 
@@ -200,7 +204,7 @@ def _shares(
         computed["step"] = case.forward_flops + case.backward_flops
     for name, count in moved.items():
         # Replayed from a graph where that could be: launches are the step's matter.
-        seconds = found.get(f"fused_{name}_graph_s") or found[f"fused_{name}_s"]
+        seconds = _device_seconds(found, "fused", name)
         found[f"{name}_bytes"] = count
         found[f"{name}_bytes_per_s"] = count / seconds
         found[f"{name}_share_of_copy"] = count / seconds / best["copy_bytes_per_s"]
@@ -210,8 +214,14 @@ def _shares(
             found[f"{name}_share_of_gemm"] = rate / best["gemm_flops_per_s"]
         for other in ("eager", "compiled"):
             if f"{other}_{name}_s" in found:
-                ratio = found[f"{other}_{name}_s"] / found[f"fused_{name}_s"]
+                ratio = _device_seconds(found, other, name) / seconds
                 found[f"{name}_times_faster_than_{other}"] = ratio
+
+
+def _device_seconds(found: dict[str, Any], function: str, part: str) -> float:
+    """Of a replayed graph where that could be: a host can be slower than the device."""
+    seconds: float = found[f"{function}_{part}_s"]
+    return found.get(f"{function}_{part}_graph_s") or seconds
 
 
 def _gradient_errors(

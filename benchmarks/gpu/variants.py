@@ -142,7 +142,7 @@ def variants(setting: Setting) -> list[Variant]:
         ),
         Variant(
             name="layers compiled",
-            what="torch.compile of each transformer layer",
+            what="torch.compile of each transformer layer, embedder and decoder",
             model=functools.partial(_compile_layers, backend=backend),
         ),
         Variant(

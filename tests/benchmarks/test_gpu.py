@@ -21,6 +21,8 @@ from benchmarks.gpu import batches, peers, reads, syncs, variants
 from benchmarks.gpu.__main__ import FAILED, PARTS, UNFINISHED, main
 from benchmarks.gpu.kernels import all_cases, check, checks, dtypes, name_of, times
 from benchmarks.gpu.precision import compared
+from benchmarks.gpu.profile import Span, kind_of
+from benchmarks.gpu.profile import summary as profiled_summary
 from benchmarks.gpu.real_run import summary
 from benchmarks.gpu.record import Record, Setting
 from benchmarks.gpu.steps import best_size
@@ -400,6 +402,30 @@ def test_precisions_are_compared_by_the_noise_of_seeds() -> None:
 
     assert compared(curves(0.002), 2)["within_noise"]
     assert not compared(curves(0.05), 2)["within_noise"]
+
+
+def test_a_profile_says_what_kinds_of_kernels_take_and_when_none_runs() -> None:
+    spans = [
+        Span("nvjet_sm90_tst_256x128_bias_TNT", 0.0, 4000.0),
+        Span("_attention_forward_kernel", 3000.0, 5000.0),
+        Span("Memcpy HtoD (Pinned -> Device)", 8000.0, 9000.0),
+        Span("_attention_forward_kernel", 9000.0, 10000.0),
+    ]
+    found = profiled_summary(spans, 2)
+    assert found["step_ms"] == 5.0
+    # What runs beside something else counts once.
+    assert found["busy_ms"] == 3.5
+    assert found["idle_share"] == pytest.approx(0.3)
+    assert found["ms_by_kind"] == {
+        "matrix products": 2.0,
+        "attention": 1.5,
+        "copies": 0.5,
+    }
+    assert [one["calls"] for one in found["longest"]] == [0.5, 1.0, 0.5]
+    assert kind_of("_bias_gelu_backward_kernel") == "fused kernels"
+    assert kind_of("something else") == "other"
+    with pytest.raises(ValueError, match="no kernel"):
+        profiled_summary([], 1)
 
 
 def test_a_run_is_summed_up_by_its_settled_steps() -> None:

@@ -87,3 +87,24 @@ def test_a_linear_layer_with_gelu_is_both(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(layer(x), wanted)
     monkeypatch.setattr(dense, "fuses", lambda x: True)
     assert torch.allclose(layer(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_words", [16, 11])
+def test_rows_of_logits_are_aligned_and_the_words_alone(
+    n_words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(6)
+    leaves = [torch.randn(4, 6), torch.randn(n_words, 6), torch.randn(n_words)]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    plain = dense.scores_of_words(*leaves)
+    upstream = torch.randn(4, n_words, dtype=torch.float64)
+    wanted = torch.autograd.grad(plain, leaves, upstream)
+    monkeypatch.setattr(dense, "fuses", lambda x: True)
+    found = dense.scores_of_words(*leaves)
+    assert found.shape == (4, n_words)
+    assert found.stride() == (16, 1)
+    assert torch.allclose(found, plain, rtol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, upstream), wanted, strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)

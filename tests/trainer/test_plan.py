@@ -133,7 +133,7 @@ def test_what_is_not_known_without_data_is_said_to_be_so(
     assert main([*TINY, *H200]) == 0
     printed = capsys.readouterr().out
     assert "no --data: pairs, epochs, reading and decoding are not known" in printed
-    assert "never checked on a GPU" in printed
+    assert "checked on one GPU with ZeRO 1 alone" in printed
 
 
 def test_the_table_shows_every_stage_and_what_to_do(

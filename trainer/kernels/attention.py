@@ -1,8 +1,9 @@
 """Self-attention of many short unpadded segments, forward and backward.
 
-Owns the kernels, their tiles and their reference. Does not own the projections around
-them or which rows a layer computes (`trainer.models.layers`), or where segments begin
-(`trainer.models.segments`, `trainer.stream`).
+Owns the operators, their tiles and their reference. Does not own what a program does
+(`trainer.kernels.attention_kernels`), the projections around them or which rows a layer
+computes (`trainer.models.layers`), or where segments begin (`trainer.models.segments`,
+`trainer.stream`).
 
 A program has some rows of one segment and one head: queries in a forward pass. In a
 backward pass it has all of a segment's queries, with their gradients in registers, and
@@ -24,9 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
+from trainer.kernels.attention_kernels import (
+    attention_backward_kernel,
+    attention_backward_whole_kernel,
+    attention_forward_kernel,
+)
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import observed
 
@@ -45,8 +51,8 @@ class Tiles(NamedTuple):
 
 
 # By channels of a head, in 16 bits; in 32, which only tests use, `_EXACT`. Those of 64
-# channels were the fastest of five to seven on an H200, for segments of 73 and of 168
-# rows on average (`benchmarks/README.md`).
+# channels were the fastest of four or five on an H200, or as fast, for segments of 73
+# and of 168 rows on average (`benchmarks/README.md`); of up to 64, none were tried.
 _FORWARD = {
     16: Tiles(64, 32, 4, 2),
     32: Tiles(64, 32, 4, 2),
@@ -160,406 +166,6 @@ def attention_packed_fused(qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
     return packed
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _attention_forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    out_ptr,
-    lse_ptr,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    out_row,
-    rows,
-    scale,
-    WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """A program for each OWN queries of each head of each segment, and after the last
-    segment some for the rows that are left. `scale` is of scores in bits; so is lse.
-    """
-    first = tl.program_id(0) * OWN
-    head = tl.program_id(1)
-    segment = tl.program_id(2)
-    start = tl.load(cu_q_ptr + segment).to(tl.int64)
-    out_ptr += start * out_row + head * WIDTH
-    lse_ptr += head.to(tl.int64) * rows + start
-    if segment == tl.num_programs(2) - 1:
-        left, blocks = (rows - start).to(tl.int32), tl.num_programs(0)
-        _clear(out_ptr, tl.program_id(0), blocks, left, out_row, OWN, WIDTH)
-        # A column of one.
-        _clear(lse_ptr, tl.program_id(0), blocks, left, 1, OWN, 1)
-    else:
-        queries = (tl.load(cu_q_ptr + segment + 1) - start).to(tl.int32)
-        if first < queries:
-            start_k = tl.load(cu_k_ptr + segment).to(tl.int64)
-            keys = (tl.load(cu_k_ptr + segment + 1) - start_k).to(tl.int32)
-            q_ptr += start * q_row + head * q_head
-            k_ptr += start_k * k_row + head * k_head
-            v_ptr += start_k * v_row + head * v_head
-            q = _read(q_ptr, first, queries, q_row, OWN, WIDTH)
-            top = tl.full((OWN,), float("-inf"), tl.float32)
-            whole = tl.zeros((OWN,), tl.float32)
-            mixed = tl.zeros((OWN, WIDTH), tl.float32)
-            for at in range(0, _bound(keys), STEP):
-                k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
-                v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
-                scores = _dot(q, tl.trans(k), None) * scale
-                inside = at + tl.arange(0, STEP) < keys
-                scores = tl.where(inside[None, :], scores, float("-inf"))
-                higher = tl.maximum(top, tl.max(scores, 1))
-                weights = tl.exp2(scores - higher[:, None])
-                shrunk = tl.exp2(top - higher)
-                whole = whole * shrunk + tl.sum(weights, 1)
-                mixed = mixed * shrunk[:, None]
-                mixed = _dot(weights.to(v.dtype), v, mixed)
-                top = higher
-            # Over no keys it is 0.
-            mixed = mixed / tl.where(whole > 0, whole, 1.0)[:, None]
-            _write(out_ptr, mixed, first, queries, out_row, OWN, WIDTH)
-            row = first + tl.arange(0, OWN)
-            tl.store(lse_ptr + row, top + tl.log2(whole), mask=row < queries)
-
-
-@triton.jit(do_not_specialize=["rows_q", "rows_k", "blocks_k"])
-def _attention_backward_kernel(  # type: ignore[no-untyped-def]
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    d_q_ptr,
-    d_k_ptr,
-    d_v_ptr,
-    d_out_row,
-    d_out_head,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    out_row,
-    d_q_row,
-    d_k_row,
-    d_v_row,
-    rows_q,
-    rows_k,
-    blocks_k,
-    bits,
-    scale,
-    WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Of each head of each segment a program for each OWN keys, the first `blocks_k`,
-    and one for each OWN queries; after the last segment for the rows that are left.
-    `bits` is the scale of scores in bits.
-    """
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    segment = tl.program_id(2)
-    start_q = tl.load(cu_q_ptr + segment).to(tl.int64)
-    start_k = tl.load(cu_k_ptr + segment).to(tl.int64)
-    d_q_ptr += start_q * d_q_row + head * WIDTH
-    d_k_ptr += start_k * d_k_row + head * WIDTH
-    d_v_ptr += start_k * d_v_row + head * WIDTH
-    if segment == tl.num_programs(2) - 1:
-        if block < blocks_k:
-            left = (rows_k - start_k).to(tl.int32)
-            _clear(d_k_ptr, block, blocks_k, left, d_k_row, OWN, WIDTH)
-            _clear(d_v_ptr, block, blocks_k, left, d_v_row, OWN, WIDTH)
-        else:
-            left = (rows_q - start_q).to(tl.int32)
-            blocks = tl.num_programs(0) - blocks_k
-            _clear(d_q_ptr, block - blocks_k, blocks, left, d_q_row, OWN, WIDTH)
-    else:
-        queries = (tl.load(cu_q_ptr + segment + 1) - start_q).to(tl.int32)
-        keys = (tl.load(cu_k_ptr + segment + 1) - start_k).to(tl.int32)
-        d_out_ptr += start_q * d_out_row + head * d_out_head
-        q_ptr += start_q * q_row + head * q_head
-        k_ptr += start_k * k_row + head * k_head
-        v_ptr += start_k * v_row + head * v_head
-        out_ptr += start_q * out_row + head * WIDTH
-        lse_ptr += head.to(tl.int64) * rows_q + start_q
-        if block < blocks_k:
-            first = block * OWN
-            if first < keys:
-                k = _read(k_ptr, first, keys, k_row, OWN, WIDTH)
-                v = _read(v_ptr, first, keys, v_row, OWN, WIDTH)
-                d_k, d_v = _over_queries(
-                    *(k, v, q_ptr, d_out_ptr, out_ptr, lse_ptr),
-                    *(q_row, d_out_row, out_row, queries, bits, WIDTH, OWN, STEP),
-                )
-                _write(d_k_ptr, d_k * scale, first, keys, d_k_row, OWN, WIDTH)
-                _write(d_v_ptr, d_v, first, keys, d_v_row, OWN, WIDTH)
-        else:
-            first = (block - blocks_k) * OWN
-            if first < queries:
-                q, d_out, lse, delta = _read_queries(
-                    *(q_ptr, d_out_ptr, out_ptr, lse_ptr),
-                    *(first, queries, q_row, d_out_row, out_row, OWN, WIDTH),
-                )
-                d_q = _over_keys(
-                    *(q, d_out, lse, delta, k_ptr, v_ptr),
-                    *(k_row, v_row, keys, bits, WIDTH, OWN, STEP),
-                )
-                _write(d_q_ptr, d_q * scale, first, queries, d_q_row, OWN, WIDTH)
-
-
-@triton.jit
-def _over_queries(  # type: ignore[no-untyped-def]
-    k,
-    v,
-    q_ptr,
-    d_out_ptr,
-    out_ptr,
-    lse_ptr,
-    q_row,
-    d_out_row,
-    out_row,
-    queries,
-    bits,
-    WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Gradients of some keys, but for the scale of scores, and of their values."""
-    d_k = tl.zeros((OWN, WIDTH), tl.float32)
-    d_v = tl.zeros((OWN, WIDTH), tl.float32)
-    for at in range(0, _bound(queries), STEP):
-        q, d_out, lse, delta = _read_queries(
-            *(q_ptr, d_out_ptr, out_ptr, lse_ptr),
-            *(at, queries, q_row, d_out_row, out_row, STEP, WIDTH),
-        )
-        # Keys by queries: so the sums below have it on their left.
-        weights = tl.exp2(_dot(k, tl.trans(q), None) * bits - lse[None, :])
-        d_v = _dot(weights.to(q.dtype), d_out, d_v)
-        d_scores = weights * (_dot(v, tl.trans(d_out), None) - delta[None, :])
-        d_k = _dot(d_scores.to(q.dtype), q, d_k)
-    return d_k, d_v
-
-
-@triton.jit
-def _over_keys(  # type: ignore[no-untyped-def]
-    q,
-    d_out,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    k_row,
-    v_row,
-    keys,
-    bits,
-    WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Gradient of some queries, but for the scale of scores."""
-    d_q = tl.zeros((OWN, WIDTH), tl.float32)
-    for at in range(0, _bound(keys), STEP):
-        k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
-        v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
-        weights = tl.exp2(_dot(q, tl.trans(k), None) * bits - lse[:, None])
-        d_scores = weights * (_dot(d_out, tl.trans(v), None) - delta[:, None])
-        # Else of no key it is a number times 0, and may be infinite.
-        inside = at + tl.arange(0, STEP) < keys
-        d_scores = tl.where(inside[None, :], d_scores, 0.0)
-        d_q = _dot(d_scores.to(k.dtype), k, d_q)
-    return d_q
-
-
-@triton.jit(do_not_specialize=["rows_q", "rows_k"])
-def _attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    d_q_ptr,
-    d_k_ptr,
-    d_v_ptr,
-    d_out_row,
-    d_out_head,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    out_row,
-    d_q_row,
-    d_k_row,
-    d_v_row,
-    rows_q,
-    rows_k,
-    bits,
-    scale,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """A program for each head of each segment of at most PARTS times OWN queries, and
-    after the last segment for the rows that are left.
-    """
-    head = tl.program_id(0)
-    segment = tl.program_id(1)
-    start_q = tl.load(cu_q_ptr + segment).to(tl.int64)
-    start_k = tl.load(cu_k_ptr + segment).to(tl.int64)
-    d_q_ptr += start_q * d_q_row + head * WIDTH
-    d_k_ptr += start_k * d_k_row + head * WIDTH
-    d_v_ptr += start_k * d_v_row + head * WIDTH
-    if segment == tl.num_programs(1) - 1:
-        # One, number 0.
-        block, blocks = tl.program_id(2), tl.num_programs(2)
-        left = (rows_q - start_q).to(tl.int32)
-        _clear(d_q_ptr, block, blocks, left, d_q_row, OWN, WIDTH)
-        left = (rows_k - start_k).to(tl.int32)
-        _clear(d_k_ptr, block, blocks, left, d_k_row, OWN, WIDTH)
-        _clear(d_v_ptr, block, blocks, left, d_v_row, OWN, WIDTH)
-    else:
-        queries = (tl.load(cu_q_ptr + segment + 1) - start_q).to(tl.int32)
-        keys = (tl.load(cu_k_ptr + segment + 1) - start_k).to(tl.int32)
-        d_out_ptr += start_q * d_out_row + head * d_out_head
-        q_ptr += start_q * q_row + head * q_head
-        k_ptr += start_k * k_row + head * k_head
-        v_ptr += start_k * v_row + head * v_head
-        out_ptr += start_q * out_row + head * WIDTH
-        lse_ptr += head.to(tl.int64) * rows_q + start_q
-        q, d_out, lse, delta, d_q = (), (), (), (), ()
-        for part in tl.static_range(PARTS):
-            one = _read_queries(
-                *(q_ptr, d_out_ptr, out_ptr, lse_ptr),
-                *(part * OWN, queries, q_row, d_out_row, out_row, OWN, WIDTH),
-            )
-            q += (one[0],)  # type: ignore[assignment]
-            d_out += (one[1],)  # type: ignore[assignment]
-            lse += (one[2],)  # type: ignore[assignment]
-            delta += (one[3],)  # type: ignore[assignment]
-            d_q += (tl.zeros((OWN, WIDTH), tl.float32),)  # type: ignore[assignment]
-        for at in range(0, _bound(keys), STEP):
-            k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
-            v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
-            inside = (at + tl.arange(0, STEP) < keys)[None, :]
-            # Channels by keys: of enough rows for the largest products.
-            d_k = tl.zeros((WIDTH, STEP), tl.float32)
-            d_v = tl.zeros((WIDTH, STEP), tl.float32)
-            grown = ()
-            for part in tl.static_range(PARTS):
-                scores = _dot(q[part], tl.trans(k), None) * bits
-                weights = tl.exp2(scores - lse[part][:, None])
-                d_v = _dot(tl.trans(d_out[part]), weights.to(k.dtype), d_v)
-                d_weights = _dot(d_out[part], tl.trans(v), None)
-                d_scores = weights * (d_weights - delta[part][:, None])
-                d_scores = tl.where(inside, d_scores, 0.0).to(k.dtype)
-                d_k = _dot(tl.trans(q[part]), d_scores, d_k)
-                grown += (_dot(d_scores, k, d_q[part]),)  # type: ignore[assignment]
-            d_q = grown
-            _write(d_k_ptr, tl.trans(d_k) * scale, at, keys, d_k_row, STEP, WIDTH)
-            _write(d_v_ptr, tl.trans(d_v), at, keys, d_v_row, STEP, WIDTH)
-        for part in tl.static_range(PARTS):
-            whole = d_q[part] * scale
-            _write(d_q_ptr, whole, part * OWN, queries, d_q_row, OWN, WIDTH)
-
-
-@triton.jit
-def _read_queries(  # type: ignore[no-untyped-def]
-    q_ptr,
-    d_out_ptr,
-    out_ptr,
-    lse_ptr,
-    first,
-    end,
-    q_row,
-    d_out_row,
-    out_row,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Some queries, gradients of what they mixed, the logarithms that make weights of
-    their scores, infinite from `end` on, and the means of their weights' gradients.
-    """
-    q = _read(q_ptr, first, end, q_row, ROWS, WIDTH)
-    d_out = _read(d_out_ptr, first, end, d_out_row, ROWS, WIDTH)
-    out = _read(out_ptr, first, end, out_row, ROWS, WIDTH)
-    row = first + tl.arange(0, ROWS)
-    lse = tl.load(lse_ptr + row, mask=row < end, other=float("inf"))
-    return q, d_out, lse, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-
-
-@triton.jit
-def _read(  # type: ignore[no-untyped-def]
-    ptr, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Rows from `first` on of a head of a segment; from `end` on they are zeros."""
-    row = first + tl.arange(0, ROWS)
-    at = row[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    return tl.load(ptr + at, mask=(row < end)[:, None], other=0.0)
-
-
-@triton.jit
-def _write(  # type: ignore[no-untyped-def]
-    ptr, value, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """The other way; from `end` on nothing is written."""
-    row = first + tl.arange(0, ROWS)
-    at = row[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=(row < end)[:, None])
-
-
-@triton.jit
-def _clear(  # type: ignore[no-untyped-def]
-    ptr, block, blocks, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Zeros to the rows up to `end`, which may be far, that are in a block of ROWS with
-    this number among every so many.
-    """
-    first, along = block * ROWS, blocks * ROWS
-    for start in range(_bound(first), _bound(end), _bound(along)):
-        row = start + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-        zeros = tl.zeros((ROWS, WIDTH), ptr.dtype.element_ty)
-        tl.store(ptr + at, zeros, mask=(row < end)[:, None])
-
-
-@triton.jit
-def _dot(left, right, onto):  # type: ignore[no-untyped-def]
-    """Their product, added to `onto` if that is something; nothing is rounded first."""
-    return tl.dot(left, right, onto, input_precision="ieee")
-
-
-@triton.jit
-def _bound(number):  # type: ignore[no-untyped-def]
-    """`number`, as a bound of a loop."""
-    return number
-
-
-if triton.knobs.runtime.interpret:
-    # The interpreter of Triton 3.6 multiplies bf16 as if its bits were integers, and
-    # makes no bound of a tensor under numpy 2.4.
-    def _dot(left: Any, right: Any, onto: Any) -> Any:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-        return tl.dot(left, right, onto, input_precision="ieee")
-
-    def _bound(number: Any) -> int:
-        return int(number.handle.data.item())
-
-
 @library.custom_op("palimpsest::attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -602,7 +208,7 @@ def _launch_forward(
     out, lse = _results_like(q)
     tiles = _tiles(_FORWARD, q)
     if out.numel():
-        _attention_forward_kernel[(_blocks(longest, tiles), heads, len(cu_q))](
+        attention_forward_kernel[(_blocks(longest, tiles), heads, len(cu_q))](
             *(q, k, v, cu_q.contiguous(), cu_k.contiguous(), out, lse),
             *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0)),
             rows,
@@ -691,7 +297,7 @@ def _launch_backward(
     whole = _whole(longest_q, q)
     if whole is not None:
         parts, tiles = whole
-        _attention_backward_whole_kernel[(heads, len(cu_q), 1)](
+        attention_backward_whole_kernel[(heads, len(cu_q), 1)](
             *given,
             *scales,
             PARTS=parts,
@@ -704,7 +310,7 @@ def _launch_backward(
         return
     tiles = _tiles(_BACKWARD, q)
     blocks_q, blocks_k = _blocks(longest_q, tiles), _blocks(longest_k, tiles)
-    _attention_backward_kernel[(blocks_k + blocks_q, heads, len(cu_q))](
+    attention_backward_kernel[(blocks_k + blocks_q, heads, len(cu_q))](
         *given,
         blocks_k,
         *scales,
@@ -805,6 +411,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = _launch_apart_backward(*grads, *ctx.saved_tensors, *ctx.longest)
         return *found, *[None] * 4
@@ -822,6 +429,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (d_out,) = grads
         qkv, out, lse, cu = ctx.saved_tensors

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import observed, sum_parts
@@ -200,6 +201,7 @@ class _BiasGelu(torch.autograd.Function):
         return _launch_forward(x, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         return _launch_backward(*grads, *ctx.saved_tensors)
 

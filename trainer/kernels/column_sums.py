@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import observed, sum_parts
@@ -35,9 +36,7 @@ def column_sums(x: Tensor) -> Tensor:
     """(N, F) -> (F,) of the same dtype, added up in fp32: by the kernel on a CUDA
     device, elsewhere by the reference.
     """
-    if not x.is_cuda:
-        return column_sums_ref(x)
-    return column_sums_fused(x) if observed() else _launch(x)
+    return column_sums_fused(x) if x.is_cuda else column_sums_ref(x)
 
 
 def column_sums_ref(x: Tensor) -> Tensor:
@@ -60,6 +59,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (dy,) = grads
@@ -96,9 +96,14 @@ def _column_sums_kernel(
     tl.store(part_ptr + program * FEATURES + column, tl.sum(found, 0), mask=wide)
 
 
-@library.custom_op("palimpsest::column_sums", mutates_args=())
 def column_sums_fused(x: Tensor) -> Tensor:
     """The kernel, wherever the table is."""
+    found: Tensor = _sums(x) if observed() else _launch(x)
+    return found
+
+
+@library.custom_op("palimpsest::column_sums", mutates_args=())
+def _sums(x: Tensor) -> Tensor:
     return _launch(x)
 
 
@@ -122,7 +127,7 @@ def _launch(x: Tensor) -> Tensor:
     return sum_parts(parts, x.dtype)[0]
 
 
-@column_sums_fused.register_fake
+@_sums.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1])
 

@@ -5,7 +5,8 @@ the logits or the choice of rows (`trainer.models.mlim`).
 
 The forward pass reads the logits once (online softmax, Milakov and Gimelshein, 2018)
 and leaves them alone, so that metrics and panels can read them. The backward pass
-overwrites them with their gradient: there is no second buffer of their size. Whoever
+overwrites them with their gradient: there is no second buffer of their size, unless
+they are columns of a wider table, whose gradient autograd makes of theirs. Whoever
 reads them later reads a gradient; autograd counts it as an in-place change, so a second
 backward pass, or an operation that kept the logits for its own, is an error and never a
 wrong number. Logits that are a leaf are the caller's own: they stay, and their gradient

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from trainer.dropout import Dropout
 from trainer.kernels import dropout
@@ -458,6 +459,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_total, d_normed = grads
         if d_normed is None:

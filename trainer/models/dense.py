@@ -53,7 +53,7 @@ def scores_of_words(hidden_mc: Tensor, words_vc: Tensor, bias: Tensor) -> Tensor
     """
     n_words = len(words_vc)
     beyond = -n_words % _VECTOR
-    if not (hidden_mc.is_cuda and beyond):
+    if not (fuses(hidden_mc) and beyond):
         return F.linear(hidden_mc, words_vc, bias)
     wide_vc = F.pad(words_vc, (0, 0, 0, beyond))
     return F.linear(hidden_mc, wide_vc, F.pad(bias, (0, beyond)))[:, :n_words]

@@ -44,8 +44,10 @@ def test_black_and_white_are_exact_and_memory_is_channels_last() -> None:
 
 def test_in_nested_order_each_square_of_any_size_follows_whole() -> None:
     place = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
-    found = nested(place, 4, torch.float64)
-    assert torch.equal(found, nested_ref(place, 4, torch.float64))
+    assert torch.equal(
+        nested(place, 4, torch.float64), nested_ref(place, 4, torch.float64)
+    )
+    found = nested_fused(place, 4, torch.float64)
     assert torch.equal(found[:, 3], torch.zeros(256, dtype=torch.float64))
     order = ((found[:, 0] + 1) * 127.5).round().long()
     y, x = order // 16, order % 16
