@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.models.dense import VECTOR
 from trainer.one_rank import take_gradients_whole
 from trainer.options import (
     DeepSpeedConfig,
@@ -30,8 +31,6 @@ from trainer.options import (
 from trainer.refusal import combined_norm, refusing, refusing_on_device
 
 Item = TypeVar("Item")
-_VECTOR = 16 // torch.bfloat16.itemsize
-"""Elements of a load of 16 bytes, in the type that models compute with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +247,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     behind one of 30,522 words' biases every other begins at an address that cuBLAS has
     only slow kernels for.
     """
-    last = sorted(model.parameters(), key=lambda p: p.numel() % _VECTOR > 0)
+    last = sorted(model.parameters(), key=lambda p: p.numel() % VECTOR > 0)
     decay = [p for p in last if p.ndim > 1]
     plain = [p for p in last if p.ndim <= 1]
     return [

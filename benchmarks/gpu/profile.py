@@ -20,13 +20,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from benchmarks.gpu.batches import Drawn, pinned, recipe
+from benchmarks.gpu.batches import Drawn, recipe
 from benchmarks.gpu.record import Record, Setting
-from benchmarks.gpu.steps import best_size, models, sizes
-from benchmarks.gpu.training import repeated, trainee
+from benchmarks.gpu.steps import best_size, drawn, models, sizes
+from benchmarks.gpu.training import trainee
 from trainer.feed import Feed
 
-_BATCHES, _WARMUP, _STEPS = 4, 6, 4
+_WARMUP, _STEPS = 6, 4
 _LONGEST = 40
 _NAME_LETTERS = 160
 KINDS = (
@@ -69,11 +69,8 @@ def profiled(setting: Setting, name: str, pairs: int) -> dict[str, Any]:
     loader = Drawn(config, tiny=setting.tiny)
     one = trainee(loader, setting)
     warmup, steps = (1, 1) if setting.tiny else (_WARMUP, _STEPS)
-    made = [loader.step(number) for number in range(min(_BATCHES, warmup + steps))]
-    if setting.cuda:
-        made = [pinned(each) for each in made]
     activity = ProfilerActivity.CUDA if setting.cuda else ProfilerActivity.CPU
-    with Feed(repeated(made, warmup + steps), setting.device) as feed:
+    with Feed(drawn(loader, setting, warmup + steps), setting.device) as feed:
         for _ in range(warmup):
             one.step(feed.next())
             feed.ended()

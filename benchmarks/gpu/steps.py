@@ -150,11 +150,16 @@ def _made(
     """Drawn batches over and over; the variant's form of each is made anew when it is
     asked for, as a data loader would make it.
     """
-    some = [loader.step(number) for number in range(min(count, _BATCHES))]
-    if setting.cuda:
-        some = [pinned(each) for each in some]
-    whole = repeated(some, count)
+    whole = drawn(loader, setting, count)
     if variant.batch is None:
         return whole
     change = variant.batch
     return (change(loader, each) for each in whole)
+
+
+def drawn(loader: Drawn, setting: Setting, count: int) -> Iterator[StepBatch]:
+    """Some drawn batches over and over, `count` in all."""
+    some = [loader.step(number) for number in range(min(count, _BATCHES))]
+    if setting.cuda:
+        some = [pinned(each) for each in some]
+    return repeated(some, count)

@@ -260,7 +260,7 @@ def _reduced(calls: Calls) -> Iterator[None]:
 @contextlib.contextmanager
 def _unaligned(calls: Calls) -> Iterator[None]:
     calls.count += 1
-    with patch.object(engine, "_VECTOR", 1):
+    with patch.object(engine, "VECTOR", 1):
         yield
 
 

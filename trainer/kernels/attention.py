@@ -20,13 +20,13 @@ B segments, S longest one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from trainer.kernels.attention_kernels import (
     attention_backward_kernel,
@@ -34,7 +34,7 @@ from trainer.kernels.attention_kernels import (
     attention_forward_kernel,
 )
 from trainer.kernels.case import Case, Inputs
-from trainer.kernels.parts import observed
+from trainer.kernels.parts import direct, observed
 
 _WIDTHS = (16, 32, 64, 128)
 
@@ -153,17 +153,15 @@ def attention_fused(
 ) -> Tensor:
     """The kernel, wherever the tensors are."""
     given = (q, k, v, cu_q, cu_k, longest_q, longest_k)
-    out: Tensor = _forward(*given)[0] if observed() else _Attention.apply(*given)
+    out: Tensor = (_forward if observed() else _direct)(*given)[0]
     return out
 
 
 def attention_packed_fused(qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
     """The kernel, wherever the tensors are."""
-    if observed():
-        packed: Tensor = _forward_packed(qkv, cu, longest)[0]
-    else:
-        packed = _PackedAttention.apply(qkv, cu, longest)
-    return packed
+    called = _forward_packed if observed() else _direct_packed
+    out: Tensor = called(qkv, cu, longest)[0]
+    return out
 
 
 @library.custom_op("palimpsest::attention", mutates_args=())
@@ -179,7 +177,13 @@ def _forward(
     """Attention (N, H, E), and the logarithm to base 2 (H, N), fp32, of the sum of the
     powers of every query's scores.
     """
-    return _launch_forward(q, k, v, cu_q, cu_k, longest_q)
+    return _launch_apart(q, k, v, cu_q, cu_k, longest_q, longest_k)
+
+
+def _launch_apart(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int
+) -> tuple[Tensor, Tensor]:
+    return _launch_forward(q, k, v, cu_q, cu_k, longest[0])
 
 
 @_forward.register_fake
@@ -236,8 +240,8 @@ def _backward(
     longest_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    kept = (q, k, v, out, lse, cu_q, cu_k, longest_q, longest_k)
-    return _launch_apart_backward(d_out, *kept)
+    bounds = (cu_q, cu_k, longest_q, longest_k)
+    return _launch_apart_backward(d_out, q, k, v, out, lse, *bounds)
 
 
 def _launch_apart_backward(
@@ -331,19 +335,24 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(
-    ctx: Any, d_out: Tensor | None, _: Tensor | None
+    backward: Callable[..., tuple[Tensor, ...]], ctx: Any, d_out: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     if d_out is None:
         return (None,) * 7
-    return *_backward(d_out, *ctx.saved_tensors, *ctx.longest), *[None] * 4
+    return *backward(d_out, *ctx.saved_tensors, *ctx.longest), *[None] * 4
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(partial(_differentiate, _backward), setup_context=_keep)
+_direct = direct(_launch_apart, _keep, partial(_differentiate, _launch_apart_backward))
 
 
 @library.custom_op("palimpsest::attention_packed", mutates_args=())
 def _forward_packed(qkv: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """As `_forward`."""
+    return _launch_packed(qkv, cu, longest)
+
+
+def _launch_packed(qkv: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
     return _launch_forward(q, k, v, cu, cu, longest)
 
@@ -390,51 +399,21 @@ def _keep_packed(
 
 
 def _differentiate_packed(
-    ctx: Any, d_out: Tensor | None, _: Tensor | None
+    backward: Callable[..., Tensor], ctx: Any, d_out: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, None, None]:
     if d_out is None:
         return None, None, None
-    return _backward_packed(d_out, *ctx.saved_tensors, ctx.longest), None, None
+    return backward(d_out, *ctx.saved_tensors, ctx.longest), None, None
 
 
-_forward_packed.register_autograd(_differentiate_packed, setup_context=_keep_packed)
-
-
-class _Attention(torch.autograd.Function):
-    """The operator without its way through `torch.library`."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        q, k, v, cu_q, cu_k, *ctx.longest = given
-        out, lse = _launch_forward(q, k, v, cu_q, cu_k, ctx.longest[0])
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = _launch_apart_backward(*grads, *ctx.saved_tensors, *ctx.longest)
-        return *found, *[None] * 4
-
-
-class _PackedAttention(torch.autograd.Function):
-    """The same of the packed one."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
-        q, k, v = qkv.unbind(1)
-        out, lse = _launch_forward(q, k, v, cu, cu, longest)
-        ctx.longest = longest
-        ctx.save_for_backward(qkv, out, lse, cu)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (d_out,) = grads
-        qkv, out, lse, cu = ctx.saved_tensors
-        found = _launch_packed_backward(d_out, qkv, out, lse, cu, ctx.longest)
-        return found, None, None
+_forward_packed.register_autograd(
+    partial(_differentiate_packed, _backward_packed), setup_context=_keep_packed
+)
+_direct_packed = direct(
+    _launch_packed,
+    _keep_packed,
+    partial(_differentiate_packed, _launch_packed_backward),
+)
 
 
 def _side_by_side(x: Tensor) -> Tensor:

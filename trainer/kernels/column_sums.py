@@ -21,15 +21,10 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from trainer.kernels.case import Case, Inputs
-from trainer.kernels.parts import observed, sum_parts
+from trainer.kernels.parts import cut, observed, sum_parts
 
 _TILE = 4096
 """Numbers that a program adds at a time."""
-_COLUMNS = 128
-"""Most features of a tile: 256 bytes of bf16 of each of its rows."""
-# Programs, at least: eight for each of the 132 multiprocessors of an H100 or H200. Not
-# asked of the device: sums would depend on it.
-_PROGRAMS = 1056
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -110,18 +105,14 @@ def _sums(x: Tensor) -> Tensor:
 def _launch(x: Tensor) -> Tensor:
     x = x.contiguous()
     rows, features = x.shape
-    columns = min(triton.next_power_of_2(features), _COLUMNS)
-    tile = _TILE // columns
-    across = triton.cdiv(features, columns)
-    tiles = max(triton.cdiv(triton.cdiv(rows, tile) * across, _PROGRAMS), 1)
-    programs = triton.cdiv(rows, tile * tiles)
-    parts = x.new_empty(1, programs, features, dtype=torch.float32)
+    cuts = cut(rows, features, _TILE)
+    parts = x.new_empty(1, cuts.grid[0], features, dtype=torch.float32)
     if rows:
-        _column_sums_kernel[(programs, across)](
-            *(x, parts, rows, tiles),
+        _column_sums_kernel[cuts.grid](
+            *(x, parts, rows, cuts.tiles),
             FEATURES=features,
-            ROWS=tile,
-            COLUMNS=columns,
+            ROWS=cuts.rows,
+            COLUMNS=cuts.columns,
             num_warps=8,
         )
     return sum_parts(parts, x.dtype)[0]

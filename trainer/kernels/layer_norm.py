@@ -14,6 +14,8 @@ Ba, Kiros, Hinton, "Layer Normalization", 2016. Shapes: T rows, D width, G progr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +23,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from trainer.dropout import Dropout
 from trainer.kernels import dropout
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.dropout import keeps
-from trainer.kernels.parts import observed, sum_parts
+from trainer.kernels.parts import direct, observed, sum_parts
 
 # Most programs of a backward pass, each with rows of its own: eight for each of the 132
 # multiprocessors of an H100 or H200, which hide each other's waits. Not asked of the
@@ -313,15 +314,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(
-    ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    backward: Callable[..., tuple[Tensor, ...]],
+    ctx: Any,
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    *_: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     if d_normed is None:
         return d_total, d_total, None, None, None
-    d_x, d_weight, d_bias = _backward(d_normed, d_total, *ctx.saved_tensors)
-    return d_x, d_x, d_weight, d_bias, None
+    # What is launched gives a gradient of the branch besides, the same without dropout.
+    found = backward(d_normed, d_total, *ctx.saved_tensors)
+    return found[0], found[0], found[-2], found[-1], None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(partial(_differentiate, _backward), setup_context=_keep)
+_direct = direct(
+    partial(_launch_forward, drop=None),
+    _keep,
+    partial(_differentiate, partial(_launch_backward, drop=None)),
+)
 
 
 @library.custom_op("palimpsest::dropout_add_layer_norm", mutates_args=())
@@ -438,37 +449,9 @@ def add_layer_norm_fused(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The kernel, wherever the tensors are."""
-    if observed():
-        return _forward(x, residual, weight, bias, eps)[:2]
-    total, normed = _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    called = _forward if observed() else _direct
+    total, normed, *_ = called(x, residual, weight, bias, eps)
     return total, normed
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    """The operator without its way through `torch.library`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total, normed, mean, rstd = _launch_forward(
-            x, residual, weight, bias, eps, None
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, mean, rstd, weight)
-        return total, normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_total, d_normed = grads
-        if d_normed is None:
-            return d_total, d_total, None, None, None
-        total, mean, rstd, weight = ctx.saved_tensors
-        d_x, _, d_weight, d_bias = _launch_backward(
-            d_normed, d_total, total, mean, rstd, weight, None
-        )
-        return d_x, d_x, d_weight, d_bias, None
 
 
 def dropout_add_layer_norm_fused(

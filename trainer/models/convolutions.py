@@ -63,11 +63,14 @@ class TransposedConv(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, h, w) -> (B, O, H, W)."""
         assert self.bias is not None
-        if self._has_few_outputs and dense.fuses(x):
-            found = by_quarters(x, self.weight, self.bias)
-            return F.gelu(found) if self.gelu else found
-        if not (self.gelu and dense.fuses(x)):
-            found = super().forward(x)
+        fuses = dense.fuses(x)
+        if self._has_few_outputs or not (self.gelu and fuses):
+            quarters = self._has_few_outputs and fuses
+            found = (
+                by_quarters(x, self.weight, self.bias)
+                if quarters
+                else super().forward(x)
+            )
             return F.gelu(found) if self.gelu else found
         found = F.conv_transpose2d(x, self.weight, None, self.stride, 1)
         last = found.permute(0, 2, 3, 1)

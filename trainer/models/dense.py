@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trainer.kernels.bias_gelu import bias_gelu
 from trainer.kernels.column_sums import linear
 
-_VECTOR = 8
-"""Numbers of bf16 in 16 bytes."""
+VECTOR = 16 // torch.bfloat16.itemsize
+"""Numbers of a load of 16 bytes, in the type that models compute with."""
 
 
 class Linear(nn.Linear):
@@ -38,7 +38,7 @@ class GeluLinear(nn.Linear):
         """(N, C) -> (N, O)."""
         if not fuses(x):
             return F.gelu(super().forward(x))
-        return gelu_after(F.linear(x, self.weight), self.bias)
+        return bias_gelu(F.linear(x, self.weight), self.bias)
 
 
 def biased(x_nc: Tensor, weight_oc: Tensor, bias: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def scores_of_words(hidden_mc: Tensor, words_vc: Tensor, bias: Tensor) -> Tensor
     a multiple of 16 bytes, of which cuBLAS has fast kernels; 30,522 is none.
     """
     n_words = len(words_vc)
-    beyond = -n_words % _VECTOR
+    beyond = -n_words % VECTOR
     if not (fuses(hidden_mc) and beyond):
         return F.linear(hidden_mc, words_vc, bias)
     wide_vc = F.pad(words_vc, (0, 0, 0, beyond))
