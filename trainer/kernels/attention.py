@@ -31,6 +31,7 @@ from torch import Tensor, library
 from trainer.kernels.attention_kernels import (
     attention_backward_kernel,
     attention_backward_whole_kernel,
+    attention_delta_kernel,
     attention_forward_kernel,
 )
 from trainer.kernels.case import Case, Inputs
@@ -48,6 +49,9 @@ class Tiles(NamedTuple):
     """Rows that it goes over at a time."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most of a thread, where the compiler would take more and fewer programs would
+    then run side by side."""
 
 
 # By channels of a head, in 16 bits; in 32, which only tests use, `_EXACT`. Those of 64
@@ -62,9 +66,12 @@ _FORWARD = {
 _BACKWARD = {
     16: Tiles(64, 32, 4, 2),
     32: Tiles(64, 32, 4, 2),
-    64: Tiles(64, 32, 4, 3),
+    64: Tiles(64, 32, 4, 2, registers=128),
     128: Tiles(64, 32, 4, 2),
 }
+_DELTA_ROWS = 64
+"""Queries of a program that finds the means of their weights' gradients, which a
+backward pass of two roles is given."""
 _EXACT = Tiles(32, 32, 4, 1)
 # Of backward passes in which a program has a whole segment: the first whose `own` rows,
 # times so many, are enough for the longest one. If none are, two programs share it.
@@ -288,22 +295,21 @@ def _launch_backward(
     """Writes all of the last three, whose heads lie side by side."""
     d_out, q, k, v = (_side_by_side(part) for part in (d_out, q, k, v))
     rows, heads, width = q.shape
-    given = (
-        *(d_out, q, k, v, out, lse, cu_q.contiguous(), cu_k.contiguous()),
-        *(d_q, d_k, d_v),
-        *(*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-        *(out.stride(0), d_q.stride(0), d_k.stride(0), d_v.stride(0)),
-        *(rows, len(k)),
-    )
-    scales = (width**-0.5 * math.log2(math.e), width**-0.5)
     if not (d_q.numel() or d_k.numel()):
         return
+    tables = (d_out, q, k, v)
+    bounds = (cu_q.contiguous(), cu_k.contiguous())
+    found = (d_q, d_k, d_v)
+    rows_and_heads = [number for table in tables for number in table.stride()[:2]]
+    rows_found = [table.stride(0) for table in found]
+    scales = (width**-0.5 * math.log2(math.e), width**-0.5)
     whole = _whole(longest_q, q)
     if whole is not None:
         parts, tiles = whole
         attention_backward_whole_kernel[(heads, len(cu_q), 1)](
-            *given,
-            *scales,
+            *(*tables, out, lse, *bounds, *found),
+            *(*rows_and_heads, out.stride(0), *rows_found),
+            *(rows, len(k), *scales),
             PARTS=parts,
             WIDTH=width,
             OWN=tiles.own,
@@ -312,17 +318,25 @@ def _launch_backward(
             num_stages=tiles.stages,
         )
         return
+    delta = torch.empty_like(lse)
+    attention_delta_kernel[(triton.cdiv(rows, _DELTA_ROWS), heads)](
+        *(d_out, out, delta, *d_out.stride()[:2], out.stride(0), rows),
+        WIDTH=width,
+        ROWS=_DELTA_ROWS,
+        num_warps=4,
+    )
     tiles = _tiles(_BACKWARD, q)
     blocks_q, blocks_k = _blocks(longest_q, tiles), _blocks(longest_k, tiles)
     attention_backward_kernel[(blocks_k + blocks_q, heads, len(cu_q))](
-        *given,
-        blocks_k,
-        *scales,
+        *(*tables, lse, delta, *bounds, *found),
+        *(*rows_and_heads, *rows_found),
+        *(rows, len(k), blocks_k, *scales),
         WIDTH=width,
         OWN=tiles.own,
         STEP=tiles.step,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from trainer.kernels.parts import bound
+
 
 @triton.jit(do_not_specialize=["rows"])
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
@@ -63,7 +65,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             top = tl.full((OWN,), float("-inf"), tl.float32)
             whole = tl.zeros((OWN,), tl.float32)
             mixed = tl.zeros((OWN, WIDTH), tl.float32)
-            for at in range(0, _bound(keys), STEP):
+            for at in range(0, bound(keys), STEP):
                 k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
                 v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
                 scores = _dot(q, tl.trans(k), None) * scale
@@ -83,14 +85,39 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             tl.store(lse_ptr + row, top + tl.log2(whole), mask=row < queries)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def attention_delta_kernel(  # type: ignore[no-untyped-def]
+    d_out_ptr,
+    out_ptr,
+    delta_ptr,
+    d_out_row,
+    d_out_head,
+    out_row,
+    rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The mean of the gradients of each query's weights, of ROWS queries of a head."""
+    first = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    start = first.to(tl.int64)
+    d_out_ptr += start * d_out_row + head * d_out_head
+    out_ptr += start * out_row + head * WIDTH
+    d_out = _read(d_out_ptr, 0, rows - first, d_out_row, ROWS, WIDTH)
+    out = _read(out_ptr, 0, rows - first, out_row, ROWS, WIDTH)
+    row = tl.arange(0, ROWS)
+    delta_ptr += head.to(tl.int64) * rows + start
+    tl.store(delta_ptr + row, _delta(out, d_out), mask=row < rows - first)
+
+
 @triton.jit(do_not_specialize=["rows_q", "rows_k", "blocks_k"])
 def attention_backward_kernel(  # type: ignore[no-untyped-def]
     d_out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
-    out_ptr,
     lse_ptr,
+    delta_ptr,
     cu_q_ptr,
     cu_k_ptr,
     d_q_ptr,
@@ -104,7 +131,6 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
     k_head,
     v_row,
     v_head,
-    out_row,
     d_q_row,
     d_k_row,
     d_v_row,
@@ -145,25 +171,25 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
         q_ptr += start_q * q_row + head * q_head
         k_ptr += start_k * k_row + head * k_head
         v_ptr += start_k * v_row + head * v_head
-        out_ptr += start_q * out_row + head * WIDTH
         lse_ptr += head.to(tl.int64) * rows_q + start_q
+        delta_ptr += head.to(tl.int64) * rows_q + start_q
         if block < blocks_k:
             first = block * OWN
             if first < keys:
                 k = _read(k_ptr, first, keys, k_row, OWN, WIDTH)
                 v = _read(v_ptr, first, keys, v_row, OWN, WIDTH)
                 d_k, d_v = _over_queries(
-                    *(k, v, q_ptr, d_out_ptr, out_ptr, lse_ptr),
-                    *(q_row, d_out_row, out_row, queries, bits, WIDTH, OWN, STEP),
+                    *(k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr),
+                    *(q_row, d_out_row, queries, bits, WIDTH, OWN, STEP),
                 )
                 _write(d_k_ptr, d_k * scale, first, keys, d_k_row, OWN, WIDTH)
                 _write(d_v_ptr, d_v, first, keys, d_v_row, OWN, WIDTH)
         else:
             first = (block - blocks_k) * OWN
             if first < queries:
-                q, d_out, lse, delta = _read_queries(
-                    *(q_ptr, d_out_ptr, out_ptr, lse_ptr),
-                    *(first, queries, q_row, d_out_row, out_row, OWN, WIDTH),
+                q, d_out, lse, delta = _read_known(
+                    *(q_ptr, d_out_ptr, lse_ptr, delta_ptr),
+                    *(first, queries, q_row, d_out_row, OWN, WIDTH),
                 )
                 d_q = _over_keys(
                     *(q, d_out, lse, delta, k_ptr, v_ptr),
@@ -178,11 +204,10 @@ def _over_queries(  # type: ignore[no-untyped-def]
     v,
     q_ptr,
     d_out_ptr,
-    out_ptr,
     lse_ptr,
+    delta_ptr,
     q_row,
     d_out_row,
-    out_row,
     queries,
     bits,
     WIDTH: tl.constexpr,
@@ -192,10 +217,10 @@ def _over_queries(  # type: ignore[no-untyped-def]
     """Gradients of some keys, but for the scale of scores, and of their values."""
     d_k = tl.zeros((OWN, WIDTH), tl.float32)
     d_v = tl.zeros((OWN, WIDTH), tl.float32)
-    for at in range(0, _bound(queries), STEP):
-        q, d_out, lse, delta = _read_queries(
-            *(q_ptr, d_out_ptr, out_ptr, lse_ptr),
-            *(at, queries, q_row, d_out_row, out_row, STEP, WIDTH),
+    for at in range(0, bound(queries), STEP):
+        q, d_out, lse, delta = _read_known(
+            *(q_ptr, d_out_ptr, lse_ptr, delta_ptr),
+            *(at, queries, q_row, d_out_row, STEP, WIDTH),
         )
         # Keys by queries: so the sums below have it on their left.
         weights = tl.exp2(_dot(k, tl.trans(q), None) * bits - lse[None, :])
@@ -223,7 +248,7 @@ def _over_keys(  # type: ignore[no-untyped-def]
 ):
     """Gradient of some queries, but for the scale of scores."""
     d_q = tl.zeros((OWN, WIDTH), tl.float32)
-    for at in range(0, _bound(keys), STEP):
+    for at in range(0, bound(keys), STEP):
         k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
         v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
         weights = tl.exp2(_dot(q, tl.trans(k), None) * bits - lse[:, None])
@@ -307,7 +332,7 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
             lse += (one[2],)  # type: ignore[assignment]
             delta += (one[3],)  # type: ignore[assignment]
             d_q += (tl.zeros((OWN, WIDTH), tl.float32),)  # type: ignore[assignment]
-        for at in range(0, _bound(keys), STEP):
+        for at in range(0, bound(keys), STEP):
             k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
             v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
             inside = (at + tl.arange(0, STEP) < keys)[None, :]
@@ -354,7 +379,34 @@ def _read_queries(  # type: ignore[no-untyped-def]
     out = _read(out_ptr, first, end, out_row, ROWS, WIDTH)
     row = first + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + row, mask=row < end, other=float("inf"))
-    return q, d_out, lse, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    return q, d_out, lse, _delta(out, d_out)
+
+
+@triton.jit
+def _delta(out, d_out):  # type: ignore[no-untyped-def]
+    return tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+
+
+@triton.jit
+def _read_known(  # type: ignore[no-untyped-def]
+    q_ptr,
+    d_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    first,
+    end,
+    q_row,
+    d_out_row,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """As `_read_queries`, where the means are there already."""
+    q = _read(q_ptr, first, end, q_row, ROWS, WIDTH)
+    d_out = _read(d_out_ptr, first, end, d_out_row, ROWS, WIDTH)
+    row = first + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + row, mask=row < end, other=float("inf"))
+    delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
+    return q, d_out, lse, delta
 
 
 @triton.jit
@@ -385,7 +437,7 @@ def _clear(  # type: ignore[no-untyped-def]
     this number among every so many.
     """
     first, along = block * ROWS, blocks * ROWS
-    for start in range(_bound(first), _bound(end), _bound(along)):
+    for start in range(bound(first), bound(end), bound(along)):
         row = start + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
         zeros = tl.zeros((ROWS, WIDTH), ptr.dtype.element_ty)
@@ -398,18 +450,11 @@ def _dot(left, right, onto):  # type: ignore[no-untyped-def]
     return tl.dot(left, right, onto, input_precision="ieee")
 
 
-@triton.jit
-def _bound(number):  # type: ignore[no-untyped-def]
-    """`number`, as a bound of a loop."""
-    return number
+def _interpreted(left: Any, right: Any, onto: Any) -> Any:
+    left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, onto, input_precision="ieee")
 
 
 if triton.knobs.runtime.interpret:
-    # The interpreter of Triton 3.6 multiplies bf16 as if its bits were integers, and
-    # makes no bound of a tensor under numpy 2.4.
-    def _dot(left: Any, right: Any, onto: Any) -> Any:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-        return tl.dot(left, right, onto, input_precision="ieee")
-
-    def _bound(number: Any) -> int:
-        return int(number.handle.data.item())
+    # The interpreter of Triton 3.6 multiplies bf16 as if its bits were integers.
+    _dot = _interpreted

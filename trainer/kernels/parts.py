@@ -101,6 +101,21 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@triton.jit
+def bound(number: tl.tensor) -> tl.tensor:
+    """`number`, as a bound of a kernel's loop."""
+    return number
+
+
+def _interpreted(number: Any) -> int:
+    return int(number.handle.data.item())
+
+
+if triton.knobs.runtime.interpret:
+    # The interpreter of Triton 3.6 makes no bound of a tensor under numpy 2.4.
+    bound = _interpreted
+
+
 @triton.jit(do_not_specialize=["count"])
 def _sum_parts_kernel(
     parts_ptr: tl.tensor,
@@ -115,14 +130,11 @@ def _sum_parts_kernel(
     wide = column < FEATURES
     start = parts_ptr + number.to(tl.int64) * count * FEATURES
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # Not range(): the interpreter takes no given number there.
-    first = number * 0
-    while first < count:
+    for first in range(0, bound(count), ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * FEATURES + column[None, :]
         inside = (row < count)[:, None] & wide[None, :]
         found += tl.load(start + at, mask=inside, other=0.0)
-        first += ROWS
     total = tl.sum(found, 0)
     out = out_ptr + number * FEATURES + column
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=wide)
