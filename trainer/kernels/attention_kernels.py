@@ -9,12 +9,10 @@ at a time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from trainer.kernels.parts import bound
+from trainer.kernels.parts import bound, dot
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -68,7 +66,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             for at in range(0, bound(keys), STEP):
                 k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
                 v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
-                scores = _dot(q, tl.trans(k), None) * scale
+                scores = dot(q, tl.trans(k), None) * scale
                 inside = at + tl.arange(0, STEP) < keys
                 scores = tl.where(inside[None, :], scores, float("-inf"))
                 higher = tl.maximum(top, tl.max(scores, 1))
@@ -76,7 +74,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
                 shrunk = tl.exp2(top - higher)
                 whole = whole * shrunk + tl.sum(weights, 1)
                 mixed = mixed * shrunk[:, None]
-                mixed = _dot(weights.to(v.dtype), v, mixed)
+                mixed = dot(weights.to(v.dtype), v, mixed)
                 top = higher
             # Over no keys it is 0.
             mixed = mixed / tl.where(whole > 0, whole, 1.0)[:, None]
@@ -223,10 +221,10 @@ def _over_queries(  # type: ignore[no-untyped-def]
             *(at, queries, q_row, d_out_row, STEP, WIDTH),
         )
         # Keys by queries: so the sums below have it on their left.
-        weights = tl.exp2(_dot(k, tl.trans(q), None) * bits - lse[None, :])
-        d_v = _dot(weights.to(q.dtype), d_out, d_v)
-        d_scores = weights * (_dot(v, tl.trans(d_out), None) - delta[None, :])
-        d_k = _dot(d_scores.to(q.dtype), q, d_k)
+        weights = tl.exp2(dot(k, tl.trans(q), None) * bits - lse[None, :])
+        d_v = dot(weights.to(q.dtype), d_out, d_v)
+        d_scores = weights * (dot(v, tl.trans(d_out), None) - delta[None, :])
+        d_k = dot(d_scores.to(q.dtype), q, d_k)
     return d_k, d_v
 
 
@@ -251,12 +249,12 @@ def _over_keys(  # type: ignore[no-untyped-def]
     for at in range(0, bound(keys), STEP):
         k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
         v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
-        weights = tl.exp2(_dot(q, tl.trans(k), None) * bits - lse[:, None])
-        d_scores = weights * (_dot(d_out, tl.trans(v), None) - delta[:, None])
+        weights = tl.exp2(dot(q, tl.trans(k), None) * bits - lse[:, None])
+        d_scores = weights * (dot(d_out, tl.trans(v), None) - delta[:, None])
         # Else of no key it is a number times 0, and may be infinite.
         inside = at + tl.arange(0, STEP) < keys
         d_scores = tl.where(inside[None, :], d_scores, 0.0)
-        d_q = _dot(d_scores.to(k.dtype), k, d_q)
+        d_q = dot(d_scores.to(k.dtype), k, d_q)
     return d_q
 
 
@@ -341,14 +339,14 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
             d_v = tl.zeros((WIDTH, STEP), tl.float32)
             grown = ()
             for part in tl.static_range(PARTS):
-                scores = _dot(q[part], tl.trans(k), None) * bits
+                scores = dot(q[part], tl.trans(k), None) * bits
                 weights = tl.exp2(scores - lse[part][:, None])
-                d_v = _dot(tl.trans(d_out[part]), weights.to(k.dtype), d_v)
-                d_weights = _dot(d_out[part], tl.trans(v), None)
+                d_v = dot(tl.trans(d_out[part]), weights.to(k.dtype), d_v)
+                d_weights = dot(d_out[part], tl.trans(v), None)
                 d_scores = weights * (d_weights - delta[part][:, None])
                 d_scores = tl.where(inside, d_scores, 0.0).to(k.dtype)
-                d_k = _dot(tl.trans(q[part]), d_scores, d_k)
-                grown += (_dot(d_scores, k, d_q[part]),)  # type: ignore[assignment]
+                d_k = dot(tl.trans(q[part]), d_scores, d_k)
+                grown += (dot(d_scores, k, d_q[part]),)  # type: ignore[assignment]
             d_q = grown
             _write(d_k_ptr, tl.trans(d_k) * scale, at, keys, d_k_row, STEP, WIDTH)
             _write(d_v_ptr, tl.trans(d_v), at, keys, d_v_row, STEP, WIDTH)
@@ -442,19 +440,3 @@ def _clear(  # type: ignore[no-untyped-def]
         at = row.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
         zeros = tl.zeros((ROWS, WIDTH), ptr.dtype.element_ty)
         tl.store(ptr + at, zeros, mask=(row < end)[:, None])
-
-
-@triton.jit
-def _dot(left, right, onto):  # type: ignore[no-untyped-def]
-    """Their product, added to `onto` if that is something; nothing is rounded first."""
-    return tl.dot(left, right, onto, input_precision="ieee")
-
-
-def _interpreted(left: Any, right: Any, onto: Any) -> Any:
-    left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, onto, input_precision="ieee")
-
-
-if triton.knobs.runtime.interpret:
-    # The interpreter of Triton 3.6 multiplies bf16 as if its bits were integers.
-    _dot = _interpreted

@@ -107,13 +107,25 @@ def bound(number: tl.tensor) -> tl.tensor:
     return number
 
 
-def _interpreted(number: Any) -> int:
+@triton.jit
+def dot(left: tl.tensor, right: tl.tensor, onto: tl.tensor | None) -> tl.tensor:
+    """Their product, added to `onto` if that is something; nothing is rounded first."""
+    return tl.dot(left, right, onto, input_precision="ieee")
+
+
+def _interpreted_bound(number: Any) -> int:
     return int(number.handle.data.item())
 
 
+def _interpreted_dot(left: Any, right: Any, onto: Any) -> Any:
+    left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, onto, input_precision="ieee")
+
+
 if triton.knobs.runtime.interpret:
-    # The interpreter of Triton 3.6 makes no bound of a tensor under numpy 2.4.
-    bound = _interpreted
+    # The interpreter of Triton 3.6 makes no bound of a tensor under numpy 2.4, and
+    # multiplies bf16 as if its bits were integers.
+    bound, dot = _interpreted_bound, _interpreted_dot
 
 
 @triton.jit(do_not_specialize=["count"])

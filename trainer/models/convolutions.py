@@ -4,7 +4,8 @@ Owns how they are computed where. Does not own which there are, or their weights
 (`trainer.models.mlim`).
 
 On a CUDA device bias and GELU are one pass (`trainer.kernels.bias_gelu`), over what a
-product or convolution without its bias gives.
+product or convolution without its bias gives, and convolutions of few channels have
+kernels of their own (`trainer.kernels.small_convolution`).
 
 Shapes: B images, C channels, O of the result, N pixels or squares in nested order
 (`trainer.kernels.pixels`).
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels import small_convolution
 from trainer.kernels.bias_gelu import bias_gelu
 from trainer.models import dense
 from trainer.models.dense import gelu_after
@@ -57,27 +59,50 @@ class TransposedConv(nn.ConvTranspose2d):
     ) -> None:
         super().__init__(channels, width, side, stride, padding=1)
         self.gelu = gelu
-        # cuDNN has slow kernels alone for a transposed convolution to three channels.
-        self._has_few_outputs = (side, stride) == (4, 2) and width <= _FEW
+        form = (side, stride)
+        # cuDNN has slow kernels alone for a transposed convolution to three channels,
+        # and for others of few channels.
+        self._quarters = form == (4, 2) and width <= _FEW
+        self._turned = form == (3, 1) and small_convolution.supported(channels, width)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, h, w) -> (B, O, H, W)."""
         assert self.bias is not None
-        fuses = dense.fuses(x)
-        if self._has_few_outputs or not (self.gelu and fuses):
-            quarters = self._has_few_outputs and fuses
-            found = (
-                by_quarters(x, self.weight, self.bias)
-                if quarters
-                else super().forward(x)
-            )
-            return F.gelu(found) if self.gelu else found
-        found = F.conv_transpose2d(x, self.weight, None, self.stride, 1)
+        if not dense.fuses(x):
+            found = super().forward(x)
+        elif self._quarters:
+            found = by_quarters(x, self.weight, self.bias)
+        else:
+            return self._fused(x)
+        return F.gelu(found) if self.gelu else found
+
+    def _fused(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        bias = None if self.gelu else self.bias
+        if self._turned:
+            found = turned(x, self.weight, bias)
+        else:
+            found = F.conv_transpose2d(x, self.weight, bias, self.stride, 1)
+        if not self.gelu:
+            return found
         last = found.permute(0, 2, 3, 1)
         if not last.is_contiguous():
             return F.gelu(found + self.bias[:, None, None])
         flat = bias_gelu(last.flatten(0, 2), self.bias)
         return flat.view(last.shape).permute(0, 3, 1, 2)
+
+
+def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A transposed convolution of 3 x 3 by steps of 1 with padding 1, as a convolution
+    whose weights are turned by half a circle: (B, O, h, w).
+
+    Args:
+        x: (B, C, h, w).
+        weight: (C, O, 3, 3).
+        bias: (O,), or None.
+    """
+    around = weight.flip(2, 3).transpose(0, 1)
+    return small_convolution.convolution(x, around, bias)
 
 
 def by_quarters(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -104,12 +129,4 @@ def by_quarters(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     taps = taps.view(channels, width, 2, 3, 2, 3).permute(1, 2, 4, 0, 3, 5)
     quarters = taps.reshape(4 * width, channels, 3, 3)
     biases = bias.repeat_interleave(4, output_size=4 * width)
-    found = F.conv2d(x, quarters, biases, 1, 1)
-    images, _, height, across = found.shape
-    # As torch's pixel_shuffle, but with channels last, as convolutions have them.
-    apart = found.view(images, width, 2, 2, height, across)
-    return (
-        apart.permute(0, 4, 2, 5, 3, 1)
-        .reshape(images, 2 * height, 2 * across, width)
-        .permute(0, 3, 1, 2)
-    )
+    return small_convolution.convolution(x, quarters, biases, shuffled=True)
