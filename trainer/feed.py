@@ -49,7 +49,9 @@ class Feed:
     def __init__(self, batches: Iterator[StepBatch], device: torch.device) -> None:
         self._batches, self._device = batches, device
         self._host_wait = 0.0
-        self._copier = _Copier(batches, device) if device.type == "cuda" else None
+        if device.type == "cuda" and device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._copier = _Copier(batches, self._device) if device.type == "cuda" else None
         self._last: _Copied | None = None
         # Events of the compute stream.
         self._before: Any = None
@@ -141,9 +143,9 @@ class _Copier:
         self._thread.join()
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream(self._device)
         try:
+            torch.cuda.set_device(self._device)
+            stream = torch.cuda.Stream(self._device)
             for batch in self._batches:
                 copied = self._copy(batch, stream)
                 # The loader fills the host buffers again once it is asked for more.

@@ -56,6 +56,16 @@ def test_what_the_loader_raises_reaches_whoever_asks(shards: Path) -> None:
             feed.next()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a missing device")
+def test_what_the_device_raises_reaches_whoever_asks(shards: Path) -> None:
+    gpu = torch.device("cuda", 0)
+    with Feed(loader(shards).steps(0, STEPS), gpu) as feed:
+        for _ in range(2):
+            # A torch without CUDA and one without a driver say it in their own ways.
+            with pytest.raises((RuntimeError, AssertionError, AttributeError)):
+                feed.next()
+
+
 def equal(ours: StepBatch, theirs: StepBatch) -> bool:
     return all(
         torch.equal(one.cpu(), other)

@@ -154,3 +154,28 @@ def test_unpadded_attention_across_is_the_padded_one(
         found.append((mixed[real], *torch.autograd.grad(loss, (q, k, v))))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [4, 12, 64])
+def test_on_a_gpu_heads_of_any_width_attend(width: int) -> None:
+    sizes = [5, 1, 300]
+    ends = torch.tensor([0, *sizes]).cumsum(0).int().cuda()
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randn(3, sum(sizes), 2, width, generator=generator)
+    given = drawn.bfloat16().cuda().requires_grad_()
+    found = layers._varlen(*given, ends, ends, max(sizes), max(sizes))
+    exact = given.detach().double().requires_grad_()
+    parts = zip(*(part.split(sizes) for part in exact), strict=True)
+    wanted = torch.cat([layers._attend(*part) for part in parts])
+    upstream = torch.randn_like(wanted)
+    for ours, theirs in (
+        (found, wanted),
+        *zip(
+            torch.autograd.grad(found, given, upstream.bfloat16()),
+            torch.autograd.grad(wanted, exact, upstream),
+            strict=True,
+        ),
+    ):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()

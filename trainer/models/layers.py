@@ -34,6 +34,8 @@ from trainer.models.segments import Segmented, Segments
 SHORT = 256
 """Rows of segments that our attention kernel is made for; FlashAttention takes longer
 ones, of which it wastes less."""
+FLASH_CHANNELS = 8
+"""FlashAttention takes heads of so many channels, or of a multiple."""
 
 
 class Projection(nn.Linear):
@@ -242,24 +244,30 @@ def _unpadded(
         if own:
             return attention.attention_packed(table[0], cu, longest)
         q, k, v = table[0].unbind(1)
-        return _varlen(q, k, v, cu, cu, longest)
+        return _varlen(q, k, v, cu, cu, longest, longest)
     q, k, v = table
     if own:
         bounds = rows.cu_seqlens
         return attention.attention(q, k, v, bounds, cu, longest, longest)
-    return _varlen(q, k, v, rows.cu_seqlens, cu, longest)
+    return _varlen(q, k, v, rows.cu_seqlens, cu, longest, longest)
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int
 ) -> Tensor:
-    """FlashAttention: (N, H, E) -> (N, H, E)."""
+    """FlashAttention: (N, H, E) -> (N, H, E). `longest` of queries and of keys."""
     from torch.nn.attention.varlen import varlen_attn
 
+    width = q.shape[-1]
+    whole = width + -width % FLASH_CHANNELS
+    if whole > width:
+        # Scores are divided by the root of the channels that there are.
+        parts = (q * (whole / width) ** 0.5, k, v)
+        q, k, v = (F.pad(part, (0, whole - width)) for part in parts)
     # By position: the keywords changed between the releases we support.
-    mixed = varlen_attn(q, k, v, cu_q, cu_k, longest, longest)
+    mixed = varlen_attn(q, k, v, cu_q, cu_k, *longest)
     assert isinstance(mixed, Tensor)
-    return mixed
+    return mixed[..., :width]
 
 
 def _by_segment(
@@ -312,8 +320,6 @@ def _varlen_across(
     """Attention of each segment to its partner's rows, unpadded: (N, H, E), (U, H, E)
     -> (N, H, E). CUDA, 16 bits.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     inside = own.inside
     bounds = own.cu_seqlens
     if rows is not None:
@@ -324,16 +330,8 @@ def _varlen_across(
         _only(part, at)
         for part, at in ((q, inside), (k, other.inside), (v, other.inside))
     )
-    mixed = varlen_attn(
-        q,
-        k,
-        v,
-        bounds[: own.pairs + 1],
-        other.cu_seqlens[: own.pairs + 1],
-        own.longest,
-        other.longest,
-    )
-    assert isinstance(mixed, Tensor)
+    ends = (bounds[: own.pairs + 1], other.cu_seqlens[: own.pairs + 1])
+    mixed = _varlen(q, k, v, *ends, own.longest, other.longest)
     return _only(mixed, inside)
 
 
