@@ -32,6 +32,8 @@ from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
 _DOWN, _ACROSS = 8, 16
 """Pixels of a tile."""
 _STAGES = 1
+# Not more for weights: with two, Triton 3.6 gave wrong ones of 32 channels on an H200.
+_WEIGHT_STAGES = 1
 # Of all tiles, about: four programs for each of the 132 multiprocessors of an H100 or
 # H200. Not asked of the device: sums would depend on it.
 _PROGRAMS = 528
@@ -80,75 +82,52 @@ def convolution_fused(
 
 @triton.jit
 def _tile(number, height, width, DOWN: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Image, row and column of each pixel of a tile, as columns of a table."""
+    """Image of a tile, and row and column of each of its pixels, below each other."""
     across = tl.cdiv(width, ACROSS)
     down = tl.cdiv(height, DOWN)
     pixel = tl.arange(0, DOWN * ACROSS)[:, None]
     x = number % across * ACROSS + pixel % ACROSS
     y = number // across % down * DOWN + pixel // ACROSS
-    return number // across // down, y, x
+    return (number // across // down).to(tl.int64), y, x
 
 
 @triton.jit
-def _places(  # type: ignore[no-untyped-def]
-    image, y, x, channel, height, width, CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr
-):
-    """Where a channel of a pixel of an image lies."""
+def _channel(lane, LANES: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The channel of each lane, and which lanes have one. Those of squares are in the
+    order of memory: one half is of the upper row of a square, the other of the lower.
+    """
     if SHUFFLED:
-        row = 2 * y + channel % 4 // 2
-        column = 2 * x + channel % 2
-        start = image.to(tl.int64) * height * width * CHANNELS
-        return start + (row * 2 * width + column) * (CHANNELS // 4) + channel // 4
-    start = image.to(tl.int64) * height * width * CHANNELS
-    return start + ((y * width + x) * CHANNELS + channel)
+        beside = lane % (LANES // 2)
+        upper_left = beside % (CHANNELS // 4) * 4
+        right = beside // (CHANNELS // 4)
+        channel = upper_left + lane // (LANES // 2) * 2 + right
+        return channel, beside < CHANNELS // 2
+    return lane, lane < CHANNELS
 
 
 @triton.jit
-def _window(  # type: ignore[no-untyped-def]
-    ptr,
-    image,
+def _place(  # type: ignore[no-untyped-def]
     y,
     x,
-    height,
+    lane,
     width,
-    CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SHUFFLED: tl.constexpr,
 ):
-    """The channels of a row's three neighbours of each pixel, one after the other."""
-    lane = tl.arange(0, LANES)[None, :]
-    beside = lane // CHANNELS - 1
-    inside = (y >= 0) & (y < height)
-    inside &= (x + beside >= 0) & (x + beside < width) & (lane < 3 * CHANNELS)
+    """Where the channel of each lane of a pixel lies in its image. A row further down
+    is `width` times CHANNELS numbers away; how far the next pixel is, `_across` says.
+    """
     if SHUFFLED:
-        channel = lane % CHANNELS
-        at = _places(image, y, x + beside, channel, height, width, CHANNELS, True)
-    else:
-        # Side by side: lanes go on where a pixel's channels end.
-        at = _places(image, y, x - 1, lane, height, width, CHANNELS, False)
-    return tl.load(ptr + at, mask=inside, other=0.0)
+        row = width * (CHANNELS // 2)
+        start = y * (2 * row) + x * (CHANNELS // 2)
+        return start + lane // (LANES // 2) * row + lane % (LANES // 2)
+    return (y * width + x) * CHANNELS + lane
 
 
 @triton.jit
-def _window_weights(  # type: ignore[no-untyped-def]
-    ptr,
-    row,
-    of_given,
-    of_found,
-    GIVEN: tl.constexpr,
-    FOUND: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDE: tl.constexpr,
-    TURNED: tl.constexpr,
-):
-    """(LANES, WIDE) weights of a row of the window; `TURNED` from its other end."""
-    lane = tl.arange(0, LANES)[:, None]
-    found = tl.arange(0, WIDE)[None, :]
-    place = row * 3 + lane // GIVEN
-    if TURNED:
-        place = 8 - place
-    at = lane % GIVEN * of_given + found * of_found + place
-    return tl.load(ptr + at, mask=(lane < 3 * GIVEN) & (found < FOUND), other=0.0)
+def _across(CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr):  # type: ignore[no-untyped-def]
+    return CHANNELS // 2 if SHUFFLED else CHANNELS
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -179,31 +158,41 @@ def _convolution_kernel(  # type: ignore[no-untyped-def]
     channel before.
     """
     first = tl.program_id(0) * tiles
-    found = tl.arange(0, WIDE)[None, :]
+    lane = tl.arange(0, LANES)
+    given_channel, is_given = _channel(lane, LANES, GIVEN, FROM_SHUFFLED)
+    found = tl.arange(0, WIDE)
+    found_channel, is_found = _channel(found, WIDE, FOUND, TO_SHUFFLED)
+    along = given_channel[:, None] * of_given + found_channel[None, :] * of_found
+    there = is_given[:, None] & is_found[None, :]
     weights = ()
-    for row in tl.static_range(3):
-        weights += (  # type: ignore[assignment]
-            _window_weights(
-                *(weight_ptr, row, of_given, of_found),
-                *(GIVEN, FOUND, LANES, WIDE, TURNED),
-            ),
-        )
+    for place in tl.static_range(9):
+        turned = 8 - place if TURNED else place
+        tap = tl.load(weight_ptr + along + turned, mask=there, other=0.0)
+        weights += (tap,)  # type: ignore[assignment]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + found_channel, mask=is_found, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
     for number in range(bound(first), bound(tl.minimum(first + tiles, count))):
         image, y, x = _tile(number, height, width, DOWN, ACROSS)
+        given = given_ptr + image * height * width * GIVEN
+        at = _place(y, x, lane[None, :], width, LANES, GIVEN, FROM_SHUFFLED)
         total = tl.zeros((DOWN * ACROSS, WIDE), tl.float32)
         for row in tl.static_range(3):
-            there = _window(
-                *(given_ptr, image, y + (row - 1), x, height, width),
-                *(GIVEN, LANES, FROM_SHUFFLED),
-            )
-            total = dot(there, weights[row], total)
-        inside = (y < height) & (x < width) & (found < FOUND)
+            for column in tl.static_range(3):
+                down, beside = y + (row - 1), x + (column - 1)
+                inside = (down >= 0) & (down < height)
+                inside &= (beside >= 0) & (beside < width)
+                away = (row - 1) * width * GIVEN
+                away += (column - 1) * _across(GIVEN, FROM_SHUFFLED)
+                inside &= is_given[None, :]
+                pixel = tl.load(given + (at + away), mask=inside, other=0.0)
+                total = dot(pixel, weights[3 * row + column], total)
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + found, mask=found < FOUND, other=0.0)
-            total += bias.to(tl.float32)
-        at = _places(image, y, x, found, height, width, FOUND, TO_SHUFFLED)
-        value = total.to(found_ptr.dtype.element_ty)
-        tl.store(found_ptr + at, value, mask=inside)
+            total += bias
+        own = found_ptr + image * height * width * FOUND
+        own += _place(y, x, found[None, :], width, WIDE, FOUND, TO_SHUFFLED)
+        inside = (y < height) & (x < width) & is_found[None, :]
+        tl.store(own, total.to(found_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -224,27 +213,38 @@ def _convolution_weights_kernel(  # type: ignore[no-untyped-def]
     ACROSS: tl.constexpr,
 ):
     """What a program's tiles are worth to the weights, (3, LANES, WIDE), and after them
-    to the biases, (WIDE,).
+    to the biases, (WIDE,). Lanes are the channels of three neighbours in a row, results
+    in the order of `_channel`.
     """
     program = tl.program_id(0)
     first = program * tiles
+    lane = tl.arange(0, LANES)[None, :]
     result = tl.arange(0, WIDE)[None, :]
+    _number, is_result = _channel(result, WIDE, RESULTS, SHUFFLED)
     above = tl.zeros((LANES, WIDE), tl.float32)
     level = tl.zeros((LANES, WIDE), tl.float32)
     below = tl.zeros((LANES, WIDE), tl.float32)
     alone = tl.zeros((DOWN * ACROSS, WIDE), tl.float32)
     for number in range(bound(first), bound(tl.minimum(first + tiles, count))):
         image, y, x = _tile(number, height, width, DOWN, ACROSS)
-        inside = (y < height) & (x < width) & (result < RESULTS)
-        at = _places(image, y, x, result, height, width, RESULTS, SHUFFLED)
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
+        own = dy_ptr + image * height * width * RESULTS
+        own += _place(y, x, result, width, WIDE, RESULTS, SHUFFLED)
+        inside = (y < height) & (x < width) & is_result
+        dy = tl.load(own, mask=inside, other=0.0)
         alone += dy.to(tl.float32)
-        there = _window(x_ptr, image, y - 1, x, height, width, CHANNELS, LANES, False)
-        above = dot(tl.trans(there), dy, above)
-        there = _window(x_ptr, image, y, x, height, width, CHANNELS, LANES, False)
-        level = dot(tl.trans(there), dy, level)
-        there = _window(x_ptr, image, y + 1, x, height, width, CHANNELS, LANES, False)
-        below = dot(tl.trans(there), dy, below)
+        given = x_ptr + image * height * width * CHANNELS
+        # Side by side: lanes go on where a pixel's channels end.
+        at = _place(y, x - 1, lane, width, LANES, CHANNELS, False)
+        beside = x + (lane // CHANNELS - 1)
+        wide = (beside >= 0) & (beside < width) & (lane < 3 * CHANNELS)
+        down = width * CHANNELS
+        inside = wide & (y >= 1) & (y <= height)
+        window = tl.load(given + (at - down), mask=inside, other=0.0)
+        above = dot(tl.trans(window), dy, above)
+        window = tl.load(given + at, mask=wide & (y < height), other=0.0)
+        level = dot(tl.trans(window), dy, level)
+        window = tl.load(given + (at + down), mask=wide & (y + 1 < height), other=0.0)
+        below = dot(tl.trans(window), dy, below)
     part_ptr += program.to(tl.int64) * (3 * LANES + 1) * WIDE
     own = tl.arange(0, LANES)[:, None] * WIDE + result
     tl.store(part_ptr + own, above)
@@ -313,7 +313,8 @@ def _convolve(
         *steps,
         GIVEN=ends[0],
         FOUND=ends[1],
-        **_lanes(*ends),
+        LANES=_lanes(ends[0]),
+        WIDE=_lanes(ends[1]),
         TURNED=turned,
         FROM_SHUFFLED=from_shuffled,
         TO_SHUFFLED=to_shuffled,
@@ -333,12 +334,9 @@ def _share(images: int, height: int, width: int) -> tuple[int, int, int]:
     return count, tiles, triton.cdiv(count, tiles)
 
 
-def _lanes(channels: int, results: int) -> dict[str, int]:
-    """Of a window of three pixels, and of what is found of one: powers of two."""
-    return {
-        "LANES": max(triton.next_power_of_2(3 * channels), 16),
-        "WIDE": max(triton.next_power_of_2(results), 16),
-    }
+def _lanes(numbers: int) -> int:
+    """A power of two that is enough for so many, and for a matrix product."""
+    return max(triton.next_power_of_2(numbers), 16)
 
 
 @_forward.register_fake
@@ -360,10 +358,10 @@ def _launch_backward(
     dx = _channels_last(x, tuple(x.shape))
     _convolve(dy, weight, None, dx, turned=True, from_shuffled=shuffled)
     results, channels = weight.shape[:2]
-    lanes = _lanes(channels, results)
+    lanes, wide = _lanes(3 * channels), _lanes(results)
     images, _, height, width = x.shape
     count, tiles, programs = _share(images, height, width)
-    numbers = (3 * lanes["LANES"] + 1) * lanes["WIDE"]
+    numbers = (3 * lanes + 1) * wide
     parts = x.new_empty(1, programs if count else 0, numbers, dtype=torch.float32)
     if count:
         _convolution_weights_kernel[(programs,)](
@@ -373,18 +371,27 @@ def _launch_backward(
             *(count, tiles, height, width),
             CHANNELS=channels,
             RESULTS=results,
-            **lanes,
+            LANES=lanes,
+            WIDE=wide,
             SHUFFLED=shuffled,
             DOWN=_DOWN,
             ACROSS=_ACROSS,
             num_warps=4,
-            num_stages=_STAGES,
+            num_stages=_WEIGHT_STAGES,
         )
-    whole = sum_parts(parts, weight.dtype)[0]
-    whole = whole.view(3 * lanes["LANES"] + 1, lanes["WIDE"])[:, :results]
-    windows = whole[:-1].view(3, lanes["LANES"], results)[:, : 3 * channels]
+    whole = sum_parts(parts, weight.dtype)[0].view(3 * lanes + 1, wide)
+    whole = _by_channel(whole, results, shuffled)
+    windows = whole[:-1].unflatten(0, (3, lanes))[:, : 3 * channels]
     d_weight = windows.reshape(3, 3, channels, results).permute(3, 2, 0, 1)
     return dx, d_weight.contiguous(), whole[-1].clone()
+
+
+def _by_channel(table: Tensor, results: int, shuffled: bool) -> Tensor:
+    """Columns in the order of channels, of those that a kernel has (`_channel`)."""
+    if not shuffled:
+        return table[:, :results]
+    halves = table.unflatten(1, (2, -1))[:, :, : results // 2]
+    return halves.unflatten(2, (2, -1)).permute(0, 3, 1, 2).flatten(1)
 
 
 @convolution_backward.register_fake
