@@ -29,7 +29,7 @@ from torch import Tensor, library
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
 
-_DOWN, _ACROSS = 8, 16
+_DOWN, _ACROSS = 4, 16
 """Pixels of a tile."""
 _STAGES = 1
 # Not more for weights: with two, Triton 3.6 gave wrong ones of 32 channels on an H200.
