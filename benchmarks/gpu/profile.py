@@ -31,7 +31,7 @@ _LONGEST = 40
 _NAME_LETTERS = 160
 KINDS = (
     ("attention", r"flash|fmha|attention"),
-    ("fused kernels", r"^_\w+_kernel$|^triton_"),
+    ("fused kernels", r"^(_|layer_norm_)\w+_kernel$|^triton_"),
     ("optimizer", r"adam|multi_tensor|foreach|lpnorm"),
     ("convolutions", r"conv|dgrad|wgrad|fprop|implicit|nchwToNhwc|nhwcToNchw|cudnn"),
     ("matrix products", r"gemm|nvjet|cutlass|splitK|cublas"),

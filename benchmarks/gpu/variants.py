@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trainer.kernels
@@ -27,7 +28,7 @@ from trainer import engine, loop
 from trainer.kernels import layer_norm
 from trainer.kernels.pixels import normalised
 from trainer.loader import Loader, MicroBatch, StepBatch
-from trainer.models import layers
+from trainer.models import dense, layers
 from trainer.models.mlim import MlimEncoder
 
 _FUSED = "_fused"
@@ -78,6 +79,19 @@ def variants(setting: Setting) -> list[Variant]:
     return [
         Variant(name="as trained", what="what trainer.pretrain does"),
         *_without_kernels(),
+        Variant(
+            name="residual gradients added apart",
+            what="autograd adds the gradients of a layer's input, of its first product "
+            "and of the residual, instead of the product",
+            around=_added_apart,
+        ),
+        Variant(
+            name="bias sums apart",
+            what="the bias of a branch's last layer added by its product, and its "
+            "gradient summed from the table that the norm's backward pass wrote, "
+            "instead of both by the norm",
+            around=_biased_apart,
+        ),
         *_without_pruning(),
         Variant(
             name="FlashAttention",
@@ -231,6 +245,26 @@ def _norms_for_the_compiler(calls: Calls) -> Iterator[None]:
     calls.count += 1
     plain = layer_norm.add_layer_norm_ref
     with patch.object(layer_norm, "add_layer_norm_fused", plain):
+        yield
+
+
+@contextlib.contextmanager
+def _added_apart(calls: Calls) -> Iterator[None]:
+    def apart(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if bias is None:
+            return F.linear(x, weight), x
+        return dense.linear(x, weight, bias), x
+
+    with patch.object(dense, "linear_beside", calls.through(apart)):
+        yield
+
+
+@contextlib.contextmanager
+def _biased_apart(calls: Calls) -> Iterator[None]:
+    def whole(layer: dense.Linear, x: Tensor) -> dense.Unbiased:
+        return dense.Unbiased(layer(x))
+
+    with patch.object(dense.Linear, "unbiased", calls.through(whole)):
         yield
 
 

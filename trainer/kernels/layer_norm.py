@@ -1,13 +1,21 @@
-"""Residual and LayerNorm in one pass over the rows, with or without dropout.
+"""Residual and LayerNorm in one pass over the rows, with or without dropout, and with
+or without the bias of the layer that ends the branch.
 
-Owns the kernels, forward and backward, and their references. Does not own where a layer
-has its norms (`trainer.models.layers`) or what is dropped (`trainer.kernels.dropout`):
-it is drawn in the kernel, and again in the backward pass.
+Owns the operators, forward and backward, and their references. Does not own what a
+program does (`trainer.kernels.layer_norm_kernels`), where a layer has its norms
+(`trainer.models.layers`) or what is dropped (`trainer.kernels.dropout`): it is drawn in
+the kernel, and again in the backward pass.
 
 Sum, mean and variance are fp32 whatever the inputs are, and so are the gradients of
-weight and bias until they are whole: each program adds up its own rows, in their order,
-and what the programs found is added in their order too. No atomics: the same inputs
-give the same bits.
+weight and biases until they are whole: each program adds up its own rows, in their
+order, and what the programs found is added in their order too. No atomics: the same
+inputs give the same bits. The gradient of the branch's bias is that of the branch added
+up over the rows, before it is rounded: a backward pass that has it at hand saves
+another that would read it again (`trainer.kernels.column_sums`).
+
+The gradient of `x` is a tensor that nothing else reads once the branch has been gone
+through: its first layer may add to it in place (`trainer.models.residual`). Without
+dropout it is that of the branch too.
 
 Ba, Kiros, Hinton, "Layer Normalization", 2016. Shapes: T rows, D width, G programs.
 """
@@ -21,42 +29,63 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor, library
 
 from trainer.dropout import Dropout
 from trainer.kernels import dropout
 from trainer.kernels.case import Case, Inputs
-from trainer.kernels.dropout import keeps
+from trainer.kernels.column_sums import column_sums
+from trainer.kernels.layer_norm_kernels import (
+    layer_norm_backward_kernel,
+    layer_norm_forward_kernel,
+)
 from trainer.kernels.parts import direct, observed, sum_parts
 
 # Most programs of a backward pass, each with rows of its own: eight for each of the 132
 # multiprocessors of an H100 or H200, which hide each other's waits. Not asked of the
 # device: sums would depend on it.
 _PROGRAMS = 1056
+# So that eight programs of 128 threads are on a multiprocessor at once: the sums of a
+# third table would take a few more, and the last programs would wait for the others.
+_REGISTERS = 64
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x + residual` and its LayerNorm, both (T, D). On CUDA by one kernel.
+    """`x + branch + branch_bias` and its LayerNorm, both (T, D). On CUDA by one kernel.
 
     Args:
         x: (T, D).
-        residual: (T, D), of the same dtype.
+        branch: (T, D), of the same dtype.
         weight: (D,).
         bias: (D,).
+        branch_bias: (D,), of the weight's dtype; None: the branch has it already.
     """
     chosen = add_layer_norm_fused if x.is_cuda else add_layer_norm_ref
-    return chosen(x, residual, weight, bias, eps)
+    return chosen(x, branch, weight, bias, eps, branch_bias)
 
 
 def add_layer_norm_ref(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch."""
-    total = x + residual
+    total = x + _whole(branch, branch_bias)
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def _whole(branch: Tensor, branch_bias: Tensor | None) -> Tensor:
+    return branch if branch_bias is None else branch + branch_bias
 
 
 def dropout_add_layer_norm(
@@ -66,10 +95,11 @@ def dropout_add_layer_norm(
     bias: Tensor,
     eps: float,
     drop: Dropout,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of `x` and of `branch` after dropout."""
+    """The same of `x` and of `branch + branch_bias` after dropout."""
     chosen = dropout_add_layer_norm_fused if x.is_cuda else dropout_add_layer_norm_ref
-    return chosen(x, branch, weight, bias, eps, drop)
+    return chosen(x, branch, weight, bias, eps, drop, branch_bias)
 
 
 def dropout_add_layer_norm_ref(
@@ -79,143 +109,47 @@ def dropout_add_layer_norm_ref(
     bias: Tensor,
     eps: float,
     drop: Dropout,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch."""
-    kept = dropout.dropout_ref(branch, drop)
+    kept = dropout.dropout_ref(_whole(branch, branch_bias), drop)
     return add_layer_norm_ref(x, kept, weight, bias, eps)
-
-
-@triton.jit(do_not_specialize=dropout.CHOSEN)
-def _layer_norm_forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    total_ptr,
-    normed_ptr,
-    mean_ptr,
-    rstd_ptr,
-    use_ptr,
-    uid_ptr,
-    place_ptr,
-    seed: tl.int64,
-    least: tl.int64,
-    grow,
-    width,
-    eps,
-    DROPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    at = row.to(tl.int64) * width + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if DROPS:
-        stays = keeps(row, True, use_ptr, uid_ptr, place_ptr, seed, least, width, BLOCK)
-        residual = tl.where(stays, residual * grow, 0.0)
-    total = x + residual
-    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=inside)
-    mean = tl.sum(total, 0) / width
-    centred = tl.where(inside, total - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    normed = centred * rstd * weight + bias
-    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
-
-
-@triton.jit(do_not_specialize=dropout.CHOSEN)
-def _layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
-    d_normed_ptr,
-    d_total_ptr,
-    total_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    d_x_ptr,
-    d_branch_ptr,
-    d_weight_ptr,
-    d_bias_ptr,
-    use_ptr,
-    uid_ptr,
-    place_ptr,
-    seed: tl.int64,
-    least: tl.int64,
-    grow,
-    rows,
-    width,
-    PER_PROGRAM: tl.constexpr,
-    DROPS: tl.constexpr,
-    HAS_D_TOTAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    first = program * PER_PROGRAM
-    start = first.to(tl.int64) * width + column
-    for number in range(0, PER_PROGRAM):
-        row, at = first + number, start + number * width
-        there = row < rows
-        live = inside & there
-        d_normed = tl.load(d_normed_ptr + at, mask=live, other=0.0).to(tl.float32)
-        total = tl.load(total_ptr + at, mask=live, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=there, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=there, other=0.0)
-        unit = tl.where(live, (total - mean) * rstd, 0.0)
-        d_weight += d_normed * unit
-        d_bias += d_normed
-        d_unit = d_normed * weight
-        along = tl.sum(d_unit * unit, 0) / width
-        d_x = (d_unit - tl.sum(d_unit, 0) / width - unit * along) * rstd
-        if HAS_D_TOTAL:
-            d_x += tl.load(d_total_ptr + at, mask=live, other=0.0).to(tl.float32)
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=live)
-        if DROPS:
-            stays = keeps(
-                row, there, use_ptr, uid_ptr, place_ptr, seed, least, width, BLOCK
-            )
-            d_branch = tl.where(stays, d_x * grow, 0.0)
-            d_branch = d_branch.to(d_branch_ptr.dtype.element_ty)
-            tl.store(d_branch_ptr + at, d_branch, mask=live)
-    own = program.to(tl.int64) * width + column
-    tl.store(d_weight_ptr + own, d_weight, mask=inside)
-    tl.store(d_bias_ptr + own, d_bias, mask=inside)
 
 
 @library.custom_op("palimpsest::add_layer_norm", mutates_args=())
 def _forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum and norm (T, D), and mean and reciprocal deviation (T,) of each row, fp32."""
-    return _launch_forward(x, residual, weight, bias, eps, None)
+    return _launch_forward(x, branch, weight, bias, eps, branch_bias, None)
 
 
 def _launch_forward(
     x: Tensor,
-    residual: Tensor,
+    branch: Tensor,
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    branch_bias: Tensor | None,
     drop: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual = x.contiguous(), residual.contiguous()
+    x, branch = x.contiguous(), branch.contiguous()
+    added = bias if branch_bias is None else branch_bias
     rows, width = x.shape
     total, normed = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        _layer_norm_forward_kernel[(rows,)](
-            *(x, residual, weight.contiguous(), bias.contiguous()),
+        layer_norm_forward_kernel[(rows,)](
+            *(x, branch, added.contiguous(), weight.contiguous(), bias.contiguous()),
             *(total, normed, mean, rstd),
             *_drawn_by(drop, x),
             *(width, eps),
+            HAS_BRANCH_BIAS=branch_bias is not None,
             DROPS=drop is not None,
             BLOCK=_block(width, drop),
             num_warps=_warps(width),
@@ -225,7 +159,12 @@ def _launch_forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _results_like(x)
 
@@ -245,13 +184,23 @@ def _backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, which is that of the residual too, of weight and of bias."""
-    d_x, _, d_weight, d_bias = _launch_backward(
-        d_normed, d_total, total, mean, rstd, weight, None
+    has_branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x`, which is that of the branch too, of weight, of bias and of the
+    branch's bias: (0,) where it has none.
+    """
+    d_x, _, *sums = _launch_backward(
+        d_normed, d_total, total, mean, rstd, weight, has_branch_bias
     )
-    # Results of an operator may not share memory.
-    return d_x, d_weight, d_bias.clone()
+    d_weight, d_bias, d_branch_bias = _apart(*sums)
+    return d_x, d_weight, d_bias, d_branch_bias
+
+
+def _apart(
+    d_weight: Tensor, d_bias: Tensor, d_branch_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of an operator may not share memory."""
+    return d_weight, d_bias.clone(), d_branch_bias.clone()
 
 
 def _launch_backward(
@@ -261,9 +210,12 @@ def _launch_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    drop: Dropout | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both tables, the same one without dropout, weight and bias."""
+    has_branch_bias: bool,
+    drop: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of both tables, the same one without dropout, weight and biases; that
+    of the branch's is (0,) where it has none.
+    """
     rows, width = total.shape
     d_normed = d_normed.contiguous()
     d_x = torch.empty_like(total)
@@ -271,23 +223,26 @@ def _launch_backward(
     # A power of two, so that it is compiled for few numbers of rows.
     per_program = triton.next_power_of_2(max(triton.cdiv(rows, _PROGRAMS), 1))
     programs = triton.cdiv(rows, per_program)
-    parts = total.new_empty(2, programs, width, dtype=torch.float32)
+    sums = 2 + has_branch_bias
+    parts = total.new_empty(sums, programs, width, dtype=torch.float32)
     if rows:
-        _layer_norm_backward_kernel[(programs,)](
+        layer_norm_backward_kernel[(programs,)](
             d_normed,
             d_normed if d_total is None else d_total.contiguous(),
             *(total, mean, rstd, weight.contiguous()),
-            *(d_x, d_branch, parts[0], parts[1]),
+            *(d_x, d_branch, parts[0], parts[1], parts[-1]),
             *_drawn_by(drop, total),
             *(rows, width),
             PER_PROGRAM=per_program,
             DROPS=drop is not None,
             HAS_D_TOTAL=d_total is not None,
+            HAS_BRANCH_BIAS=has_branch_bias,
             BLOCK=_block(width, drop),
             num_warps=_warps(width),
+            maxnreg=_REGISTERS,
         )
-    d_weight, d_bias = sum_parts(parts, weight.dtype)
-    return d_x, d_branch, d_weight, d_bias
+    d_weight, d_bias, *added = sum_parts(parts, weight.dtype)
+    return d_x, d_branch, d_weight, d_bias, *(added or [weight.new_empty(0)])
 
 
 @_backward.register_fake
@@ -298,9 +253,16 @@ def _(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    has_branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(total), *_sums_like(weight, has_branch_bias)
+
+
+def _sums_like(weight: Tensor, has_branch_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of (D,), by shape."""
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return torch.empty_like(total), d_weight, torch.empty_like(d_weight)
+    d_branch_bias = weight.new_empty(len(weight) if has_branch_bias else 0)
+    return d_weight, torch.empty_like(d_weight), d_branch_bias
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,8 +271,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     # With dropout, what it is drawn by besides.
-    ctx.save_for_backward(total, mean, rstd, inputs[2], *inputs[5:8])
-    ctx.chosen = inputs[8:]
+    ctx.save_for_backward(total, mean, rstd, inputs[2], *inputs[6:9])
+    ctx.chosen = inputs[9:]
 
 
 def _differentiate(
@@ -320,18 +282,32 @@ def _differentiate(
     d_normed: Tensor | None,
     *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    if d_normed is None:
-        return d_total, d_total, None, None, None
-    # What is launched gives a gradient of the branch besides, the same without dropout.
-    found = backward(d_normed, d_total, *ctx.saved_tensors)
-    return found[0], found[0], found[-2], found[-1], None
+    asked = ctx.needs_input_grad[5]
+    if d_normed is not None:
+        # What is launched gives a gradient of the branch besides, the same without
+        # dropout.
+        found = backward(d_normed, d_total, *ctx.saved_tensors, asked)
+        d_weight, d_bias, d_branch_bias = found[-3:]
+        of_norm = (d_weight, d_bias, None)
+        return found[0], found[0], *of_norm, d_branch_bias if asked else None
+    if d_total is None:
+        return (None,) * 6
+    return _of_sum_alone(d_total, d_total, asked)
+
+
+def _of_sum_alone(
+    d_total: Tensor, d_branch: Tensor, asked: bool
+) -> tuple[Tensor | None, ...]:
+    # Whoever gave the gradient of the sum may read it again.
+    d_branch_bias = column_sums(d_branch) if asked else None
+    return d_total.clone(), d_branch, None, None, None, d_branch_bias
 
 
 _forward.register_autograd(partial(_differentiate, _backward), setup_context=_keep)
 _direct = direct(
     partial(_launch_forward, drop=None),
     _keep,
-    partial(_differentiate, partial(_launch_backward, drop=None)),
+    partial(_differentiate, _launch_backward),
 )
 
 
@@ -342,6 +318,7 @@ def _forward_dropping(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    branch_bias: Tensor | None,
     use: Tensor,
     uid: Tensor,
     place: Tensor,
@@ -350,7 +327,7 @@ def _forward_dropping(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_forward`, with what the branch's dropout is drawn by."""
     drop = Dropout(share, seed, use, uid, place)
-    return _launch_forward(x, branch, weight, bias, eps, drop)
+    return _launch_forward(x, branch, weight, bias, eps, branch_bias, drop)
 
 
 @_forward_dropping.register_fake
@@ -360,6 +337,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    branch_bias: Tensor | None,
     use: Tensor,
     uid: Tensor,
     place: Tensor,
@@ -382,13 +360,14 @@ def _backward_dropping(
     place: Tensor,
     share: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x`, of the branch, of weight and of bias."""
+    has_branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_backward`, with the gradient of the branch after that of `x`."""
     drop = Dropout(share, seed, use, uid, place)
-    d_x, d_branch, d_weight, d_bias = _launch_backward(
-        d_normed, d_total, total, mean, rstd, weight, drop
+    d_x, d_branch, *sums = _launch_backward(
+        d_normed, d_total, total, mean, rstd, weight, has_branch_bias, drop
     )
-    return d_x, d_branch, d_weight, d_bias.clone()
+    return d_x, d_branch, *_apart(*sums)
 
 
 @_backward_dropping.register_fake
@@ -404,24 +383,27 @@ def _(
     place: Tensor,
     share: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    has_branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_x = torch.empty_like(total)
-    return d_x, torch.empty_like(d_x), d_weight, torch.empty_like(d_weight)
+    return d_x, torch.empty_like(d_x), *_sums_like(weight, has_branch_bias)
 
 
 def _differentiate_dropping(
     ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *_, use, uid, place = ctx.saved_tensors
+    asked, kept = ctx.needs_input_grad[5], ctx.saved_tensors
     if d_normed is not None:
-        found = _backward_dropping(d_normed, d_total, *ctx.saved_tensors, *ctx.chosen)
-        return *found, *[None] * 6
+        d_x, d_branch, d_weight, d_bias, d_branch_bias = _backward_dropping(
+            d_normed, d_total, *kept, *ctx.chosen, asked
+        )
+        of_norm = (d_weight, d_bias, None)
+        found = (d_x, d_branch, *of_norm, d_branch_bias if asked else None)
+        return *found, *[None] * 5
     if d_total is None:
-        return (None,) * 10
-    share, seed = ctx.chosen
-    d_branch = dropout.dropout_by(d_total, use, uid, place, share, seed)
-    return d_total, d_branch, *[None] * 8
+        return (None,) * 11
+    d_branch = dropout.dropout_by(d_total, *kept[4:], *ctx.chosen)
+    return *_of_sum_alone(d_total, d_branch, asked), *[None] * 5
 
 
 _forward_dropping.register_autograd(_differentiate_dropping, setup_context=_keep)
@@ -446,11 +428,16 @@ def _warps(width: int) -> int:
 
 
 def add_layer_norm_fused(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel, wherever the tensors are."""
     called = _forward if observed() else _direct
-    total, normed, *_ = called(x, residual, weight, bias, eps)
+    total, normed, *_ = called(x, branch, weight, bias, eps, branch_bias)
     return total, normed
 
 
@@ -461,31 +448,42 @@ def dropout_add_layer_norm_fused(
     bias: Tensor,
     eps: float,
     drop: Dropout,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same with dropout."""
-    given = (*drop[2:], drop.share, drop.seed)
+    given = (branch_bias, *drop[2:], drop.share, drop.seed)
     return _forward_dropping(x, branch, weight, bias, eps, *given)[:2]
 
 
-def _case(rows: int, width: int, *, small: bool = False, drops: bool = False) -> Case:
+def _case(
+    rows: int,
+    width: int,
+    *,
+    small: bool = False,
+    drops: bool = False,
+    biased: bool = False,
+) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         # On the host, so that all devices see the same numbers.
         draw = torch.Generator().manual_seed(seed)
-        x, residual = torch.randn(2, rows, width, generator=draw).unbind(0)
+        x, branch = torch.randn(2, rows, width, generator=draw).unbind(0)
         weight = 1 + 0.1 * torch.randn(width, generator=draw)
         # A mean that is not 0 is what the two passes over a row are for.
-        given = (x + 3, residual, weight, torch.randn(width, generator=draw))
-        moved = (part.to(device, dtype).requires_grad_() for part in given)
-        if drops:
-            return *moved, 1e-12, dropout.rows_drawn(rows, device, seed)
-        return *moved, 1e-12
+        bias, branch_bias = (torch.randn(width, generator=draw) for _ in range(2))
+        *moved, branch_bias = (
+            part.to(device, dtype).requires_grad_()
+            for part in (x + 3, branch, weight, bias, 0.3 * branch_bias)
+        )
+        drawn = (dropout.rows_drawn(rows, device, seed),) if drops else ()
+        return *moved, 1e-12, *drawn, *((branch_bias,) if biased else ())
 
     def moved_bytes(dtype: torch.dtype, *, tables: int) -> int:
         statistics = 2 * rows * 4 + drops * 3 * rows * 8
-        return (tables * rows + 2) * width * dtype.itemsize + statistics
+        vectors = 2 + biased
+        return (tables * rows + vectors) * width * dtype.itemsize + statistics
 
     return Case(
-        kernel="residual + dropout + LayerNorm" if drops else "residual + LayerNorm",
+        kernel=f"{'bias + ' * biased}residual + {'dropout + ' * drops}LayerNorm",
         shape=f"T={rows} D={width}",
         inputs=inputs,
         fused=dropout_add_layer_norm_fused if drops else add_layer_norm_fused,
@@ -497,7 +495,7 @@ def _case(rows: int, width: int, *, small: bool = False, drops: bool = False) ->
             "starts from are rounded to 8 bits, 2^-9 each on average of a relative "
             "error, statistics are not"
         ),
-        # Reads x and residual, writes sum and norm.
+        # Reads x and branch, writes sum and norm.
         forward_bytes=lambda dtype: moved_bytes(dtype, tables=4),
         # Reads the gradients of both and the sum, writes that of the inputs, which are
         # two with dropout.
@@ -520,4 +518,9 @@ CASES = (
     _case(5, 33, small=True, drops=True),
     _case(7_008, 768, drops=True),
     _case(16_128, 1_024, drops=True),
+    *(
+        _case(*shape, small=shape[0] < 1_000, drops=drops, biased=True)
+        for drops in (False, True)
+        for shape in ((1, 64), (5, 33), (20, 24), (7_008, 768), (16_128, 1_024))
+    ),
 )

@@ -1,16 +1,20 @@
-"""Linear layers, with and without GELU after them.
+"""Linear layers, with and without GELU after them, at both ends of a branch.
 
 Owns how they are computed where. Does not own where they stand, or their weights
 (`trainer.models.layers`).
 
 On a CUDA device bias and GELU are one pass over what the product gives
 (`trainer.kernels.bias_gelu`), and a bias has its gradient from a kernel
-(`trainer.kernels.column_sums`).
+(`trainer.kernels.column_sums`); that of a branch's last layer is added with the
+residual (`trainer.kernels.layer_norm`), and the first layer's gradient to the
+residual's (`trainer.models.residual`).
 
 Shapes: N rows, C channels, O of the result.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +22,18 @@ from torch import Tensor, nn
 
 from trainer.kernels.bias_gelu import bias_gelu
 from trainer.kernels.column_sums import linear
+from trainer.models.residual import linear_beside
 
 VECTOR = 16 // torch.bfloat16.itemsize
 """Numbers of a load of 16 bytes, in the type that models compute with."""
+
+
+class Unbiased(NamedTuple):
+    """What a branch ends in."""
+
+    table_no: Tensor
+    bias: Tensor | None = None
+    """(O,) yet to be added to it; None: nothing is."""
 
 
 class Linear(nn.Linear):
@@ -29,6 +42,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, O)."""
         return biased(x, self.weight, self.bias)
+
+    def unbiased(self, x: Tensor) -> Unbiased:
+        """(N, C) -> (N, O), for a norm that adds the bias where it has a kernel."""
+        if not fuses(x):
+            return Unbiased(self(x))
+        return Unbiased(F.linear(x, self.weight), self.bias)
 
 
 class GeluLinear(nn.Linear):
@@ -39,6 +58,22 @@ class GeluLinear(nn.Linear):
         if not fuses(x):
             return F.gelu(super().forward(x))
         return bias_gelu(F.linear(x, self.weight), self.bias)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and `x` for the residual beside it, as `linear_beside`."""
+        if not fuses(x):
+            return self(x), x
+        product, x = linear_beside(x, self.weight, None)
+        return bias_gelu(product, self.bias), x
+
+
+def biased_beside(
+    x_nc: Tensor, weight_oc: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `biased`, and `x` for the residual beside it, as `linear_beside`."""
+    if not fuses(x_nc):
+        return F.linear(x_nc, weight_oc, bias), x_nc
+    return linear_beside(x_nc, weight_oc, bias)
 
 
 def biased(x_nc: Tensor, weight_oc: Tensor, bias: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ A layer that is given `Dropout`, of all rows at the first of its `sites`, drops 
 each branch adds to the residual, as BERT and ViLT do; attention's probabilities it
 leaves alone, which unpadded attention never has as a table.
 
+Where a branch and the residual around it read the same rows and meet in a norm, the
+branch's first layer passes them on to the residual (`trainer.models.residual`), and the
+norm adds the bias of its last one (`trainer.kernels.layer_norm`). A pre-norm residual
+goes on to the next branch: its gradient is not the norm's alone.
+
 Shapes: T stream rows, N rows of the result, O rows of the other modality, U of them
 that are attended to, D width, H heads, E width of a head, B segments, S longest one.
 """
@@ -27,7 +32,13 @@ from trainer.dropout import Dropout, beyond
 from trainer.kernels import attention
 from trainer.kernels.dropout import dropped
 from trainer.kernels.layer_norm import add_layer_norm, dropout_add_layer_norm
-from trainer.models.dense import GeluLinear, Linear, biased
+from trainer.models.dense import (
+    GeluLinear,
+    Linear,
+    Unbiased,
+    biased,
+    biased_beside,
+)
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
 
@@ -50,14 +61,21 @@ class Projection(nn.Linear):
     ) -> tuple[Tensor, ...]:
         """(T, D) -> (T, 3, H, E) alone; with rows, (N, H, E), (T, H, E), (T, H, E)."""
         if rows is None:
-            qkv = biased(x_td, self.weight, self.bias)
-            return (qkv.unflatten(-1, (3, self.heads, -1)),)
+            return (self._by_head(biased(x_td, self.weight, self.bias)),)
         sizes = [self.in_features, 2 * self.in_features]
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
         q = biased(x_td.index_select(0, rows.row), w_q, b_q)
         k, v = biased(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
         return q.unflatten(-1, (self.heads, -1)), k, v
+
+    def beside(self, x_td: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same of all rows, and `x` for the residual beside it."""
+        qkv, x_td = biased_beside(x_td, self.weight, self.bias)
+        return (self._by_head(qkv),), x_td
+
+    def _by_head(self, qkv: Tensor) -> Tensor:
+        return qkv.unflatten(-1, (3, self.heads, -1))
 
 
 class Attention(nn.Module):
@@ -70,31 +88,41 @@ class Attention(nn.Module):
 
     def forward(
         self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
-    ) -> Tensor:
+    ) -> Unbiased:
         """(T, D) -> (N, D)."""
-        table = self.qkv(x_td, rows)
-        if x_td.is_cuda and x_td.dtype in (torch.bfloat16, torch.float16):
+        return self._of(self.qkv(x_td, rows), stream, rows)
+
+    def beside(self, x_td: Tensor, stream: Segmented) -> tuple[Unbiased, Tensor]:
+        """The same of all rows, and `x` for the residual beside it."""
+        table, x_td = self.qkv.beside(x_td)
+        return self._of(table, stream, None), x_td
+
+    def _of(
+        self, table: tuple[Tensor, ...], stream: Segmented, rows: Rows | None
+    ) -> Unbiased:
+        """Of what `Projection` gives."""
+        if table[0].is_cuda and table[0].dtype in (torch.bfloat16, torch.float16):
             mixed = _unpadded(table, stream, rows)
-            return self.out(mixed.flatten(-2))
+            return self.out.unbiased(mixed.flatten(-2))
         q, k, v = table[0].unbind(1) if rows is None else table
         if q.device.type == "cpu" and not torch.compiler.is_compiling():
             mixed = _by_segment(q, k, v, stream, rows)
         else:
             mixed = _padded(q, k, v, stream, rows)
-        return self.out(mixed.flatten(-2))
+        return self.out.unbiased(mixed.flatten(-2))
 
 
 class ResidualNorm(nn.LayerNorm):
     """A residual connection and LayerNorm after it."""
 
     def forward(  # type: ignore[override]
-        self, x_nd: Tensor, branch_nd: Tensor, drop: Dropout | None = None
+        self, x_nd: Tensor, branch: Unbiased, drop: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
         """The sum of two (N, D), the second after dropout, and its norm."""
-        given = (x_nd, branch_nd, self.weight, self.bias, self.eps)
+        given = (x_nd, branch.table_no, self.weight, self.bias, self.eps)
         if drop is None:
-            return add_layer_norm(*given)
-        return dropout_add_layer_norm(*given, drop)
+            return add_layer_norm(*given, branch.bias)
+        return dropout_add_layer_norm(*given, drop, branch.bias)
 
 
 class Block(nn.Module):
@@ -128,19 +156,20 @@ class Block(nn.Module):
         drop: Dropout | None = None,
     ) -> Tensor:
         """(T, D) -> (N, D)."""
-        kept_nd = x_td if rows is None else x_td.index_select(0, rows.row)
+        x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         first = drop and drop.of(rows)
         second = beyond(first, 1)
         if self.pre:
-            mixed_nd = self.attention(self.attention_norm(x_td), stream, rows)
-            x_nd, normed_nd = self.ffn_norm(kept_nd, mixed_nd, first)
-            return x_nd + dropped(self._ffn(normed_nd), second)
-        mixed_nd = self.attention(x_td, stream, rows)
-        _, x_nd = self.attention_norm(kept_nd, mixed_nd, first)
-        return self.ffn_norm(x_nd, self._ffn(x_nd), second)[1]
-
-    def _ffn(self, x_nd: Tensor) -> Tensor:
-        return self.down(self.up(x_nd))
+            mixed = self.attention(self.attention_norm(x_td), stream, rows)
+            x_nd, normed_nd = self.ffn_norm(x_nd, mixed, first)
+            return x_nd + dropped(self.down(self.up(normed_nd)), second)
+        if rows is None:
+            mixed, x_nd = self.attention.beside(x_td, stream)
+        else:
+            mixed = self.attention(x_td, stream, rows)
+        _, x_nd = self.attention_norm(x_nd, mixed, first)
+        hidden_nd, x_nd = self.up.beside(x_nd)
+        return self.ffn_norm(x_nd, self.down.unbiased(hidden_nd), second)[1]
 
 
 class Keys(NamedTuple):
@@ -169,7 +198,7 @@ class CrossAttention(nn.Module):
         own: Segments,
         keys: Keys,
         rows: Rows | None = None,
-    ) -> Tensor:
+    ) -> Unbiased:
         """(N, D), (O, D) -> (N, D). Keys and values are made once for each of the O
         rows, however many segments attend to it.
         """
@@ -181,7 +210,7 @@ class CrossAttention(nn.Module):
             mixed = _varlen_across(q, k, v, own, keys.segments, rows)
         else:
             mixed = _padded_across(q, k, v, own, keys.segments, rows)
-        return self.out(mixed.flatten(-2))
+        return self.out.unbiased(mixed.flatten(-2))
 
 
 class CrossBlock(nn.Module):
@@ -221,13 +250,13 @@ class CrossBlock(nn.Module):
         x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         drop = drop and drop.of(rows)
         if self.attention is not None and self.cross_norm is not None:
-            mixed_nd = self.attention(self.attention_norm(x_td), own, rows)
-            x_nd, normed_nd = self.cross_norm(x_nd, mixed_nd, drop)
+            mixed = self.attention(self.attention_norm(x_td), own, rows)
+            x_nd, normed_nd = self.cross_norm(x_nd, mixed, drop)
             drop = beyond(drop, 1)
         else:
             normed_nd = self.attention_norm(x_nd)
-        mixed_nd = self.cross(normed_nd, other_od, own, keys, rows)
-        x_nd, normed_nd = self.ffn_norm(x_nd, mixed_nd, drop)
+        mixed = self.cross(normed_nd, other_od, own, keys, rows)
+        x_nd, normed_nd = self.ffn_norm(x_nd, mixed, drop)
         hidden_nd = self.down(self.up(normed_nd))
         return x_nd + dropped(hidden_nd, beyond(drop, 1))
 
