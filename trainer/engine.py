@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -79,18 +79,20 @@ class World:
         Raises:
             ValueError, OSError: what `make` raised here.
         """
+        return self.attempt(make).result()
+
+    def attempt(self, make: Callable[[], Item]) -> Attempt[Item]:
+        """`together` in two parts: what is left to do before the run ends over a
+        failure is done between them, by every rank.
+        """
         failure: ValueError | OSError | None = None
+        found = None
         try:
             found = make()
         except (ValueError, OSError) as error:
             failure = error
         failed = torch.tensor([failure is not None], dtype=torch.int64)
-        if self.sum(failed).item():
-            self.leave()
-            if failure:
-                raise failure
-            sys.exit(1)
-        return found
+        return Attempt(self, found, failure, failed=bool(self.sum(failed).item()))
 
     def stop(self, error: ValueError) -> NoReturn:
         """End the run over what every rank has found alike: rank 0 raises it, and the
@@ -106,12 +108,44 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.host_group)
 
+    def settle(self) -> None:
+        """Wait for what this rank's device has been given to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def leave(self) -> None:
         """Leave the process group together, before an exit that every rank agreed on:
         one that is left by a peer's exit alone may abort instead.
         """
+        # Every rank has queued the same: no collective is cut off on its way.
+        self.settle()
         self.barrier()
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Item]):
+    """What came of something that every rank tried."""
+
+    _world: World
+    _found: Item | None
+    _failure: ValueError | OSError | None
+    failed: bool
+    """On some rank; all ranks know it."""
+
+    def result(self) -> Item:
+        """What this rank has got; or, where any failed, it raises what it failed with
+        and the others exit.
+
+        Raises:
+            ValueError, OSError: what was raised here.
+        """
+        if self.failed:
+            self._world.leave()
+            if self._failure:
+                raise self._failure
+            sys.exit(1)
+        return cast(Item, self._found)
 
 
 def world_from_environment() -> tuple[int, int]:

@@ -36,6 +36,42 @@ class _Copied:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How a step came to its device. To be asked once a result of the step is on the
+    host, however many steps have been fed since.
+    """
+
+    host_wait: float
+    """Seconds that the host waited for the step."""
+    begun: Any = None
+    done: Any = None
+    """Events of the copy stream, on a GPU: the copy began, and had been made."""
+    before: Any = None
+    asked: Any = None
+    ready: Any = None
+    """Of the compute stream: all work of the step before had been done, if there was
+    one; the step was asked for; it was there."""
+
+    def waited(self) -> float:
+        """Seconds that the device waited for the step's data: while the host had none,
+        as far as it had no work left of the step before, and for the copy.
+        """
+        if self.asked is None:
+            return self.host_wait
+        stall: float = self.asked.elapsed_time(self.ready) / 1e3
+        if self.before is None:
+            return self.host_wait + stall
+        idle = max(self.before.elapsed_time(self.asked) / 1e3, 0.0)
+        return min(idle, self.host_wait) + stall
+
+    def copy_seconds(self) -> float:
+        """Seconds that the step's copy took on its stream; 0 on a CPU."""
+        if self.begun is None:
+            return 0.0
+        return float(self.begun.elapsed_time(self.done) / 1e3)
+
+
 class Feed:
     """Steps on a device, one after another.
 
@@ -48,16 +84,11 @@ class Feed:
 
     def __init__(self, batches: Iterator[StepBatch], device: torch.device) -> None:
         self._batches, self._device = batches, device
-        self._host_wait = 0.0
         if device.type == "cuda" and device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._copier = _Copier(batches, self._device) if device.type == "cuda" else None
-        self._last: _Copied | None = None
-        # Events of the compute stream.
-        self._before: Any = None
+        self._last = Delivery(host_wait=0.0)
         self._ended: Any = None
-        self._asked: Any = None
-        self._ready: Any = None
 
     def __enter__(self) -> Feed:
         return self
@@ -73,19 +104,24 @@ class Feed:
             StopIteration: there is none.
             ValueError, OSError: what the loader raised.
         """
-        begun = time.perf_counter()
+        began = time.perf_counter()
         if self._copier is None:
             batch = next(self._batches)
-            self._host_wait = time.perf_counter() - begun
+            self._last = Delivery(host_wait=time.perf_counter() - began)
             return batch
         copied = self._copier.take()
-        self._host_wait = time.perf_counter() - begun
+        host_wait = time.perf_counter() - began
         compute = torch.cuda.current_stream(self._device)
-        self._before = self._ended
-        self._asked = compute.record_event(torch.cuda.Event(enable_timing=True))
+        asked = compute.record_event(torch.cuda.Event(enable_timing=True))
         compute.wait_event(copied.done)
-        self._ready = compute.record_event(torch.cuda.Event(enable_timing=True))
-        self._last = copied
+        self._last = Delivery(
+            host_wait=host_wait,
+            begun=copied.begun,
+            done=copied.done,
+            before=self._ended,
+            asked=asked,
+            ready=compute.record_event(torch.cuda.Event(enable_timing=True)),
+        )
         assert copied.batch is not None
         for micro in copied.batch.micro_batches:
             # The allocator must not reuse them for the copy stream while they are read.
@@ -93,31 +129,12 @@ class Feed:
                 tensor.record_stream(compute)
         return copied.batch
 
-    def ended(self) -> None:
-        """All work of the step is queued on the device."""
+    def ended(self) -> Delivery:
+        """All work of the step is queued on the device. How the step came there."""
         if self._copier is not None:
             compute = torch.cuda.current_stream(self._device)
             self._ended = compute.record_event(torch.cuda.Event(enable_timing=True))
-
-    def waited(self) -> float:
-        """Seconds that the device waited for the step's data: while the host had none,
-        as far as it had no work left of the step before, and for the copy. Only once a
-        result of the step is on the host.
-        """
-        if self._copier is None:
-            return self._host_wait
-        assert self._asked is not None
-        stall = self._asked.elapsed_time(self._ready) / 1e3
-        if self._before is None:
-            return self._host_wait + stall
-        idle = max(self._before.elapsed_time(self._asked) / 1e3, 0.0)
-        return min(idle, self._host_wait) + stall
-
-    def copy_seconds(self) -> float:
-        """Seconds that the step's copy took on its stream; 0 on a CPU."""
-        if self._last is None:
-            return 0.0
-        return self._last.begun.elapsed_time(self._last.done) / 1e3
+        return self._last
 
 
 class _Copier:

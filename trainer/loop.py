@@ -2,8 +2,9 @@
 
 Owns a run from its checks to its completion marker. Everything it uses has an owner of
 its own: order and batches (`trainer.loader`), masks (`trainer.masking`), the model
-(`trainer.models`), DeepSpeed (`trainer.engine`), files (`trainer.checkpoint`,
-`trainer.saving`, `trainer.metrics`).
+(`trainer.models`), DeepSpeed (`trainer.engine`), updates (`trainer.update`), what
+follows a step (`trainer.step_end`), files (`trainer.checkpoint`, `trainer.saving`,
+`trainer.metrics`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import dataclasses
 import fcntl
 import functools
 import signal
-import threading
 import time
-from dataclasses import dataclass
-from types import FrameType
 from typing import IO, Any
 
 import torch
@@ -33,8 +31,8 @@ from trainer.contract import (
     read_validation,
 )
 from trainer.contrast import contrasts_of
-from trainer.data_state import DataState
 from trainer.engine import (
+    Attempt,
     World,
     build_engine,
     chosen_precision,
@@ -43,41 +41,21 @@ from trainer.engine import (
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
 from trainer.growth import agreed_state, freeze_until
-from trainer.limits import Spent, verdict
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
 from trainer.models.base import Inputs, ModelConfig, Output
 from trainer.options import PretrainConfig
 from trainer.panels import drop_panels
-from trainer.parameters import parameter_norm
-from trainer.profiling import Profiler, peak_memory_gib, span
+from trainer.profiling import Profiler, span
 from trainer.quarantine import from_plain, to_plain
 from trainer.run_copy import RunCopy
 from trainer.saving import Checkpoints
-from trainer.step_metrics import Summed, metrics_row, spent_on, summed_over_ranks
+from trainer.step_end import Ends, Parts, due_after
+from trainer.stop import StopFlag
 from trainer.update import Updates
-from trainer.validation import HeldOut, held_out
+from trainer.validation import held_out
 from trainer.watchdog import Fed, Watchdog
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a run is made of on one rank."""
-
-    config: PretrainConfig
-    world: World
-    loader: Loader
-    engine: Any
-    updates: Updates
-    metrics: Metrics | None
-    """Only where something is printed and written: on rank 0."""
-    held_out: HeldOut | None = None
-    """Pairs to measure on, if the run has any."""
-    profiler: Profiler | None = None
-    """On rank 0."""
-    copy: RunCopy | None = None
-    """Of a run behind a URL."""
 
 
 def train(config: PretrainConfig, checked: Checked) -> int:
@@ -154,7 +132,7 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     """
     config, world, loader = parts.config, parts.world, parts.loader
     engine, updates, metrics = parts.engine, parts.updates, parts.metrics
-    profiler, stop, spent = parts.profiler, StopFlag(), Spent()
+    profiler, stop = parts.profiler, StopFlag()
     if step == 0:
         updates.save_point(engine, 0)
     # The feed asks for the first steps as soon as it is made.
@@ -169,42 +147,39 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
         ) as checkpoints,
         Feed(loader.steps(step, config.last_step), world.device) as feed,
     ):
+        ends = Ends(parts, checkpoints, watch, stop)
         while step < config.last_step:
             watch.at("freeze of shards", step + 1)
             freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
             if profiler:
                 profiler.before_step(step)
             started = time.perf_counter()
-            batch = next_batch(watch.feed(feed), world)
+            batches = next_batch(watch.feed(feed), world)
+            # What this step stops over, or says, comes after the one before.
+            if batches.failed and ends.conclude():
+                break
+            batch = batches.result()
             totals = global_counts(batch.counts, world)
             if totals.replaced:
+                if ends.conclude():
+                    break
+                watch.at("damaged samples", step + 1)
                 tell_replaced(loader, totals, step, world, metrics)
-            watch.at("forward and backward")
+            watch.at("forward and backward", step + 1)
             result = run_micro_batches(engine, loader, batch, totals, world)
+            # The device has work while the host learns what the step before came to.
+            # These gradients are of the weights that it left, which are the ones to
+            # save if that is asked for now.
+            if ends.conclude():
+                break
             with span("optimizer"):
-                updated = updates.update(engine, result, totals, step=step, watch=watch)
-            feed.ended()
+                taken = updates.take(engine, result, totals, step=step, watch=watch)
+            ends.begin(taken, batch, feed.ended(), started=started)
             step += 1
-            elapsed = time.perf_counter() - started
-            took = spent_on(batch, feed, elapsed)
-            watch.at("all-reduce of metrics")
-            asked = (stop.asked, checkpoints.due, checkpoints.failed)
-            summed = summed_over_ranks(updated.sums, took, asked, loader, totals, world)
-            row = metrics_row(batch, totals, summed, loader, world, elapsed)
-            row |= {"step": step, **updated.row, **_of_model(parts, step)}
-            spent += summed.spent
-            if metrics:
-                metrics.write(row)
-                if updated.note:
-                    metrics.note(updated.note)
-            due = summed.save_due or "rolled_back_to" in row
-            if _look_and_save(parts, checkpoints, watch, step, summed, due=due):
-                if metrics:
-                    metrics.note(verdict(spent, threads=config.threads))
-                spent = Spent()
-            if summed.stop:
-                return step, True
-    return step, False
+            at_once = not taken.can_wait or due_after(parts, step)
+            if at_once and ends.conclude():
+                break
+    return step, ends.stopped
 
 
 def _look_again(parts: Parts, step: int) -> None:
@@ -216,50 +191,6 @@ def _look_again(parts: Parts, step: int) -> None:
     rows = read_validation(parts.config.run) if parts.world.first else []
     if not parts.world.broadcast(any(row["step"] == step for row in rows)):
         parts.held_out.look(parts.engine, step, parts.metrics)
-
-
-def _of_model(parts: Parts, step: int) -> dict[str, float]:
-    """Metrics of the model after `step` steps."""
-    row = {"peak_memory_gib": peak_memory_gib(parts.world.device)}
-    every = parts.config.log.norms_every
-    if every and step % every == 0:
-        row["param_norm"] = parameter_norm(parts.engine.module, parts.world)
-    return row
-
-
-def _look_and_save(
-    parts: Parts,
-    checkpoints: Checkpoints,
-    watch: Watchdog,
-    step: int,
-    summed: Summed,
-    *,
-    due: bool,
-) -> bool:
-    """After `step` steps, measure held-out pairs and save what is due; whether a
-    checkpoint was, which is also so when it is `due` for reasons of the caller's.
-    """
-    config, updates = parts.config, parts.updates
-    val_loss = None
-    # Whoever asked to stop does not want to wait; resuming makes up for it.
-    if parts.held_out and (not summed.stop or step == config.last_step):
-        watch.at("validation")
-        val_loss = parts.held_out.look(
-            parts.engine, step, parts.metrics, lambda: watch.at("validation")
-        )
-    watch.at("checkpoint")
-    best = val_loss is not None and checkpoints.is_best(val_loss)
-    point = updates.point_due(step)
-    if summed.write_failed or point:
-        checkpoints.wait()
-    if point:
-        updates.save_point(parts.engine, step)
-    due = due or best or point or step % config.checkpoint.every_steps == 0
-    due = due or summed.stop or step == config.last_step
-    if due:
-        state = data_state(parts.loader, updates, step)
-        checkpoints.save(parts.engine, state, val_loss=val_loss)
-    return due
 
 
 def agreed_loader(checked: Checked, config: PretrainConfig, world: World) -> Loader:
@@ -324,10 +255,9 @@ def _require_agreement(checked: Checked, world: World) -> None:
 
 
 @span("data")
-def next_batch(feed: Fed, world: World) -> StepBatch:
-    """The next batch, on the device, once every rank has its own."""
-    found: StepBatch = world.together(feed.next)
-    return found
+def next_batch(feed: Fed, world: World) -> Attempt[StepBatch]:
+    """The next batch, on the device, once every rank has its own or has failed."""
+    return world.attempt(feed.next)
 
 
 def global_counts(counts: Counts, world: World) -> Counts:
@@ -412,13 +342,6 @@ def tell_replaced(
     metrics.note(line)
 
 
-def data_state(loader: Loader, updates: Updates, step: int) -> dict[str, Any]:
-    """What a checkpoint after `step` steps says of data (law 1) and of losses."""
-    state = DataState.of(loader.dataset, loader.order, step=step).to_plain()
-    state["safety"] = updates.guard.to_plain()
-    return state | {"quarantine": to_plain(loader.quarantine.until(step))}
-
-
 def finish(
     metrics: Metrics,
     config: PretrainConfig,
@@ -452,30 +375,6 @@ def mark_complete(config: PretrainConfig, copy: RunCopy | None, step: int) -> bo
     elif not (config.run / COMPLETE).exists():
         checkpoint.write_json(config.run / COMPLETE, {"step": step})
     return True
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary. A second signal
-    ends the process at once, but for the copies that a terminal and the launcher send
-    of one and the same Ctrl-C. Never set where a launcher runs the trainer in a thread,
-    in which Python takes no signals.
-    """
-
-    _ONE_REQUEST_S = 5.0
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._first = 0.0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self._first = time.monotonic()
-        elif time.monotonic() - self._first > self._ONE_REQUEST_S:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def _metrics(config: PretrainConfig, first_step: int) -> Metrics:

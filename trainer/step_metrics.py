@@ -16,7 +16,7 @@ import torch
 
 from trainer import by_mode
 from trainer.engine import World, chosen_precision
-from trainer.feed import Feed
+from trainer.feed import Delivery
 from trainer.flops import step_flops, utilisation
 from trainer.gpus import device_peak
 from trainer.limits import Spent
@@ -41,14 +41,14 @@ class Summed:
     """Some rank could not write its part of the one before."""
 
 
-def spent_on(batch: StepBatch, feed: Feed, elapsed: float) -> Spent:
+def spent_on(batch: StepBatch, delivery: Delivery, elapsed: float) -> Spent:
     """Where a rank's seconds of a step went."""
     return Spent(
         elapsed=elapsed,
-        waited=feed.waited(),
+        waited=delivery.waited(),
         read=batch.read_s,
         decode=batch.decode_s,
-        copy=feed.copy_seconds(),
+        copy=delivery.copy_seconds(),
     )
 
 

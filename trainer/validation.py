@@ -95,12 +95,10 @@ class HeldOut:
         this with the same step. The validation loss, if it was due. Calls `alive` now
         and then.
         """
-        keys = self._config.eval
-        every, probes_every = keys.every_steps, keys.probes_every_steps
         row: dict[str, Any] = {}
-        if every and (step % every == 0 or step == self._config.last_step):
+        if self._losses_due(step):
             row |= self.losses(engine, alive)
-        if probes_every and step % probes_every == 0:
+        if self._probes_due(step):
             model = whole_model(engine.module, self._build, first=self._world.first)
             if model is not None and self._panels and metrics:
                 found, picture = self._panels.make(model, step)
@@ -112,6 +110,18 @@ class HeldOut:
         if row and metrics:
             metrics.validation({"step": step, **row})
         return row.get("val_loss")
+
+    def due(self, step: int) -> bool:
+        """Is anything to be measured after `step` steps?"""
+        return self._losses_due(step) or self._probes_due(step)
+
+    def _losses_due(self, step: int) -> bool:
+        every = self._config.eval.every_steps
+        return every > 0 and (step % every == 0 or step == self._config.last_step)
+
+    def _probes_due(self, step: int) -> bool:
+        every = self._config.eval.probes_every_steps
+        return every > 0 and step % every == 0
 
     @span("validation")
     def losses(

@@ -62,8 +62,9 @@ def curve(setting: Setting, kind: str, seed: int) -> dict[str, Any]:
         for step in range(steps):
             batch = feed.next()
             one.lr = learning_rate(step, config.optimizer, config.schedule)
-            sums = one.step(batch)
+            one.step(batch)
             feed.ended()
+            sums = one.sums()
             mlm.append(sums[0] / max(batch.counts.masked_words, 1))
             recon.append(sums[1] / max(batch.counts.recon_pixels, 1))
     found = {

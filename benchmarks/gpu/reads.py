@@ -28,8 +28,9 @@ from benchmarks.gpu.record import ROOT, Setting
 from benchmarks.gpu.training import Trainee, has_deepspeed, trainee
 from trainer.engine import decides_on_device
 
-AT_THE_END = "trainer/update.py:step_and_read"
-"""Where a step's sums and gradient norm are read, after all of its work is queued."""
+ONE_STEP_LATE = "trainer/update.py:read"
+"""Where a step waits for the sums and the gradient norm of the one before, when both of
+its own passes are queued."""
 NOT_ON_A_GPU = {
     "trainer/loop.py:global_counts": "counts of the loader's, which lie on the host",
     "trainer/masking.py:drawn_modes": "the reference of the kernel that draws masks",
@@ -44,7 +45,7 @@ _WARMUP = 3
 
 
 def whole_step(loader: Drawn, setting: Setting) -> dict[str, Any]:
-    """Waits of a step, by file and function: one, at its end.
+    """Waits of a step, by file and function: one, for the step before.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -59,7 +60,7 @@ def whole_step(loader: Drawn, setting: Setting) -> dict[str, Any]:
     found = reads(lambda: one.step(batches[-1]))
     one.close()
     waits = {key: count for key, count in found.items() if key not in NOT_ON_A_GPU}
-    return {"passed": waits == {AT_THE_END: 1}, "waits": waits}
+    return {"passed": waits == {ONE_STEP_LATE: 1}, "waits": waits}
 
 
 def fuse(one: Trainee) -> None:

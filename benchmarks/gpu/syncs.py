@@ -1,11 +1,12 @@
 """Does a step make the host wait for the device?
 
-Owns two proofs. On a GPU, every synchronisation that PyTorch sees is counted, with the
-line that asks for it. Without one, both passes run on `meta` tensors, which have shapes
-and no values: whatever would read a value, take a shape from one or copy between host
-and device is found. A PyTorch that is built for CUDA also runs the forward pass, on the
-path of CUDA tensors, on a device that is called so and need not be there. Does not own
-the step, nor the count of a whole one without a GPU (`benchmarks.gpu.reads`).
+Owns two proofs. On a GPU, every synchronisation that PyTorch sees is counted, and every
+wait for an event, with the line that asks for it. Without one, both passes run on
+`meta` tensors, which have shapes and no values: whatever would read a value, take a
+shape from one or copy between host and device is found. A PyTorch that is built for
+CUDA also runs the forward pass, on the path of CUDA tensors, on a device that is called
+so and need not be there. Does not own the step, nor the count of a whole one without a
+GPU (`benchmarks.gpu.reads`).
 
 Not found without a GPU: what a library does inside an operator.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.batches import Drawn, pinned, recipe
-from benchmarks.gpu.reads import AT_THE_END, whole_step
+from benchmarks.gpu.reads import ONE_STEP_LATE, whole_step
 from benchmarks.gpu.record import ROOT, Record, Setting
 from benchmarks.gpu.training import has_deepspeed, trainee
 from trainer.build import build_model
@@ -73,11 +75,11 @@ def syncs(setting: Setting, record: Record) -> None:
 
 def counted(loader: Drawn, setting: Setting) -> dict[str, Any]:
     """Synchronisations of the model's forward and backward pass, of which there must be
-    none, and of a whole step, of which there must be one, at its end, where the engine
-    allows it; by the line that asks for them.
+    none, and of a whole step, of which there must be one, for what the step before came
+    to, where the engine allows it; by the line that asks for them.
     """
     one = trainee(loader, setting)
-    batches = [pinned(loader.step(number)) for number in range(_WARMUP + 2)]
+    batches = [pinned(loader.step(number)) for number in range(_WARMUP + 3)]
     with Feed(iter(batches), setting.device) as feed:
         for _ in range(_WARMUP):
             one.step(feed.next())
@@ -85,11 +87,14 @@ def counted(loader: Drawn, setting: Setting) -> dict[str, Any]:
         micro = feed.next().micro_batches[0]
         model = waits(functools.partial(forward_and_backward, one, micro))
         one.engine.step()
+        one.step(feed.next())
+        feed.ended()
         batch = feed.next()
         whole = waits(lambda: one.step(batch))
-    at_the_end = AT_THE_END.partition(":")[0]
+        one.sums()
+    late = ONE_STEP_LATE.partition(":")[0]
     places = [line.partition(":")[0] for line in whole.elements()]
-    once = places == [at_the_end] or not decides_on_device(one.engine)
+    once = places == [late] or not decides_on_device(one.engine)
     one.close()
     return {
         "passed": not model and once,
@@ -109,17 +114,27 @@ def forward_and_backward(one: Any, micro: MicroBatch) -> None:
 
 
 def waits(run: Callable[[], object]) -> Counter[str]:
-    """How often `run` makes the host wait for the GPU, by file and line."""
+    """How often `run` makes this thread wait for the GPU, by file and line; for an
+    event of it too, whether or not that has come to pass.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
+    here, for_event = threading.get_ident(), torch.cuda.Event.synchronize
 
+    # The debug mode tells of neither.
     def outright(*_: object) -> None:
-        # Which the debug mode does not tell of.
         warnings.warn(_OUTRIGHT, stacklevel=3)
+
+    def event(one: torch.cuda.Event) -> None:
+        # The feed's thread waits for its copies.
+        if threading.get_ident() == here:
+            warnings.warn(_OUTRIGHT, stacklevel=2)
+        for_event(one)
 
     with (
         warnings.catch_warnings(record=True) as caught,
         patch.object(torch.cuda, "synchronize", outright),
+        patch.object(torch.cuda.Event, "synchronize", event),
     ):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -36,7 +36,7 @@ from trainer.loader import Loader, StepBatch
 from trainer.loop import global_counts, run_micro_batches
 from trainer.options import PretrainConfig
 from trainer.profiling import peak_memory_gib
-from trainer.update import step_and_read
+from trainer.update import Result, step_on_device
 
 ROUNDS = 3
 
@@ -111,18 +111,30 @@ class Trainee:
     kind: str
     """Which engine."""
     lr: float
+    pending: Result | list[float] | None = None
+    """What the last step came to."""
 
-    def step(self, batch: StepBatch) -> list[float]:
-        """One whole step, as in `trainer.loop`; the sums of its losses."""
+    def step(self, batch: StepBatch) -> None:
+        """One whole step, as in `trainer.loop`: where the device decides whether it is
+        taken, what the step before came to is read once both passes of this one are
+        queued.
+        """
         config = self.loader.config
         totals = global_counts(batch.counts, self.world)
         sums = run_micro_batches(self.engine, self.loader, batch, totals, self.world)
+        self.sums()
         if decides_on_device(self.engine):
             terms = len(config.model.terms)
-            return step_and_read(self.engine, sums, terms, self.world, lr=self.lr)[0]
-        found: list[float] = sums.tolist()
-        apply_step(self.engine, lr=self.lr, clip=config.optimizer.clip)
-        return found
+            result = step_on_device(self.engine, sums, terms, self.world, lr=self.lr)
+            self.pending = result
+        else:
+            self.pending = sums.tolist()
+            apply_step(self.engine, lr=self.lr, clip=config.optimizer.clip)
+
+    def sums(self) -> list[float]:
+        """The sums of the last step's losses, once; empty where they have been read."""
+        pending, self.pending = self.pending, None
+        return pending.read()[0] if isinstance(pending, Result) else pending or []
 
     def close(self) -> None:
         """Let go of memory."""
@@ -182,7 +194,7 @@ def timed_steps(
     """Take `warmup` steps and then `ROUNDS` rounds of `steps`, of batches that suffice.
     What the median round says; waits for data are of all rounds.
     """
-    seconds, waits, counted = [], 0.0, []
+    seconds, deliveries, counted = [], [], []
     with Feed(batches, setting.device) as feed:
         for _ in range(warmup):
             one.step(feed.next())
@@ -193,12 +205,13 @@ def timed_steps(
             for _ in range(steps):
                 batch = feed.next()
                 one.step(batch)
-                feed.ended()
-                waits += feed.waited()
+                deliveries.append(feed.ended())
                 counted.append(batch.counts)
+            one.sums()
             setting.synchronize()
             seconds.append(time.perf_counter() - began)
     step_s = statistics.median(seconds) / steps
+    waits = sum(delivery.waited() for delivery in deliveries)
     return {
         "engine": one.kind,
         "step_s": step_s,

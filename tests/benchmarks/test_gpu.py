@@ -326,12 +326,12 @@ def test_a_step_does_not_wait_for_the_device(loader: batches.Drawn) -> None:
     assert found["passed"], found
 
 
-def test_a_whole_step_waits_once_at_its_end(tmp_path: Path) -> None:
+def test_a_whole_step_waits_once_for_the_step_before(tmp_path: Path) -> None:
     rehearsed(tmp_path, "syncs", "--only=whole step")
     entries = stored(tmp_path, "syncs")["entries"]
     assert [*entries] == ["whole step, ZeRO 1", "whole step, ZeRO 2"]
     for entry in entries.values():
-        assert entry["waits"] == {reads.AT_THE_END: 1}
+        assert entry["waits"] == {reads.ONE_STEP_LATE: 1}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,10 @@ Keys of the JSON, steps counted from 1 as in metrics.jsonl:
 - `fingerprints`: file to which each rank appends a line about each update;
 - `kill`: step in which this process gets SIGKILL;
 - `fused`: true for AdamW as on a GPU, where the device decides about a step;
+- `at_once`: true to read what each step came to before the next one begins;
+- `order`: file to which rank 0 appends the passes that it begins and rows it writes;
+- `term`: step in whose passes this process gets SIGTERM;
+- `broken`: step whose batch `rank` cannot read;
 - `hang`: step before which `rank` reads from `fifo`, into which nobody writes.
 """
 
@@ -26,6 +30,7 @@ import torch
 from pipeline.config import run
 from trainer import loop, pretrain, update
 from trainer.feed import Feed
+from trainer.metrics import Metrics
 
 
 class Poison(torch.autograd.Function):
@@ -67,6 +72,25 @@ def fingerprint(engine: Any) -> str:
     return digest.hexdigest()
 
 
+def keep_order(file: Path) -> None:
+    """Append the passes that are begun and the rows that are written to a file."""
+    passes, write = loop.run_micro_batches, Metrics.write
+
+    def told(what: str, step: int) -> None:
+        with file.open("a") as lines:
+            lines.write(f"{what} {step}\n")
+
+    def run_micro_batches(*args: Any) -> Any:
+        told("passes", args[2].step + 1)
+        return passes(*args)
+
+    def written(metrics: Metrics, row: dict[str, Any]) -> None:
+        told("row", row["step"])
+        write(metrics, row)
+
+    loop.run_micro_batches, Metrics.write = run_micro_batches, written
+
+
 def install(spec: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     faulty = rank == spec.get("rank", 1)
@@ -89,8 +113,9 @@ def install(spec: dict[str, Any]) -> None:
 
     def run_micro_batches(*args: Any) -> Any:
         now["step"] = args[2].step + 1
-        if spec.get("kill") == now["step"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for name, number in (("kill", signal.SIGKILL), ("term", signal.SIGTERM)):
+            if spec.get(name) == now["step"]:
+                os.kill(os.getpid(), number)
         return backward(*args)
 
     def build_engine(*args: Any, **named: Any) -> Any:
@@ -117,8 +142,10 @@ def install(spec: dict[str, Any]) -> None:
 
     def next_batch(feed: Feed) -> Any:
         now["asked"] = now.get("asked", 0) + 1
-        if faulty and now["asked"] == spec["hang"]:
+        if faulty and now["asked"] == spec.get("hang"):
             Path(spec["fifo"]).read_bytes()
+        if faulty and now["asked"] == spec.get("broken"):
+            raise ValueError("the loader says so")
         return following(feed)
 
     loop.build_model, loop.run_micro_batches = build_model, run_micro_batches
@@ -127,7 +154,11 @@ def install(spec: dict[str, Any]) -> None:
         update.apply_step_on_device = held(update.apply_step_on_device)
     if spec.get("fused"):
         loop.build_engine = build_engine
-    if "hang" in spec:
+    if spec.get("at_once"):
+        loop.due_after = lambda *_: True
+    if "order" in spec and rank == 0:
+        keep_order(Path(spec["order"]))
+    if "hang" in spec or "broken" in spec:
         Feed.next = next_batch
 
 

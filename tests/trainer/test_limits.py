@@ -59,11 +59,11 @@ def steps_of(shards: Path, pace: float, *more: str, steps: int = 24) -> str:
             begun = time.perf_counter()
             batch = feed.next()
             time.sleep(pace)
-            feed.ended()
+            delivery = feed.ended()
             if number >= 4:
                 spent += Spent(
                     elapsed=time.perf_counter() - begun,
-                    waited=feed.waited(),
+                    waited=delivery.waited(),
                     read=batch.read_s,
                     decode=batch.decode_s,
                 )
