@@ -6,6 +6,7 @@ on a CPU with the optimizer of a GPU, against those that learn it at once.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ OF_THE_MOMENT = {
     "model_tflops",
     "peak_memory_gib",
 }
-SIGTERMED = 128 + 15
+SIGTERMED = 128 + signal.SIGTERM
 
 
 def rows(run: Path) -> list[str]:
@@ -59,13 +60,17 @@ def checkpoints(run: Path) -> dict[int, Any]:
     return found
 
 
-def notes(output: str) -> list[str]:
-    """What was told of steps, in order."""
-    told = ("damaged samples replaced", "(samples ", "limits the run")
-    lines = [line.partition("; `python")[0] for line in output.splitlines()]
-    lines = [line for line in lines if any(words in line for words in told)]
-    # How long things took is no promise.
-    return [line.partition(" limits the run")[0][-8:] for line in lines]
+def notes(output: str, run: Path) -> list[str]:
+    """What was told of steps and checkpoints, in order; of a verdict on speed, which is
+    a clock's, that there was one.
+    """
+    found = []
+    for line in output.splitlines():
+        if " limits the run" in line:
+            found.append("limits the run")
+        elif "damaged samples replaced" in line or "(samples " in line:
+            found.append(line.replace(str(run), "RUN"))
+    return found
 
 
 def order(path: Path) -> list[tuple[str, int]]:
@@ -99,9 +104,8 @@ def test_rows_weights_moments_and_checkpoints_are_those_of_a_run_that_waits(
         done = with_faults(2, spec, *words, f"--output={run}")
         assert done.returncode == 0, done.stdout
         updates = sorted(held.read_text().splitlines())
-        told_of = [line.replace(str(run), "RUN") for line in notes(done.stdout)]
         found[name] = [
-            *(rows(run), updates, checkpoints(run), told_of),
+            *(rows(run), updates, checkpoints(run), notes(done.stdout, run)),
             [row["val_loss"] for row in read_validation(run)],
         ]
         orders[name] = order(told)
@@ -140,7 +144,7 @@ def test_the_guard_stops_a_run_at_the_same_step_with_the_same_weights(
         assert "step 7 (samples " in done.stdout
         (line,) = [line for line in done.stdout.splitlines() if "3. in a row" in line]
         message = line.replace(str(run), "RUN")
-        found[name] = rows(run), checkpoints(run), message, notes(done.stdout)
+        found[name] = rows(run), checkpoints(run), message, notes(done.stdout, run)
         # The passes of a step that is never taken.
         assert (("passes", 8) in order(told)) == (name == "late")
     assert found["late"] == found["at_once"]
@@ -171,9 +175,13 @@ def test_a_save_or_a_stop_asked_for_in_the_passes_of_a_step_has_the_one_before(
     assert "stopped after step 5 of 12, checkpoint saved" in done.stdout
     assert order(told)[-2:] == [("passes", 6), ("row", 5)]
     assert checkpoints(late) == {step: expected[step] for step in range(1, 6)}
+    # Killed while it has not yet learnt what step 8 came to.
+    done = with_faults(1, spec | {"kill": 9}, *words, *clock, f"--output={late}")
+    assert done.returncode == -signal.SIGKILL, done.stdout
+    assert "resuming after step 5" in done.stdout
+    assert metrics(late)[-1]["step"] == 7
     done = with_faults(1, spec, *words, *clock, f"--output={late}")
     assert done.returncode == 0, done.stdout
-    assert "resuming after step 5" in done.stdout
     assert checkpoints(late) == expected
     assert rows(late) == rows(run)
 
