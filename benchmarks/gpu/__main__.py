@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -56,17 +58,31 @@ def main(argv: Sequence[str]) -> int:
         only=tuple(words.only),
         seconds=words.seconds,
     )
+    try:
+        records = {part: Record(setting, part) for part in words.parts}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    turns = [setting.only]
+    if words.in_order:
+        turns = [(text,) for text in setting.only]
+        for record in records.values():
+            record.begin()
     status = 0
-    for part in words.parts:
+    for only, part in itertools.product(turns, words.parts):
+        record = records[part]
+        record.setting = dataclasses.replace(setting, only=only)
         try:
-            record = Record(setting, part)
-            PARTS[part](setting, record)
+            PARTS[part](record.setting, record)
         except OutOfTime as stopped:
             print(stopped)
-            status = status or UNFINISHED
+            status = UNFINISHED
+            if words.in_order:
+                break
         except ValueError as error:
             print(f"{part}: {error}", file=sys.stderr)
             return FAILED
+    for part, record in records.items():
         if record.failed:
             print(f"{part}: failed: {'; '.join(record.failed)}")
             status = FAILED
@@ -91,7 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         help="no entries but those with this in their key, or with another's",
     )
     parser.add_argument(
-        "--seconds", type=float, default=420.0, help="begin no entry after these"
+        "--in-order",
+        action="store_true",
+        help="one --only after the other, of all parts each: where time is short",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=420.0,
+        help="a part begins no entry after these; with --in-order the call",
     )
     return parser
 

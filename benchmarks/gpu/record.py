@@ -75,7 +75,7 @@ class Record:
         self.setting, self.part = setting, part
         self.path = setting.output / f"{part}.json"
         self.failed: list[str] = []
-        self._began = time.monotonic()
+        self._began: float | None = None
         self._head = {"hardware": hardware(setting), "versions": versions()}
         self.entries: dict[str, Any] = {}
         if self.path.exists() and not setting.again:
@@ -88,6 +88,16 @@ class Record:
                         "or another --output"
                     )
             self.entries = stored["entries"]
+
+    def begin(self) -> None:
+        """Have the time that there is begin now, and not with the first entry."""
+        if self._began is None:
+            self._began = time.monotonic()
+
+    def _spent(self) -> float:
+        self.begin()
+        assert self._began is not None
+        return time.monotonic() - self._began
 
     def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The entry `key`: the one that is there, or what `make` gives. An error is an
@@ -103,7 +113,7 @@ class Record:
         only = self.setting.only
         if only and not any(part in key for part in only) and key != CEILINGS:
             return {}
-        if time.monotonic() - self._began > self.setting.seconds:
+        if self._spent() > self.setting.seconds:
             raise OutOfTime(f"{self.part}: stopped before {key!r}; run it again")
         began = time.perf_counter()
         try:

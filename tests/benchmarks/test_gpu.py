@@ -205,6 +205,23 @@ def test_a_rehearsal_says_that_it_measures_nothing(
     assert "rehearsal" in stored(tmp_path, "syncs")
 
 
+def test_where_time_is_short_entries_are_measured_in_the_order_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = ("column sums | N=37", "without values", "column sums | N=1 ")
+    words = ["syncs", "checks", "--in-order", *(f"--only={text}" for text in asked)]
+    assert main([*words, *REHEARSAL, str(tmp_path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    keys = [line.partition(" | ")[2] for line in told]
+    places = [next(n for n, key in enumerate(keys) if text in key) for text in asked]
+    assert places == sorted(places)
+    assert len(told) == 2 + 1 + 2
+    over = [*words, "--only=dropout", "--seconds=-1", *REHEARSAL, str(tmp_path)]
+    assert main(over) == UNFINISHED
+    assert "stopped before 'dropout" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("part", ["checks", "kernels"])
 def test_a_rehearsal_of_kernels_needs_the_interpreter(
     part: str,
