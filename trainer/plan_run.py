@@ -27,8 +27,9 @@ from trainer.plan_options import NO_DATA, PlanConfig
 
 GIB = 1 << 30
 STAGES = (0, 1, 2, 3)
-# Steps on the device: in use, waiting, on its way (`trainer.feed`).
-_DEVICE_STEPS = 3
+# Steps on the device: computed, queued behind it, waiting, on its way
+# (`trainer.feed`).
+_DEVICE_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ class Ends:
         self._parts, self._checkpoints, self._watch = parts, checkpoints, watch
         self._stop, self._spent = stop, Spent()
         self._begun: _Begun | None = None
-        # When the step before was known, but for the time that was paused since.
+        # When the step before was known; what was saved and validated since is taken
+        # off, by moving it on.
         self._last = -math.inf
         self.stopped = False
         """Somebody has asked to stop."""
@@ -130,7 +131,8 @@ class Ends:
                 metrics.note(updated.note)
         due = summed.save_due or "rolled_back_to" in row
         if due:
-            # No pause, if the next step has begun.
+            # Waiting for the next step's passes, if they are queued, is no pause.
+            watch.at("passes of the next step", step + 1)
             world.settle()
         paused = time.perf_counter()
         if _look_and_save(parts, checkpoints, watch, step, summed, due=due):
@@ -146,7 +148,8 @@ def due_after(parts: Parts, step: int) -> bool:
     before? Then the next step begins after it. All ranks know it alike.
     """
     config, held_out = parts.config, parts.held_out
-    profiled, every = config.profile.first_step, config.log.norms_every
+    profiled, length = config.profile.first_step, config.profile.steps
+    every = config.log.norms_every
     return (
         step == config.last_step
         or step % config.checkpoint.every_steps == 0
@@ -154,7 +157,7 @@ def due_after(parts: Parts, step: int) -> bool:
         or (held_out is not None and held_out.due(step))
         or (every > 0 and step % every == 0)
         # A profile begins and ends between two steps.
-        or step in (profiled, profiled + config.profile.steps)
+        or (length > 0 and step in (profiled, profiled + length))
         # An epoch is frozen between two steps.
         or parts.loader.order.undecided <= step + STEPS_BEYOND
     )

@@ -1,7 +1,7 @@
 """What a step is measured by: one all-reduce, and a line of `metrics.jsonl`.
 
 Owns how the ranks' shares of a step become its metrics. Does not own what is measured
-(`trainer.loop`, `trainer.by_mode`, `trainer.flops`) or where it goes
+(`trainer.step_end`, `trainer.by_mode`, `trainer.flops`) or where it goes
 (`trainer.metrics`).
 """
 

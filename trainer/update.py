@@ -75,8 +75,8 @@ class Taken:
 
     @property
     def can_wait(self) -> bool:
-        """The next step may begin before this one is concluded: no more than the device
-        has decided is to decide on the weights.
+        """The next step may begin before this one is concluded: the device alone
+        decides whether the update is taken.
         """
         return self.ruling is None
 

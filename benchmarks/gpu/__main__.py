@@ -40,7 +40,10 @@ FAILED, UNFINISHED = 1, 75
 
 def main(argv: Sequence[str]) -> int:
     """Run parts one after another; the exit status."""
-    words = _parser().parse_args(argv)
+    parser = _parser()
+    words = parser.parse_args(argv)
+    if words.in_order and not words.only:
+        parser.error("--in-order is an order of --only TEXT: give at least one")
     if words.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is to be seen: rehearse with", _REHEARSE, file=sys.stderr)
         return FAILED

@@ -217,6 +217,8 @@ def test_where_time_is_short_entries_are_measured_in_the_order_asked_for(
     places = [next(n for n, key in enumerate(keys) if text in key) for text in asked]
     assert places == sorted(places)
     assert len(told) == 2 + 1 + 2
+    with pytest.raises(SystemExit):
+        main(["checks", "--in-order", *REHEARSAL, str(tmp_path)])
     over = [*words, "--only=dropout", "--seconds=-1", *REHEARSAL, str(tmp_path)]
     assert main(over) == UNFINISHED
     assert "stopped before 'dropout" in capsys.readouterr().out

@@ -70,8 +70,7 @@ _BACKWARD = {
     128: Tiles(64, 32, 4, 2),
 }
 _DELTA_ROWS = 64
-"""Queries of a program that finds the means of their weights' gradients, which a
-backward pass of two roles is given."""
+"""Queries of a program that makes delta, of which `attention_backward_kernel` reads."""
 _EXACT = Tiles(32, 32, 4, 1)
 # Of backward passes in which a program has a whole segment: the first whose `own` rows,
 # times so many, are enough for the longest one. If none are, two programs share it.

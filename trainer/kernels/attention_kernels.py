@@ -95,7 +95,9 @@ def attention_delta_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The mean of the gradients of each query's weights, of ROWS queries of a head."""
+    """Delta of ROWS queries of a head: the sum over channels of output times its
+    gradient, which is what the softmax takes off the gradients of a query's weights.
+    """
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     start = first.to(tl.int64)

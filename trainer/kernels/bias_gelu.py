@@ -1,7 +1,7 @@
 """A layer's bias and GELU after it in one pass, and both of their gradients in another.
 
 Owns the kernels and their reference. Does not own the product or convolution before
-(`trainer.models.layers`, `trainer.models.mlim`), which is made without its bias.
+(`trainer.models.dense`, `trainer.models.convolutions`), which is made without its bias.
 
 The backward pass adds up the bias's gradient in fp32 while it has that of GELU at hand:
 each program over its own rows, in their order, and what the programs found in their

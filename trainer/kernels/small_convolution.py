@@ -30,9 +30,10 @@ from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
 
 _DOWN, _ACROSS = 4, 16
-"""Pixels of a tile."""
+"""Pixels of a tile: rows and columns."""
 _STAGES = 1
-# Not more for weights: with two, Triton 3.6 gave wrong ones of 32 channels on an H200.
+# Not more for weights: with two and with three, and tiles of four rows, those of 32
+# channels came out wrong on an H200 (Triton 3.6). Why is not known.
 _WEIGHT_STAGES = 1
 # Of all tiles, about: four programs for each of the 132 multiprocessors of an H100 or
 # H200. Not asked of the device: sums would depend on it.
@@ -116,7 +117,7 @@ def _place(  # type: ignore[no-untyped-def]
     SHUFFLED: tl.constexpr,
 ):
     """Where the channel of each lane of a pixel lies in its image. A row further down
-    is `width` times CHANNELS numbers away; how far the next pixel is, `_across` says.
+    is `width` times CHANNELS numbers away; how far the next pixel is, `_beside` says.
     """
     if SHUFFLED:
         row = width * (CHANNELS // 2)
@@ -126,7 +127,7 @@ def _place(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _across(CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _beside(CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr):  # type: ignore[no-untyped-def]
     return CHANNELS // 2 if SHUFFLED else CHANNELS
 
 
@@ -183,7 +184,7 @@ def _convolution_kernel(  # type: ignore[no-untyped-def]
                 inside = (down >= 0) & (down < height)
                 inside &= (beside >= 0) & (beside < width)
                 away = (row - 1) * width * GIVEN
-                away += (column - 1) * _across(GIVEN, FROM_SHUFFLED)
+                away += (column - 1) * _beside(GIVEN, FROM_SHUFFLED)
                 inside &= is_given[None, :]
                 pixel = tl.load(given + (at + away), mask=inside, other=0.0)
                 total = dot(pixel, weights[3 * row + column], total)

@@ -8,7 +8,7 @@ A layer's input is read by the first product of a branch and by the residual con
 around it, and autograd would add the gradients of both in a kernel of its own. Here the
 residual reads what the product passes on. Its gradient so comes to the backward pass of
 the product, which adds its own to it as it is made, in place: rounded once, and not
-before. That is the order of the graph itself, however often it is gone through.
+before. The graph itself sees to it that the one comes before the other.
 
 Shapes: N rows, C channels, O of the result.
 """

@@ -6,6 +6,8 @@ from torch import library
 
 from tests.trainer.kernels.against_reference import check, close
 from tests.trainer.kernels.numbers import CPU, interpreted
+from trainer.kernels import bias_gelu as bias_gelu_module
+from trainer.kernels import parts
 from trainer.kernels.bias_gelu import (
     CASES,
     bias_gelu,
@@ -39,6 +41,16 @@ def test_rows_of_a_larger_table_and_a_gradient_laid_across_are_taken_as_they_are
     wanted = torch.autograd.grad(bias_gelu_ref(x, bias), (x, bias), across)
     for ours, theirs in zip(found, wanted, strict=True):
         close(ours, theirs, 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_a_program_goes_over_many_tiles(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_PROGRAMS", programs)
+    monkeypatch.setattr(bias_gelu_module, "_TILE", 256)
+    check(CASES[3], torch.float32)
 
 
 @interpreted

@@ -6,6 +6,7 @@ from torch import library
 
 from tests.trainer.kernels.against_reference import check, close
 from tests.trainer.kernels.numbers import CPU, interpreted
+from trainer.kernels import small_convolution
 from trainer.kernels.case import Case
 from trainer.kernels.small_convolution import (
     CASES,
@@ -25,6 +26,16 @@ def test_results_and_all_gradients_are_those_of_the_reference(
     case: Case, dtype: torch.dtype
 ) -> None:
     check(case, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 2, 5])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=lambda case: case.shape)
+def test_a_program_goes_over_many_tiles(
+    case: Case, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_convolution, "_PROGRAMS", programs)
+    check(case, torch.float32)
 
 
 @interpreted
