@@ -81,7 +81,7 @@ def _memory(found: Plan) -> Iterator[str]:
         "Adam's moments": lambda one: one.states.moments,
         "activations": lambda _: found.activations.embedder + found.activations.blocks,
         "logits and reconstructions": lambda _: found.activations.ends,
-        "images, three steps of them": lambda one: one.inputs,
+        "images, four steps of them": lambda one: one.inputs,
         "at the worst moment": lambda one: one.peak,
         "  with activation checkpointing": lambda one: one.peak_checkpointed,
     }

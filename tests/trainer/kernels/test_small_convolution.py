@@ -108,12 +108,13 @@ def test_without_a_gpu_the_reference_is_taken() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=lambda case: case.shape)
+@pytest.mark.parametrize("shuffled", [False, True])
 def test_the_operators_keep_the_rules_of_operators(
-    case: Case, dtype: torch.dtype
+    shuffled: bool, dtype: torch.dtype
 ) -> None:
+    case = small_convolution._case(1, 3, 4, 2, 3, bias=shuffled, shuffled=shuffled)
     given = case.inputs(CPU, dtype, 0)
-    x, weight, _, shuffled = given
+    x, weight, *_ = given
     operators = torch.ops.palimpsest
     library.opcheck(operators.small_convolution.default, given)
     dy = torch.ones_like(convolution_ref(*given)).detach()
