@@ -44,7 +44,7 @@ def direct(
 
     Args:
         launch: what it does.
-        keep: its `setup_context`, as `torch.library.register_autograd` takes it.
+        keep: its `setup_context`, in the form that torch's operators have it.
         differentiate: its backward pass, without the dispatcher too.
     """
 
