@@ -264,7 +264,7 @@ def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool
 ) -> Tensor:
     y = _result_like(x, weight, shuffled)
-    _convolve(x, weight, bias, y, turned=False, to_shuffled=shuffled)
+    _convolve(x, weight, bias, y, turned=False, shuffled=shuffled)
     return y
 
 
@@ -293,10 +293,11 @@ def _convolve(
     found: Tensor,
     *,
     turned: bool,
-    to_shuffled: bool = False,
-    from_shuffled: bool = False,
+    shuffled: bool,
 ) -> None:
-    """Writes all of `found`, which `turned` has the channels that `weight` is given."""
+    """Writes all of `found`; `turned` it has the channels that `weight` is given, and
+    what is `shuffled` is what is given.
+    """
     weight = weight.contiguous()
     results, channels = weight.shape[:2]
     ends = (results, channels) if turned else (channels, results)
@@ -317,8 +318,8 @@ def _convolve(
         LANES=_lanes(ends[0]),
         WIDE=_lanes(ends[1]),
         TURNED=turned,
-        FROM_SHUFFLED=from_shuffled,
-        TO_SHUFFLED=to_shuffled,
+        FROM_SHUFFLED=shuffled and turned,
+        TO_SHUFFLED=shuffled and not turned,
         HAS_BIAS=bias is not None,
         DOWN=_DOWN,
         ACROSS=_ACROSS,
@@ -357,7 +358,7 @@ def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, shuffled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = _channels_last(x, tuple(x.shape))
-    _convolve(dy, weight, None, dx, turned=True, from_shuffled=shuffled)
+    _convolve(dy, weight, None, dx, turned=True, shuffled=shuffled)
     results, channels = weight.shape[:2]
     lanes, wide = _lanes(3 * channels), _lanes(results)
     images, _, height, width = x.shape
