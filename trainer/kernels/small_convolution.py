@@ -3,13 +3,14 @@
 Owns the kernels, forward and backward, and their reference. Does not own the layers
 that are made of them (`trainer.models.convolutions`).
 
-A product of a tile's pixels, each with its two neighbours in a row, by the weights of
-that row of the window, three times. Neighbours lie side by side in memory, so a window
-is read in vectors, and nothing is laid out anew: results are written where they belong,
-also where each four of them are the pixels of a square (Shi et al., "Real-time single
-image and video super-resolution using an efficient sub-pixel convolutional neural
-network", 2016), and gradients are read from there. Sums are fp32 and without atomics:
-the same inputs give the same bits.
+A program has a strip of pixels of a band of rows, and goes down it. It reads a row
+once, each pixel with its two neighbours, which lie side by side in memory, and
+multiplies it by the weights of the three rows of the window: what it is worth to the
+row above, to its own and to the one below. Nothing is laid out anew, but for gradients
+that lie as pixels of squares (Shi et al., "Real-time single image and video
+super-resolution using an efficient sub-pixel convolutional neural network", 2016), and
+results are written as these. Sums are fp32 and without atomics: the same inputs give
+the same bits.
 
 Shapes: B images of H x W pixels, C channels, N of the result, G programs.
 """
@@ -29,15 +30,15 @@ from torch import Tensor, library
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
 
-_DOWN, _ACROSS = 4, 16
-"""Pixels of a tile: rows and columns."""
-_STAGES = 1
-# Not more for weights: with two and with three, and tiles of four rows, those of 32
-# channels came out wrong on an H200 (Triton 3.6). Why is not known.
-_WEIGHT_STAGES = 1
-# Of all tiles, about: four programs for each of the 132 multiprocessors of an H100 or
-# H200. Not asked of the device: sums would depend on it.
+_ACROSS = 64
+"""Pixels of a strip."""
+_ROWS = 32
+"""Rows of a band: two more are read for each."""
+# Of gradients of weights, about: four programs for each of the 132 multiprocessors of
+# an H100 or H200. Not asked of the device: sums would depend on it.
 _PROGRAMS = 528
+_PIXELS = 64
+"""Of a program that lays pixels of squares side by side."""
 _MOST_CHANNELS, _MOST_RESULTS = 32, 16
 
 
@@ -82,14 +83,165 @@ def convolution_fused(
 
 
 @triton.jit
-def _tile(number, height, width, DOWN: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Image of a tile, and row and column of each of its pixels, below each other."""
+def _strip(number, height, width, ROWS: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Image, first row and the row after the last of a strip of a band, and the column
+    of each of its pixels, below each other.
+    """
     across = tl.cdiv(width, ACROSS)
-    down = tl.cdiv(height, DOWN)
-    pixel = tl.arange(0, DOWN * ACROSS)[:, None]
-    x = number % across * ACROSS + pixel % ACROSS
-    y = number // across % down * DOWN + pixel // ACROSS
-    return (number // across // down).to(tl.int64), y, x
+    bands = tl.cdiv(height, ROWS)
+    first = number // across % bands * ROWS
+    x = number % across * ACROSS + tl.arange(0, ACROSS)[:, None]
+    image = (number // across // bands).to(tl.int64)
+    return image, first, tl.minimum(first + ROWS, height), x
+
+
+@triton.jit
+def _windows(x, lane, width, LAID: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where in its row the channels of each pixel and its neighbours lie, side by side,
+    and which of them are inside the image.
+    """
+    beside = x + (lane // LAID - 1)
+    inside = (beside >= 0) & (beside < width) & (lane < 3 * LAID)
+    return (x - 1) * LAID + lane, inside
+
+
+@triton.jit(do_not_specialize=["height"])
+def _convolution_kernel(  # type: ignore[no-untyped-def]
+    given_ptr,
+    weight_ptr,
+    bias_ptr,
+    found_ptr,
+    height,
+    width,
+    of_given,
+    of_found,
+    GIVEN: tl.constexpr,
+    LAID: tl.constexpr,
+    FOUND: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    TURNED: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """What is given has GIVEN channels, in LAID numbers of memory, what is found FOUND;
+    a weight of them is `of_given` and `of_found` numbers after that of the channel
+    before.
+    """
+    image, first, end, x = _strip(tl.program_id(0), height, width, ROWS, ACROSS)
+    lane = tl.arange(0, LANES)
+    found = tl.arange(0, WIDE)
+    channel, is_found = _channel(found, WIDE, FOUND, SHUFFLED)
+    place = lane // LAID
+    along = lane % LAID * of_given + (2 - place if TURNED else place)
+    weight_ptr += along[:, None] + channel[None, :] * of_found
+    there = (lane % LAID < GIVEN) & (place < 3)
+    there = there[:, None] & is_found[None, :]
+    upper = tl.load(weight_ptr + (6 if TURNED else 0), mask=there, other=0.0)
+    middle = tl.load(weight_ptr + 3, mask=there, other=0.0)
+    lower = tl.load(weight_ptr + (0 if TURNED else 6), mask=there, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=is_found, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
+    at, inside = _windows(x, lane[None, :], width, LAID)
+    row = given_ptr + image * height * width * LAID
+    row += (first - 1).to(tl.int64) * width * LAID
+    own = found_ptr + image * height * width * FOUND
+    is_own = (x < width) & is_found[None, :]
+    window = tl.load(row + at, mask=inside & (first > 0), other=0.0)
+    above = tl.zeros((ACROSS, WIDE), tl.float32)
+    level = tl.zeros((ACROSS, WIDE), tl.float32)
+    for y in range(bound(first - 1), bound(end + 1)):
+        row += width * LAID
+        ahead = tl.load(row + at, mask=inside & (y + 1 < height), other=0.0)
+        whole = dot(window, lower, above)
+        above = dot(window, middle, level)
+        level = dot(window, upper, None)
+        if HAS_BIAS:
+            whole += bias
+        to = own + _place(y - 1, x, found[None, :], width, WIDE, FOUND, SHUFFLED)
+        tl.store(to, whole.to(found_ptr.dtype.element_ty), mask=is_own & (y > first))
+        window = ahead
+
+
+@triton.jit(do_not_specialize=["count", "strips", "height"])
+def _convolution_weights_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    dy_ptr,
+    part_ptr,
+    count,
+    strips,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    LAID: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """What `strips` strips are worth to the weights, (3, LANES, WIDE), and after them
+    to the biases, (WIDE,). Lanes are the channels of three neighbours in a row.
+    """
+    program = tl.program_id(0)
+    lane = tl.arange(0, LANES)[None, :]
+    result = tl.arange(0, WIDE)[None, :]
+    upper = tl.zeros((LANES, WIDE), tl.float32)
+    middle = tl.zeros((LANES, WIDE), tl.float32)
+    lower = tl.zeros((LANES, WIDE), tl.float32)
+    alone = tl.zeros((ACROSS, WIDE), tl.float32)
+    start = program * strips
+    for number in range(bound(start), bound(tl.minimum(start + strips, count))):
+        image, first, end, x = _strip(number, height, width, ROWS, ACROSS)
+        at, inside = _windows(x, lane, width, CHANNELS)
+        row = x_ptr + (image * height + first) * width * CHANNELS
+        own = dy_ptr + (image * height + first) * width * LAID + (x * LAID + result)
+        is_own = (x < width) & (result < LAID)
+        step = width * LAID
+        dy_above = tl.load(own - step, mask=is_own & (first > 0), other=0.0)
+        dy = tl.load(own, mask=is_own, other=0.0)
+        for y in range(bound(first), bound(end)):
+            own += step
+            window = tl.load(row + at, mask=inside, other=0.0)
+            dy_below = tl.load(own, mask=is_own & (y + 1 < height), other=0.0)
+            turned = tl.trans(window)
+            upper = dot(turned, dy_below, upper)
+            middle = dot(turned, dy, middle)
+            lower = dot(turned, dy_above, lower)
+            alone += dy.to(tl.float32)
+            dy_above = dy
+            dy = dy_below
+            row += width * CHANNELS
+    part_ptr += program.to(tl.int64) * (3 * LANES + 1) * WIDE
+    to = tl.arange(0, LANES)[:, None] * WIDE + result
+    tl.store(part_ptr + to, upper)
+    tl.store(part_ptr + LANES * WIDE + to, middle)
+    tl.store(part_ptr + 2 * LANES * WIDE + to, lower)
+    last = part_ptr + 3 * LANES * WIDE + tl.arange(0, WIDE)
+    tl.store(last, tl.sum(alone, 0))
+
+
+@triton.jit
+def _squares_kernel(  # type: ignore[no-untyped-def]
+    squares_ptr,
+    out_ptr,
+    width,
+    RESULTS: tl.constexpr,
+    LAID: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Channels side by side, (width, LAID), of a row of squares; others are 0."""
+    row = tl.program_id(0).to(tl.int64) * width
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.arange(0, LAID)[None, :]
+    beside = channel % 4 // 2 * (2 * width) + 2 * pixel + channel % 2
+    at = beside * (RESULTS // 4) + channel // 4
+    inside = (pixel < width) & (channel < RESULTS)
+    squares = tl.load(squares_ptr + row * RESULTS + at, mask=inside, other=0.0)
+    to = out_ptr + row * LAID + (pixel * LAID + channel)
+    tl.store(to, squares, mask=pixel < width)
 
 
 @triton.jit
@@ -124,135 +276,6 @@ def _place(  # type: ignore[no-untyped-def]
         start = y * (2 * row) + x * (CHANNELS // 2)
         return start + lane // (LANES // 2) * row + lane % (LANES // 2)
     return (y * width + x) * CHANNELS + lane
-
-
-@triton.jit
-def _beside(CHANNELS: tl.constexpr, SHUFFLED: tl.constexpr):  # type: ignore[no-untyped-def]
-    return CHANNELS // 2 if SHUFFLED else CHANNELS
-
-
-@triton.jit(do_not_specialize=["count", "tiles"])
-def _convolution_kernel(  # type: ignore[no-untyped-def]
-    given_ptr,
-    weight_ptr,
-    bias_ptr,
-    found_ptr,
-    count,
-    tiles,
-    height,
-    width,
-    of_given,
-    of_found,
-    GIVEN: tl.constexpr,
-    FOUND: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDE: tl.constexpr,
-    TURNED: tl.constexpr,
-    FROM_SHUFFLED: tl.constexpr,
-    TO_SHUFFLED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DOWN: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """A program for every `tiles` tiles. What is given has GIVEN channels, what is
-    found FOUND; a weight of them is `of_given` and `of_found` numbers after that of the
-    channel before.
-    """
-    first = tl.program_id(0) * tiles
-    lane = tl.arange(0, LANES)
-    given_channel, is_given = _channel(lane, LANES, GIVEN, FROM_SHUFFLED)
-    found = tl.arange(0, WIDE)
-    found_channel, is_found = _channel(found, WIDE, FOUND, TO_SHUFFLED)
-    along = given_channel[:, None] * of_given + found_channel[None, :] * of_found
-    there = is_given[:, None] & is_found[None, :]
-    weights = ()
-    for place in tl.static_range(9):
-        turned = 8 - place if TURNED else place
-        tap = tl.load(weight_ptr + along + turned, mask=there, other=0.0)
-        weights += (tap,)  # type: ignore[assignment]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + found_channel, mask=is_found, other=0.0)
-        bias = bias.to(tl.float32)[None, :]
-    for number in range(bound(first), bound(tl.minimum(first + tiles, count))):
-        image, y, x = _tile(number, height, width, DOWN, ACROSS)
-        given = given_ptr + image * height * width * GIVEN
-        at = _place(y, x, lane[None, :], width, LANES, GIVEN, FROM_SHUFFLED)
-        total = tl.zeros((DOWN * ACROSS, WIDE), tl.float32)
-        for row in tl.static_range(3):
-            for column in tl.static_range(3):
-                down, beside = y + (row - 1), x + (column - 1)
-                inside = (down >= 0) & (down < height)
-                inside &= (beside >= 0) & (beside < width)
-                away = (row - 1) * width * GIVEN
-                away += (column - 1) * _beside(GIVEN, FROM_SHUFFLED)
-                inside &= is_given[None, :]
-                pixel = tl.load(given + (at + away), mask=inside, other=0.0)
-                total = dot(pixel, weights[3 * row + column], total)
-        if HAS_BIAS:
-            total += bias
-        own = found_ptr + image * height * width * FOUND
-        own += _place(y, x, found[None, :], width, WIDE, FOUND, TO_SHUFFLED)
-        inside = (y < height) & (x < width) & is_found[None, :]
-        tl.store(own, total.to(found_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["count", "tiles"])
-def _convolution_weights_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    dy_ptr,
-    part_ptr,
-    count,
-    tiles,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    RESULTS: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDE: tl.constexpr,
-    SHUFFLED: tl.constexpr,
-    DOWN: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """What a program's tiles are worth to the weights, (3, LANES, WIDE), and after them
-    to the biases, (WIDE,). Lanes are the channels of three neighbours in a row, results
-    in the order of `_channel`.
-    """
-    program = tl.program_id(0)
-    first = program * tiles
-    lane = tl.arange(0, LANES)[None, :]
-    result = tl.arange(0, WIDE)[None, :]
-    _number, is_result = _channel(result, WIDE, RESULTS, SHUFFLED)
-    above = tl.zeros((LANES, WIDE), tl.float32)
-    level = tl.zeros((LANES, WIDE), tl.float32)
-    below = tl.zeros((LANES, WIDE), tl.float32)
-    alone = tl.zeros((DOWN * ACROSS, WIDE), tl.float32)
-    for number in range(bound(first), bound(tl.minimum(first + tiles, count))):
-        image, y, x = _tile(number, height, width, DOWN, ACROSS)
-        own = dy_ptr + image * height * width * RESULTS
-        own += _place(y, x, result, width, WIDE, RESULTS, SHUFFLED)
-        inside = (y < height) & (x < width) & is_result
-        dy = tl.load(own, mask=inside, other=0.0)
-        alone += dy.to(tl.float32)
-        given = x_ptr + image * height * width * CHANNELS
-        # Side by side: lanes go on where a pixel's channels end.
-        at = _place(y, x - 1, lane, width, LANES, CHANNELS, False)
-        beside = x + (lane // CHANNELS - 1)
-        wide = (beside >= 0) & (beside < width) & (lane < 3 * CHANNELS)
-        down = width * CHANNELS
-        inside = wide & (y >= 1) & (y <= height)
-        window = tl.load(given + (at - down), mask=inside, other=0.0)
-        above = dot(tl.trans(window), dy, above)
-        window = tl.load(given + at, mask=wide & (y < height), other=0.0)
-        level = dot(tl.trans(window), dy, level)
-        window = tl.load(given + (at + down), mask=wide & (y + 1 < height), other=0.0)
-        below = dot(tl.trans(window), dy, below)
-    part_ptr += program.to(tl.int64) * (3 * LANES + 1) * WIDE
-    own = tl.arange(0, LANES)[:, None] * WIDE + result
-    tl.store(part_ptr + own, above)
-    tl.store(part_ptr + LANES * WIDE + own, level)
-    tl.store(part_ptr + 2 * LANES * WIDE + own, below)
-    last = part_ptr + 3 * LANES * WIDE + tl.arange(0, WIDE)
-    tl.store(last, tl.sum(alone, 0))
 
 
 @library.custom_op("palimpsest::small_convolution", mutates_args=())
@@ -293,47 +316,65 @@ def _convolve(
     found: Tensor,
     *,
     turned: bool,
-    shuffled: bool,
+    shuffled: bool = False,
 ) -> None:
-    """Writes all of `found`; `turned` it has the channels that `weight` is given, and
-    what is `shuffled` is what is given.
+    """Writes all of `found`, which is `shuffled` or not; `turned` it has the channels
+    that `weight` is given. What is given may have more channels in memory, of zeros.
     """
     weight = weight.contiguous()
     results, channels = weight.shape[:2]
     ends = (results, channels) if turned else (channels, results)
     steps = (9 * channels, 9) if turned else (9, 9 * channels)
-    images, _, height, width = (found if turned else given).shape
-    count, tiles, programs = _share(images, height, width)
+    images, laid, height, width = given.shape
+    count = _strips(images, height, width)
     if not count:
         return
-    _convolution_kernel[(programs,)](
+    _convolution_kernel[(count,)](
         given.contiguous(memory_format=torch.channels_last),
         weight,
         weight if bias is None else bias.contiguous(),
         found,
-        *(count, tiles, height, width),
+        *(height, width),
         *steps,
         GIVEN=ends[0],
+        LAID=laid,
         FOUND=ends[1],
-        LANES=_lanes(ends[0]),
+        LANES=_lanes(3 * laid),
         WIDE=_lanes(ends[1]),
         TURNED=turned,
-        FROM_SHUFFLED=shuffled and turned,
-        TO_SHUFFLED=shuffled and not turned,
+        SHUFFLED=shuffled,
         HAS_BIAS=bias is not None,
-        DOWN=_DOWN,
+        ROWS=_ROWS,
         ACROSS=_ACROSS,
         num_warps=4,
-        num_stages=_STAGES,
+        num_stages=1,
     )
 
 
-def _share(images: int, height: int, width: int) -> tuple[int, int, int]:
-    """Tiles, those of a program, and programs."""
-    down, across = triton.cdiv(height, _DOWN), triton.cdiv(width, _ACROSS)
-    count = images * down * across
-    tiles = max(triton.cdiv(count, _PROGRAMS), 1)
-    return count, tiles, triton.cdiv(count, tiles)
+def _strips(images: int, height: int, width: int) -> int:
+    return images * triton.cdiv(height, _ROWS) * triton.cdiv(width, _ACROSS)
+
+
+def _beside_each_other(dy: Tensor, results: int) -> Tensor:
+    """(B, N / 4, 2 H, 2 W) pixels of squares as channels, N and zeros after them:
+    (B, 16, H, W), channels last.
+    """
+    images, _, height, width = dy.shape
+    height, width = height // 2, width // 2
+    laid = _lanes(results)
+    out = _channels_last(dy, (images, laid, height, width))
+    rows = images * height
+    if rows:
+        _squares_kernel[(rows, triton.cdiv(width, _PIXELS))](
+            dy.contiguous(memory_format=torch.channels_last),
+            out,
+            width,
+            RESULTS=results,
+            LAID=laid,
+            PIXELS=_PIXELS,
+            num_warps=4,
+        )
+    return out
 
 
 def _lanes(numbers: int) -> int:
@@ -357,43 +398,37 @@ def convolution_backward(
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, shuffled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _channels_last(x, tuple(x.shape))
-    _convolve(dy, weight, None, dx, turned=True, shuffled=shuffled)
     results, channels = weight.shape[:2]
+    if shuffled:
+        dy = _beside_each_other(dy, results)
+    dx = _channels_last(x, tuple(x.shape))
+    _convolve(dy, weight, None, dx, turned=True)
     lanes, wide = _lanes(3 * channels), _lanes(results)
     images, _, height, width = x.shape
-    count, tiles, programs = _share(images, height, width)
+    count = _strips(images, height, width)
+    strips = max(triton.cdiv(count, _PROGRAMS), 1)
+    programs = triton.cdiv(count, strips)
     numbers = (3 * lanes + 1) * wide
-    parts = x.new_empty(1, programs if count else 0, numbers, dtype=torch.float32)
+    parts = x.new_empty(1, programs, numbers, dtype=torch.float32)
     if count:
         _convolution_weights_kernel[(programs,)](
             x.contiguous(memory_format=torch.channels_last),
             dy.contiguous(memory_format=torch.channels_last),
             parts,
-            *(count, tiles, height, width),
+            *(count, strips, height, width),
             CHANNELS=channels,
-            RESULTS=results,
+            LAID=dy.shape[1],
             LANES=lanes,
             WIDE=wide,
-            SHUFFLED=shuffled,
-            DOWN=_DOWN,
+            ROWS=_ROWS,
             ACROSS=_ACROSS,
             num_warps=4,
-            num_stages=_WEIGHT_STAGES,
+            num_stages=1,
         )
-    whole = sum_parts(parts, weight.dtype)[0].view(3 * lanes + 1, wide)
-    whole = _by_channel(whole, results, shuffled)
+    whole = sum_parts(parts, weight.dtype)[0].view(3 * lanes + 1, wide)[:, :results]
     windows = whole[:-1].unflatten(0, (3, lanes))[:, : 3 * channels]
     d_weight = windows.reshape(3, 3, channels, results).permute(3, 2, 0, 1)
     return dx, d_weight.contiguous(), whole[-1].clone()
-
-
-def _by_channel(table: Tensor, results: int, shuffled: bool) -> Tensor:
-    """Columns in the order of channels, of those that a kernel has (`_channel`)."""
-    if not shuffled:
-        return table[:, :results]
-    halves = table.unflatten(1, (2, -1))[:, :, : results // 2]
-    return halves.unflatten(2, (2, -1)).permute(0, 3, 1, 2).flatten(1)
 
 
 @convolution_backward.register_fake

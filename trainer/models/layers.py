@@ -32,6 +32,7 @@ from trainer.dropout import Dropout, beyond
 from trainer.kernels import attention
 from trainer.kernels.dropout import dropped
 from trainer.kernels.layer_norm import add_layer_norm, dropout_add_layer_norm
+from trainer.kernels.take_rows import take_rows
 from trainer.models.dense import (
     GeluLinear,
     Linear,
@@ -62,17 +63,21 @@ class Projection(nn.Linear):
         """(T, D) -> (T, 3, H, E) alone; with rows, (N, H, E), (T, H, E), (T, H, E)."""
         if rows is None:
             return (self._by_head(biased(x_td, self.weight, self.bias)),)
+        return self.beside(x_td, rows)[0]
+
+    def beside(
+        self, x_td: Tensor, rows: Rows | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same, and the rows of the queries (N, D) for the residual beside it."""
+        if rows is None:
+            qkv, x_td = biased_beside(x_td, self.weight, self.bias)
+            return (self._by_head(qkv),), x_td
         sizes = [self.in_features, 2 * self.in_features]
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
-        q = biased(x_td.index_select(0, rows.row), w_q, b_q)
+        q, x_nd = biased_beside(take_rows(x_td, rows.row), w_q, b_q)
         k, v = biased(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        return q.unflatten(-1, (self.heads, -1)), k, v
-
-    def beside(self, x_td: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The same of all rows, and `x` for the residual beside it."""
-        qkv, x_td = biased_beside(x_td, self.weight, self.bias)
-        return (self._by_head(qkv),), x_td
+        return (q.unflatten(-1, (self.heads, -1)), k, v), x_nd
 
     def _by_head(self, qkv: Tensor) -> Tensor:
         return qkv.unflatten(-1, (3, self.heads, -1))
@@ -92,10 +97,12 @@ class Attention(nn.Module):
         """(T, D) -> (N, D)."""
         return self._of(self.qkv(x_td, rows), stream, rows)
 
-    def beside(self, x_td: Tensor, stream: Segmented) -> tuple[Unbiased, Tensor]:
-        """The same of all rows, and `x` for the residual beside it."""
-        table, x_td = self.qkv.beside(x_td)
-        return self._of(table, stream, None), x_td
+    def beside(
+        self, x_td: Tensor, stream: Segmented, rows: Rows | None
+    ) -> tuple[Unbiased, Tensor]:
+        """The same, and its rows of `x` (N, D) for the residual beside it."""
+        table, x_nd = self.qkv.beside(x_td, rows)
+        return self._of(table, stream, rows), x_nd
 
     def _of(
         self, table: tuple[Tensor, ...], stream: Segmented, rows: Rows | None
@@ -156,17 +163,14 @@ class Block(nn.Module):
         drop: Dropout | None = None,
     ) -> Tensor:
         """(T, D) -> (N, D)."""
-        x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
         first = drop and drop.of(rows)
         second = beyond(first, 1)
         if self.pre:
+            x_nd = x_td if rows is None else take_rows(x_td, rows.row)
             mixed = self.attention(self.attention_norm(x_td), stream, rows)
             x_nd, normed_nd = self.ffn_norm(x_nd, mixed, first)
             return x_nd + dropped(self.down(self.up(normed_nd)), second)
-        if rows is None:
-            mixed, x_nd = self.attention.beside(x_td, stream)
-        else:
-            mixed = self.attention(x_td, stream, rows)
+        mixed, x_nd = self.attention.beside(x_td, stream, rows)
         _, x_nd = self.attention_norm(x_nd, mixed, first)
         hidden_nd, x_nd = self.up.beside(x_nd)
         return self.ffn_norm(x_nd, self.down.unbiased(hidden_nd), second)[1]
@@ -247,7 +251,7 @@ class CrossBlock(nn.Module):
         drop: Dropout | None = None,
     ) -> Tensor:
         """(T, D), (O, D) -> (N, D)."""
-        x_nd = x_td if rows is None else x_td.index_select(0, rows.row)
+        x_nd = x_td if rows is None else take_rows(x_td, rows.row)
         drop = drop and drop.of(rows)
         if self.attention is not None and self.cross_norm is not None:
             mixed = self.attention(self.attention_norm(x_td), own, rows)

@@ -32,6 +32,7 @@ from trainer.kernels.dropout import dropped
 from trainer.kernels.mam_embed import Embedding, mam_embed
 from trainer.kernels.pixel_sse import masked_pixel_error, sums_of_squares
 from trainer.kernels.pixels import nested, normalised
+from trainer.kernels.take_rows import take_rows
 from trainer.masking import Masks
 from trainer.models.base import Inputs, Output
 from trainer.models.convolutions import SquareConv, TransposedConv
@@ -346,10 +347,11 @@ class MlimForPreTraining(MlimEncoder):
         neighbouring tokens, so an image needs all its rows or none.
         """
         image, valid = compact(masks.image.any(1), inputs.n_recon_images)
-        scored = valid[:, None].expand(-1, self.grid**2)
+        real = scored = valid[:, None].expand(-1, self.grid**2)
         if self.config.recon_region == "masked":
             scored = scored & masks.image[image]
-        raw = self._decode(hidden_td, inputs, image)
+        rows = inputs.stream.image_row[image].flatten()
+        raw = self._decode(take_rows(hidden_td, rows, real.flatten()))
         side = self.config.patch_size
         return image, masked_pixel_error(raw, inputs.pixels, image, scored, side=side)
 
@@ -388,12 +390,14 @@ class MlimForPreTraining(MlimEncoder):
 
     def decode_images(self, hidden_td: Tensor, inputs: Inputs, image: Tensor) -> Tensor:
         """Reconstructions (R, 3, H, W), 0..1, of the pairs numbered `image` (R,)."""
-        return torch.sigmoid(self._decode(hidden_td, inputs, image).float())
+        rows = inputs.stream.image_row[image].flatten()
+        return torch.sigmoid(self._decode(hidden_td.index_select(0, rows)).float())
 
-    def _decode(self, hidden_td: Tensor, inputs: Inputs, image: Tensor) -> Tensor:
-        """The same before the sigmoid, in the decoder's dtype."""
-        rows = inputs.stream.image_row[image]
-        hidden_rpd = hidden_td.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    def _decode(self, hidden_nd: Tensor) -> Tensor:
+        """The same before the sigmoid, in the decoder's dtype, of the hidden states of
+        all image rows of R images, (R x P, D).
+        """
+        hidden_rpd = hidden_nd.unflatten(0, (-1, self.grid**2))
         grid = hidden_rpd.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return self.decoder(grid)
 
