@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch._inductor.utils import get_benchmark_name
 
 from benchmarks.gpu import batches, peers, reads, syncs, variants
 from benchmarks.gpu.__main__ import FAILED, PARTS, UNFINISHED, main
@@ -222,6 +225,18 @@ def test_where_time_is_short_entries_are_measured_in_the_order_asked_for(
     over = [*words, "--only=dropout", "--seconds=-1", *REHEARSAL, str(tmp_path)]
     assert main(over) == UNFINISHED
     assert "stopped before 'dropout" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*benchmarks.gpu.__main__.*:RuntimeWarning")
+def test_no_entry_is_written_into_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["gpu", "checks", "--device", "cpu", "--only", "an entry's, compiled"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.gpu", run_name="__main__")
+    assert ended.value.code == FAILED
+    assert get_benchmark_name() is None
 
 
 @pytest.mark.parametrize("part", ["checks", "kernels"])
