@@ -83,7 +83,7 @@ def convolution_fused(
 
 
 @triton.jit
-def _strip(number, height, width, ROWS: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+def strip(number, height, width, ROWS: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Image, first row and the row after the last of a strip of a band, and the column
     of each of its pixels, below each other.
     """
@@ -130,7 +130,7 @@ def _convolution_kernel(  # type: ignore[no-untyped-def]
     a weight of them is `of_given` and `of_found` numbers after that of the channel
     before.
     """
-    image, first, end, x = _strip(tl.program_id(0), height, width, ROWS, ACROSS)
+    image, first, end, x = strip(tl.program_id(0), height, width, ROWS, ACROSS)
     lane = tl.arange(0, LANES)
     found = tl.arange(0, WIDE)
     channel, is_found = _channel(found, WIDE, FOUND, SHUFFLED)
@@ -194,7 +194,7 @@ def _convolution_weights_kernel(  # type: ignore[no-untyped-def]
     alone = tl.zeros((ACROSS, WIDE), tl.float32)
     start = program * strips
     for number in range(bound(start), bound(tl.minimum(start + strips, count))):
-        image, first, end, x = _strip(number, height, width, ROWS, ACROSS)
+        image, first, end, x = strip(number, height, width, ROWS, ACROSS)
         at, inside = _windows(x, lane, width, CHANNELS)
         row = x_ptr + (image * height + first) * width * CHANNELS
         own = dy_ptr + (image * height + first) * width * LAID + (x * LAID + result)

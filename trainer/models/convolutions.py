@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.kernels import small_convolution
 from trainer.kernels.bias_gelu import bias_gelu
+from trainer.kernels.up_convolution import up_convolution
 from trainer.models import dense
 from trainer.models.dense import gelu_after
 
@@ -64,6 +65,7 @@ class TransposedConv(nn.ConvTranspose2d):
         # and for others of few channels.
         self._quarters = form == (4, 2) and width <= _FEW
         self._turned = form == (3, 1) and small_convolution.supported(channels, width)
+        self._up = form == (4, 2)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, h, w) -> (B, O, H, W)."""
@@ -81,6 +83,8 @@ class TransposedConv(nn.ConvTranspose2d):
         bias = None if self.gelu else self.bias
         if self._turned:
             found = turned(x, self.weight, bias)
+        elif self._up and self.gelu:
+            found = up_convolution(x, self.weight)
         else:
             found = F.conv_transpose2d(x, self.weight, bias, self.stride, 1)
         if not self.gelu:
