@@ -66,7 +66,8 @@ GPU_SITE := build/gpu-site
 GPU_SHARDS := build/gpu-shards
 GPU_TESTS := tests/benchmarks/test_gpu.py tests/trainer/kernels \
 	tests/trainer/test_feed.py tests/trainer/test_update.py tests/trainer/test_masking.py \
-	tests/trainer/test_plan_run.py tests/trainer/test_segments.py
+	tests/trainer/test_plan_run.py tests/trainer/test_segments.py \
+	tests/trainer/test_one_rank.py
 GPU_CHECKS := checks syncs
 GPU_BENCHES := kernels steps profile ablation baselines precision real_run
 # Such as GPU_ARGS='--data build/gpu-data --output /tmp/results'

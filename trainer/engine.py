@@ -13,6 +13,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.models.dense import VECTOR
-from trainer.one_rank import take_gradients_whole
+from trainer.one_rank import can_step_in_one_pass, in_one_pass, take_gradients_whole
 from trainer.options import (
     DeepSpeedConfig,
     OptimizerConfig,
@@ -347,7 +348,9 @@ def apply_step_on_device(engine: Any, *, lr: float, unwanted: Tensor) -> Tensor:
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    with refusing_on_device(engine.optimizer, unwanted):
+    zero = engine.optimizer
+    one_pass = in_one_pass(zero) if can_step_in_one_pass(zero) else nullcontext()
+    with refusing_on_device(zero, unwanted), one_pass:
         engine.step()
     norm: Tensor = engine.get_global_grad_norm()
     return norm

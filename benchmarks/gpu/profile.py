@@ -31,8 +31,8 @@ _LONGEST = 40
 _NAME_LETTERS = 160
 KINDS = (
     ("attention", r"flash|fmha|attention"),
-    ("fused kernels", r"^(_|layer_norm_)\w+_kernel$|^triton_"),
     ("optimizer", r"adam|multi_tensor|foreach|lpnorm"),
+    ("fused kernels", r"^(_|layer_norm_)\w+_kernel$|^triton_"),
     ("convolutions", r"conv|dgrad|wgrad|fprop|implicit|nchwToNhwc|nhwcToNchw|cudnn"),
     ("matrix products", r"gemm|nvjet|cutlass|splitK|cublas"),
     ("copies", r"^mem(cpy|set)|copy|CatArray"),

@@ -32,9 +32,10 @@ from trainer.models import dense, layers
 from trainer.models.mlim import MlimEncoder
 
 _FUSED = "_fused"
-_KEPT = {"attention", "dropout"}
-"""Modules whose references say nothing of a step: of attention it goes from segment to
-segment, and FlashAttention is the other choice; and the recipes drop nothing."""
+_KEPT = {"adamw", "attention", "dropout"}
+"""Modules whose references say nothing of a step: torch has a kernel for AdamW, and
+"optimizer apart" takes it; of attention it goes from segment to segment, and
+FlashAttention is the other choice; and the recipes drop nothing."""
 
 
 class Calls:
@@ -145,9 +146,10 @@ def variants(setting: Setting) -> list[Variant]:
             around=functools.partial(_optimizer, foreach=True),
         ),
         Variant(
-            name="optimizer: fused",
-            what="torch.optim.AdamW(fused=True)",
-            around=functools.partial(_optimizer, fused=True),
+            name="optimizer apart",
+            what="torch.optim.AdamW(fused=True), and gradients widened and clipped "
+            "before it and the master rounded after it, each in a pass of its own",
+            around=_apart,
         ),
         Variant(
             name="recomputed",
@@ -288,6 +290,13 @@ def _convolved(calls: Calls) -> Iterator[None]:
 @contextlib.contextmanager
 def _reduced(calls: Calls) -> Iterator[None]:
     with patch.object(engine, "take_gradients_whole", calls.through(lambda _: None)):
+        yield
+
+
+@contextlib.contextmanager
+def _apart(calls: Calls) -> Iterator[None]:
+    asked = calls.through(lambda zero: False)
+    with patch.object(engine, "can_step_in_one_pass", asked):
         yield
 
 

@@ -458,6 +458,7 @@ def test_a_profile_says_what_kinds_of_kernels_take_and_when_none_runs() -> None:
     assert [one["calls"] for one in found["longest"]] == [0.5, 1.0, 0.5]
     for name in ("_bias_gelu_backward_kernel", "layer_norm_backward_kernel"):
         assert kind_of(name) == "fused kernels"
+    assert kind_of("_adamw_kernel") == "optimizer"
     assert kind_of("something else") == "other"
     with pytest.raises(ValueError, match="no kernel"):
         profiled_summary([], 1)

@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 
 PACKAGE = "trainer.kernels"
 MODULES = [
-    *("attention", "bias_gelu", "column_sums", "compact", "cross_entropy", "dropout"),
-    *("layer_norm", "mam_embed", "mam_masks", "pixel_sse", "pixels"),
+    *("adamw", "attention", "bias_gelu", "column_sums", "compact", "cross_entropy"),
+    *("dropout", "layer_norm", "mam_embed", "mam_masks", "pixel_sse", "pixels"),
 ]
 
 
