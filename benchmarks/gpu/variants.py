@@ -90,7 +90,8 @@ def variants(setting: Setting) -> list[Variant]:
             name="bias sums apart",
             what="the bias of a branch's last layer added by its product, and its "
             "gradient summed from the table that the norm's backward pass wrote, "
-            "instead of both by the norm",
+            "instead of both by the norm; and that of queries, keys and values summed "
+            "from the table that attention's wrote, instead of by attention",
             around=_biased_apart,
         ),
         *_without_pruning(),
@@ -266,7 +267,11 @@ def _biased_apart(calls: Calls) -> Iterator[None]:
     def whole(layer: dense.Linear, x: Tensor) -> dense.Unbiased:
         return dense.Unbiased(layer(x))
 
-    with patch.object(dense.Linear, "unbiased", calls.through(whole)):
+    product = calls.through(lambda *_: False)
+    with (
+        patch.object(dense.Linear, "unbiased", calls.through(whole)),
+        patch.object(layers, "sums_bias", product),
+    ):
         yield
 
 

@@ -17,7 +17,7 @@ from benchmarks.gpu import variants
 from benchmarks.gpu.record import Setting
 from tests.trainer.kernels.numbers import interpreted
 from trainer.dropout import Dropout
-from trainer.kernels import bias_gelu, column_sums, layer_norm, take_rows
+from trainer.kernels import attention, bias_gelu, column_sums, layer_norm, take_rows
 from trainer.kernels.dropout import rows_drawn
 from trainer.models import dense, layers, residual
 from trainer.models.layers import Block, CrossBlock, Keys
@@ -26,7 +26,7 @@ from trainer.models.scored_rows import Rows, keep
 from trainer.models.segments import Segments, of_images
 
 CPU = torch.device("cpu")
-PAIRS, LONG, WIDTH = 2, 4, 20
+PAIRS, LONG, WIDTH = 2, 4, 32
 APART = ("residual gradients added apart", "bias sums apart")
 
 
@@ -44,6 +44,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             sums = column_sums.column_sums_fused
             monkeypatch.setattr(module, "column_sums", sums)
         monkeypatch.setattr(layers, "take_rows", take_rows.take_rows_fused)
+        packed = attention.attention_packed_fused
+        monkeypatch.setattr(attention, "attention_packed", packed)
+        monkeypatch.setattr(layers, "sums_bias", lambda *_: True)
 
     return take
 
@@ -166,7 +169,7 @@ def test_each_can_be_taken_away_and_gradients_stay(
     calls = variants.Calls()
     with variant(name).entered(calls):
         apart = step(model, x, up, *rest)
-    assert calls.count == 4
+    assert calls.count == (4 if name == APART[0] else 5)
     assert max(errors(found, apart)) < 2e-6
     assert equal(step(model, x, up, *rest), found)
 
@@ -195,14 +198,13 @@ def test_no_gradients_are_added_apart_and_no_branch_is_read_again_for_its_bias(
         step(model, x, up)
     assert counted.ran["aten.addmm_.default"] == 4
     assert not any(name.startswith("aten.add") for name in apart_from_it(counted))
-    # Of queries, keys and values.
-    assert counted.ran["palimpsest.column_sums.default"] == 2
+    assert not counted.ran["palimpsest.column_sums.default"]
     for name in APART:
         with variant(name).entered(variants.Calls()), Operators() as counted:
             step(model, x, up)
         sums = counted.ran["palimpsest.column_sums.default"]
         added = any(name.startswith("aten.add.") for name in counted.ran)
-        assert (added, sums) == ((True, 2) if name == APART[0] else (False, 6))
+        assert (added, sums) == ((True, 0) if name == APART[0] else (False, 6))
 
 
 def apart_from_it(counted: Operators) -> list[str]:
@@ -337,3 +339,17 @@ def test_on_a_cpu_layers_are_as_they_were() -> None:
     table, bias = block.down.unbiased(product)
     assert bias is None
     assert torch.equal(table, block.down(product))
+
+
+def test_a_bias_is_attentions_only_where_our_kernel_is_what_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.empty(PAIRS * LONG, WIDTH, dtype=torch.bfloat16)
+    assert not layers.sums_bias(x, stream(), 16)
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    assert layers.sums_bias(x, stream(), 16)
+    assert not layers.sums_bias(x.float(), stream(), 16)
+    assert not layers.sums_bias(x, stream(), 10)
+    assert not layers.sums_bias(x, of_images(1, layers.SHORT + 1, CPU), 16)
+    with variant("FlashAttention").entered(variants.Calls()):
+        assert not layers.sums_bias(x, stream(), 16)

@@ -1,7 +1,8 @@
 """Self-attention of many short unpadded segments, forward and backward.
 
 Owns the operators, their tiles and their reference. Does not own what a program does
-(`trainer.kernels.attention_kernels`), the projections around them or which rows a layer
+(`trainer.kernels.attention_kernels`), what it is held against its reference on
+(`trainer.kernels.attention_cases`), the projections around them or which rows a layer
 computes (`trainer.models.layers`), or where segments begin (`trainer.models.segments`,
 `trainer.stream`).
 
@@ -12,6 +13,12 @@ over the queries, or some queries, for which it goes over the keys, both in one 
 Scores are formed again rather than kept; sums are fp32 and in a fixed order, without
 atomics: the same inputs give the same bits. Rows past the last segment are zeros, and
 so are their gradients.
+
+A bias that queries, keys and values have from one product has its gradient from here:
+the sum of theirs over the rows, of which each program with queries writes its part
+before anything is rounded. Weights of a query add up to 1, so that of the values is the
+sum of the output's gradients; and if all keys move alike, no weight changes, so that of
+the keys is 0. Both are exact, and the programs that go over keys need not add.
 
 Dao, "FlashAttention-2", 2023. Shapes: N queries, T keys, H heads, E channels of a head,
 B segments, S longest one.
@@ -28,14 +35,14 @@ import torch
 import triton
 from torch import Tensor, library
 
+from trainer.kernels.attention_cases import Forms, attention_cases
 from trainer.kernels.attention_kernels import (
     attention_backward_kernel,
     attention_backward_whole_kernel,
     attention_delta_kernel,
     attention_forward_kernel,
 )
-from trainer.kernels.case import Case, Inputs
-from trainer.kernels.parts import direct, observed
+from trainer.kernels.parts import direct, observed, sum_parts
 
 _WIDTHS = (16, 32, 64, 128)
 
@@ -76,8 +83,8 @@ _EXACT = Tiles(32, 32, 4, 1)
 # times so many, are enough for the longest one. If none are, two programs share it.
 _WHOLE: dict[int, tuple[tuple[int, Tiles], ...]] = {
     64: (
-        (1, Tiles(64, 32, 4, 2)),
-        (1, Tiles(128, 32, 8, 1)),
+        (1, Tiles(64, 32, 4, 2, registers=128)),
+        (1, Tiles(128, 32, 8, 1, registers=128)),
     ),
 }
 _EXACT_WHOLE = ((3, Tiles(32, 32, 4, 1)),)
@@ -114,12 +121,19 @@ def attention(
     return chosen(q, k, v, cu_q, cu_k, longest_q, longest_k)
 
 
-def attention_packed(qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_packed(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None = None
+) -> Tensor:
     """The same (T, H, E) of queries, keys and values in one table (T, 3, H, E), whose
     gradient is one table too: nothing is put together afterwards.
+
+    Args:
+        bias: 3 * H * E numbers that the table's rows have in them already; they are not
+            added here. Given only for their gradient, the sum of the table's over its
+            rows, so the table must have been made with the bias detached.
     """
     chosen = attention_packed_fused if qkv.is_cuda else attention_packed_ref
-    return chosen(qkv, cu, longest)
+    return chosen(qkv, cu, longest, bias)
 
 
 def attention_ref(
@@ -142,8 +156,13 @@ def attention_ref(
     return torch.cat([*found, torch.zeros_like(q[bounds_q[-1] :])])
 
 
-def attention_packed_ref(qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_packed_ref(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None = None
+) -> Tensor:
     """`attention_packed` in plain torch."""
+    if bias is not None:
+        # Zeros that have its gradient.
+        qkv = qkv + (bias - bias.detach()).view(qkv.shape[1:]).to(qkv.dtype)
     q, k, v = qkv.unbind(1)
     return attention_ref(q, k, v, cu, cu, longest, longest)
 
@@ -163,10 +182,12 @@ def attention_fused(
     return out
 
 
-def attention_packed_fused(qkv: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_packed_fused(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None = None
+) -> Tensor:
     """The kernel, wherever the tensors are."""
     called = _forward_packed if observed() else _direct_packed
-    out: Tensor = called(qkv, cu, longest)[0]
+    out: Tensor = called(qkv, cu, longest, bias)[0]
     return out
 
 
@@ -290,12 +311,15 @@ def _launch_backward(
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
-) -> None:
-    """Writes all of the last three, whose heads lie side by side."""
+    *,
+    biased: bool = False,
+) -> Tensor:
+    """Writes all of `d_q`, `d_k` and `d_v`, whose heads lie side by side. Gives parts
+    of the gradients of their biases (3, G, H * E), fp32: none unless `biased`, for
+    which the segments of queries are those of keys.
+    """
     d_out, q, k, v = (_side_by_side(part) for part in (d_out, q, k, v))
     rows, heads, width = q.shape
-    if not (d_q.numel() or d_k.numel()):
-        return
     tables = (d_out, q, k, v)
     bounds = (cu_q.contiguous(), cu_k.contiguous())
     found = (d_q, d_k, d_v)
@@ -303,20 +327,29 @@ def _launch_backward(
     rows_found = [table.stride(0) for table in found]
     scales = (width**-0.5 * math.log2(math.e), width**-0.5)
     whole = _whole(longest_q, q)
+    tiles = _tiles(_BACKWARD, q) if whole is None else whole[1]
+    blocks_q, blocks_k = _blocks(longest_q, tiles), _blocks(longest_k, tiles)
+    busy = d_q.numel() or d_k.numel()
+    segments = len(cu_q) - 1 if biased and busy else 0
+    count = segments * (blocks_q if whole is None else 1)
+    parts = q.new_empty(3, count, heads * width, dtype=torch.float32)
+    if not busy:
+        return parts
     if whole is not None:
-        parts, tiles = whole
         attention_backward_whole_kernel[(heads, len(cu_q), 1)](
-            *(*tables, out, lse, *bounds, *found),
+            *(*tables, out, lse, *bounds, *found, parts),
             *(*rows_and_heads, out.stride(0), *rows_found),
             *(rows, len(k), *scales),
-            PARTS=parts,
+            HAS_BIAS=biased,
+            PARTS=whole[0],
             WIDTH=width,
             OWN=tiles.own,
             STEP=tiles.step,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            maxnreg=tiles.registers,
         )
-        return
+        return parts
     delta = torch.empty_like(lse)
     attention_delta_kernel[(triton.cdiv(rows, _DELTA_ROWS), heads)](
         *(d_out, out, delta, *d_out.stride()[:2], out.stride(0), rows),
@@ -324,12 +357,11 @@ def _launch_backward(
         ROWS=_DELTA_ROWS,
         num_warps=4,
     )
-    tiles = _tiles(_BACKWARD, q)
-    blocks_q, blocks_k = _blocks(longest_q, tiles), _blocks(longest_k, tiles)
     attention_backward_kernel[(blocks_k + blocks_q, heads, len(cu_q))](
-        *(*tables, lse, delta, *bounds, *found),
+        *(*tables, lse, delta, *bounds, *found, parts),
         *(*rows_and_heads, *rows_found),
         *(rows, len(k), blocks_k, *scales),
+        HAS_BIAS=biased,
         WIDTH=width,
         OWN=tiles.own,
         STEP=tiles.step,
@@ -337,6 +369,7 @@ def _launch_backward(
         num_stages=tiles.stages,
         maxnreg=tiles.registers,
     )
+    return parts
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -360,45 +393,80 @@ _direct = direct(_launch_apart, _keep, partial(_differentiate, _launch_apart_bac
 
 
 @library.custom_op("palimpsest::attention_packed", mutates_args=())
-def _forward_packed(qkv: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _forward_packed(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As `_forward`."""
-    return _launch_packed(qkv, cu, longest)
+    return _launch_packed(qkv, cu, longest, bias)
 
 
-def _launch_packed(qkv: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _launch_packed(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
     return _launch_forward(q, k, v, cu, cu, longest)
 
 
 @_forward_packed.register_fake
-def _(qkv: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _(
+    qkv: Tensor, cu: Tensor, longest: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return _results_like(qkv.select(1, 0))
 
 
 @library.custom_op("palimpsest::attention_packed_backward", mutates_args=())
 def _backward_packed(
-    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int
-) -> Tensor:
-    """Gradient (T, 3, H, E) of all three."""
-    return _launch_packed_backward(d_out, qkv, out, lse, cu, longest)
+    d_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor,
+    longest: int,
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient (T, 3, H, E) of all three, and of their bias (3, H * E), in the type
+    that is named, if one is.
+    """
+    return _launch_packed_backward(d_out, qkv, out, lse, cu, longest, of_bias)
 
 
 def _launch_packed_backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int
-) -> Tensor:
+    d_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor,
+    longest: int,
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     found = qkv.new_empty(qkv.shape)
     q, k, v = qkv.unbind(1)
     d_q, d_k, d_v = found.unbind(1)
     kept = (q, k, v, out, lse, cu, cu, longest, longest)
-    _launch_backward(d_out, *kept, d_q, d_k, d_v)
-    return found
+    biased = of_bias is not None
+    parts = _launch_backward(d_out, *kept, d_q, d_k, d_v, biased=biased)
+    return found, _no_sums(qkv) if of_bias is None else sum_parts(parts, of_bias)
+
+
+def _no_sums(qkv: Tensor) -> Tensor:
+    return qkv.new_empty(0)
 
 
 @_backward_packed.register_fake
 def _(
-    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int
-) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+    d_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor,
+    longest: int,
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    found = qkv.new_empty(qkv.shape)
+    if of_bias is None:
+        return found, _no_sums(qkv)
+    features = qkv.shape[2] * qkv.shape[3]
+    return found, qkv.new_empty(3, features, dtype=of_bias)
 
 
 def _keep_packed(
@@ -407,16 +475,25 @@ def _keep_packed(
     ctx.set_materialize_grads(False)
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    qkv, cu, ctx.longest = inputs
+    qkv, cu, ctx.longest, bias = inputs
+    ctx.bias = bias if bias is None else (bias.dtype, bias.shape)
     ctx.save_for_backward(qkv, out, lse, cu)
 
 
 def _differentiate_packed(
-    backward: Callable[..., Tensor], ctx: Any, d_out: Tensor | None, *_: Any
-) -> tuple[Tensor | None, None, None]:
+    backward: Callable[..., tuple[Tensor, Tensor]],
+    ctx: Any,
+    d_out: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor | None, ...]:
     if d_out is None:
-        return None, None, None
-    return backward(d_out, *ctx.saved_tensors, ctx.longest), None, None
+        return (None,) * 4
+    given = (d_out, *ctx.saved_tensors, ctx.longest)
+    if not ctx.needs_input_grad[3]:
+        return backward(*given, None)[0], None, None, None
+    dtype, shape = ctx.bias
+    d_qkv, d_bias = backward(*given, dtype)
+    return d_qkv, None, None, d_bias.view(shape)
 
 
 _forward_packed.register_autograd(
@@ -453,112 +530,7 @@ def _blocks(longest: int, tiles: Tiles) -> int:
     return max(triton.cdiv(longest, tiles.own), 1)
 
 
-def _inputs(
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-    *,
-    queries: tuple[int, ...],
-    keys: tuple[int, ...],
-    left: int,
-    heads: int,
-    width: int,
-    packed: bool,
-) -> Inputs:
-    # On the host, so that all devices see the same numbers.
-    draw = torch.Generator().manual_seed(seed)
-    rows, other = sum(queries) + left, sum(keys) + left
-    drawn = torch.randn(other, 3, heads, width, generator=draw)
-    qkv = drawn.to(device, dtype)
-    cu_q, cu_k = (
-        torch.tensor([0, *each]).cumsum(0).to(device, torch.int32)
-        for each in (queries, keys)
-    )
-    longest_q, longest_k = max(queries), max(keys)
-    if packed:
-        return qkv.requires_grad_(), cu_k, longest_k
-    q, k, v = qkv.unbind(1)
-    parts = (part.requires_grad_() for part in (q[:rows], k, v))
-    return *parts, cu_q, cu_k, longest_q, longest_k
-
-
-def _case(
-    keys: tuple[int, ...],
-    *,
-    heads: int,
-    width: int,
-    queries: tuple[int, ...] | None = None,
-    left: int = 0,
-    small: bool = False,
-) -> Case:
-    """Of the packed entry if every row is a query."""
-    packed = queries is None
-    queries = keys if queries is None else queries
-    own, other = sum(queries) + left, sum(keys) + left
-    pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
-    product = 2.0 * pairs * heads * width
-
-    def moved_bytes(dtype: torch.dtype, *, own_tables: int, tables: int) -> int:
-        rows = own_tables * own + tables * other
-        return heads * (rows * width * dtype.itemsize + 4 * own)
-
-    spread = f"T={other} B={len(keys)} S={max(keys)} H={heads} E={width}"
-    return Case(
-        kernel="attention, packed" if packed else "attention",
-        shape=spread if packed else f"N={own} {spread}",
-        inputs=partial(
-            _inputs,
-            queries=queries,
-            keys=keys,
-            left=left,
-            heads=heads,
-            width=width,
-            packed=packed,
-        ),
-        fused=attention_packed_fused if packed else attention_fused,
-        reference=attention_packed_ref if packed else attention_ref,
-        tolerances={torch.float32: 5e-6, torch.bfloat16: 1.5e-2},
-        reason=(
-            "fp32: rounding of sums over channels and rows. bf16: weights and their "
-            "gradients are rounded to 8 bits before products that sum in fp32, and "
-            "outputs, from which the backward pass starts, after them: 2^-9 each on "
-            "average of a relative error, cut off to by twice that under Triton's "
-            "interpreter"
-        ),
-        # Reads three tables, writes one and a number for each query and head.
-        forward_bytes=partial(moved_bytes, own_tables=2, tables=2),
-        # Reads those and the gradient of the output, writes three.
-        backward_bytes=partial(moved_bytes, own_tables=4, tables=4),
-        forward_flops=2 * product,
-        backward_flops=5 * product,
-        small=small,
-    )
-
-
-def _micro_batch(image: int) -> tuple[int, ...]:
-    """Rows of 96 pairs of an image and 12 to 36 words."""
-    return tuple(image + 12 + 7 * pair % 25 for pair in range(96))
-
-
-_odd = partial(_case, (1, 7, 64, 0, 65, 130), small=True)
-
-# Micro-batches of mlim-base (49 image tokens) and mlim-large-384 (144), whose last
-# layer computes some of the rows.
-CASES = (
-    _odd(heads=2, width=16, left=5),
-    _odd(heads=1, width=64),
-    _odd(heads=1, width=16, queries=(1, 0, 64, 0, 3, 70), left=67),
-    _odd(heads=1, width=128, queries=(0, 7, 1, 0, 65, 129), left=3),
-    _case((33, 32), heads=3, width=32, left=200, small=True),
-    _case((33, 1, 0, 70), heads=2, width=64, left=80, small=True),
-    _case((80, 7, 33), heads=1, width=64, queries=(64, 0, 3), left=1, small=True),
-    _case(_micro_batch(49), heads=12, width=64, left=7),
-    _case(_micro_batch(144), heads=16, width=64, left=7),
-    _case(
-        _micro_batch(144),
-        heads=16,
-        width=64,
-        queries=tuple(rows // 3 for rows in _micro_batch(144)),
-        left=7,
-    ),
+CASES = attention_cases(
+    Forms(attention_fused, attention_ref),
+    Forms(attention_packed_fused, attention_packed_ref),
 )

@@ -123,6 +123,7 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
     d_q_ptr,
     d_k_ptr,
     d_v_ptr,
+    sums_ptr,
     d_out_row,
     d_out_head,
     q_row,
@@ -139,13 +140,15 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
     blocks_k,
     bits,
     scale,
+    HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     OWN: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Of each head of each segment a program for each OWN keys, the first `blocks_k`,
     and one for each OWN queries; after the last segment for the rows that are left.
-    `bits` is the scale of scores in bits.
+    `bits` is the scale of scores in bits. With a bias, programs with queries also
+    write their part of its gradient.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -186,16 +189,26 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
                 _write(d_v_ptr, d_v, first, keys, d_v_row, OWN, WIDTH)
         else:
             first = (block - blocks_k) * OWN
+            of_queries = tl.zeros((WIDTH,), tl.float32)
+            of_values = tl.zeros((WIDTH,), tl.float32)
             if first < queries:
                 q, d_out, lse, delta = _read_known(
                     *(q_ptr, d_out_ptr, lse_ptr, delta_ptr),
                     *(first, queries, q_row, d_out_row, OWN, WIDTH),
                 )
+                of_values = _over_rows(d_out)
                 d_q = _over_keys(
                     *(q, d_out, lse, delta, k_ptr, v_ptr),
                     *(k_row, v_row, keys, bits, WIDTH, OWN, STEP),
                 )
                 _write(d_q_ptr, d_q * scale, first, queries, d_q_row, OWN, WIDTH)
+                of_queries = _over_rows(d_q) * scale
+            # One of each block of queries of each segment.
+            blocks = tl.num_programs(0) - blocks_k
+            part = segment * blocks + block - blocks_k
+            place = part, (tl.num_programs(2) - 1) * blocks, head, tl.num_programs(1)
+            _write_sum(sums_ptr, 0, of_queries, place, HAS_BIAS, WIDTH)
+            _write_others(sums_ptr, of_values, place, HAS_BIAS, WIDTH)
 
 
 @triton.jit
@@ -261,7 +274,7 @@ def _over_keys(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows_q", "rows_k"])
-def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     d_out_ptr,
     q_ptr,
     k_ptr,
@@ -273,6 +286,7 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
     d_q_ptr,
     d_k_ptr,
     d_v_ptr,
+    sums_ptr,
     d_out_row,
     d_out_head,
     q_row,
@@ -289,13 +303,15 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
     rows_k,
     bits,
     scale,
+    HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     OWN: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """A program for each head of each segment of at most PARTS times OWN queries, and
-    after the last segment for the rows that are left.
+    after the last segment for the rows that are left. With a bias, each but these also
+    writes its part of the bias's gradient.
     """
     head = tl.program_id(0)
     segment = tl.program_id(1)
@@ -321,6 +337,7 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
         v_ptr += start_k * v_row + head * v_head
         out_ptr += start_q * out_row + head * WIDTH
         lse_ptr += head.to(tl.int64) * rows_q + start_q
+        of_values = tl.zeros((WIDTH,), tl.float32)
         q, d_out, lse, delta, d_q = (), (), (), (), ()
         for part in tl.static_range(PARTS):
             one = _read_queries(
@@ -332,6 +349,9 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
             lse += (one[2],)  # type: ignore[assignment]
             delta += (one[3],)  # type: ignore[assignment]
             d_q += (tl.zeros((OWN, WIDTH), tl.float32),)  # type: ignore[assignment]
+            of_values += _over_rows(one[1])
+        place = (segment, tl.num_programs(1) - 1, head, tl.num_programs(0))
+        _write_others(sums_ptr, of_values, place, HAS_BIAS, WIDTH)
         for at in range(0, bound(keys), STEP):
             k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
             v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
@@ -352,9 +372,41 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]
             d_q = grown
             _write(d_k_ptr, tl.trans(d_k) * scale, at, keys, d_k_row, STEP, WIDTH)
             _write(d_v_ptr, tl.trans(d_v), at, keys, d_v_row, STEP, WIDTH)
+        of_queries = tl.zeros((WIDTH,), tl.float32)
         for part in tl.static_range(PARTS):
             whole = d_q[part] * scale
             _write(d_q_ptr, whole, part * OWN, queries, d_q_row, OWN, WIDTH)
+            of_queries += _over_rows(whole)
+        _write_sum(sums_ptr, 0, of_queries, place, HAS_BIAS, WIDTH)
+
+
+@triton.jit
+def _over_rows(x):  # type: ignore[no-untyped-def]
+    return tl.sum(x.to(tl.float32), 0)
+
+
+@triton.jit
+def _write_others(  # type: ignore[no-untyped-def]
+    ptr, of_values, place, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Of a part of a bias's gradient that of keys, which is 0, and that of values."""
+    of_keys = tl.zeros((WIDTH,), tl.float32)
+    _write_sum(ptr, 1, of_keys, place, HAS_BIAS, WIDTH)
+    _write_sum(ptr, 2, of_values, place, HAS_BIAS, WIDTH)
+
+
+@triton.jit
+def _write_sum(  # type: ignore[no-untyped-def]
+    ptr, number, total, place, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """That of queries, 0, of keys or of values, 2, of the part and the head that
+    `place` tells, each with how many there are. Without a bias, nothing.
+    """
+    if HAS_BIAS:
+        part, parts, head, heads = place
+        row = number * parts.to(tl.int64) + part
+        at = (row * heads + head) * WIDTH + tl.arange(0, WIDTH)
+        tl.store(ptr + at, total)
 
 
 @triton.jit

@@ -13,7 +13,9 @@ leaves alone, which unpadded attention never has as a table.
 
 Where a branch and the residual around it read the same rows and meet in a norm, the
 branch's first layer passes them on to the residual (`trainer.models.residual`), and the
-norm adds the bias of its last one (`trainer.kernels.layer_norm`). A pre-norm residual
+norm adds the bias of its last one (`trainer.kernels.layer_norm`). The bias of queries,
+keys and values is added by their product, and has its gradient from our attention
+kernel where that is what runs (`trainer.kernels.attention`). A pre-norm residual
 goes on to the next branch: its gradient is not the norm's alone.
 
 Shapes: T stream rows, N rows of the result, O rows of the other modality, U of them
@@ -39,6 +41,7 @@ from trainer.models.dense import (
     Unbiased,
     biased,
     biased_beside,
+    fuses,
 )
 from trainer.models.scored_rows import Rows
 from trainer.models.segments import Segmented, Segments
@@ -46,8 +49,20 @@ from trainer.models.segments import Segmented, Segments
 SHORT = 256
 """Rows of segments that our attention kernel is made for; FlashAttention takes longer
 ones, of which it wastes less."""
+_SHORT_TYPES = (torch.bfloat16, torch.float16)
+"""Of tables that are attended to unpadded on CUDA."""
 FLASH_CHANNELS = 8
 """FlashAttention takes heads of so many channels, or of a multiple."""
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values."""
+
+    tables: tuple[Tensor, ...]
+    """(T, 3, H, E) alone; of some rows' queries (N, H, E), (T, H, E), (T, H, E)."""
+    bias: Tensor | None = None
+    """(3 * D,) that is in the one table already, detached, and has its gradient from
+    `attention.attention_packed`; None: the product sees to it."""
 
 
 class Projection(nn.Linear):
@@ -58,26 +73,35 @@ class Projection(nn.Linear):
         self.heads = heads
 
     def forward(  # type: ignore[override]
-        self, x_td: Tensor, rows: Rows | None
-    ) -> tuple[Tensor, ...]:
-        """(T, D) -> (T, 3, H, E) alone; with rows, (N, H, E), (T, H, E), (T, H, E)."""
+        self, x_td: Tensor, stream: Segmented, rows: Rows | None
+    ) -> Projected:
+        """Of (T, D), for attention inside each segment of the stream."""
         if rows is None:
-            return (self._by_head(biased(x_td, self.weight, self.bias)),)
-        return self.beside(x_td, rows)[0]
+            bias, apart = self._biases(x_td, stream)
+            qkv = biased(x_td, self.weight, bias)
+            return Projected((self._by_head(qkv),), apart)
+        return self.beside(x_td, stream, rows)[0]
 
     def beside(
-        self, x_td: Tensor, rows: Rows | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        self, x_td: Tensor, stream: Segmented, rows: Rows | None
+    ) -> tuple[Projected, Tensor]:
         """The same, and the rows of the queries (N, D) for the residual beside it."""
         if rows is None:
-            qkv, x_td = biased_beside(x_td, self.weight, self.bias)
-            return (self._by_head(qkv),), x_td
+            bias, apart = self._biases(x_td, stream)
+            qkv, x_td = biased_beside(x_td, self.weight, bias)
+            return Projected((self._by_head(qkv),), apart), x_td
         sizes = [self.in_features, 2 * self.in_features]
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
         q, x_nd = biased_beside(take_rows(x_td, rows.row), w_q, b_q)
         k, v = biased(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        return (q.unflatten(-1, (self.heads, -1)), k, v), x_nd
+        return Projected((q.unflatten(-1, (self.heads, -1)), k, v)), x_nd
+
+    def _biases(self, x_td: Tensor, stream: Segmented) -> tuple[Tensor, Tensor | None]:
+        """The bias for the product, and for attention if its gradient is from there."""
+        if sums_bias(x_td, stream, self.in_features // self.heads):
+            return self.bias.detach(), self.bias
+        return self.bias, None
 
     def _by_head(self, qkv: Tensor) -> Tensor:
         return qkv.unflatten(-1, (3, self.heads, -1))
@@ -95,20 +119,24 @@ class Attention(nn.Module):
         self, x_td: Tensor, stream: Segmented, rows: Rows | None = None
     ) -> Unbiased:
         """(T, D) -> (N, D)."""
-        return self._of(self.qkv(x_td, rows), stream, rows)
+        return self._of(self.qkv(x_td, stream, rows), stream, rows)
 
     def beside(
         self, x_td: Tensor, stream: Segmented, rows: Rows | None
     ) -> tuple[Unbiased, Tensor]:
         """The same, and its rows of `x` (N, D) for the residual beside it."""
-        table, x_nd = self.qkv.beside(x_td, rows)
-        return self._of(table, stream, rows), x_nd
+        given, x_nd = self.qkv.beside(x_td, stream, rows)
+        return self._of(given, stream, rows), x_nd
 
-    def _of(
-        self, table: tuple[Tensor, ...], stream: Segmented, rows: Rows | None
-    ) -> Unbiased:
+    def _of(self, given: Projected, stream: Segmented, rows: Rows | None) -> Unbiased:
         """Of what `Projection` gives."""
-        if table[0].is_cuda and table[0].dtype in (torch.bfloat16, torch.float16):
+        table, bias = given
+        if bias is not None:
+            mixed = attention.attention_packed(
+                table[0], stream.cu_seqlens, stream.longest, bias
+            )
+            return self.out.unbiased(mixed.flatten(-2))
+        if table[0].is_cuda and table[0].dtype in _SHORT_TYPES:
             mixed = _unpadded(table, stream, rows)
             return self.out.unbiased(mixed.flatten(-2))
         q, k, v = table[0].unbind(1) if rows is None else table
@@ -210,7 +238,7 @@ class CrossAttention(nn.Module):
         # Sums of gradients by sorted rows: an index_select would add them in any order.
         both = F.embedding(keys.row, self.key_value(other_od))
         k, v = both.unflatten(-1, (2, self.heads, -1)).unbind(1)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if q.is_cuda and q.dtype in _SHORT_TYPES:
             mixed = _varlen_across(q, k, v, own, keys.segments, rows)
         else:
             mixed = _padded_across(q, k, v, own, keys.segments, rows)
@@ -265,6 +293,17 @@ class CrossBlock(nn.Module):
         return x_nd + dropped(hidden_nd, beyond(drop, 1))
 
 
+def sums_bias(x: Tensor, stream: Segmented, width: int) -> bool:
+    """Whether a projection of all rows has its bias's gradient from attention: where
+    our kernel takes its heads of so many channels, and no compiler sees the bias.
+    """
+    return fuses(x) and x.dtype in _SHORT_TYPES and _ours(stream, width)
+
+
+def _ours(stream: Segmented, width: int) -> bool:
+    return stream.longest <= SHORT and attention.supported(width)
+
+
 def _unpadded(
     table: tuple[Tensor, ...], stream: Segmented, rows: Rows | None
 ) -> Tensor:
@@ -272,7 +311,7 @@ def _unpadded(
     bits.
     """
     cu, longest = stream.cu_seqlens, stream.longest
-    own = longest <= SHORT and attention.supported(table[0].shape[-1])
+    own = _ours(stream, table[0].shape[-1])
     if rows is None:
         if own:
             return attention.attention_packed(table[0], cu, longest)

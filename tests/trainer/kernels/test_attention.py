@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, library
@@ -57,7 +59,7 @@ def test_tiles_change_nothing_but_rounding(
 ) -> None:
     monkeypatch.setattr(module, "_EXACT", module.Tiles(*tiles))
     monkeypatch.setattr(module, "_EXACT_WHOLE", ((9, module.Tiles(*tiles)),))
-    for case in SMALL[1], SMALL[2]:
+    for case in SMALL[1], SMALL[3], SMALL[4]:
         check(case, torch.float32)
 
 
@@ -176,6 +178,79 @@ def test_one_table_has_the_bits_of_three() -> None:
     assert torch.equal(one, other)
 
 
+def with_bias(
+    form: Callable[..., Tensor], table: Tensor, bias: Tensor, cu: Tensor, longest: int
+) -> list[Tensor]:
+    """The output, and gradients of the table and of the bias."""
+    return outputs_and_gradients(
+        lambda qkv, of: form(qkv, cu, longest, of), (table, bias)
+    )
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize(
+    ("lengths", "left", "room"),
+    [
+        ((30, 0, 41, 7), 3, 41),
+        ((0, 1, 0), 70, 1),
+        ((100, 3, 0, 65), 0, 250),
+        ((), 4, 0),
+        ((0, 0), 0, 0),
+        ((0, 0), 5, 40),
+    ],
+)
+def test_a_bias_is_due_the_sums_of_what_the_table_is_due(
+    lengths: tuple[int, ...], left: int, room: int, width: int
+) -> None:
+    table, bias = wanting(
+        packed(*lengths, left=left, width=width), torch.randn(6, width)
+    )
+    cu = bounds(*lengths)
+    with poisoned():
+        out, d_table, d_bias = with_bias(attention_packed_fused, table, bias, cu, room)
+    plain = outputs_and_gradients(attention_packed_fused, (table, cu, room))
+    # Neither what is in the bias nor asking for its gradient changes the others.
+    assert torch.equal(out, plain[0])
+    assert torch.equal(d_table, plain[1])
+    assert d_bias.shape == bias.shape
+    close(d_bias, d_table.double().sum(0).view(6, width), FP32)
+    # A key's bias moves all scores of a query alike.
+    assert not d_bias[2:4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_has_its_gradient_in_its_own_type_from_both_forms(
+    dtype: torch.dtype,
+) -> None:
+    table = packed(20, 0, 33, left=2, width=64).bfloat16()
+    cu = bounds(20, 0, 33)
+    given = wanting(table, torch.randn(6 * 64).to(dtype))
+    exact = with_bias(
+        attention_packed_ref, *wanting(*(each.double() for each in given)), cu, 33
+    )
+    for form in (attention_packed_fused, attention_packed_ref):
+        found = with_bias(form, *given, cu, 33)
+        assert found[0].dtype == torch.bfloat16
+        assert found[2].dtype == dtype
+        # Under the interpreter what a GPU rounds is cut off.
+        close(found[2], exact[2], 1.5e-2)
+
+
+def test_a_bias_that_is_frozen_has_no_gradient_and_one_alone_has_its_own() -> None:
+    table, bias = packed(20, 9, width=64), torch.randn(6 * 64)
+    cu = bounds(20, 9)
+    given = wanting(table, bias)
+    _, d_table, d_bias = with_bias(attention_packed_fused, *given, cu, 20)
+    (frozen,) = outputs_and_gradients(
+        lambda qkv: attention_packed_fused(qkv, cu, 20, bias), given[:1]
+    )[1:]
+    assert torch.equal(frozen, d_table)
+    (alone,) = outputs_and_gradients(
+        lambda of: attention_packed_fused(table, cu, 20, of), given[1:]
+    )[1:]
+    assert torch.equal(alone, d_bias)
+
+
 def test_boundaries_may_be_of_either_width_and_rooms_larger_than_needed() -> None:
     table, cu = packed(9, 50, 1), bounds(9, 50, 1)
     expected = attention_packed_fused(table, cu, 50)
@@ -214,7 +289,7 @@ def test_scores_far_below_zero_are_scores(width: int) -> None:
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:
-    for case in SMALL[0], SMALL[-1]:
+    for case in SMALL[0], SMALL[2], SMALL[3], SMALL[-1]:
         given = case.inputs(CPU, torch.float32, 0)
         first, second = (outputs_and_gradients(case.fused, given) for _ in range(2))
         for one, other in zip(first, second, strict=True):
@@ -243,11 +318,12 @@ def test_the_operators_are_registered_as_torch_wants_them() -> None:
     library.opcheck(
         module._backward, (torch.ones_like(out), *plain, out, lse, *given[3:])
     )
-    library.opcheck(module._forward_packed, (*wanting(table), cu_k, 5))
-    out, lse = module._forward_packed(table, cu_k, 5)
-    library.opcheck(
-        module._backward_packed, (torch.ones_like(out), table, out, lse, cu_k, 5)
-    )
+    (bias,) = wanting(torch.zeros(96))
+    for of, dtype in ((None, None), (bias, torch.bfloat16)):
+        library.opcheck(module._forward_packed, (*wanting(table), cu_k, 5, of))
+        out, lse = module._forward_packed(table, cu_k, 5, None)
+        kept = (torch.ones_like(out), table, out, lse, cu_k, 5, dtype)
+        library.opcheck(module._backward_packed, kept)
 
 
 def test_a_cpu_uses_the_reference() -> None:
