@@ -14,6 +14,9 @@ import triton.language as tl
 
 from trainer.kernels.parts import bound, dot
 
+SUM_ROWS = tl.constexpr(16)
+"""Of a product, as few as can be: all rows of a sum's table are the same."""
+
 
 @triton.jit(do_not_specialize=["rows"])
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
@@ -111,7 +114,7 @@ def attention_delta_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows_q", "rows_k", "blocks_k"])
-def attention_backward_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     d_out_ptr,
     q_ptr,
     k_ptr,
@@ -189,20 +192,22 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
                 _write(d_v_ptr, d_v, first, keys, d_v_row, OWN, WIDTH)
         else:
             first = (block - blocks_k) * OWN
-            of_queries = tl.zeros((WIDTH,), tl.float32)
-            of_values = tl.zeros((WIDTH,), tl.float32)
+            of_queries = tl.zeros((SUM_ROWS, WIDTH), tl.float32)
+            of_values = tl.zeros((SUM_ROWS, WIDTH), tl.float32)
             if first < queries:
                 q, d_out, lse, delta = _read_known(
                     *(q_ptr, d_out_ptr, lse_ptr, delta_ptr),
                     *(first, queries, q_row, d_out_row, OWN, WIDTH),
                 )
-                of_values = _over_rows(d_out)
                 d_q = _over_keys(
                     *(q, d_out, lse, delta, k_ptr, v_ptr),
                     *(k_row, v_row, keys, bits, WIDTH, OWN, STEP),
                 )
-                _write(d_q_ptr, d_q * scale, first, queries, d_q_row, OWN, WIDTH)
-                of_queries = _over_rows(d_q) * scale
+                d_q = (d_q * scale).to(q.dtype)
+                _write(d_q_ptr, d_q, first, queries, d_q_row, OWN, WIDTH)
+                if HAS_BIAS:
+                    of_queries = _over_rows(d_q, of_queries, OWN)
+                    of_values = _over_rows(d_out, of_values, OWN)
             # One of each block of queries of each segment.
             blocks = tl.num_programs(0) - blocks_k
             part = segment * blocks + block - blocks_k
@@ -337,7 +342,6 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]  # noqa: PL
         v_ptr += start_k * v_row + head * v_head
         out_ptr += start_q * out_row + head * WIDTH
         lse_ptr += head.to(tl.int64) * rows_q + start_q
-        of_values = tl.zeros((WIDTH,), tl.float32)
         q, d_out, lse, delta, d_q = (), (), (), (), ()
         for part in tl.static_range(PARTS):
             one = _read_queries(
@@ -349,9 +353,6 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]  # noqa: PL
             lse += (one[2],)  # type: ignore[assignment]
             delta += (one[3],)  # type: ignore[assignment]
             d_q += (tl.zeros((OWN, WIDTH), tl.float32),)  # type: ignore[assignment]
-            of_values += _over_rows(one[1])
-        place = (segment, tl.num_programs(1) - 1, head, tl.num_programs(0))
-        _write_others(sums_ptr, of_values, place, HAS_BIAS, WIDTH)
         for at in range(0, bound(keys), STEP):
             k = _read(k_ptr, at, keys, k_row, STEP, WIDTH)
             v = _read(v_ptr, at, keys, v_row, STEP, WIDTH)
@@ -372,17 +373,26 @@ def attention_backward_whole_kernel(  # type: ignore[no-untyped-def]  # noqa: PL
             d_q = grown
             _write(d_k_ptr, tl.trans(d_k) * scale, at, keys, d_k_row, STEP, WIDTH)
             _write(d_v_ptr, tl.trans(d_v), at, keys, d_v_row, STEP, WIDTH)
-        of_queries = tl.zeros((WIDTH,), tl.float32)
+        of_queries = tl.zeros((SUM_ROWS, WIDTH), tl.float32)
+        of_values = tl.zeros((SUM_ROWS, WIDTH), tl.float32)
         for part in tl.static_range(PARTS):
-            whole = d_q[part] * scale
+            whole = (d_q[part] * scale).to(q[part].dtype)
             _write(d_q_ptr, whole, part * OWN, queries, d_q_row, OWN, WIDTH)
-            of_queries += _over_rows(whole)
+            if HAS_BIAS:
+                of_queries = _over_rows(whole, of_queries, OWN)
+                of_values = _over_rows(d_out[part], of_values, OWN)
+        place = (segment, tl.num_programs(1) - 1, head, tl.num_programs(0))
         _write_sum(sums_ptr, 0, of_queries, place, HAS_BIAS, WIDTH)
+        _write_others(sums_ptr, of_values, place, HAS_BIAS, WIDTH)
 
 
 @triton.jit
-def _over_rows(x):  # type: ignore[no-untyped-def]
-    return tl.sum(x.to(tl.float32), 0)
+def _over_rows(x, onto, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of the rows of a tile, added to each of the rows of `onto`: by a product,
+    for which the tile lies right, and not from thread to thread.
+    """
+    ones = tl.full((SUM_ROWS, ROWS), 1.0, tl.float32).to(x.dtype)
+    return dot(ones, x, onto)
 
 
 @triton.jit
@@ -390,7 +400,7 @@ def _write_others(  # type: ignore[no-untyped-def]
     ptr, of_values, place, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Of a part of a bias's gradient that of keys, which is 0, and that of values."""
-    of_keys = tl.zeros((WIDTH,), tl.float32)
+    of_keys = tl.zeros((SUM_ROWS, WIDTH), tl.float32)
     _write_sum(ptr, 1, of_keys, place, HAS_BIAS, WIDTH)
     _write_sum(ptr, 2, of_values, place, HAS_BIAS, WIDTH)
 
@@ -405,8 +415,9 @@ def _write_sum(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         part, parts, head, heads = place
         row = number * parts.to(tl.int64) + part
-        at = (row * heads + head) * WIDTH + tl.arange(0, WIDTH)
-        tl.store(ptr + at, total)
+        at = (row * heads + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
+        same = tl.arange(0, SUM_ROWS)[:, None]
+        tl.store(ptr + (at + same), total, mask=same == 0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,24 @@ from torch import Tensor, library
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
 
-_ACROSS = 64
-"""Pixels of a strip."""
-_ROWS = 32
-"""Rows of a band: two more are read for each."""
-# Of gradients of weights, about: four programs for each of the 132 multiprocessors of
-# an H100 or H200. Not asked of the device: sums would depend on it.
-_PROGRAMS = 528
+
+class Strip(NamedTuple):
+    """Of an image."""
+
+    across: int
+    """Pixels."""
+    rows: int
+    """At most, of which a program reads one or two more."""
+
+
+# Strips and programs were the fastest of eight on an H200, or as fast, for images of
+# 112 and of 192 pixels (`benchmarks/README.md`).
+_RESULTS = Strip(64, 32)
+# Of gradients of weights, by the lanes of their windows, with about how many programs:
+# 8 or 16 for each of the 132 multiprocessors of an H100 or H200. Not asked of the
+# device: sums would depend on it.
+_WEIGHTS = {128: (Strip(32, 32), 1056)}
+_NARROW_WEIGHTS = (Strip(64, 48), 2112)
 _PIXELS = 64
 """Of a program that lays pixels of squares side by side."""
 _MOST_CHANNELS, _MOST_RESULTS = 32, 16
@@ -83,7 +94,7 @@ def convolution_fused(
 
 
 @triton.jit
-def strip(number, height, width, ROWS: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+def strip_at(number, height, width, ROWS: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Image, first row and the row after the last of a strip of a band, and the column
     of each of its pixels, below each other.
     """
@@ -130,7 +141,7 @@ def _convolution_kernel(  # type: ignore[no-untyped-def]
     a weight of them is `of_given` and `of_found` numbers after that of the channel
     before.
     """
-    image, first, end, x = strip(tl.program_id(0), height, width, ROWS, ACROSS)
+    image, first, end, x = strip_at(tl.program_id(0), height, width, ROWS, ACROSS)
     lane = tl.arange(0, LANES)
     found = tl.arange(0, WIDE)
     channel, is_found = _channel(found, WIDE, FOUND, SHUFFLED)
@@ -194,7 +205,7 @@ def _convolution_weights_kernel(  # type: ignore[no-untyped-def]
     alone = tl.zeros((ACROSS, WIDE), tl.float32)
     start = program * strips
     for number in range(bound(start), bound(tl.minimum(start + strips, count))):
-        image, first, end, x = strip(number, height, width, ROWS, ACROSS)
+        image, first, end, x = strip_at(number, height, width, ROWS, ACROSS)
         at, inside = _windows(x, lane, width, CHANNELS)
         row = x_ptr + (image * height + first) * width * CHANNELS
         own = dy_ptr + (image * height + first) * width * LAID + (x * LAID + result)
@@ -325,8 +336,8 @@ def _convolve(
     results, channels = weight.shape[:2]
     ends = (results, channels) if turned else (channels, results)
     steps = (9 * channels, 9) if turned else (9, 9 * channels)
-    images, laid, height, width = given.shape
-    count = _strips(images, height, width)
+    laid, height, width = given.shape[1:]
+    count = strips_of(given, _RESULTS)
     if not count:
         return
     _convolution_kernel[(count,)](
@@ -344,15 +355,17 @@ def _convolve(
         TURNED=turned,
         SHUFFLED=shuffled,
         HAS_BIAS=bias is not None,
-        ROWS=_ROWS,
-        ACROSS=_ACROSS,
+        ROWS=_RESULTS.rows,
+        ACROSS=_RESULTS.across,
         num_warps=4,
         num_stages=1,
     )
 
 
-def _strips(images: int, height: int, width: int) -> int:
-    return images * triton.cdiv(height, _ROWS) * triton.cdiv(width, _ACROSS)
+def strips_of(images: Tensor, strip: Strip) -> int:
+    """How many there are in (B, C, H, W)."""
+    count, _, height, width = images.shape
+    return count * triton.cdiv(height, strip.rows) * triton.cdiv(width, strip.across)
 
 
 def _beside_each_other(dy: Tensor, results: int) -> Tensor:
@@ -404,9 +417,9 @@ def _launch_backward(
     dx = _channels_last(x, tuple(x.shape))
     _convolve(dy, weight, None, dx, turned=True)
     lanes, wide = _lanes(3 * channels), _lanes(results)
-    images, _, height, width = x.shape
-    count = _strips(images, height, width)
-    strips = max(triton.cdiv(count, _PROGRAMS), 1)
+    strip, most = _WEIGHTS.get(lanes, _NARROW_WEIGHTS)
+    count = strips_of(x, strip)
+    strips = max(triton.cdiv(count, most), 1)
     programs = triton.cdiv(count, strips)
     numbers = (3 * lanes + 1) * wide
     parts = x.new_empty(1, programs, numbers, dtype=torch.float32)
@@ -415,13 +428,13 @@ def _launch_backward(
             x.contiguous(memory_format=torch.channels_last),
             dy.contiguous(memory_format=torch.channels_last),
             parts,
-            *(count, strips, height, width),
+            *(count, strips, *x.shape[2:]),
             CHANNELS=channels,
             LAID=dy.shape[1],
             LANES=lanes,
             WIDE=wide,
-            ROWS=_ROWS,
-            ACROSS=_ACROSS,
+            ROWS=strip.rows,
+            ACROSS=strip.across,
             num_warps=4,
             num_stages=1,
         )

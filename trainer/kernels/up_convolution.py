@@ -27,16 +27,15 @@ from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
-from trainer.kernels.small_convolution import strip
+from trainer.kernels.small_convolution import Strip, strip_at, strips_of
 
-_ACROSS = 64
-"""Pixels of a strip."""
-_ROWS = 32
-"""Rows of a band: two more are read for each."""
-# Of gradients of weights, about, for even columns and as many for odd ones: two
-# programs for each of the 132 multiprocessors of an H100 or H200. Not asked of the
-# device: sums would depend on it.
-_PROGRAMS = 264
+# These were the fastest of seven on an H200, or as fast, for images of 56 and of 96
+# pixels (`benchmarks/README.md`).
+_RESULTS, _WEIGHTS = Strip(64, 96), Strip(64, 32)
+# Of gradients of weights, about, for even columns and as many for odd ones: two for
+# each of the 132 multiprocessors of an H100 or H200. Not asked of the device: sums
+# would depend on it.
+_PROGRAMS = 132
 _MOST_CHANNELS, _MOST_RESULTS = 64, 32
 
 
@@ -98,7 +97,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 ):
     """A program for the even columns of the result of a strip, or the odd ones."""
     odd = tl.program_id(1)
-    image, first, end, x = strip(tl.program_id(0), height, width, ROWS, ACROSS)
+    image, first, end, x = strip_at(tl.program_id(0), height, width, ROWS, ACROSS)
     lane = tl.arange(0, LANES)
     result = tl.arange(0, WIDE)[None, :]
     along = lane % CHANNELS * (16 * RESULTS) + 3 - odd - 2 * (lane // CHANNELS)
@@ -161,7 +160,7 @@ def _up_weights_kernel(  # type: ignore[no-untyped-def]
     below = 2 * width * RESULTS
     start = program * strips
     for number in range(bound(start), bound(tl.minimum(start + strips, count))):
-        image, first, end, x = strip(number, height, width, ROWS, ACROSS)
+        image, first, end, x = strip_at(number, height, width, ROWS, ACROSS)
         at, inside = _neighbours(x, lane, odd, width, CHANNELS)
         row = x_ptr + (image * height + first) * width * CHANNELS
         own = dy_ptr + (image * height + first) * (2 * below)
@@ -198,14 +197,14 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 def _launch_forward(x: Tensor, weight: Tensor) -> Tensor:
     y = _result_like(x, weight)
-    count = _strips(x)
+    count = strips_of(x, _RESULTS)
     if count:
         _up_kernel[(count, 2)](
             x.contiguous(memory_format=torch.channels_last),
             weight.contiguous(),
             y,
             *x.shape[2:],
-            **_sizes(weight),
+            **_sizes(weight, _RESULTS),
             num_warps=4,
             num_stages=1,
         )
@@ -223,20 +222,15 @@ def _result_like(x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _strips(x: Tensor) -> int:
-    images, _, height, width = x.shape
-    return images * triton.cdiv(height, _ROWS) * triton.cdiv(width, _ACROSS)
-
-
-def _sizes(weight: Tensor) -> dict[str, int]:
+def _sizes(weight: Tensor, strip: Strip) -> dict[str, int]:
     channels, results = weight.shape[:2]
     return {
         "CHANNELS": channels,
         "RESULTS": results,
         "LANES": max(triton.next_power_of_2(2 * channels), 16),
         "WIDE": max(triton.next_power_of_2(results), 16),
-        "ROWS": _ROWS,
-        "ACROSS": _ACROSS,
+        "ROWS": strip.rows,
+        "ACROSS": strip.across,
     }
 
 
@@ -252,10 +246,10 @@ def weights_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _launch_weights(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    count = _strips(x)
+    count = strips_of(x, _WEIGHTS)
     strips = max(triton.cdiv(count, _PROGRAMS), 1)
     programs = triton.cdiv(count, strips)
-    sizes = _sizes(weight)
+    sizes = _sizes(weight, _WEIGHTS)
     lanes, wide = sizes["LANES"], sizes["WIDE"]
     parts = x.new_empty(2, programs, 4 * lanes * wide, dtype=torch.float32)
     if count:

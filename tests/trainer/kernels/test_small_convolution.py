@@ -10,6 +10,7 @@ from trainer.kernels import small_convolution
 from trainer.kernels.case import Case
 from trainer.kernels.small_convolution import (
     CASES,
+    Strip,
     convolution,
     convolution_backward,
     convolution_fused,
@@ -31,10 +32,12 @@ def test_results_and_all_gradients_are_those_of_the_reference(
 @interpreted
 @pytest.mark.parametrize("programs", [1, 2, 5])
 @pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=lambda case: case.shape)
-def test_a_program_goes_over_many_tiles(
+def test_programs_have_bands_strips_and_several_of_them(
     case: Case, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_convolution, "_PROGRAMS", programs)
+    weights = (Strip(16, 4), programs)
+    monkeypatch.setattr(small_convolution, "_RESULTS", Strip(16, 4))
+    monkeypatch.setattr(small_convolution, "_NARROW_WEIGHTS", weights)
     check(case, torch.float32)
 
 

@@ -8,6 +8,7 @@ from tests.trainer.kernels.against_reference import check, close
 from tests.trainer.kernels.numbers import interpreted
 from trainer.kernels import up_convolution as module
 from trainer.kernels.case import Case
+from trainer.kernels.small_convolution import Strip
 from trainer.kernels.up_convolution import (
     CASES,
     up_convolution,
@@ -33,8 +34,8 @@ def test_results_and_all_gradients_are_those_of_the_reference(
 def test_programs_have_bands_strips_and_several_of_them(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ROWS", 4)
-    monkeypatch.setattr(module, "_ACROSS", 16)
+    monkeypatch.setattr(module, "_RESULTS", Strip(16, 4))
+    monkeypatch.setattr(module, "_WEIGHTS", Strip(16, 4))
     monkeypatch.setattr(module, "_PROGRAMS", programs)
     check(CASES[1], torch.float32)
 
