@@ -11,6 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def check(
     """
     inputs = case.inputs(device, dtype, seed)
     exact = tree_map(_double, inputs)
-    with poisoned():
+    with poisoned(), without_tf32():
         found = _tensors(case.fused(*inputs))
     wanted = _tensors(case.reference(*exact))
     if len(found) != len(wanted):
@@ -104,6 +105,16 @@ def check(
         "errors": errors,
         "reason": case.reason,
     }
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Convolutions of fp32 are fp32 inside, as products are: cuDNN would round what
+    they are given to ten bits.
+    """
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    )
+    return flags
 
 
 @contextlib.contextmanager
@@ -236,7 +247,7 @@ def _gradient_errors(
     if not (leaves and exact_outputs):
         return {}
     given = _output_gradients(found, seed=seed)
-    with poisoned():
+    with poisoned(), without_tf32():
         ours = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
     theirs = torch.autograd.grad(
         exact_outputs,
@@ -290,5 +301,6 @@ def _output_gradients(outputs: Sequence[Tensor], *, seed: int) -> list[Tensor]:
     for number, output in enumerate(_differentiable(outputs)):
         generator = torch.Generator(output.device).manual_seed(seed + number)
         drawn = torch.randn(output.shape, generator=generator, device=output.device)
-        made.append(drawn.to(output.dtype))
+        # In the order of memory that what follows would give it.
+        made.append(torch.empty_like(output).copy_(drawn))
     return made

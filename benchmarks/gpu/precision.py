@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.batches import Drawn, recipe
+from benchmarks.gpu.kernels import without_tf32
 from benchmarks.gpu.record import Record, Setting
 from benchmarks.gpu.training import trainee
 from trainer.engine import learning_rate
@@ -37,7 +38,9 @@ def precision(setting: Setting, record: Record) -> None:
         # On a CPU bf16 would be emulated: the rehearsal trains fp32 alone.
         shown = kind if setting.cuda else "fp32"
         key = f"{kind}, seed {seed}"
-        found = record.measure(key, functools.partial(curve, setting, shown, seed))
+        with without_tf32():
+            run = functools.partial(curve, setting, shown, seed)
+            found = record.measure(key, run)
         curves[key] = found.get("loss")
     if all(curves.values()):
         window = TINY_WINDOW if setting.tiny else WINDOW

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from trainer.kernels.pixels import nested, normalised
 from trainer.models import dense
-from trainer.models.convolutions import SquareConv, TransposedConv, by_quarters
+from trainer.models.convolutions import SquareConv, Stack, TransposedConv, by_quarters
 from trainer.models.dense import GeluLinear
 
 PIXELS = torch.randint(
@@ -108,3 +110,22 @@ def test_rows_of_logits_are_aligned_and_the_words_alone(
         torch.autograd.grad(found, leaves, upstream), wanted, strict=True
     ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_decoder_of_any_depth_is_compiled_as_one() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    widths = range(4, 15)
+    layers = [
+        TransposedConv(
+            before, after, *((4, 2) if number % 4 == 3 else (3, 1)), gelu=True
+        )
+        for number, (before, after) in enumerate(itertools.pairwise(widths))
+    ]
+    compiled, plain = Stack(*layers), nn.Sequential(*layers)
+    compiled.compile(backend="aot_eager")
+    for images in (2, 3, 4):
+        x = torch.randn(images, 4, 2, 3)
+        assert torch.allclose(compiled(x), plain(x), atol=1e-6)
+    # Of one number of images, and then of any.
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2

@@ -456,5 +456,5 @@ def test_layers_are_compiled_for_few_shapes_and_change_no_loss() -> None:
     assert not counters["graph_break"]
     # Layers share their code, the last one takes rows; then sizes are variables, of
     # the images that are decoded too.
-    assert 0 < counters["frames"]["ok"] <= 14
+    assert 0 < counters["frames"]["ok"] <= 8
     assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -27,6 +27,18 @@ _FEW = 4
 """Channels."""
 
 
+class Stack(nn.Sequential):
+    """Layers one after the other, which `torch.compile` takes as one: of torch's own
+    class it compiles each layer by itself, and gives up after eight that differ.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the last layer gives."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class SquareConv(nn.Conv2d):
     """A convolution of `side` x `side` by steps of `side`, and GELU if asked for."""
 

@@ -35,7 +35,7 @@ from trainer.kernels.pixels import nested, normalised
 from trainer.kernels.take_rows import take_rows
 from trainer.masking import Masks
 from trainer.models.base import Inputs, Output
-from trainer.models.convolutions import SquareConv, TransposedConv
+from trainer.models.convolutions import SquareConv, Stack, TransposedConv
 from trainer.models.dense import GeluLinear, scores_of_words
 from trainer.models.layers import Block
 from trainer.models.mlim_config import MlimConfig
@@ -424,7 +424,7 @@ def at_words(stream: Stream, table: Tensor) -> Tensor:
     return table[stream.text_pair, word]
 
 
-def _embedder(config: MlimConfig) -> nn.Sequential:
+def _embedder(config: MlimConfig) -> Stack:
     """2x2/2 convolutions, then 1x1 to the width: no receptive fields overlap. GELU is
     part of a layer; that weights are numbered as if it were none is older.
     """
@@ -435,10 +435,10 @@ def _embedder(config: MlimConfig) -> nn.Sequential:
         channels = width
     hidden = config.embedder_hidden
     layers += [SquareConv(channels, hidden, 1, gelu=True), nn.Identity()]
-    return nn.Sequential(*layers, SquareConv(hidden, config.width, 1, gelu=False))
+    return Stack(*layers, SquareConv(hidden, config.width, 1, gelu=False))
 
 
-def _decoder(config: MlimConfig) -> nn.Sequential:
+def _decoder(config: MlimConfig) -> Stack:
     """Transposed convolutions 3x3/1 and 4x4/2 in turn, from tokens to pixels; numbered
     as the embedder's.
     """
@@ -449,4 +449,4 @@ def _decoder(config: MlimConfig) -> nn.Sequential:
         gelu = number + 2 < len(widths)
         layers.append(TransposedConv(before, after, kernel, stride, gelu=gelu))
         layers.append(nn.Identity())
-    return nn.Sequential(*layers[:-1])
+    return Stack(*layers[:-1])
