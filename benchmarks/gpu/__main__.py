@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         again=words.again,
         only=tuple(words.only),
         seconds=words.seconds,
+        words=tuple(argv),
     )
     try:
         records = {part: Record(setting, part) for part in words.parts}

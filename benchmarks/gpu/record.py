@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +47,8 @@ class Setting:
     """Measure no entries but those with one of these in their key; none: all."""
     seconds: float = 420.0
     """No entry is begun after these."""
+    words: tuple[str, ...] = ()
+    """What `python -m benchmarks.gpu` was called with."""
 
     @property
     def cuda(self) -> bool:
@@ -132,7 +133,7 @@ class Record:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "benchmarks.gpu", *self.setting.words])
         rehearsal = {"rehearsal": "no GPU: no time here means anything"}
         write_json(
             self.path,

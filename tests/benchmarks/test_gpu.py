@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,6 +272,8 @@ def rehearsed(folder: Path, *words: str | Path) -> None:
 def test_every_part_is_rehearsed(tmp_path: Path, shards: Path) -> None:
     parts = [part for part in PARTS if part not in ("checks", "kernels", "baselines")]
     rehearsed(tmp_path, *parts, f"--data={shards}")
+    given = ["python", "-m", "benchmarks.gpu", *parts, f"--data={shards}", *REHEARSAL]
+    assert stored(tmp_path, "steps")["command"] == shlex.join([*given, str(tmp_path)])
     steps = stored(tmp_path, "steps")["entries"]
     assert len([key for key in steps if key.endswith(" from shards")]) == 1
     for part in ("steps", "ablation"):
