@@ -115,8 +115,10 @@ def states(
             moments=_ADAM * parameters,
             step=max(flattened, FP32 * parameters),
         )
-    # One rank of stage 1 takes its gradients whole (`trainer.one_rank`).
+    # One rank of stage 1 takes its gradients whole, and on a GPU clips and widens them
+    # in the pass that updates the weights (`trainer.one_rank`).
     whole = stage == 1 and ranks == 1
+    one_pass = whole and bf16 and not lazy
     reduced = 0 if whole else reduced
     bucket = 0 if whole else size * REDUCE_BUCKET
     gathered = size * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
@@ -130,6 +132,6 @@ def states(
         # Its gradients flattened, in fp32, and the root of the second moment.
         step=max(
             (size * reduced if lazy else bucket) + widened,
-            (size + FP32 + FP32) * share,
+            (size if one_pass else size + FP32 + FP32) * share,
         ),
     )

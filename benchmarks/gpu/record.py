@@ -6,6 +6,7 @@ not own what is measured (the modules beside this one).
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -101,15 +102,17 @@ class Record:
         return time.monotonic() - self._began
 
     def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The entry `key`: the one that is there, or what `make` gives. An error is an
-        entry too, and tried again by the next call; so is one that has not `passed`.
-        Empty where it is missing and not asked for.
+        """The entry `key`: the one that is there, if it is of these sources, or what
+        `make` gives. An error is an entry too, and tried again by the next call; so is
+        one that has not `passed`. Empty where it is missing and not asked for.
 
         Raises:
             OutOfTime: it is missing, and there is no time left.
         """
         found = self.entries.get(key)
-        if found and "error" not in found and found.get("passed", True):
+        source = source_digest()
+        sound = found and "error" not in found and found.get("passed", True)
+        if found and sound and found["source"] == source:
             return found
         only = self.setting.only
         if only and not any(part in key for part in only) and key != CEILINGS:
@@ -122,7 +125,7 @@ class Record:
         except Exception as error:  # a baseline that fails must not end the others
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
         found["took_s"] = round(time.perf_counter() - began, 3)
-        found["source"] = source_digest()
+        found["source"] = source
         self.entries[key] = found
         self._write()
         free(self.setting)
@@ -171,6 +174,7 @@ def versions() -> dict[str, str | None]:
     return found | {"cuda": torch.version.cuda}
 
 
+@functools.cache
 def source_digest() -> str:
     """Of the code that was measured: entries of one digest may be compared."""
     digest = hashlib.sha256()

@@ -28,7 +28,7 @@ from benchmarks.gpu.precision import compared
 from benchmarks.gpu.profile import Span, kind_of
 from benchmarks.gpu.profile import summary as profiled_summary
 from benchmarks.gpu.real_run import summary
-from benchmarks.gpu.record import Record, Setting
+from benchmarks.gpu.record import Record, Setting, source_digest
 from benchmarks.gpu.steps import best_size
 from tests.conftest import ROOT, python
 from trainer.kernels.case import Case
@@ -171,6 +171,13 @@ def test_what_is_there_is_not_measured_again(setting: Setting) -> None:
     again = replace(setting, again=True)
     Record(again, "part").measure("one", lambda: {"value": 3})
     assert stored(setting.output, "part")["entries"]["one"]["value"] == 3
+
+
+def test_what_other_sources_gave_is_measured_again(setting: Setting) -> None:
+    Record(setting, "part").measure("one", lambda: {"value": 1})
+    path = setting.output / "part.json"
+    path.write_text(path.read_text().replace(source_digest(), "another"))
+    assert Record(setting, "part").measure("one", lambda: {"value": 2})["value"] == 2
 
 
 def test_what_failed_is_tried_again(setting: Setting) -> None:

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.trainer.kernels.numbers import interpreted
 from tests.trainer.tiny import SMALL_MLIM
+from trainer.kernels.take_rows import take_rows_fused, take_rows_ref
 from trainer.masking import MaskConfig, Masks, Mode, mam
 from trainer.matching import Matching
+from trainer.models import mlim
 from trainer.models.base import Inputs
 from trainer.models.mlim import MlimConfig, MlimForPreTraining, compact, masked_words
 from trainer.replacement import Replacement, random_words
@@ -204,6 +207,30 @@ def test_capacities_do_not_change_losses_or_gradients() -> None:
     assert len(g_tight) == len(list(build().parameters()))
     for a, b in zip(g_tight, g_wide, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@interpreted
+def test_images_that_do_not_count_take_no_gradient_from_those_that_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, masks = batch(LENGTHS)
+    scored = masks.image.any(1)
+    real = int(scored.sum())
+    image_row = inputs.stream.image_row.clone()
+    # As the places of rows that the last layer did not keep: anybody's.
+    image_row[~scored] = image_row[scored][0]
+    stream = dataclasses.replace(inputs.stream, image_row=image_row)
+    inputs = inputs._replace(stream=stream, n_recon_images=real + 1)
+    model, found = build(), []
+    for take in (take_rows_ref, take_rows_fused):
+        monkeypatch.setattr(mlim, "take_rows", take)
+        generator = torch.Generator().manual_seed(1)
+        hidden_td = torch.randn(len(stream.source), TINY.width, generator=generator)
+        hidden_td.requires_grad_()
+        _image, error = model.score_images(hidden_td, inputs, masks)
+        found.append(torch.autograd.grad(error.sum(), hidden_td)[0])
+    assert (found[0][image_row[scored][0]] != 0).any(1).all()
+    torch.testing.assert_close(*found)
 
 
 def test_losses_by_mode_are_those_of_the_pairs_of_each_mode() -> None:

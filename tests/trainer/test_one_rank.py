@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu.reads import reads
 from tests.trainer.kernels.against_reference import close
@@ -201,6 +203,50 @@ def test_on_a_gpu_too_it_is_deepspeeds_and_either_may_follow_the_other(
     tmp_path: Path,
 ) -> None:
     in_a_process(compare_passes, tmp_path / "run", adamw_fused)
+
+
+def zero_like(device: str, **other: Any) -> Any:
+    """What the choice of a way asks of ZeRO's optimizer, of tensors without values."""
+    adam = {"amsgrad": False, "maximize": False, **other.pop("adam", {})}
+    dtypes = other.pop("dtypes", (torch.float32, torch.bfloat16))
+    master, weights = (torch.empty(8, dtype=dtype, device=device) for dtype in dtypes)
+    inner = other.pop("inner", torch.optim.AdamW)([torch.ones(1)], **adam)
+    known = {"partition_gradients": False, "cpu_offload": False} | other
+    return SimpleNamespace(
+        optimizer=inner,
+        dp_process_group=None,
+        single_partition_of_fp32_groups=[master],
+        parallel_partitioned_bit16_groups=[[weights]],
+        **known,
+    )
+
+
+def refuse_others(output: Path) -> None:
+    from trainer import engine as engines
+
+    engines.start_world()
+    taken = one_rank.can_step_in_one_pass
+    with FakeTensorMode():
+        assert taken(zero_like("cuda"))
+        assert not taken(zero_like("cpu"))
+        for other in (
+            {"partition_gradients": True},
+            {"cpu_offload": True},
+            {"adam": {"amsgrad": True}},
+            {"adam": {"maximize": True}},
+            {"inner": torch.optim.Adam},
+            {"dtypes": (torch.float32, torch.float32)},
+            {"dtypes": (torch.float32, torch.float16)},
+        ):
+            assert not taken(zero_like("cuda", **other)), other
+        with patch.object(torch.distributed, "get_world_size", lambda group: 2):
+            assert not taken(zero_like("cuda"))
+
+
+def test_other_optimizers_stages_types_and_ranks_go_deepspeeds_way(
+    tmp_path: Path,
+) -> None:
+    in_a_process(refuse_others, tmp_path / "run")
 
 
 def read_nothing(output: Path) -> None:

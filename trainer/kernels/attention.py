@@ -15,8 +15,8 @@ atomics: the same inputs give the same bits. Rows past the last segment are zero
 so are their gradients.
 
 A bias that queries, keys and values have from one product has its gradient from here:
-the sum of theirs over the rows, of which each program with queries writes its part
-before anything is rounded. Weights of a query add up to 1, so that of the values is the
+the fp32 sum of theirs over the rows, as they are written, of which each program with
+queries writes its part. Weights of a query add up to 1, so that of the values is the
 sum of the output's gradients; and if all keys move alike, no weight changes, so that of
 the keys is 0. Both are exact, and the programs that go over keys need not add.
 

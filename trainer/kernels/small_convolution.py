@@ -12,7 +12,7 @@ super-resolution using an efficient sub-pixel convolutional neural network", 201
 results are written as these. Sums are fp32 and without atomics: the same inputs give
 the same bits.
 
-Shapes: B images of H x W pixels, C channels, N of the result, G programs.
+Shapes: B images of H x W pixels, C channels, N of the result.
 """
 
 from __future__ import annotations
@@ -279,9 +279,7 @@ def _place(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
     SHUFFLED: tl.constexpr,
 ):
-    """Where the channel of each lane of a pixel lies in its image. A row further down
-    is `width` times CHANNELS numbers away; how far the next pixel is, `_beside` says.
-    """
+    """Where the channel of each lane of a pixel lies in its image."""
     if SHUFFLED:
         row = width * (CHANNELS // 2)
         start = y * (2 * row) + x * (CHANNELS // 2)
@@ -308,10 +306,11 @@ def _result_like(x: Tensor, weight: Tensor, shuffled: bool) -> Tensor:
     results = len(weight)
     if shuffled:
         height, width, results = 2 * height, 2 * width, results // 4
-    return _channels_last(x, (images, results, height, width))
+    return channels_last(x, (images, results, height, width))
 
 
-def _channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of a shape, with channels last in memory."""
     return torch.empty(
         shape,
         dtype=like.dtype,
@@ -350,8 +349,8 @@ def _convolve(
         GIVEN=ends[0],
         LAID=laid,
         FOUND=ends[1],
-        LANES=_lanes(3 * laid),
-        WIDE=_lanes(ends[1]),
+        LANES=lanes_for(3 * laid),
+        WIDE=lanes_for(ends[1]),
         TURNED=turned,
         SHUFFLED=shuffled,
         HAS_BIAS=bias is not None,
@@ -374,8 +373,8 @@ def _beside_each_other(dy: Tensor, results: int) -> Tensor:
     """
     images, _, height, width = dy.shape
     height, width = height // 2, width // 2
-    laid = _lanes(results)
-    out = _channels_last(dy, (images, laid, height, width))
+    laid = lanes_for(results)
+    out = channels_last(dy, (images, laid, height, width))
     rows = images * height
     if rows:
         _squares_kernel[(rows, triton.cdiv(width, _PIXELS))](
@@ -390,7 +389,7 @@ def _beside_each_other(dy: Tensor, results: int) -> Tensor:
     return out
 
 
-def _lanes(numbers: int) -> int:
+def lanes_for(numbers: int) -> int:
     """A power of two that is enough for so many, and for a matrix product."""
     return max(triton.next_power_of_2(numbers), 16)
 
@@ -414,9 +413,9 @@ def _launch_backward(
     results, channels = weight.shape[:2]
     if shuffled:
         dy = _beside_each_other(dy, results)
-    dx = _channels_last(x, tuple(x.shape))
+    dx = channels_last(x, tuple(x.shape))
     _convolve(dy, weight, None, dx, turned=True)
-    lanes, wide = _lanes(3 * channels), _lanes(results)
+    lanes, wide = lanes_for(3 * channels), lanes_for(results)
     strip, most = _WEIGHTS.get(lanes, _NARROW_WEIGHTS)
     count = strips_of(x, strip)
     strips = max(triton.cdiv(count, most), 1)
@@ -449,7 +448,7 @@ def _(
     dy: Tensor, x: Tensor, weight: Tensor, shuffled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return _channels_last(x, tuple(x.shape)), d_weight, weight.new_empty(len(weight))
+    return channels_last(x, tuple(x.shape)), d_weight, weight.new_empty(len(weight))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

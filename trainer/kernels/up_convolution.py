@@ -27,10 +27,17 @@ from torch import Tensor, library
 
 from trainer.kernels.case import Case, Inputs
 from trainer.kernels.parts import bound, direct, dot, observed, sum_parts
-from trainer.kernels.small_convolution import Strip, strip_at, strips_of
+from trainer.kernels.small_convolution import (
+    Strip,
+    channels_last,
+    lanes_for,
+    strip_at,
+    strips_of,
+)
 
-# These were the fastest of seven on an H200, or as fast, for images of 56 and of 96
-# pixels (`benchmarks/README.md`).
+# On an H200, of seven, those of results were the fastest for images of 56 and of 96
+# pixels, and those of weights for 56; for 96 narrower ones took a tenth less
+# (`benchmarks/results/gpu/small-convolution.txt`).
 _RESULTS, _WEIGHTS = Strip(64, 96), Strip(64, 32)
 # Of gradients of weights, about, for even columns and as many for odd ones: two for
 # each of the 132 multiprocessors of an H100 or H200. Not asked of the device: sums
@@ -48,7 +55,7 @@ def up_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """A transposed convolution of 4 x 4 by steps of 2 with padding 1, without a bias,
     (B, N, 2 H, 2 W). On CUDA by kernels, with channels last in memory, where the
     channels are few (`supported`) and of 16 bits: in 32 the kernels are there for
-    tests, and slower than cuDNN's.
+    tests, and have more numbers than a thread has registers.
 
     Args:
         x: (B, C, H, W), best with channels last in memory.
@@ -214,12 +221,7 @@ def _launch_forward(x: Tensor, weight: Tensor) -> Tensor:
 def _result_like(x: Tensor, weight: Tensor) -> Tensor:
     """What a forward pass gives, by shape; channels last."""
     images, _, height, width = x.shape
-    return torch.empty(
-        (images, weight.shape[1], 2 * height, 2 * width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    return channels_last(x, (images, weight.shape[1], 2 * height, 2 * width))
 
 
 def _sizes(weight: Tensor, strip: Strip) -> dict[str, int]:
@@ -227,8 +229,8 @@ def _sizes(weight: Tensor, strip: Strip) -> dict[str, int]:
     return {
         "CHANNELS": channels,
         "RESULTS": results,
-        "LANES": max(triton.next_power_of_2(2 * channels), 16),
-        "WIDE": max(triton.next_power_of_2(results), 16),
+        "LANES": lanes_for(2 * channels),
+        "WIDE": lanes_for(results),
         "ROWS": strip.rows,
         "ACROSS": strip.across,
     }

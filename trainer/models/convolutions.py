@@ -5,7 +5,7 @@ Owns how they are computed where. Does not own which there are, or their weights
 
 On a CUDA device bias and GELU are one pass (`trainer.kernels.bias_gelu`), over what a
 product or convolution without its bias gives, and convolutions of few channels have
-kernels of their own (`trainer.kernels.small_convolution`).
+kernels of their own (`trainer.kernels.small_convolution`, `up_convolution`).
 
 Shapes: B images, C channels, O of the result, N pixels or squares in nested order
 (`trainer.kernels.pixels`).

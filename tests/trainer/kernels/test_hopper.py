@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
+import trainer.kernels
 from tests.conftest import ROOT
 
 PACKAGE = "trainer.kernels"
 MODULES = [
-    *("adamw", "attention", "bias_gelu", "column_sums", "compact", "cross_entropy"),
-    *("dropout", "layer_norm", "mam_embed", "mam_masks", "pixel_sse", "pixels"),
+    module.__name__.removeprefix(f"{PACKAGE}.")
+    for found in pkgutil.iter_modules(trainer.kernels.__path__)
+    if hasattr(module := importlib.import_module(f"{PACKAGE}.{found.name}"), "CASES")
 ]
 
 
