@@ -220,7 +220,7 @@ def test_where_time_is_short_entries_are_measured_in_the_order_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    asked = ("column sums | N=37", "without values", "column sums | N=1 ")
+    asked = ("dropout | N=5 ", "without values", "dropout | N=1 ")
     words = ["syncs", "checks", "--in-order", *(f"--only={text}" for text in asked)]
     assert main([*words, *REHEARSAL, str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()

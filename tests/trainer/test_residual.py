@@ -17,9 +17,9 @@ from benchmarks.gpu import variants
 from benchmarks.gpu.record import Setting
 from tests.trainer.kernels.numbers import interpreted
 from trainer.dropout import Dropout
-from trainer.kernels import attention, bias_gelu, column_sums, layer_norm, take_rows
+from trainer.kernels import attention, bias_gelu, layer_norm, take_rows
 from trainer.kernels.dropout import rows_drawn
-from trainer.models import dense, layers, residual
+from trainer.models import dense, layers
 from trainer.models.layers import Block, CrossBlock, Keys
 from trainer.models.residual import linear_beside
 from trainer.models.scored_rows import Rows, keep
@@ -40,9 +40,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         norms = ("add_layer_norm", "dropout_add_layer_norm")
         for name in norms:
             monkeypatch.setattr(layers, name, getattr(layer_norm, f"{name}_fused"))
-        for module in (column_sums, layer_norm, residual):
-            sums = column_sums.column_sums_fused
-            monkeypatch.setattr(module, "column_sums", sums)
         monkeypatch.setattr(layers, "take_rows", take_rows.take_rows_fused)
         packed = attention.attention_packed_fused
         monkeypatch.setattr(attention, "attention_packed", packed)
@@ -198,11 +195,11 @@ def test_no_gradients_are_added_apart_and_no_branch_is_read_again_for_its_bias(
         step(model, x, up)
     assert counted.ran["aten.addmm_.default"] == 4
     assert not any(name.startswith("aten.add") for name in apart_from_it(counted))
-    assert not counted.ran["palimpsest.column_sums.default"]
+    assert not counted.ran["aten.sum.dim_IntList"]
     for name in APART:
         with variant(name).entered(variants.Calls()), Operators() as counted:
             step(model, x, up)
-        sums = counted.ran["palimpsest.column_sums.default"]
+        sums = counted.ran["aten.sum.dim_IntList"]
         added = any(name.startswith("aten.add.") for name in counted.ran)
         assert (added, sums) == ((True, 0) if name == APART[0] else (False, 6))
 

@@ -11,7 +11,7 @@ weight and biases until they are whole: each program adds up its own rows, in th
 order, and what the programs found is added in their order too. No atomics: the same
 inputs give the same bits. The gradient of the branch's bias is that of the branch added
 up over the rows, before it is rounded: a backward pass that has it at hand saves
-another that would read it again (`trainer.kernels.column_sums`).
+another that would read it again.
 
 The gradient of `x` is a tensor that nothing else reads once the branch has been gone
 through: its first layer may add to it in place (`trainer.models.residual`). Without
@@ -34,7 +34,6 @@ from torch import Tensor, library
 from trainer.dropout import Dropout
 from trainer.kernels import dropout
 from trainer.kernels.case import Case, Inputs
-from trainer.kernels.column_sums import column_sums
 from trainer.kernels.layer_norm_kernels import (
     layer_norm_backward_kernel,
     layer_norm_forward_kernel,
@@ -299,7 +298,7 @@ def _of_sum_alone(
     d_total: Tensor, d_branch: Tensor, asked: bool
 ) -> tuple[Tensor | None, ...]:
     # Whoever gave the gradient of the sum may read it again.
-    d_branch_bias = column_sums(d_branch) if asked else None
+    d_branch_bias = d_branch.sum(0) if asked else None
     return d_total.clone(), d_branch, None, None, None, d_branch_bias
 
 

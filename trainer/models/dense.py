@@ -4,8 +4,7 @@ Owns how they are computed where. Does not own where they stand, or their weight
 (`trainer.models.layers`).
 
 On a CUDA device bias and GELU are one pass over what the product gives
-(`trainer.kernels.bias_gelu`), and a bias has its gradient from a kernel
-(`trainer.kernels.column_sums`); that of a branch's last layer is added with the
+(`trainer.kernels.bias_gelu`), the bias of a branch's last layer is added with the
 residual (`trainer.kernels.layer_norm`), and the first layer's gradient to the
 residual's (`trainer.models.residual`).
 
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.kernels.bias_gelu import bias_gelu
-from trainer.kernels.column_sums import linear
 from trainer.models.residual import linear_beside
 
 VECTOR = 16 // torch.bfloat16.itemsize
@@ -38,10 +36,6 @@ class Unbiased(NamedTuple):
 
 class Linear(nn.Linear):
     """A linear layer of rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, O)."""
-        return biased(x, self.weight, self.bias)
 
     def unbiased(self, x: Tensor) -> Unbiased:
         """(N, C) -> (N, O), for a norm that adds the bias where it has a kernel."""
@@ -70,16 +64,10 @@ class GeluLinear(nn.Linear):
 def biased_beside(
     x_nc: Tensor, weight_oc: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `biased`, and `x` for the residual beside it, as `linear_beside`."""
+    """A linear layer, and `x` for the residual beside it, as `linear_beside`."""
     if not fuses(x_nc):
         return F.linear(x_nc, weight_oc, bias), x_nc
     return linear_beside(x_nc, weight_oc, bias)
-
-
-def biased(x_nc: Tensor, weight_oc: Tensor, bias: Tensor) -> Tensor:
-    """`x` times the weight's transpose, and the bias: (N, O)."""
-    product = linear if fuses(x_nc) else F.linear
-    return product(x_nc, weight_oc, bias)
 
 
 def scores_of_words(hidden_mc: Tensor, words_vc: Tensor, bias: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from trainer.models.dense import (
     GeluLinear,
     Linear,
     Unbiased,
-    biased,
     biased_beside,
     fuses,
 )
@@ -78,7 +77,7 @@ class Projection(nn.Linear):
         """Of (T, D), for attention inside each segment of the stream."""
         if rows is None:
             bias, apart = self._biases(x_td, stream)
-            qkv = biased(x_td, self.weight, bias)
+            qkv = F.linear(x_td, self.weight, bias)
             return Projected((self._by_head(qkv),), apart)
         return self.beside(x_td, stream, rows)[0]
 
@@ -94,7 +93,7 @@ class Projection(nn.Linear):
         w_q, w_kv = self.weight.split(sizes)
         b_q, b_kv = self.bias.split(sizes)
         q, x_nd = biased_beside(take_rows(x_td, rows.row), w_q, b_q)
-        k, v = biased(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        k, v = F.linear(x_td, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).unbind(1)
         return Projected((q.unflatten(-1, (self.heads, -1)), k, v)), x_nd
 
     def _biases(self, x_td: Tensor, stream: Segmented) -> tuple[Tensor, Tensor | None]:
