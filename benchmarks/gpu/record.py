@@ -111,8 +111,7 @@ class Record:
         """
         found = self.entries.get(key)
         source = source_digest()
-        sound = found and "error" not in found and found.get("passed", True)
-        if found and sound and found["source"] == source:
+        if found and found["source"] == source and _sound(found):
             return found
         only = self.setting.only
         if only and not any(part in key for part in only) and key != CEILINGS:
@@ -129,7 +128,7 @@ class Record:
         self.entries[key] = found
         self._write()
         free(self.setting)
-        if "error" in found or not found.get("passed", True):
+        if not _sound(found):
             self.failed.append(key)
         print(f"{self.part} | {key} | {brief(found)}", flush=True)
         return found
@@ -147,6 +146,11 @@ class Record:
                 "entries": self.entries,
             },
         )
+
+
+def _sound(entry: dict[str, Any]) -> bool:
+    """Neither an error nor a check that has not passed."""
+    return "error" not in entry and bool(entry.get("passed", True))
 
 
 def hardware(setting: Setting) -> dict[str, Any]:

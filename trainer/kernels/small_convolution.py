@@ -41,7 +41,7 @@ class Strip(NamedTuple):
 
 
 # Strips and programs were the fastest of eight on an H200, or as fast, for images of
-# 112 and of 192 pixels (`benchmarks/README.md`).
+# 112 and of 192 pixels (`benchmarks/results/gpu/small-convolution.txt`).
 _RESULTS = Strip(64, 32)
 # Of gradients of weights, by the lanes of their windows, with about how many programs:
 # 8 or 16 for each of the 132 multiprocessors of an H100 or H200. Not asked of the
