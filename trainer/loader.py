@@ -446,7 +446,6 @@ class Loader:
             threads=config.threads,
         )
         texts, read_s, decode_s = reading.finish()
-        give_way()
         special = self.dataset.tokenizer.special_ids
         ids, lengths, cut = chosen_texts(
             texts,

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -118,15 +118,16 @@ class Reading:
         self._shards = places[:, 0].tolist()
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
         dtype = dataset.tokenizer.dtype
-        ends = np.cumsum(reads[:, _ID_BYTES])
+        ends = reads[:, _ID_BYTES].cumsum()
         self._ends = ends // dtype.itemsize
+        self._counts = reads[:, _ID_BYTES] // dtype.itemsize
         self._captions = reads[:, _CAPTIONS]
         self._ids = np.zeros(int(self._ends[-1]), dtype=dtype)
         self._longest = int(reads[:, _SIZE].max())
         give_way()
         self._failed: list[tuple[int, Exception]] = []
         # Threads take one row after another: none waits for another's last ones.
-        self._plans = iter(self._planned(reads, ends, flips))
+        self._plans = self._planned(reads, ends, flips)
         self._tasks: Sequence[Future[tuple[float, float]]] = [
             decoders.submit(self._fill) for _ in range(min(threads, len(places)))
         ]
@@ -140,7 +141,8 @@ class Reading:
             OSError: storage failed.
         """
         # The batch's memory must be at rest before anybody fills it again.
-        wait(self._tasks)
+        for task in self._tasks:
+            task.exception()
         spent = [task.result() for task in self._tasks]
         if self._failed:
             raise min(self._failed, key=lambda failed: failed[0])[1]
@@ -149,10 +151,10 @@ class Reading:
 
     def _planned(
         self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray
-    ) -> list[tuple[int, int, list[int], int, bool]]:
+    ) -> Iterator[tuple[int, int, list[int], int, bool]]:
         """Of each sample its row, the descriptor that one read gets it from, or -1, its
         row of `reads`, where its ids end among all, in bytes, and whether its image
-        needs no more than decoding.
+        needs no more than decoding. For several threads at once.
         """
         tars = {
             shard: -1 if files is None or files[1] else files[0].fileno()
@@ -163,15 +165,13 @@ class Reading:
         foreign = [shard for shard in self._files if self._dataset.indexed(shard)]
         if foreign:
             whole &= ~np.isin(self._places[:, 0], foreign)
-        return list(
-            zip(
-                range(len(reads)),
-                [tars[shard] for shard in self._shards],
-                reads.tolist(),
-                ends.tolist(),
-                whole.tolist(),
-                strict=True,
-            )
+        return zip(
+            range(len(reads)),
+            [tars[shard] for shard in self._shards],
+            reads.tolist(),
+            ends.tolist(),
+            whole.tolist(),
+            strict=True,
         )
 
     def _fill(self) -> tuple[float, float]:
@@ -249,8 +249,8 @@ class Reading:
 
     def _texts(self) -> Texts:
         sep = self._dataset.tokenizer.special_ids["sep"]
-        ends = np.flatnonzero(self._ids == sep)
-        starts, last = np.append(0, self._ends[:-1]), np.cumsum(self._captions)
+        (ends,) = (self._ids == sep).nonzero()
+        starts, last = self._ends - self._counts, self._captions.cumsum()
         first_end = last - self._captions
         if len(ends) != last[-1] or (ends[last - 1] != self._ends - 1).any():
             first_end = np.searchsorted(ends, starts)
@@ -308,17 +308,19 @@ def chosen_texts(
     Returns:
         ids (K,) int64 of all pairs end to end, their lengths (B,), captions cut.
     """
-    end = texts.ends[texts.first_end + choice]
-    before = texts.ends[np.maximum(texts.first_end + choice - 1, 0)] + 1
-    start = np.where(choice == 0, texts.starts, before)
-    words = end - start
-    kept = np.minimum(words, max_tokens - 2)
-    lengths = kept + 2
-    begins = np.cumsum(lengths) - lengths
-    source = np.arange(int(lengths.sum())) + np.repeat(start - begins - 1, lengths)
-    ids = texts.ids[np.clip(source, 0, len(texts.ids) - 1)].astype(np.int64)
-    ids[begins], ids[begins + lengths - 1] = cls, sep
-    return ids, lengths, int((words > kept).sum())
+    which = texts.first_end + choice
+    # Of a sample's first caption, the one before is another sample's.
+    start = np.where(choice == 0, texts.starts, texts.ends[which - 1] + 1)
+    words = texts.ends[which] - start
+    lengths = np.minimum(words, max_tokens - 2) + 2
+    last = lengths.cumsum() - 1
+    begins = last - lengths + 1
+    source = (start - begins - 1).repeat(lengths)
+    source += np.arange(len(source))
+    # The first and the last place of a text may lie outside all ids.
+    ids = texts.ids.take(source, mode="clip").astype(np.int64)
+    ids[begins], ids[last] = cls, sep
+    return ids, lengths, int(np.count_nonzero(words + 2 > lengths))
 
 
 class Slots:
