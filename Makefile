@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 INTEROP := $(CURDIR)/.venv-interop
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 # Tests wait for processes as often as they compute.
-WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
+WORKERS ?= $(shell echo $$(( 2 * $$(nproc) )))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 help: ## List the targets

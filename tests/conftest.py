@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,11 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Kernels run under Triton's interpreter where there is no GPU; it has to be known
 # before they are imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Before anybody imports torch or numpy: threads of several processes that spin for the
+# same cores take twice the time of one each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says nothing where others work beside it.
 if importlib.util.find_spec("hypothesis"):
@@ -100,13 +106,41 @@ def launch_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def made_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """What `make` puts into a folder, for all processes of a test run: whoever asks
+    first makes it, others wait. Not to be changed.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "shared" / name
+    done = folder.with_name(f"{name}.done")
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 240 emoji at 32 px in train and val shards, made by the pipeline;
     where there is no Ray, as `make gpu-wheels` has made it before.
     """
     if importlib.util.find_spec("ray"):
-        return small_shards(tmp_path_factory.mktemp("emoji") / "shards")
+        return (
+            made_once(
+                tmp_path_factory,
+                "emoji",
+                lambda folder: small_shards(folder / "shards"),
+            )
+            / "shards"
+        )
     if not GPU_SHARDS.exists():
         pytest.fail(f"no Ray, and no {GPU_SHARDS}: bring what make gpu-wheels makes")
     return GPU_SHARDS

@@ -6,6 +6,7 @@ Owns everything that is DeepSpeed's way of doing things. Does not own the loop
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -232,6 +233,7 @@ def build_engine(
     """The DeepSpeed engine around `model`, with AdamW on it."""
     import deepspeed
 
+    _import_muon_uncompiled()
     bf16 = chosen_precision(config) == "bf16"
     accumulation = config.global_batch // world.size // micro_batch
     optimizer = torch.optim.AdamW(
@@ -265,6 +267,20 @@ def build_engine(
     if world.size == 1 and chosen.zero_stage == 1 and chosen.offload == "none":
         take_gradients_whole(engine)
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """Import an optimizer that `deepspeed.initialize` imports unasked, without
+    `torch.compile` on its functions: that imports all of Inductor, a second a start.
+    """
+    from deepspeed.runtime import compiler
+
+    decorate = compiler.compile
+    compiler.compile = lambda *args, **keys: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorate
 
 
 def zero_optimization(config: DeepSpeedConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.conftest import made_once
 from tests.pipeline.corpora import (
     FLAGS,
     SPECIAL_CAPTION,
@@ -22,13 +23,18 @@ from tests.pipeline.corpora import (
     write_table,
 )
 
+_TABLE = Path("corpus", "birds.tsv")
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TSV with every kind of input: 34 of them, 24 of which become samples."""
-    folder = tmp_path_factory.mktemp("corpus")
-    images = folder / "images"
-    images.mkdir()
+    return made_once(tmp_path_factory, "corpus", _make_corpus) / _TABLE
+
+
+def _make_corpus(folder: Path) -> None:
+    images = (folder / _TABLE).with_name("images")
+    images.mkdir(parents=True)
     rows = []
 
     def add(name: str, *captions: str, split: str = "train") -> None:
@@ -61,7 +67,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (images / "words.jpg").write_text("this is no image")
     add("words.jpg", caption(26))
     add("missing.jpg", caption(27))
-    (folder.parent / "outside.jpg").write_bytes(encoded(picture(28)))
+    (folder / "outside.jpg").write_bytes(encoded(picture(28)))
     add("../outside.jpg", caption(28))
     (images / "silent.jpg").write_bytes(encoded(picture(29)))
     add("silent.jpg", " \u0007 ", "")
@@ -75,7 +81,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A range without any sample for its split.
     for number in range(2):
         add(f"gone{number}.jpg", caption(34), split="test")
-    return write_table(folder / "birds.tsv", rows)
+    write_table(folder / _TABLE, rows)
 
 
 @pytest.fixture(scope="session")
@@ -86,23 +92,23 @@ def preprocess() -> Run:
     )
 
 
-def _made(corpus: Path, output: Path, *flags: str) -> Path:
-    result = run_module(
-        "pipeline.preprocess", f"--input={corpus}", f"--output={output}", *FLAGS, *flags
-    )
-    assert result.returncode == 0, result.stderr
-    return output
+def _dataset(factory: pytest.TempPathFactory, corpus: Path, workers: int) -> Path:
+    def make(folder: Path) -> None:
+        where = (f"--input={corpus}", f"--output={folder / 'birds'}")
+        more = (f"--workers={workers}", "--columns.keep=mood")
+        result = run_module("pipeline.preprocess", *where, *FLAGS, *more)
+        assert result.returncode == 0, result.stderr
+
+    return made_once(factory, f"birds-{workers}", make) / "birds"
 
 
 @pytest.fixture(scope="session")
 def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus preprocessed by one worker."""
-    output = tmp_path_factory.mktemp("one") / "birds"
-    return _made(corpus, output, "--workers=1", "--columns.keep=mood")
+    return _dataset(tmp_path_factory, corpus, 1)
 
 
 @pytest.fixture(scope="session")
 def dataset_of_two(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two workers."""
-    output = tmp_path_factory.mktemp("two") / "birds"
-    return _made(corpus, output, "--workers=2", "--columns.keep=mood")
+    return _dataset(tmp_path_factory, corpus, 2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import python
 from trainer.contract import (
     check_world_size,
     micro_batch_size,
@@ -96,3 +97,24 @@ def test_micro_batch_is_the_largest_divisor_below_its_ceiling(
 ) -> None:
     size = micro_batch_size(global_batch=batch, world_size=world, ceiling=ceiling)
     assert size == expected
+
+
+def test_an_engine_is_built_without_importing_inductor() -> None:
+    script = """
+import sys
+from torch import nn
+from trainer.engine import build_engine, start_world
+from trainer.options import PretrainConfig
+
+world = start_world()
+config = PretrainConfig(data="d", output="o", global_batch=12, lanes=12)
+build_engine(nn.Linear(2, 2), config, world=world, micro_batch=12)
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.runtime import compiler
+
+assert "torch._inductor.compile_fx" not in sys.modules
+assert compiler.compile.__module__ == compiler.__name__
+world.leave()
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stdout
