@@ -172,6 +172,15 @@ class Dataset:
         folder, number = self._of(shard)
         return folder.jpeg(number, record)
 
+    def check_members(self, shard: int, record: np.void) -> None:
+        """Read all members of a sample, those that training does not use included.
+
+        Raises:
+            DamagedError, OSError: as `jpeg`.
+        """
+        folder, number = self._of(shard)
+        folder.check_members(number, record)
+
     def undecodable(
         self, shard: int, record: np.void, error: Exception
     ) -> DamagedError:

@@ -177,6 +177,14 @@ class Folder:
         """
         return self._bytes(shard, record, "jpg")
 
+    def check_members(self, shard: int, record: np.void) -> None:
+        """Read all members of a sample, those that training does not use included.
+
+        Raises:
+            DamagedError, OSError: as `jpeg`.
+        """
+        self._bytes(shard, record, "span")
+
     def undecodable(
         self, shard: int, record: np.void, error: Exception
     ) -> DamagedError:

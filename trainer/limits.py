@@ -1,4 +1,5 @@
-"""What limits a run: storage, decoding, the copy to the device, or computing.
+"""What limits a run: storage, decoding, the copy to the device, computing, or the rest
+of what the host does.
 
 Owns the one-line verdict and the cure in it. Does not own what is measured: waiting and
 copies are `trainer.feed`'s, reading and decoding `trainer.loader`'s.
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 
 # A device that waits less than this is fed.
 _FED = 0.03
+# What makes the device wait is at work while it does; measured in other threads than
+# the waiting is, it may seem to be so for a part of that time.
+_EXPLAINS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +45,22 @@ def verdict(spent: Spent, *, threads: int) -> str:
     loader's of a rank.
     """
     elapsed = max(spent.elapsed, 1e-9)
-    waited = f"the device waited {spent.waited / elapsed:.1%} of the time for data"
+    share = spent.waited / elapsed
+    waited = f"the device waited {share:.1%} of the time for data"
     if spent.waited < _FED * elapsed:
         return f"compute limits the run: {waited}"
     busy = {
-        "storage": spent.read / threads / elapsed,
-        "decode": spent.decode / threads / elapsed,
-        "copy": spent.copy / elapsed,
+        "storage": min(spent.read / threads / elapsed, 1.0),
+        "decode": min(spent.decode / threads / elapsed, 1.0),
+        "copy": min(spent.copy / elapsed, 1.0),
     }
     limit = max(busy, key=lambda name: busy[name])
+    if busy[limit] < _EXPLAINS * share:
+        limit = "host"
     ways = {
+        "host": f"reads took {busy['storage']:.0%} of the loader threads' time, "
+        f"decoding {busy['decode']:.0%} and copies {busy['copy']:.0%}, which is less: "
+        "these are the first batches of a short run, or other processes have the cores",
         "storage": f"{threads} loader threads spent {busy['storage']:.0%} of theirs on "
         "reads: give more --threads, faster storage, or a larger --storage.cache_bytes",
         "decode": f"{threads} loader threads spent {busy['decode']:.0%} of theirs on "

@@ -83,18 +83,29 @@ class Mixture:
         sources, turns_of = zip(*found, strict=True)
         return np.concatenate(sources), np.concatenate(turns_of)
 
+    def drawn_before(self, lane: int, draws: int) -> np.ndarray:
+        """(K,) how many of a lane's first `draws` are of each source."""
+        block, within = divmod(draws, BLOCK)
+        begun = self._mixed(lane, block)[:within]
+        sources = len(self.per_block)
+        return block * self.per_block + np.bincount(begun, minlength=sources)
+
+    def _mixed(self, lane: int, block: int) -> np.ndarray:
+        """Source of each draw of a block."""
+        mixed = permutation(
+            BLOCK,
+            seed=self._seed,
+            use=Use.MIXTURE,
+            epoch=self._epoch_base,
+            place=place_of(source=0, lane=lane, window=block),
+        )
+        return self._sources[mixed]
+
     def _block(self, lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each draw of a block, and its number among its source's in it."""
         key = (lane, block)
         if key not in self._blocks:
-            mixed = permutation(
-                BLOCK,
-                seed=self._seed,
-                use=Use.MIXTURE,
-                epoch=self._epoch_base,
-                place=place_of(source=0, lane=lane, window=block),
-            )
-            source = self._sources[mixed]
+            source = self._mixed(lane, block)
             turn = np.empty(BLOCK, dtype=np.int64)
             by_source = np.argsort(source, kind="stable")
             turn[by_source] = np.arange(BLOCK) - self._starts[source[by_source]]

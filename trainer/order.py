@@ -134,10 +134,14 @@ class SampleOrder:
 
     def epoch_of(self, step: int) -> int:
         """Epoch that a step belongs to; of a mixture, that of the source which has had
-        the fewest, at the beginning of the step's block of draws.
+        the fewest, where every lane has drawn each as often as its share says.
         """
-        begun = zip(self.epochs, self._turns_begun(step), strict=True)
-        return min(table.at(turn)[0] for table, turn in begun) + self.began.epoch
+        first = (step - self.began.step) * self.per_lane
+        turns = [first // self._turn]
+        if self.mixture:
+            turns = [first * int(share) // BLOCK for share in self.mixture.per_block]
+        each = zip(self.epochs, turns, strict=True)
+        return min(table.at(turn)[0] for table, turn in each) + self.began.epoch
 
     def epoch_steps(self, step: int) -> tuple[int, int] | None:
         """(step within its epoch, steps of that epoch); None in a mixture, whose
@@ -260,12 +264,15 @@ class SampleOrder:
             self._decided[number] = table.at(turn)[0]
 
     def last_epoch(self, step: int) -> int:
-        """The highest epoch of any source in the steps before `step`."""
-        each = (
-            table.at(max(self._last_turn(number, step), 0))[0]
-            for number, table in enumerate(self.epochs)
-        )
-        return max(each) + self.began.epoch
+        """The highest epoch of any source in the steps before `step`, in any lane."""
+        last = [self._last_turn(number, step) for number in range(len(self.epochs))]
+        if self.mixture:
+            draws = (step - self.began.step) * self.per_lane
+            lanes = range(self.lanes)
+            drawn = [self.mixture.drawn_before(lane, draws) for lane in lanes]
+            last = (np.max(drawn, axis=0) - 1).tolist()
+        each = zip(self.epochs, last, strict=True)
+        return max(table.at(max(turn, 0))[0] for table, turn in each) + self.began.epoch
 
     def decided(self, number: int) -> int:
         """Last epoch of a source that is frozen."""

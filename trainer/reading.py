@@ -30,10 +30,8 @@ from trainer.options import ImageConfig
 from trainer.storage import StorageError
 
 _GIVE_WAY_S = 1e-5
-# Members of a sample lie side by side; with more between them two reads are cheaper.
-_GAP = 1 << 16
 # Columns of `reads_of`.
-_SIZE, _ID_BYTES, _CAPTIONS, _WHOLE = 3, 6, 7, 8
+_SIZE, _ID_BYTES, _CAPTIONS, _WHOLE = 1, 4, 7, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +50,36 @@ class Texts:
 
 def reads_of(records: np.ndarray, image: ImageConfig, *, id_bytes: int) -> np.ndarray:
     """How one read gets each of B samples whose tar holds its token ids too: (B, 9)
-    int64, by row where the read begins; bytes of the ids' member, which it begins with;
-    where the image begins in it, which it ends with; its size, 0 where one read does
-    not do; CRC32C of the ids' member and of the image; bytes of ids; captions; whether
-    the image is shown as it is, but for a flip.
+    int64, by row where all members begin; their bytes, 0 where one read does not do;
+    their CRC32C; where the ids begin in them; bytes of ids; where the image begins and
+    ends; captions; whether the image is shown as it is, but for a flip.
 
     Args:
         id_bytes: of one token id.
     """
-    at, ids_size, jpg_at, jpg_size, n_tokens = (
+    at, size, crc, ids_at, ids_size, jpg_at, jpg_size, n_tokens = (
         records[name].astype(np.int64)
-        for name in ("ids_offset", "ids_size", "jpg_offset", "jpg_size", "n_tokens")
+        for name in (
+            *("span_offset", "span_size", "span_crc32c", "ids_offset", "ids_size"),
+            *("jpg_offset", "jpg_size", "n_tokens"),
+        )
     )
-    start, ids = jpg_at - at, n_tokens * id_bytes
-    gap = start - ids_size
-    apart = (gap < 0) | (gap > _GAP) | (ids > ids_size)
+    ids, ids_end = n_tokens * id_bytes, ids_at - at + ids_size
+    jpg_at -= at
+    inside = (at <= ids_at) & (ids <= ids_size) & (ids_end <= size)
+    inside &= (jpg_at >= 0) & (jpg_at + jpg_size <= size)
     whole = (records["width"] == image.size) & (records["height"] == image.size)
     whole &= image.geometry != "random_resized_crop"
     found = np.empty((len(records), 9), dtype=np.int64)
     for column, values in enumerate(
         (
             at,
-            ids_size,
-            start,
-            np.where(apart, 0, start + jpg_size),
-            records["ids_crc32c"],
-            records["jpg_crc32c"],
+            np.where(inside, size, 0),
+            crc,
+            ids_end - ids,
             ids,
+            jpg_at,
+            jpg_at + jpg_size,
             records["n_captions"],
             whole,
         )
@@ -116,7 +117,10 @@ class Reading:
         self._image, self._pixels = image, pixels
         self._crops, self._flips = crops, flips.tolist()
         self._shards = places[:, 0].tolist()
+        begun = time.perf_counter()
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
+        # Where they have to be fetched first, no thread can read.
+        self._opening_s = threads * (time.perf_counter() - begun)
         dtype = dataset.tokenizer.dtype
         ends = reads[:, _ID_BYTES].cumsum()
         self._ends = ends // dtype.itemsize
@@ -147,7 +151,8 @@ class Reading:
         if self._failed:
             raise min(self._failed, key=lambda failed: failed[0])[1]
         texts = self._texts()
-        return texts, sum(read for read, _ in spent), sum(done for _, done in spent)
+        read_s = self._opening_s + sum(read for read, _ in spent)
+        return texts, read_s, sum(done for _, done in spent)
 
     def _planned(
         self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray
@@ -181,7 +186,7 @@ class Reading:
         reading = decoding = 0.0
         # Flat, because calls and look-ups for a sample add up to a part of decoding it.
         for row, tar, plan, end, whole in self._plans:
-            at, ids_size, start, size, ids_crc, jpg_crc, id_bytes, *_ = plan
+            at, size, crc, ids_at, id_bytes, jpg_at, jpg_end, *_ = plan
             begun = time.perf_counter()
             try:
                 span = memory[:size]
@@ -190,10 +195,9 @@ class Reading:
                 got = False
             try:
                 have = time.perf_counter()
-                ids, jpeg = span[:ids_size], span[start:]
-                got = got and crc32c.crc32c(jpeg) == jpg_crc
-                if got and crc32c.crc32c(ids) == ids_crc:
-                    all_ids[end - id_bytes : end] = ids[ids_size - id_bytes :]
+                if got and crc32c.crc32c(span) == crc:
+                    all_ids[end - id_bytes : end] = span[ids_at : ids_at + id_bytes]
+                    jpeg = span[jpg_at:jpg_end]
                 else:
                     jpeg = self._read(row)
                     have = time.perf_counter()
@@ -214,18 +218,20 @@ class Reading:
         files = self._files[shard]
         if files is not None:
             try:
-                ids, jpeg = _members(files, record)
+                found = _members(files, record)
             except OSError:
-                ids = jpeg = memoryview(b"")
-            sound = len(ids) == record["ids_size"] and len(jpeg) == record["jpg_size"]
-            sound = sound and crc32c.crc32c(jpeg) == record["jpg_crc32c"]
-            if sound and crc32c.crc32c(ids) == record["ids_crc32c"]:
+                found = None
+            if found:
+                ids, jpeg = found
                 n_tokens = int(record["n_tokens"])
                 self._put_ids(row, token_ids(ids, n_tokens, self._ids.dtype))
                 return jpeg
-        # Once more, with the care and the words of whom it is the business of.
+        # Once more, with the care and the words of whom it is the business of: first
+        # the members that are needed, then all.
         self._put_ids(row, np.concatenate(self._dataset.captions(shard, record)))
-        return self._dataset.jpeg(shard, record)
+        jpeg = self._dataset.jpeg(shard, record)
+        self._dataset.check_members(shard, record)
+        return jpeg
 
     def _put_ids(self, row: int, ids: np.ndarray) -> None:
         start = int(self._ends[row]) - int(self._records[row]["n_tokens"])
@@ -274,16 +280,24 @@ def _opened(dataset: Dataset, shard: int) -> _Files | None:
         return None
 
 
-def _members(files: _Files, record: np.void) -> tuple[memoryview, memoryview]:
-    """Bytes of both members, in this thread's memory; short where a file ends."""
-    tar, ids_file = files
-    ids_size, jpg_size = int(record["ids_size"]), int(record["jpg_size"])
-    memory = _memory(ids_size + jpg_size)
-    ids = read_into(
-        memory[:ids_size], (ids_file or tar).fileno(), int(record["ids_offset"])
-    )
-    jpeg = read_into(memory[ids_size:], tar.fileno(), int(record["jpg_offset"]))
-    return ids, jpeg
+def _members(files: _Files, record: np.void) -> tuple[memoryview, memoryview] | None:
+    """The ids' member and the image, in this thread's memory, where all members are
+    what the index says.
+    """
+    tar, sidecar = files
+    at, size = int(record["span_offset"]), int(record["span_size"])
+    ids_at, ids_size = int(record["ids_offset"]), int(record["ids_size"])
+    memory = _memory(size + ids_size)
+    span = read_into(memory[:size], tar.fileno(), at)
+    if len(span) != size or crc32c.crc32c(span) != record["span_crc32c"]:
+        return None
+    if sidecar:
+        ids = read_into(memory[size:], sidecar.fileno(), ids_at)
+    else:
+        ids = span[ids_at - at :][:ids_size]
+    if len(ids) != ids_size or crc32c.crc32c(ids) != record["ids_crc32c"]:
+        return None
+    return ids, span[int(record["jpg_offset"]) - at :][: int(record["jpg_size"])]
 
 
 _local = threading.local()

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.alone
         (Spent(elapsed=10, waited=4, read=2, decode=17), "decode limits the run"),
         (Spent(elapsed=10, waited=4, read=15, decode=3), "storage limits the run"),
         (Spent(elapsed=10, waited=4, decode=3, copy=6), "copy limits the run"),
+        (Spent(elapsed=10, waited=4, read=2, decode=3, copy=1), "host limits the run"),
     ],
 )
 def test_what_is_busiest_while_the_device_waits_is_named(
@@ -85,4 +86,18 @@ def test_a_real_run_that_computes_decodes_or_reads_is_told_so(
 
     read = reading.read_into
     monkeypatch.setattr(reading, "read_into", slow)
+    assert steps_of(shards, 0.0).startswith("storage limits the run")
+
+
+def test_a_wait_for_a_file_to_be_fetched_is_storage(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends before any thread can read."""
+
+    def fetched(dataset: Dataset, shard: int) -> object:
+        time.sleep(0.05)
+        return opened(dataset, shard)
+
+    opened = reading._opened
+    monkeypatch.setattr(reading, "_opened", fetched)
     assert steps_of(shards, 0.0).startswith("storage limits the run")

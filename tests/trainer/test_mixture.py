@@ -158,3 +158,26 @@ def test_a_share_too_small_and_a_source_too_small_are_refused_with_the_cure() ->
     small = [Source.of([50], name="a"), Source.of([3], name="b")]
     with pytest.raises(ValueError, match=r"3 samples of source 'b'.* lower lanes"):
         SampleOrder(small, seed=0, lanes=4, global_batch=4, shuffle_shards=1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(orders(), st.integers(1, 400))
+def test_epochs_are_told_as_they_are(order: SampleOrder, steps: int) -> None:
+    """The highest is the highest that any lane has drawn from; that of a step is what
+    its sources have on average, so no more than the highest before its end.
+    """
+    lanes = range(order.lanes)
+    drawn = [order.samples_of(step, lanes).epochs for step in range(steps)]
+    assert order.last_epoch(steps) == max(int(each.max()) for each in drawn)
+    assert 0 <= order.epoch_of(steps - 1) <= order.last_epoch(steps)
+
+
+def test_small_sources_of_a_mixture_have_epochs_long_before_a_block_is_drawn() -> None:
+    sources = [
+        Source.of([120], name="photos", weight=3),
+        Source.of([40], name="shop", weight=1),
+    ]
+    order = SampleOrder(sources, seed=3, lanes=4, global_batch=8, shuffle_shards=1)
+    # Of 80 draws of a lane 60 are photos, 30 an epoch, and 20 of the shop, 10 an epoch.
+    assert order.epoch_of(40) == 2
+    assert order.last_epoch(40) in (1, 2)

@@ -183,6 +183,33 @@ def test_a_deleted_or_replaced_shard_is_noticed_though_it_is_open(
         reader.read(reader.rows(places, epochs), pool)
 
 
+@pytest.mark.parametrize("what", ["json", "txt", "header", "padding"])
+def test_damage_to_members_that_training_does_not_use_is_found(
+    mixed: Path, tmp_path: Path, what: str
+) -> None:
+    copy = shutil.copytree(mixed, tmp_path / "copy")
+    reader = loader(copy)
+    places = reader.dataset.places()[:8]
+    rows = reader.rows(places, np.zeros(8, dtype=np.int64))
+    record = rows.records[5]
+    start, end = (int(record["span_offset"]), int(record["span_size"]))
+    path = copy / f"train/shard-{int(places[5, 0]):06d}.tar"
+    span = bytearray(path.read_bytes()[start : start + end])
+    at = {
+        "json": span.index(b'"key"'),
+        "txt": span.rindex(b".txt\0") // 512 * 512 + 512,
+        "header": 0,
+        "padding": len(span) - 1,
+    }[what]
+    with open(path, "r+b") as file:
+        file.seek(start + at)
+        file.write(bytes([span[at] ^ 4]))
+    with ThreadPoolExecutor(2) as pool, pytest.raises(DamagedError) as caught:
+        reader.read(rows, pool)
+    assert (caught.value.uid, caught.value.reason) == (int(record["uid"]), "crc")
+    assert f"offset {start}: sample of uid" in str(caught.value)
+
+
 def test_of_several_damaged_samples_the_first_is_named_whichever_thread_meets_it(
     mixed: Path, tmp_path: Path
 ) -> None:
@@ -262,7 +289,10 @@ def rewrite(
         member[-size:] = np.array(change(ids), dtype=dtype).tobytes()
         file.seek(int(record["ids_offset"]))
         file.write(member)
+        file.seek(int(record["span_offset"]))
+        span = file.read(int(record["span_size"]))
     rows.records[row]["ids_crc32c"] = crc32c.crc32c(bytes(member))
+    rows.records[row]["span_crc32c"] = crc32c.crc32c(span)
     rows.reads[:] = reads_of(rows.records, reader.config.image, id_bytes=dtype.itemsize)
 
 
