@@ -67,6 +67,7 @@ VALIDATION_NAMES = (
     "val_recon_loss",
     "val_mlm_accuracy",
     "val_pairs",
+    "val_damaged",
 )
 
 # What may differ between the calls that make up one run. `data` may move: the

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from trainer.contract import panel_path, panels
 from trainer.dataset import Dataset
 from trainer.figures import GREY, Artist, pixel_mask
 from trainer.files import write_with
+from trainer.folder import DamagedError
 from trainer.options import PretrainConfig
 from trainer.probes import Pairs, drawn_places, measure, read_pairs, summarise
 
@@ -53,21 +54,32 @@ class Panels:
         *,
         device: torch.device,
         batch: int,
+        left_out: Collection[int],
+        damage: list[DamagedError],
     ) -> Panels:
         """The first pairs of the order that `trainer.evaluate` draws.
 
+        Args:
+            left_out, damage: as in `read_pairs`.
+
         Raises:
-            ValueError: a damaged pair, or fewer than two.
+            ValueError: fewer than two are left for the probes.
         """
         keys = config.eval
-        limit = max(keys.probe_pairs, keys.panel_pairs)
-        places = drawn_places(dataset, seed=keys.seed, limit=limit)
-        if len(places) < 2:
+        pairs = read_pairs(
+            dataset,
+            config,
+            drawn_places(dataset, seed=keys.seed, limit=pairs_wanted(config)),
+            seed=keys.seed,
+            left_out=left_out,
+            damage=damage,
+        )
+        if len(first_pairs(pairs, keys.probe_pairs)) < 2:
+            sound = " sound" if left_out else ""
             raise ValueError(
-                f"split {dataset.folders[0].split!r} has fewer than two pairs to "
-                "compare: hold more out, or set eval.probes_every_steps 0"
+                f"split {dataset.folders[0].split!r} has fewer than two{sound} pairs "
+                "to compare: hold more out, or set eval.probes_every_steps 0"
             )
-        pairs = read_pairs(dataset, config, places, seed=keys.seed)
         tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
         return Panels(
             config=config,
@@ -102,17 +114,21 @@ class Panels:
                 progress=silent,
             )
         seed = self.config.eval.seed
-        return probe_row(
+        row = probe_row(
             {name: summarise(of, pairs.groups, seed) for name, of in losses.items()}
         )
+        return row | {"probe_pairs": len(pairs)}
 
     def _panel(self, model: nn.Module, step: int) -> Path | None:
-        if self.config.model.image_loss not in self.config.model.restores:
+        pairs = first_pairs(self.pairs, self.config.eval.panel_pairs)
+        # All of so few may be damaged.
+        restores = self.config.model.image_loss in self.config.model.restores
+        if not (restores and len(pairs)):
             return None
         artist = Artist(
             model=model,  # type: ignore[arg-type]
             config=self.config,
-            pairs=first_pairs(self.pairs, self.config.eval.panel_pairs),
+            pairs=pairs,
             tokenizer=self.tokenizer,
             seed=self.config.eval.seed,
             device=self.device,
@@ -137,14 +153,24 @@ def probe_row(probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def pairs_wanted(config: PretrainConfig) -> int:
+    """How many held-out pairs probes and panels ask for."""
+    return max(config.eval.probe_pairs, config.eval.panel_pairs)
+
+
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
-    """The first `count` of some pairs."""
+    """Those of some pairs that are among the first `count` drawn: none comes in for one
+    that is left out.
+    """
+    until = int(np.searchsorted(pairs.numbers, count))
     return replace(
         pairs,
-        uids=pairs.uids[:count],
-        pixels=pairs.pixels[:count],
-        texts=pairs.texts[:count],
-        groups=pairs.groups[:count],
+        uids=pairs.uids[:until],
+        pixels=pairs.pixels[:until],
+        texts=pairs.texts[:until],
+        groups=pairs.groups[:until],
+        numbers=pairs.numbers[:until],
+        drawn=min(count, pairs.drawn),
     )
 
 

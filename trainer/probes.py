@@ -12,7 +12,7 @@ every model: partners, masks and pairs depend on the seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.dataset import Dataset
+from trainer.folder import DamagedError
 from trainer.geometry import box_of, decode_into
 from trainer.masking import Masks, Mode, mam
 from trainer.models.base import Inputs, Restoring
@@ -48,6 +49,11 @@ class Pairs:
     """[CLS] words [SEP] of each pair."""
     groups: np.ndarray
     """(N,) what the bootstrap resamples together."""
+    numbers: np.ndarray
+    """(N,) which of the pairs that were drawn each is, ascending: damaged ones may be
+    left out."""
+    drawn: int
+    """How many were drawn."""
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -105,14 +111,24 @@ def read_pairs(
     *,
     seed: int,
     group: str | None = None,
+    left_out: Collection[int] = (),
+    damage: list[DamagedError] | None = None,
 ) -> Pairs:
     """The pairs at `places` (N, 2), the caption of each drawn by `seed`.
+
+    Args:
+        group: as in `load_pairs`.
+        left_out: uids of pairs that are not read.
+        damage: told of every damaged pair, whose row then means nothing; None: the
+            first is raised.
 
     Raises:
         ValueError: a damaged pair, or no json key `group`.
     """
+    drawn, records = len(places), dataset.records(places)
+    numbers = np.flatnonzero(~uids_among(records, left_out))
+    places, records = places[numbers], records[numbers]
     dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
-    records = dataset.records(places)
     uids = signed_uids(records["uid"])
     choice = caption_choice(records, uids, seed=seed, epoch=0)
     side = config.image.size
@@ -124,20 +140,40 @@ def read_pairs(
         record, shard = records[row], int(places[row, 0])
         size = int(record["width"]), int(record["height"])
         box = box_of(geometry, *size, np.zeros(4))
-        decode_into(pixels[row], dataset.jpeg(shard, record), size, box)
+        jpeg = dataset.jpeg(shard, record)
+        try:
+            decode_into(pixels[row], jpeg, size, box)
+        except ValueError as error:
+            raise dataset.undecodable(shard, record, error) from error
         text, _ = dataset.text(
             shard, record, int(choice[row]), max_tokens=config.text.max_tokens
         )
         return text
 
+    def read_or_tell(row: int) -> np.ndarray:
+        try:
+            return read(row)
+        except DamagedError as error:
+            if damage is None:
+                raise
+            damage.append(error)
+            return np.empty(0, dtype=np.int64)
+
     with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(read, range(len(places))))
+        texts = list(pool.map(read_or_tell, range(len(places))))
     return Pairs(
         uids=uids,
         pixels=pixels,
         texts=texts,
         groups=_groups(dataset, places, records, group),
+        numbers=numbers,
+        drawn=drawn,
     )
+
+
+def uids_among(records: np.ndarray, uids: Collection[int]) -> np.ndarray:
+    """Whether the uid of each index record (N,) is one of `uids`."""
+    return np.isin(records["uid"], np.array(sorted(uids), dtype=np.uint64))
 
 
 def probes_in(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,9 +187,14 @@ def probes_in(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def partners(pairs: Pairs, *, seed: int) -> np.ndarray:
     """Another pair for each pair (N,), never itself: the next one on a drawn ring, past
-    those of the same group while there is another group.
+    those of the same group while there is another group. Pairs that are left out change
+    the partners of those alone that had them.
     """
-    ring = permutation(len(pairs), seed=seed, use=Use.EVALUATION, epoch=1, place=0)
+    ring = permutation(pairs.drawn, seed=seed, use=Use.EVALUATION, epoch=1, place=0)
+    row_of = np.full(pairs.drawn, -1)
+    row_of[pairs.numbers] = np.arange(len(pairs))
+    ring = row_of[ring]
+    ring = ring[ring >= 0]
     partner = np.empty(len(pairs), dtype=np.int64)
     for place, pair in enumerate(ring):
         ahead = np.roll(ring, -place - 1)[:-1]

@@ -38,6 +38,7 @@ class Quarantine:
         samples: of the dataset.
         max_share: of them that may be quarantined.
         entries: those of an earlier part of the run.
+        what: they are called where there are too many.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Quarantine:
         *,
         max_share: float,
         entries: Iterable[Quarantined] = (),
+        what: str = "samples",
     ) -> None:
-        self._max_share = max_share
+        self._max_share, self._what = max_share, what
         self.resize(samples)
         self._entries = {int(entry.uid, 16): entry for entry in entries}
         self._lock = threading.Lock()
@@ -100,8 +102,8 @@ class Quarantine:
 
     def _too_many(self, damaged: Sequence[Quarantined]) -> str:
         return (
-            f"{len(damaged)} of {self._samples} samples are damaged, more than the "
-            f"{self._most} that damage.max_share bears: {_where(damaged)}"
+            f"{len(damaged)} of {self._samples} {self._what} are damaged, more than "
+            f"the {self._most} that damage.max_share bears: {_where(damaged)}"
         )
 
 

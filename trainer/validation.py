@@ -1,18 +1,21 @@
 """What a run measures on held-out pairs while it trains.
 
-Owns the fixed set of pairs, its division over ranks, and its losses. Does not own the
-pairs' bytes and masks (`trainer.probes`), the probes and panels of the same pairs
-(`trainer.panels`) or where results are written (`trainer.metrics`).
+Owns the fixed set of pairs, which of them are left out, its division over ranks, and
+its losses. Does not own the pairs' bytes and masks (`trainer.probes`), the probes and
+panels of the same pairs (`trainer.panels`), how much damage is borne
+(`trainer.quarantine`) or where results are written (`trainer.metrics`).
 
 Pairs, captions and masks depend on `eval.seed` alone, so runs of other seeds, ranks and
-micro-batches are measured alike. A micro-batch holds pairs of one masking mode: losses
-by mode are then sums that the model gives anyway.
+micro-batches are measured alike. A damaged pair is left out and none takes its place:
+what is measured of the others stays as it was. A micro-batch holds pairs of one masking
+mode: losses by mode are then sums that the model gives anyway.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,17 +27,19 @@ from torch import Tensor, nn
 
 from trainer.dataset import Dataset
 from trainer.engine import World
+from trainer.folder import DamagedError
 from trainer.loader import Loader
 from trainer.masking import Masks, Mode, drawn_modes
 from trainer.matching import fixed_matching
 from trainer.metrics import Metrics
 from trainer.models.base import Inputs, ModelConfig, Output, as_matched
 from trainer.options import PretrainConfig
-from trainer.panels import Panels
+from trainer.panels import Panels, pairs_wanted
 from trainer.parameters import whole_model
 from trainer.philox import signed_uids
-from trainer.probes import Pairs, drawn_places, make_inputs, read_pairs
+from trainer.probes import Pairs, drawn_places, make_inputs, read_pairs, uids_among
 from trainer.profiling import span
+from trainer.quarantine import Quarantine, Quarantined
 from trainer.rows import caption_choice
 
 Build = Callable[[], nn.Module]
@@ -54,7 +59,9 @@ class Share:
     """Mode, rows of `pairs`, and whether they count: a rank that has fewer pairs goes
     through one that does not, because ZeRO 3 gathers parameters from all ranks."""
     total: int
-    """Pairs of the whole set."""
+    """Pairs of the whole set, without damaged ones."""
+    damaged: int
+    """Damaged pairs, which are left out of it."""
     image_of: np.ndarray
     """Row of `pairs` whose image each row's text is matched with."""
     matched: np.ndarray
@@ -155,7 +162,8 @@ class HeldOut:
         finally:
             engine.train()
         summed = self._world.sum(sums).cpu().numpy()
-        return losses_row(summed, self._config, share.total, contrast)
+        row = losses_row(summed, self._config, share.total, contrast)
+        return row | {"val_damaged": share.damaged}
 
     def _inputs(self, mode: Mode, rows: np.ndarray) -> tuple[Inputs, Masks]:
         pairs, config = self._share.pairs, self._config
@@ -217,10 +225,12 @@ def held_out(
     loader: Loader, world: World, build: Build, metrics: Metrics | None = None
 ) -> HeldOut | None:
     """The fixed set that a run is measured on, read into memory; None where nothing is
-    to be measured. Every rank calls this.
+    to be measured. Every rank calls this. Damaged pairs are left out, which is said
+    through `metrics`.
 
     Raises:
-        ValueError: a damaged pair, on the rank that read it; the others exit.
+        ValueError: more are damaged than `damage.max_share` bears, or too few are
+            left; the ranks that do not raise exit.
     """
     config = loader.config
     if not (config.eval.every_steps or config.eval.probes_every_steps):
@@ -234,7 +244,9 @@ def held_out(
                 "pairs out (--eval.every_steps 0 hides this line)"
             )
         return None
-    return world.together(lambda: _read(loader, shards, world, build))
+    with closing(world.together(lambda: _opened(config, shards))) as dataset:
+        share, panels = _sound(dataset, loader, world, metrics)
+    return HeldOut(config, world, share=share, panels=panels, build=build)
 
 
 def share_of(
@@ -302,77 +314,183 @@ def _shards(dataset: Dataset, config: PretrainConfig) -> list[int]:
     ]
 
 
-def _read(loader: Loader, shards: list[int], world: World, build: Build) -> HeldOut:
-    """The set in the first `shards` shards of the split in each directory: what rank 0
-    has seen, where a dataset grows.
+def _opened(config: PretrainConfig, shards: list[int]) -> Dataset:
+    """The split, of each directory the first `shards`: what rank 0 has seen, where a
+    dataset grows.
     """
-    config = loader.config
-    split, storage = config.eval.split, config.storage
     given = [config.data] if isinstance(config.data, str) else config.data
     roots = [root for root, count in zip(given, shards, strict=True) if count]
-    dataset = Dataset(roots, split, growing=True, storage=storage)
+    dataset = Dataset(roots, config.eval.split, growing=True, storage=config.storage)
     for folder, count in zip(dataset.folders, filter(None, shards), strict=True):
         del folder.shards[count:]
-    with closing(dataset):
-        share = _share(dataset, loader, world)
-        wanted = world.first and config.eval.probes_every_steps > 0
-        panels = None
-        if wanted:
-            panels = Panels.read(
-                dataset, config, device=world.device, batch=loader.micro_batch
+    return dataset
+
+
+def _sound(
+    dataset: Dataset, loader: Loader, world: World, metrics: Metrics | None
+) -> tuple[Share, Panels | None]:
+    """What this rank keeps of the set without the damaged pairs, which are those that
+    any rank has found. Each pair is read by some rank, so all leave out the same.
+
+    Raises:
+        ValueError: more are damaged than the run bears.
+    """
+    config = loader.config
+    read = _pairs_read(dataset, config)
+    quarantine = Quarantine(
+        read, max_share=config.damage.max_share, what="held-out pairs"
+    )
+    said: dict[int, str] = {}
+    while True:
+        share, panels, damage = world.together(
+            lambda: _tried(dataset, loader, world, left_out=said)
+        )
+        found = [(f"{one.uid:016x}", str(one), one.shard, one.reason) for one in damage]
+        found = sorted(itertools.chain(*world.gather(found)))
+        if not found:
+            break
+        for uid, message, shard, reason in found:
+            said.setdefault(int(uid, 16), message)
+            entry = Quarantined(uid=uid, epoch=0, step=0, reason=reason, shard=shard)
+            quarantine.add([entry])
+        try:
+            quarantine.check(0)
+        except ValueError as error:
+            # All ranks count alike.
+            world.stop(
+                ValueError(
+                    f"{error}; one of them: {found[0][1]}; mend it, or raise "
+                    "damage.max_share to measure without them"
+                )
             )
-    return HeldOut(config, world, share=share, panels=panels, build=build)
+    if said and metrics:
+        metrics.note(_warning(list(said.values()), read, quarantine))
+    return share, panels
 
 
-def _share(dataset: Dataset, loader: Loader, world: World) -> Share:
+def _pairs_read(dataset: Dataset, config: PretrainConfig) -> int:
+    """Held-out pairs that ranks read, all together: losses and probes are of the first
+    ones of one order.
+    """
+    limits = [config.eval.max_pairs]
+    if config.eval.probes_every_steps:
+        limits.append(pairs_wanted(config))
+    held = len(dataset)
+    return max(held if limit is None else min(limit, held) for limit in limits)
+
+
+def _warning(said: list[str], read: int, quarantine: Quarantine) -> str:
+    """What a user is told of damaged pairs."""
+    more = f"; {len(said)} in all: {quarantine.where()}" if len(said) > 1 else ""
+    return (
+        f"warning: {len(said)} of {read} held-out pairs left out as damaged: "
+        f"{said[0]}{more}"
+    )
+
+
+def _tried(
+    dataset: Dataset, loader: Loader, world: World, *, left_out: Collection[int]
+) -> tuple[Share, Panels | None, list[DamagedError]]:
+    """This rank's part of the set without some uids, which is of no use where it finds
+    more damage, and that damage.
+    """
+    config = loader.config
+    damage: list[DamagedError] = []
+    share = _share(dataset, loader, world, left_out=left_out, damage=damage)
+    panels = None
+    if world.first and config.eval.probes_every_steps > 0:
+        panels = Panels.read(
+            dataset,
+            config,
+            device=world.device,
+            batch=loader.micro_batch,
+            left_out=left_out,
+            damage=damage,
+        )
+    return share, panels, damage
+
+
+def _share(
+    dataset: Dataset,
+    loader: Loader,
+    world: World,
+    *,
+    left_out: Collection[int],
+    damage: list[DamagedError],
+) -> Share:
     config, seed = loader.config, loader.config.eval.seed
     places = drawn_places(dataset, seed=seed, limit=config.eval.max_pairs)
     records = dataset.records(places)
     uids = signed_uids(records["uid"])
     modes = drawn_modes(config.mask, seed=seed, epoch=0, uids=torch.from_numpy(uids))
+    sound = ~uids_among(records, left_out)
+    if not sound.any():
+        raise ValueError(
+            f"all {len(places)} held-out pairs that losses are measured on are damaged "
+            f"(eval.max_pairs): `python -m pipeline.validate {dataset.name}` names "
+            "every damage"
+        )
+    kept = np.flatnonzero(sound)
     batches = share_of(
-        modes.numpy(),
+        modes.numpy()[kept],
         rank=world.rank,
         size=world.size,
         micro_batch=loader.micro_batch,
     )
+    batches = [(mode, kept[rows], counts) for mode, rows, counts in batches]
     mine = np.unique(np.concatenate([rows for _, rows, _ in batches]))
     image_of, matched = np.arange(len(uids)), np.ones(len(uids), dtype=bool)
     if config.model.mismatched is not None:
+        same = _alike(dataset, config, places, records, damage)
+
+        def unfit(one: int, other: int) -> bool:
+            return not (sound[one] and sound[other]) or same(one, other)
+
+        # Over the damaged ones too: nobody else's partner changes.
         image_of, matched = fixed_matching(
-            uids,
-            _alike(dataset, config, places, records),
-            mismatched=config.model.mismatched,
-            seed=seed,
+            uids, unfit, mismatched=config.model.mismatched, seed=seed
         )
         mine = np.union1d(mine, image_of[mine])
     return Share(
-        pairs=read_pairs(dataset, config, places[mine], seed=seed),
+        pairs=read_pairs(dataset, config, places[mine], seed=seed, damage=damage),
         batches=[
             (mode, np.searchsorted(mine, rows), counts)
             for mode, rows, counts in batches
         ],
-        total=len(places),
+        total=int(sound.sum()),
+        damaged=len(places) - int(sound.sum()),
         # Of a row that is only there for its image nobody asks.
         image_of=np.searchsorted(mine, image_of[mine]).clip(max=len(mine) - 1),
         matched=matched[mine],
-        numbers=mine,
+        # Counted without the damaged ones.
+        numbers=sound.cumsum()[mine] - 1,
     )
 
 
 def _alike(
-    dataset: Dataset, config: PretrainConfig, places: np.ndarray, records: np.ndarray
+    dataset: Dataset,
+    config: PretrainConfig,
+    places: np.ndarray,
+    records: np.ndarray,
+    damage: list[DamagedError],
 ) -> Callable[[int, int], bool]:
-    """Whether two of some pairs have the same image file or show the same caption."""
+    """Whether two of some pairs have the same image file or show the same caption.
+    `damage` is told of captions that are damaged; what is said of these pairs then
+    means nothing.
+    """
     uids, longest = signed_uids(records["uid"]), config.text.max_tokens
     choice = caption_choice(records, uids, seed=config.eval.seed, epoch=0)
     shards = places[:, 0].tolist()
 
     @functools.cache
     def text(pair: int) -> bytes:
-        words, _ = dataset.text(
-            shards[pair], records[pair], int(choice[pair]), max_tokens=longest
-        )
+        try:
+            words, _ = dataset.text(
+                shards[pair], records[pair], int(choice[pair]), max_tokens=longest
+            )
+        except DamagedError as error:
+            damage.append(error)
+            return b""
         return words.tobytes()
 
     def alike(one: int, other: int) -> bool:

@@ -117,7 +117,7 @@ def test_held_out_pairs_with_one_caption_are_alike(
     short = config(shards, tmp_path, "--text.max_tokens=3")
     places = dataset.places()
     pairs = read_pairs(dataset, short, places, seed=short.eval.seed)
-    alike = _alike(dataset, short, places, dataset.records(places))
+    alike = _alike(dataset, short, places, dataset.records(places), [])
     texts = [text.tolist() for text in pairs.texts]
     same = [n for n in range(len(places)) if texts[n] == texts[0]]
     assert 1 < len(same) < len(places)

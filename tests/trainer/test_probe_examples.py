@@ -76,6 +76,8 @@ def recorded() -> Recorded:
         pixels=np.broadcast_to(levels, (N, SIDE, SIDE, 3)).copy(),
         texts=[np.array([1, 2])] * N,
         groups=np.arange(N),
+        numbers=np.arange(N),
+        drawn=N,
     )
     model = SimpleNamespace(word_loss="mlm", image_loss="recon", patch_size=8)
     keys = SimpleNamespace(model=model, image=SimpleNamespace(size=SIDE))

@@ -147,7 +147,7 @@ def test_every_numeric_metric_is_drawn_once(real: Path) -> None:
         for row in [*metrics(real), *map(json.loads, validation)]
         for name, value in row.items()
         if isinstance(value, int | float)
-    } - {"step", "epoch", "val_pairs"}
+    } - {"step", "epoch", "val_pairs", "probe_pairs"}
     assert {"val_loss", "mlm_loss_text_heavy", "psnr"} < names
     assert set(curve_data(shown)["curves"]) == names
     assert shown.classes["curve"] == len(names)

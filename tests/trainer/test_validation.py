@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
 from functools import partial
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from tests.conftest import launch_environment, python
+from tests.pipeline.damage import rewrite_first
 from tests.trainer.tiny import TINY, column, config, damaged_copy, launch, metrics
 from trainer.build import build_model
 from trainer.contract import VALIDATION_NAMES, may_change, read_validation
@@ -24,6 +26,9 @@ from trainer.engine import World
 from trainer.loader import Loader
 from trainer.masking import Mode
 from trainer.metrics import Metrics
+from trainer.panels import first_pairs
+from trainer.philox import signed_uids
+from trainer.probes import drawn_places, partners
 from trainer.validation import HeldOut, held_out, share_of
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -222,15 +227,144 @@ def test_a_dataset_without_the_split_is_trained_on_with_a_note(
     assert "--split.val" in printed
 
 
-def test_a_damaged_held_out_pair_is_told_before_the_first_step(
-    shards: Path, tmp_path: Path
+BEARS = "--damage.max_share=0.9"
+MATCHING = ("--model.itm_weight=1", "--model.itm_group=3")
+
+
+@pytest.fixture(scope="module")
+def rotten(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A copy of the dataset in which a held-out image has a flipped bit; its uid."""
+    copy = tmp_path_factory.mktemp("rotten") / "shards"
+    return copy, int(damaged_copy(shards, copy, "val"), 16)
+
+
+def first_holding(shards: Path, uid: int) -> int:
+    """Of how many held-out pairs, in their order, one is the last but three."""
+    dataset = Dataset(shards, "val")
+    drawn = dataset.records(drawn_places(dataset, seed=0, limit=None))["uid"]
+    return int(np.flatnonzero(drawn == np.uint64(uid))[0]) + 4
+
+
+def test_a_damaged_pair_is_left_out_and_none_takes_its_place(
+    shards: Path, rotten: tuple[Path, int], tmp_path: Path, capfd: Any
 ) -> None:
-    damaged = tmp_path / "shards"
-    uid = damaged_copy(shards, damaged, "val")
+    damaged, uid = rotten
+    count = first_holding(shards, uid)
+    keys = ("--eval.probes_every_steps=1", f"--eval.probe_pairs={count + 2}")
+    keys = (*keys, f"--eval.max_pairs={count}", *MATCHING, BEARS)
+    whole = held(shards, *keys)
+    shown = Metrics(tmp_path, first_step=0, last_step=1, tensorboard=False)
+    part = held(damaged, *keys, metrics=shown)
+    assert whole
+    assert part
+    share, other = whole._share, part._share
+    assert (share.total, share.damaged) == (count, 0)
+    assert (other.total, other.damaged) == (count - 1, 1)
+    assert sorted(other.numbers) == list(range(count - 1))
+    lost = signed_uids(np.array([uid], dtype=np.uint64))[0]
+    kept = dict(zip(share.pairs.uids, share.pairs.uids[share.image_of], strict=True))
+    assert set(share.pairs.uids) - set(other.pairs.uids) == {lost}
+    # Whose image each text is shown with, in the losses and in the probes.
+    for one, image in zip(
+        other.pairs.uids, other.pairs.uids[other.image_of], strict=True
+    ):
+        assert image == kept[one] or kept[one] == lost
+    assert whole._panels
+    assert part._panels
+    for limit in (count + 2, count):
+        before = first_pairs(whole._panels.pairs, limit)
+        after = first_pairs(part._panels.pairs, limit)
+        assert after.uids.tolist() == [one for one in before.uids if one != lost]
+        was = before.uids[partners(before, seed=0)]
+        had = dict(zip(before.uids, was, strict=True))
+        now = after.uids[partners(after, seed=0)]
+        for one, partner in zip(after.uids, now, strict=True):
+            assert partner == had[one] or had[one] == lost
+    shown.close()
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "damage" in line]
+    assert f"1 of {count + 2} held-out pairs" in said
+    assert "val/shard-000000.tar, offset " in said
+    assert f"`python -m pipeline.validate {damaged}`" in said
+
+
+@pytest.mark.parametrize("model", [(), MATCHING])
+def test_every_kind_of_damage_is_left_out(
+    shards: Path, tmp_path: Path, model: tuple[str, ...]
+) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    tar = copy / rewrite_first(copy, "jpg", lambda data: data[:300] + bytes(len(data)))
+    records = np.load(tar.with_suffix(".index.npy"))
+    with tar.open("r+b") as file:
+        for record in records[3:6]:
+            file.seek(int(record["ids_offset"]) + int(record["ids_size"]) - 1)
+            file.write(b"\xff")
+        file.truncate(int(records[-1]["jpg_offset"]) + 1)
+    found = held(copy, BEARS, *model, "--eval.split=train")
+    assert found
+    pairs = len(Dataset(shards, "train"))
+    assert (found._share.total, found._share.damaged) == (pairs - 5, 5)
+
+
+def test_more_damaged_pairs_than_the_run_bears_stop_it_and_name_the_shard(
+    rotten: tuple[Path, int],
+) -> None:
+    damaged, uid = rotten
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(ValueError, match=f"{uid} is damaged"):
+    with pytest.raises(ValueError, match=f"{uid:016x} is damaged") as caught:
         held(damaged)
     assert not dist.is_initialized(), "the rank must have left its group"
+    message = str(caught.value)
+    assert "more than the 0 that damage.max_share bears" in message
+    assert "crc in val/shard-000000.tar (1)" in message
+    assert "pipeline.validate" in message
+
+
+def test_probes_without_two_sound_pairs_are_refused(rotten: tuple[Path, int]) -> None:
+    damaged, uid = rotten
+    dataset = Dataset(damaged, "val")
+
+    def among_two(seed: int) -> bool:
+        drawn = dataset.records(drawn_places(dataset, seed=seed, limit=2))
+        return uid in drawn["uid"].tolist()
+
+    seed = next(filter(among_two, itertools.count()))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(ValueError, match="fewer than two sound pairs"):
+        held(
+            damaged,
+            BEARS,
+            f"--eval.seed={seed}",
+            "--eval.probes_every_steps=1",
+            "--eval.probe_pairs=2",
+        )
+
+
+def test_a_run_trains_and_resumes_over_a_damaged_pair_as_any_number_of_ranks(
+    shards: Path, rotten: tuple[Path, int], tmp_path: Path
+) -> None:
+    damaged, uid = rotten
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    words = (f"--data={damaged}", *SEEING[:4], *MATCHING, "--eval.probe_pairs=99")
+    said = train_alone(*words, f"--output={whole}", "--max_steps=4", BEARS)
+    assert said.count(f"{uid:016x} is damaged") == 1
+    two = (*words, *WIDE, f"--output={run}", "--deepspeed.zero_stage=0")
+    assert launch(2, *two, "--max_steps=2", BEARS).count("is damaged") == 1
+    # Too much is refused, and what it takes to go on is named.
+    line = ("-m", "trainer.pretrain", *TINY, *two, "--damage.max_share=0")
+    done = python(*line, env=launch_environment())
+    assert done.returncode == 1
+    assert "crc in val/shard-000000.tar (1)" in done.stdout.splitlines()[-1]
+    said = train_alone(*words, f"--output={run}", "--max_steps=4", BEARS)
+    assert "resuming after step 2" in said
+    assert "is damaged" in said
+    pairs = len(Dataset(shards, "val")) - 1
+    for row, other in zip(read_validation(run), read_validation(whole), strict=True):
+        assert (row["val_pairs"], row["val_damaged"]) == (pairs, 1)
+        assert row["probe_pairs"] == other["probe_pairs"] == pairs
+        for name in ("step", "val_pairs", "val_loss", "probe_mlm_shuffled_gap"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4)
+    assert column(run, "sample_digest") == column(whole, "sample_digest")
+    assert len(metrics(run)) == 4
 
 
 @pytest.mark.parametrize("key", ["seed", "split", "max_pairs"])

@@ -65,7 +65,7 @@ GROUPS = (
     Group(title="Everything else", pattern=r".*", folded=True),
 )
 # Not curves: numbers that name a place, or never change.
-_NO_CURVES = ("epoch", "val_pairs")
+_NO_CURVES = ("epoch", "val_pairs", "probe_pairs")
 _TITLES = {
     "loss": "Total loss",
     "mlm_loss": "MLM: nats a masked word",
@@ -93,6 +93,7 @@ _TITLES = {
     "decode_s": "Seconds of decoding",
     "cut_captions_frac": "Share of captions cut",
     "replaced": "Damaged samples replaced",
+    "damaged": "Damaged pairs left out",
     "probe_mlm_true": "MLM probe: loss with its own image",
     "probe_mlm_shuffled_gap": "MLM probe: another's image costs",
     "probe_mlm_blank_gap": "MLM probe: a blank image costs",
