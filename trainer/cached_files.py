@@ -42,6 +42,7 @@ class CachedFiles(Files):
     """
 
     def __init__(self, url: str, config: StorageConfig) -> None:
+        self._url, self._config = url, config
         self._remote = Remote(
             url,
             parallel=config.parallel,
@@ -117,6 +118,11 @@ class CachedFiles(Files):
 
     def find_tar(self) -> str | None:
         return self._remote.first_tar()
+
+    def above(self) -> Files | None:
+        folder = self._url.rstrip("/").rpartition("/")[0]
+        has_name = bool(folder.partition("://")[2])
+        return CachedFiles(folder, self._config) if has_name else None
 
     def close(self) -> None:
         self._closed.set()

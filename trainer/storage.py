@@ -33,6 +33,8 @@ from pipeline.manifest import (
 _MANIFEST_READS, _MANIFEST_PAUSE_S = 5, 0.25
 # Entries of a local folder that are looked at for a tar.
 _LOOKED_AT = 10_000
+# How WebDataset is told of tars: one, shard-{000000..000099}.tar or *.tar.
+_NAMES_TARS = re.compile(r"\.tar$|[*{][^/]*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,10 @@ class Files(ABC):
         """Name of some tar in or below the folder, as far as a short look finds one."""
 
     @abstractmethod
+    def above(self) -> Files | None:
+        """The files of the folder that this one lies in; None where there is none."""
+
+    @abstractmethod
     def close(self) -> None:
         """Fetch no more; whoever waits for a file gets an OSError."""
 
@@ -241,18 +247,49 @@ def read_seal(files: Files) -> bytes:
 
 
 def explain_missing(files: Files) -> ValueError:
-    """The error for a folder without a manifest."""
-    tar = files.find_tar()
-    if tar is None:
+    """The error for a path that has no manifest: no folder of a dataset."""
+    named = bool(_NAMES_TARS.search(files.root))
+    folder = files.above() if named else files
+    tar = folder.find_tar() if folder else None
+    if folder is None or tar is None:
         return ValueError(
             f"{files.root} has no {MANIFEST}: not a finished dataset. Make one with "
             "`python -m pipeline.preprocess --input ... --output ...`"
         )
-    return ValueError(
-        f"{files.root} has no {MANIFEST}, but tars ({tar}): index them first, which "
-        f"leaves them as they are: `python -m pipeline.index {files.root} --tokenizer "
-        "DIRECTORY_OR_HUB_NAME` (or `--tokenizer train:8000`)"
+    dataset = _dataset_around(folder)
+    if dataset:
+        return ValueError(
+            f"{files.root} has no {MANIFEST}: it is a part of the dataset "
+            f"{dataset.root}; give {dataset.root} instead"
+        )
+    having = (
+        f"{files.root} names tars, and a dataset is given by its folder"
+        if named
+        else f"{files.root} has no {MANIFEST}, but tars ({tar})"
     )
+    then = f", and give {folder.root} then" if named else ""
+    return ValueError(
+        f"{having}: index them first, which leaves them as they are: `python -m "
+        f"pipeline.index {folder.root} --tokenizer DIRECTORY_OR_HUB_NAME` (or "
+        f"`--tokenizer train:8000`){then}"
+    )
+
+
+def _dataset_around(folder: Files) -> Files | None:
+    """The dataset that a folder of tars is, or is a split of."""
+    with contextlib.suppress(OSError, ValueError):
+        for files in (folder, folder.above()):
+            if files and _is_dataset(files):
+                return files
+    return None
+
+
+def _is_dataset(files: Files) -> bool:
+    """Whether a folder has a seal: a manifest.json may be anybody's."""
+    try:
+        return files.refresh(MANIFEST_SHA256).is_file()
+    except FileNotFoundError:
+        return False
 
 
 class LocalFiles(Files):
@@ -285,6 +322,10 @@ class LocalFiles(Files):
 
     def figures(self) -> Mapping[str, int]:
         return {}
+
+    def above(self) -> Files | None:
+        path = self._path
+        return LocalFiles(path / ".." if path.name in ("", "..") else path.parent)
 
     def close(self) -> None:
         """Nothing: nobody waits."""

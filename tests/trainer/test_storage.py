@@ -648,6 +648,44 @@ def test_foreign_tars_are_refused_with_the_command_that_indexes_them(
         assert f"python -m pipeline.index {root} --tokenizer" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["00001.tar", "{00000..00001}.tar", "*.tar"])
+def test_tars_named_one_by_one_are_refused_with_their_folder(
+    server: S3Server, bucket: str, tmp_path: Path, name: str
+) -> None:
+    server.put(f"{bucket}/d/00001.tar", b"x")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "00001.tar").write_bytes(b"x")
+    for folder in (f"{tmp_path}/d", f"{bucket}/d"):
+        with pytest.raises(ValueError, match="is given by its folder") as refused:
+            read_manifest(open_files(f"{folder}/{name}", config(tmp_path)))
+        assert f"python -m pipeline.index {folder} --tokenizer" in str(refused.value)
+        assert str(refused.value).endswith(f"and give {folder} then")
+        with pytest.raises(ValueError, match=r"no manifest.json: not a finished"):
+            read_manifest(open_files(f"{folder}/e/{name}", config(tmp_path)))
+
+
+@pytest.mark.parametrize("part", ["train", "train/*.tar", "train/shard-000000.tar"])
+def test_a_part_of_a_dataset_is_refused_with_the_dataset(
+    server: S3Server,
+    bucket: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    seal = (shards / MANIFEST_SHA256).read_bytes()
+    server.put(f"{bucket}/made/{MANIFEST_SHA256}", seal)
+    server.put(f"{bucket}/made/train/shard-000000.tar", b"x")
+    for dataset in (shards, f"{bucket}/made"):
+        with pytest.raises(ValueError, match="a part of the dataset") as refused:
+            read_manifest(open_files(f"{dataset}/{part}", config(tmp_path)))
+        assert str(refused.value).endswith(f"dataset {dataset}; give {dataset} instead")
+    monkeypatch.chdir(shards / "train")
+    for here in (".", "*.tar"):
+        with pytest.raises(ValueError, match=r"give \.\. instead"):
+            read_manifest(open_files(here, config(tmp_path)))
+
+
 def test_nothing_else_in_the_folder_is_touched(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
