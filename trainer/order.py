@@ -19,6 +19,7 @@ import numpy as np
 from trainer.epochs import Epochs, Frozen
 from trainer.lanes import EpochLanes
 from trainer.mixture import BLOCK, Mixture, shares
+from trainer.philox import MAX_EPOCH, WINDOWS
 
 _EPOCHS_KEPT = 2
 _WINDOWS_KEPT_PER_LANE = 2
@@ -282,11 +283,23 @@ class SampleOrder:
         """Share of a source in the run's draws."""
         return float(self.mixture.per_block[number]) / BLOCK if self.mixture else 1.0
 
+    @property
+    def beyond(self) -> int:
+        """First step that may need a draw which the generator does not count up to."""
+        first = min(
+            self._step_of_epoch(number, MAX_EPOCH + 1 - self.began.epoch)
+            for number in range(len(self.sources))
+        )
+        if self.mixture is None:
+            return first
+        return min(first, self.began.step + WINDOWS * BLOCK // self.per_lane)
+
     def _require_placed(self, step: int) -> None:
         if step < self.began.step:
             raise ValueError(
-                f"step {step} was before step {self.began.step}, at which the run was "
-                "told to go on with other data: only later ones can be worked out"
+                f"step {step + 1} is one of the {self.began.step} that were taken "
+                "before the run was told to go on with other data: only later ones "
+                "can be worked out"
             )
 
     def _of_one(self, first: int, lanes: range, most: int) -> Drawn:
@@ -422,7 +435,11 @@ class SampleOrder:
         """First step in which some lane may take a turn of the source's first epoch
         that is not frozen.
         """
-        turn = self.epochs[number].first_turn(self._decided[number] + 1)
+        return self._step_of_epoch(number, self._decided[number] + 1)
+
+    def _step_of_epoch(self, number: int, epoch: int) -> int:
+        """First step in which some lane may take a turn of an epoch of a source."""
+        turn = self.epochs[number].first_turn(epoch)
         if self.mixture is None:
             return self.began.step + turn
         block = turn // int(self.mixture.per_block[number])

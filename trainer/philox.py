@@ -22,6 +22,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 MAX_EPOCH = (1 << 24) - 1
+WINDOWS = 1 << 32
+"""Windows of a lane that it tells apart, or blocks of a mixture."""
 
 
 class Use(enum.IntEnum):
@@ -104,7 +106,7 @@ def place_of(*, source: int, lane: int = 0, window: int = 0) -> int:
     Raises:
         ValueError: more than 2^15 sources, 2^16 lanes or 2^32 windows.
     """
-    if source >> 15 or lane >> 16 or window >> 32:
+    if source >> 15 or lane >> 16 or window >= WINDOWS:
         raise ValueError(
             f"source {source}, lane {lane}, window {window}: the generator counts up "
             "to 2^15 sources, 2^16 lanes and 2^32 windows"

@@ -121,15 +121,25 @@ def replay(
     if limit is not None and limit < 1:
         raise ValueError(f"{limit} pairs show nothing: name 1 or more")
     config = load_config(run, data=data)
-    dataset, marker = _open_dataset(run, config)
+    found = checkpoint.newest(run)
+    marker = found[1] if found else None
+    state = DataState.from_plain(marker) if marker else None
+    if state:
+        _require_known(run, step, state)
+    dataset = _open_dataset(run, config, state)
     loader = Loader(
         dataset,
         config,
         rank=0,
         world_size=1,
         quarantined=from_plain(marker["quarantine"]) if marker else [],
-        state=DataState.from_plain(marker) if marker else None,
+        state=state,
     )
+    if step > loader.order.beyond:
+        raise ValueError(
+            f"{step} is no step of this run, whose order is defined up to step "
+            f"{loader.order.beyond}: name that or a lower one"
+        )
     lanes = _chosen_lanes(loader, lane=lane, rank=rank, world_size=world_size)
     wanted = loader.order.samples_of(step - 1, loader.lanes)
     within = loader.order.epoch_steps(step - 1)
@@ -238,12 +248,24 @@ def _chosen_lanes(
     return Loader(dataset, config, rank=rank, world_size=world_size).lanes
 
 
-def _open_dataset(
-    run: Path, config: PretrainConfig
-) -> tuple[Dataset, Mapping[str, Any] | None]:
-    """The run's dataset, and the marker of the checkpoint that vouches for its being
-    the same, if there is one yet.
+def _require_known(run: Path, step: int, state: DataState) -> None:
+    """Raise ValueError for a step of before a change of data: the state has forgotten
+    what it drew from.
     """
+    began = state.began.step
+    if step <= began:
+        raise ValueError(
+            f"{run} went on with other data after step {began}, and its newest "
+            f"checkpoint knows the data of later steps only: name step {began + 1} or "
+            f"more; or replay step {step} with a copy of the run without the "
+            f"checkpoints after step {began}, and the dataset of then as --data"
+        )
+
+
+def _open_dataset(
+    run: Path, config: PretrainConfig, state: DataState | None
+) -> Dataset:
+    """The run's dataset, the same as in `state` where a checkpoint has one."""
     for data in [config.data] if isinstance(config.data, str) else config.data:
         if "://" not in data and not Path(data).is_dir():
             raise ValueError(
@@ -251,21 +273,18 @@ def _open_dataset(
                 "with --data"
             )
     dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
-    found = checkpoint.newest(run)
-    if found is None:
-        return dataset, None
-    marker = found[1]
-    sources = sources_of(dataset, config.mixture)
-    what = difference(DataState.from_plain(marker), dataset, sources)
+    if state is None:
+        return dataset
+    what = difference(state, dataset, sources_of(dataset, config.mixture))
     if what:
         raise ValueError(
             f"{run} was trained on a dataset with manifest hash "
-            f"{marker['manifest_hash']} and {dataset.name} has "
+            f"{state.manifest_hash} and {dataset.name} has "
             f"{dataset.manifest_hash}: {what}. Name the one it was trained on with "
             "--data, or preprocess the same corpus again with the same keys and "
             "versions"
         )
-    return dataset, marker
+    return dataset
 
 
 def _compare(

@@ -14,6 +14,8 @@ import torch
 from pipeline.manifest import Accounting, load_manifest, manifest_seal
 from tests.trainer.datasets import growing_copy, preprocess, show, slices
 from tests.trainer.tiny import column, config, launch
+from trainer import replay
+from trainer.contract import complete_checkpoints
 from trainer.data_state import MOST_FROZEN, DataState, difference, resumed
 from trainer.dataset import Dataset
 from trainer.engine import World
@@ -129,6 +131,28 @@ def test_a_run_on_other_data_begins_an_epoch_of_its_own_and_stays_pure(
     )
     pure = Loader(loader.dataset, keys, rank=0, world_size=1, state=state)
     assert [b.counts.digest_text for b in pure.steps(5, 12)] == digests[5:]
+
+
+def test_a_step_of_before_a_change_of_data_is_replayed_as_the_refusal_says(
+    mixed: Path, extra: Path, tmp_path: Path
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    words = (*SMALL, "--mixture=none", f"--output={run}", "--deepspeed.zero_stage=0")
+    launch(1, *words, f"--data={mixed}", "--max_steps=5")
+    launch(1, *words, f"--data={extra}", "--changed_data=new_epoch", "--max_steps=7")
+    assert replay.main([str(run), "--step=6", "--pairs=1"]) == 0
+    shutil.copytree(run, copy)
+    late = [path for step, path in complete_checkpoints(copy) if step > 5]
+    for path in late:
+        shutil.rmtree(path)
+    for data in (mixed, extra):
+        with pytest.raises(ValueError, match=r"after step 5.*name step 6") as refused:
+            replay.main([str(run), "--step=5", f"--data={data}"])
+        assert "replay step 5 with a copy" in str(refused.value)
+    assert replay.main([str(copy), "--step=5", "--pairs=1", f"--data={mixed}"]) == 0
+    # Without any checkpoint too.
+    shutil.rmtree(copy / "checkpoints")
+    assert replay.main([str(copy), "--step=5", "--pairs=1", f"--data={mixed}"]) == 0
 
 
 def grow(copy: Path, run: Path, *words: str) -> list[str]:

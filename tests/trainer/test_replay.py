@@ -528,6 +528,8 @@ def test_a_dataset_that_moved_is_named_with_data(
         (["{run}", "--step=0"], "counted from 1, as in metrics.jsonl; name 1 or more"),
         (["{run}", "--step", "-3"], "counted from 1, as in metrics.jsonl"),
         (["{run}", "--step=soon"], "step"),
+        (["{run}", f"--step={10**9}"], f"is defined up to step {7 << 24}: name that"),
+        (["{run}", f"--step={10**20}"], f"is defined up to step {7 << 24}: name that"),
         (["{run}", "--step=1", "--pairs=0"], "name 1 or more"),
         (["{run}", "--step=1", "--lane=12"], "this run has lanes 0 to 11"),
         (["{run}", "--step=1", "--rank=1"], "give both"),
@@ -579,6 +581,19 @@ def test_replay_needs_neither_ray_nor_pyarrow_nor_deepspeed(
     done = python("-c", script, trained, "--step=2", f"--html={tmp_path}/page.html")
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("mixture", ["weights", "none"])
+def test_the_last_step_that_a_refusal_names_can_be_replayed(
+    mixed: Path, tmp_path: Path, mixture: str
+) -> None:
+    run = young(tmp_path / "run", mixed, f"--mixture={mixture}")
+    with pytest.raises(ValueError, match="is defined up to step") as refused:
+        replay(run, step=10**18)
+    last = int(re.findall(r"\d+", str(refused.value))[-1])
+    assert replay(run, step=last, limit=1).step == last
+    with pytest.raises(ValueError, match=f"defined up to step {last}:"):
+        replay(run, step=last + 1)
 
 
 def test_a_mixtures_pairs_say_their_source_and_its_epoch(
