@@ -65,6 +65,7 @@ def parse(
     show = _PRINT_CONFIG in argv
     argv = [word for word in argv if word != _PRINT_CONFIG]
     try:
+        _refuse_repeated(config_class, argv)
         argv = _config_first(_bare_switches(config_class, argv), recipes)
         for word, path in itertools.pairwise(argv):
             if word == "--config":
@@ -115,28 +116,14 @@ def given(argv: Sequence[str], key: str, *, recipes: Path | None = None) -> Any:
     return next(iter(found.values()), None)
 
 
-def known_keys(config_class: type, prefix: str = "") -> list[str]:
+def known_keys(config_class: type) -> list[str]:
     """Dotted names of every key of `config_class`, groups included."""
-    types = typing.get_type_hints(config_class)
-    keys = []
-    for field in dataclasses.fields(config_class):
-        keys.append(prefix + field.name)
-        if group := _group(types[field.name]):
-            keys += known_keys(group, f"{prefix}{field.name}.")
-    return keys
+    return [key for key, _ in _typed_keys(config_class)]
 
 
-def switches(config_class: type, prefix: str = "") -> list[str]:
+def switches(config_class: type) -> list[str]:
     """Dotted names of every yes-or-no key of `config_class`, groups included."""
-    types = typing.get_type_hints(config_class)
-    keys = []
-    for field in dataclasses.fields(config_class):
-        kind = types[field.name]
-        if kind is bool:
-            keys.append(prefix + field.name)
-        elif group := _group(kind):
-            keys += switches(group, f"{prefix}{field.name}.")
-    return keys
+    return [key for key, kind in _typed_keys(config_class) if kind is bool]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -198,6 +185,16 @@ class _Parser(jsonargparse.ArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
+def _typed_keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every key, groups included."""
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = types[field.name]
+        yield prefix + field.name, kind
+        if group := _group(kind):
+            yield from _typed_keys(group, f"{prefix}{field.name}.")
+
+
 def _group(kind: Any) -> type | None:
     """The dataclass that a field's type is, or is where it is not None."""
     kinds = {kind, *typing.get_args(kind)} - {type(None)}
@@ -214,6 +211,25 @@ def _bare_switches(config_class: type, argv: Sequence[str]) -> list[str]:
         f"{word}=true" if word in flags and after.lower() not in _TRUTHS else word
         for word, after in zip(argv, following, strict=False)
     ]
+
+
+def _refuse_repeated(config_class: type, argv: Sequence[str]) -> None:
+    """Of a flag that is given twice the parser takes the last. That overrides one
+    value; of a key that takes several, whoever repeats it means them all.
+    """
+    given: dict[str, list[str]] = {}
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        given.setdefault(flag, []).append(value if equals else following)
+    for key, kind in _typed_keys(config_class):
+        values = list(dict.fromkeys(given.get(f"--{key}", ())))
+        kinds = (kind, *typing.get_args(kind))
+        if len(values) > 1 and any(typing.get_origin(one) is list for one in kinds):
+            bare = [one[1:-1] if one.startswith("[") else one for one in values]
+            raise ConfigError(
+                f"--{key} is given {len(values)} times, and only the last would count: "
+                f"give all of them at once, --{key} '[{', '.join(bare)}]'"
+            )
 
 
 def _config_first(argv: Sequence[str], recipes: Path | None) -> list[str]:

@@ -241,6 +241,18 @@ def test_a_value_of_another_kind_is_answered_with_how_to_give_it(
     assert str(caught.value) == said
 
 
+def test_a_repeated_list_is_refused_with_the_whole_of_it() -> None:
+    def more(*argv: str) -> list[str]:
+        return parse(Listed, argv, prog="p", description="d").more
+
+    with pytest.raises(ConfigError, match=r"--more is given 2 times") as caught:
+        more("--more", "[a]", "--more=[b, c]")
+    assert str(caught.value).endswith("--more '[a, b, c]'")
+    assert more("--more", "[a, b, c]", "--rate=1", "--rate=2") == ["a", "b", "c"]
+    assert more("--more=[a]", "--more=[a]") == ["a"]
+    assert more("--more+=a", "--more+=b") == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
