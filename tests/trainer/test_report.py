@@ -246,6 +246,17 @@ def test_numbers_read_as_people_write_them(
     assert number(value, step) == text
 
 
+@pytest.mark.parametrize("steps", [(1, 3), (37, 237), (4611, 4811), (0, 1000)])
+def test_no_tick_is_printed_over_the_name_of_the_axis(steps: tuple[int, int]) -> None:
+    line = Series(name="x", colour=0, steps=steps, values=[1.0, 2.0])
+    drawn = curves([line], label="x")
+    (name,) = re.findall(r'<text class="tick" x="(\d+)"[^>]*>step<', drawn)
+    places = re.findall(r'<text class="tick mid" x="([\d.]+)"', drawn)
+    assert len(places) >= 3
+    # Half of the widest tick, and the name.
+    assert all(float(place) - 20 > float(name) + 30 for place in places)
+
+
 def test_thinned_curves_keep_ends_and_spikes() -> None:
     values = [1.0] * 100_000
     values[54_321] = 9.0

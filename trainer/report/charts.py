@@ -17,6 +17,8 @@ _POINTS = 320
 # Sizes of the drawing; the page scales it to its column, text with it.
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+# Room for the name of an axis.
+_NAME = 52
 FRAME = {
     "width": _WIDTH,
     "left": _LEFT,
@@ -296,6 +298,9 @@ def _x_axis(x: Scale, height: int, name: str, *, grid: bool = False) -> str:
         f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{base}" y2="{base}"/>'
     ]
     for mark in marks:
+        if name and x(mark) < x.start + _NAME:
+            # The name of the axis stands in the corner.
+            continue
         at = f"{x(mark):.1f}"
         if grid:
             parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="0" y2="{base}"/>')
@@ -303,6 +308,5 @@ def _x_axis(x: Scale, height: int, name: str, *, grid: bool = False) -> str:
             f'<text class="tick mid" x="{at}" y="{base + 16}">{_tick(mark, step)}'
             "</text>"
         )
-    # The first tick of steps is well right of the corner, where the name stands.
     parts.append(f'<text class="tick" x="{x.start}" y="{base + 16}">{name}</text>')
     return "".join(parts)
