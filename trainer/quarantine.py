@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 _SHARDS_NAMED = 8
@@ -59,7 +60,9 @@ class Quarantine:
 
     def resize(self, samples: int) -> None:
         """The dataset has so many samples by now."""
-        self._samples, self._most = samples, int(samples * self._max_share)
+        # As the share is written: 100 x 0.29 is below 29 in binary.
+        self._samples = samples
+        self._most = int(samples * Fraction(str(self._max_share)))
 
     def holds(self, uid: int, step: int) -> bool:
         """Is a sample quarantined in a step?"""

@@ -222,6 +222,19 @@ def test_a_lane_without_a_sound_sample_stops_the_run_and_names_its_shards(
         list(loader(copy).steps(0, 100))
 
 
+@pytest.mark.parametrize("percent", range(100))
+def test_a_run_bears_the_share_that_it_was_told_and_no_more(percent: int) -> None:
+    damaged = [
+        Quarantined(uid=f"{uid:016x}", epoch=0, step=0, reason="crc", shard="a.tar")
+        for uid in range(percent + 1)
+    ]
+    held = Quarantine(100, max_share=percent / 100, entries=damaged[:-1])
+    held.check(0)
+    held.add(damaged)
+    with pytest.raises(ValueError, match=f"more than the {percent} that"):
+        held.check(0)
+
+
 def test_the_earlier_entry_of_a_sample_stays() -> None:
     def entry(step: int, uid: int = 7) -> Quarantined:
         return Quarantined(
