@@ -293,6 +293,11 @@ _ONE_FOR_A_LIST = (
     r'key "(?P<key>[\w.]+)": Expected a (?:List\[|<class .(?:list|tuple).>).*?'
     r"Got value: (?P<one>.+)$"
 )
+# YAML takes {photos:3} for the key `photos:3` without a value.
+_NO_SPACE = (
+    r'key "(?P<key>[\w.]+)": Expected a .*?Got value: \{(?:.*[{,])?\s*[\'"]?'
+    r"[\w./-]+:[^\s]"
+)
 _KINDS = {
     "float": "number",
     "int": "whole number",
@@ -358,6 +363,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
     text = re.sub(r"NestedArg\(key='[^']*', val='(.*?)'\)", r"\1", text)
     if found := re.search(_ONE_OF_SEVERAL, text):
         text = _of_several(**found.groupdict())
+    if found := re.match(_NO_SPACE, text):
+        return (
+            f"--{found['key']} needs a space after each colon, or YAML reads no "
+            f"values: give it as '{{key: value, other: value}}'"
+        )
     text = re.sub(_ONE_FOR_A_LIST, _as_list, text)
     text = re.sub(r"<class '(\w+)'>", _kind, text)
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)

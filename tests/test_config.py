@@ -216,6 +216,15 @@ class Listed:
     """Some of them."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Two numbers."""
+    weights: Literal["even"] | dict[str, float] = "even"
+    """A number of each."""
+
+
+@pytest.mark.parametrize("value", ["{a:3,b:1}", "{a:3}", "{a: 3,b:1}", '{"a":3,b:1}'])
+def test_a_mapping_without_spaces_is_answered_with_where_they_go(value: str) -> None:
+    with pytest.raises(ConfigError, match="needs a space after each colon") as caught:
+        parse(Listed, [f"--weights={value}"], prog="p", description="d")
+    assert str(caught.value).startswith("--weights needs")
 
 
 @pytest.mark.parametrize(
@@ -229,6 +238,11 @@ class Listed:
         (
             "--most=many",
             """key "most": Expected a whole number, 'auto' or null. Got value: many""",
+        ),
+        (
+            "--weights={a: x:y}",
+            """key "weights": Expected a 'even' or number. Got value: x:y. """
+            """Got value: {'a': 'x:y'}""",
         ),
         ("--some=a", 'key "some": Expected a list or null. Got value: a'),
     ],
