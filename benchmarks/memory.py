@@ -24,9 +24,10 @@ PROG = "benchmarks.memory"
 DESCRIPTION = """\
 Load a dataset for many epochs and plot the process's memory.
 
-  python -m benchmarks.memory SHARDS --image.size 224
+  python -m benchmarks.memory SHARDS --size 224
 
-Writes benchmarks/results/loader-memory.json and .png.
+Writes benchmarks/results/loader-memory.json and .png, the results that come with the
+code: a trial belongs elsewhere, --output /tmp/trial.
 """
 _MIB = 1 << 20
 # Windows and buffers come to their size in the first epochs.

@@ -4,7 +4,8 @@
 
 No images: the order alone. A rank is asked for a step that it has never been near
 (after a restart: cold), then for the next ones (warm). Prints the median and the worst,
-and the peak memory of the process; writes `benchmarks/results/placement.json`.
+and the peak memory of the process; writes `benchmarks/results/placement.json`, the
+result that comes with the code: a trial belongs elsewhere, --output /tmp/trial.json.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--places", type=int, default=50, help="(rank, step) tried")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS,
+        help="file of the result; default: benchmarks/results/placement.json",
+    )
     given = parser.parse_args(argv)
     found = measure(given)
     ms = {name: f"{value:.3f} ms" for name, value in found.items()}
