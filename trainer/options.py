@@ -9,6 +9,7 @@ with storage (`trainer.storage`).
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -451,12 +452,14 @@ def with_model(kind: type[RunT], keys: type[ModelConfig]) -> type[RunT]:
     return made
 
 
-def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
+def load_config(
+    run: Path, *, data: Sequence[str] | str | None = None
+) -> PretrainConfig:
     """The configuration that `run` was last started with. Keys that there were none of
     then have their defaults, which must change nothing, a model's own (`masks`) too.
 
     Args:
-        data: dataset directory instead of the one in it.
+        data: dataset directory, or several, instead of those in it.
 
     Raises:
         ValueError: no run.
@@ -467,7 +470,9 @@ def load_config(run: Path, *, data: str | None = None) -> PretrainConfig:
                 f"{run} is an exported model, and this needs the run that it is of"
             )
         raise ValueError(f"{run} is no run: it has no {CONFIG}; train it first")
-    words = ["--config", str(run / CONFIG), *(["--data", data] if data else [])]
+    words = ["--config", str(run / CONFIG)]
+    if data:
+        words += ["--data", data if isinstance(data, str) else json.dumps([*data])]
     return parse_run(PretrainConfig, words, prog="", description="")
 
 

@@ -40,8 +40,9 @@ class ReplayConfig:
     command)."""
     step: int
     """Step as metrics.jsonl counts: from 1, also beyond the end of the schedule."""
-    data: str | None = None
-    """Dataset directory, where it has moved since the run."""
+    data: list[str] | str | None = None
+    """Dataset directory, where it has moved since the run; of a run on several, every
+    one of them, in the same order: [photos, tables]."""
     lane: int | None = None
     """Show only this lane of the sample order, from 0."""
     rank: int | None = None

@@ -93,7 +93,7 @@ def replay(
     run: Path,
     *,
     step: int,
-    data: str | None = None,
+    data: Sequence[str] | str | None = None,
     lane: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
@@ -103,7 +103,8 @@ def replay(
     """Make step `step` (from 1) of `run` again.
 
     Args:
-        data: dataset directory instead of the one in the run's configuration.
+        data: dataset directory, or several, instead of those in the run's
+            configuration.
         lane: show only its pairs.
         rank, world_size: show only the pairs of this rank.
         limit: show at most this many pairs.
@@ -126,7 +127,10 @@ def replay(
     state = DataState.from_plain(marker) if marker else None
     if state:
         _require_known(run, step, state)
-    dataset = _open_dataset(run, config, state)
+    try:
+        dataset = _open_dataset(run, config, state)
+    except ValueError as error:
+        raise ValueError(f"{error}{_fewer(run, config)}") from error
     loader = Loader(
         dataset,
         config,
@@ -266,16 +270,17 @@ def _open_dataset(
     run: Path, config: PretrainConfig, state: DataState | None
 ) -> Dataset:
     """The run's dataset, the same as in `state` where a checkpoint has one."""
-    for data in [config.data] if isinstance(config.data, str) else config.data:
+    for data in _listed(config.data):
         if "://" not in data and not Path(data).is_dir():
             raise ValueError(
                 f"{data}, the dataset of {run}, is not there: name where it is now "
                 "with --data"
             )
     dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
+    sources = sources_of(dataset, config.mixture)
     if state is None:
         return dataset
-    what = difference(state, dataset, sources_of(dataset, config.mixture))
+    what = difference(state, dataset, sources)
     if what:
         raise ValueError(
             f"{run} was trained on a dataset with manifest hash "
@@ -285,6 +290,21 @@ def _open_dataset(
             "versions"
         )
     return dataset
+
+
+def _listed(data: Sequence[str] | str) -> Sequence[str]:
+    return [data] if isinstance(data, str) else data
+
+
+def _fewer(run: Path, config: PretrainConfig) -> str:
+    """What to add to an error where fewer datasets are given than the run is on."""
+    known = _listed(load_config(run).data)
+    if len(_listed(config.data)) >= len(known):
+        return ""
+    return (
+        f". The run is on {len(known)} datasets: give all of them, in the same order, "
+        f"--data '[{', '.join(known)}]' where they are now"
+    )
 
 
 def _compare(

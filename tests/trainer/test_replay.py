@@ -73,7 +73,9 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def young(folder: Path, shards: Path, *more: str, tiny: Sequence[str] = TINY) -> Path:
+def young(
+    folder: Path, shards: Path | str, *more: str, tiny: Sequence[str] = TINY
+) -> Path:
     """A run that has its configuration and nothing else yet."""
     folder.mkdir(exist_ok=True)
     keys = config(shards, folder, *more, tiny=tiny)
@@ -594,6 +596,23 @@ def test_the_last_step_that_a_refusal_names_can_be_replayed(
     assert replay(run, step=last, limit=1).step == last
     with pytest.raises(ValueError, match=f"defined up to step {last}:"):
         replay(run, step=last + 1)
+
+
+def test_a_run_on_several_datasets_is_told_to_be_given_all_of_them(
+    mixed: Path, extra: Path, tmp_path: Path
+) -> None:
+    both = f"[{mixed}, {extra}]"
+    mixture = "--mixture={faces: 2, flags: 1, signs: 1}"
+    run = young(tmp_path / "run", both, mixture)
+    whole = replayed(run, 3)
+    with pytest.raises(ValueError, match="no source 'signs' here") as refused:
+        main([str(run), "--step=3", f"--data={mixed}"])
+    assert f"give all of them, in the same order, --data '{both}'" in str(refused.value)
+    moved = shutil.copytree(extra, tmp_path / "moved")
+    found = replayed(run, 3, f"--data=[{mixed}, {moved}]")
+    assert found == {**whole, "data": [str(mixed), str(moved)]}
+    with pytest.raises(ValueError, match="--data is given 2 times"):
+        main([str(run), "--step=3", f"--data={mixed}", f"--data={moved}"])
 
 
 def test_a_mixtures_pairs_say_their_source_and_its_epoch(
