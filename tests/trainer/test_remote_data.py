@@ -46,7 +46,7 @@ def url(
 
 
 def loader(url: str | Path, *more: str) -> Loader:
-    keys = config(Path("unused"), Path("unused"), f"--data={url}", *more)
+    keys = config(url, Path("unused"), *more)
     dataset = Dataset(keys.data, "train", storage=keys.storage)
     return Loader(dataset, keys, rank=0, world_size=1)
 
@@ -115,9 +115,9 @@ def test_a_cache_that_holds_no_shard_is_refused_before_anything_is_written(
     url: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    keys = config(tmp_path, run, f"--data={url}", f"--storage.cache={tmp_path / 'c'}")
+    keys = config(url, run, f"--storage.cache={tmp_path / 'c'}")
     check(keys)
-    tight = config(tmp_path, run, f"--data={url}", "--storage.cache_bytes=20000")
+    tight = config(url, run, "--storage.cache_bytes=20000")
     with pytest.raises(ValueError, match=r"give --storage\.cache_bytes"):
         check(tight)
     assert not run.exists()

@@ -72,7 +72,7 @@ TINY_MASKVLM = (
 
 
 def config(
-    shards: Path, output: Path, *more: str, tiny: Sequence[str] = TINY
+    shards: Path | str, output: Path, *more: str, tiny: Sequence[str] = TINY
 ) -> PretrainConfig:
     """The tiny configuration as `trainer.pretrain` would build it."""
     from trainer.pretrain import RECIPES
