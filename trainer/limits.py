@@ -60,7 +60,9 @@ def verdict(spent: Spent, *, threads: int) -> str:
     ways = {
         "host": f"reads took {busy['storage']:.0%} of the loader threads' time, "
         f"decoding {busy['decode']:.0%} and copies {busy['copy']:.0%}, which is less: "
-        "these are the first batches of a short run, or other processes have the cores",
+        "these are the first batches of a short run, or putting batches together takes "
+        "long (with --digest full masks are drawn for it), or other processes have the "
+        "cores",
         "storage": f"{threads} loader threads spent {busy['storage']:.0%} of theirs on "
         "reads: give more --threads, faster storage, or a larger --storage.cache_bytes",
         "decode": f"{threads} loader threads spent {busy['decode']:.0%} of theirs on "
