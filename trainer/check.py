@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.config import to_yaml
 from pipeline.manifest import MANIFEST
-from trainer import checkpoint, roll_back
+from trainer import checkpoint, freezes, roll_back
 from trainer.build import require_start
 from trainer.contract import (
     CHECKPOINTS,
@@ -64,6 +64,8 @@ class Checked:
     """What was known of the losses before."""
     copy: RunCopy | None = None
     """Of a run behind a URL."""
+    frozen: DataState | None = None
+    """What the run had frozen when it was looked at."""
 
     @property
     def first_step(self) -> int:
@@ -100,16 +102,20 @@ def check(config: PretrainConfig) -> Checked:
     )
     sources = sources_of(dataset, config.mixture)
     quarantined: list[Quarantined] = []
+    frozen = freezes.read(config.run, config, copy)
     if found:
         _, marker = found
-        before = DataState.from_plain(marker)
+        before = freezes.restored(DataState.from_plain(marker), frozen)
         changed_data = config.changed_data
         state = resumed(before, dataset, sources, changed=changed_data, run=run)
         if state.began == before.began:
             # What was damaged of other data says nothing of this.
             quarantined = from_plain(marker["quarantine"])
+        else:
+            state = freezes.begun(state, frozen, dataset, sources)
     else:
         state = DataState.fresh(dataset, sources, seed=config.seed)
+        state = freezes.begun(state, frozen, dataset, sources)
         require_start(config, dataset)
     Loader(dataset, config, rank=0, world_size=world_size, state=state)
     chosen_precision(config)
@@ -120,6 +126,7 @@ def check(config: PretrainConfig) -> Checked:
         quarantined=tuple(quarantined),
         safety=found[1]["safety"] if found else None,
         copy=copy,
+        frozen=frozen,
     )
 
 

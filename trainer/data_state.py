@@ -44,6 +44,9 @@ class DataState:
     """Of each source: (first step, or first draw of a lane in a mixture; number of
     shards; hash of their records) wherever its epochs begin to cover more shards.
     Counted from where the order began."""
+    decided: int = 0
+    """Steps whose epochs are frozen, where that is known of more than were taken. No
+    part of a checkpoint, which need not know."""
 
     @classmethod
     def fresh(
@@ -190,7 +193,8 @@ def resumed(
         )
     if changed == "new_epoch":
         began = Began(step=state.step, epoch=state.last_epoch + 1)
-        return replace(state, began=began, frozen=_whole(dataset, sources))
+        whole = _whole(dataset, sources)
+        return replace(state, began=began, frozen=whole, decided=0)
     if not _same_counts(state, sources):
         raise ValueError(
             "--changed_data continue needs a dataset whose shards have as many samples "
@@ -205,6 +209,22 @@ def resumed(
         for source, entries in zip(sources, state.frozen, strict=True)
     )
     return replace(state, frozen=frozen)
+
+
+def same_places(state: DataState, later: DataState) -> bool:
+    """Are the epochs of `state` those that `later` begins with, over shards with as
+    many samples?
+    """
+    if len(state.frozen) != len(later.frozen):
+        return False
+    return all(
+        list(map(_place, known)) == list(map(_place, found[: len(known)]))
+        for known, found in zip(state.frozen, later.frozen, strict=True)
+    )
+
+
+def _place(entry: Frozen) -> tuple[int, int, str]:
+    return entry.first, entry.shards, entry.records[:_COUNTS_DIGITS]
 
 
 def _same_counts(state: DataState, sources: Sequence[Source]) -> bool:

@@ -1,14 +1,17 @@
 """Freezing epochs, on all ranks alike, while a dataset may still be growing.
 
 Owns when an epoch is frozen and over what: the shards that rank 0 sees committed a few
-steps before the epoch begins. Does not own the table (`trainer.epochs`) or what its
-entries are checked by (`trainer.data_state`).
+steps before the epoch begins. Does not own the table (`trainer.epochs`), what its
+entries are checked by (`trainer.data_state`) or how it outlives a kill
+(`trainer.freezes`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+from trainer.contract import FROZEN
 from trainer.data_state import MOST_FROZEN, DataState, records_hash
 from trainer.dataset import Dataset
 from trainer.engine import World
@@ -38,10 +41,16 @@ def agreed_state(dataset: Dataset, state: DataState, world: World) -> DataState:
 
 
 def freeze_until(
-    step: int, *, loader: Loader, world: World, tell: _Tells | None
+    step: int,
+    *,
+    loader: Loader,
+    world: World,
+    tell: _Tells | None,
+    keep: Callable[[], None] | None = None,
 ) -> None:
     """Freeze every epoch that a step up to `step` may need. A collective: every rank
-    calls it for the same steps. What there is to say goes to `tell`.
+    calls it for the same steps. What there is to say goes to `tell`; `keep` is called
+    on every rank where anything was frozen.
     """
     dataset, order = loader.dataset, loader.order
     if order.undecided > step:
@@ -57,9 +66,25 @@ def freeze_until(
     # Short epochs of a small source may all begin within these steps.
     while order.undecided <= step:
         notes += [_larger(order, number) for number in order.decide(found)]
+    if keep:
+        keep()
     if tell:
         for note in notes:
             tell.note(note)
+
+
+def fewer_than_there_are(loader: Loader) -> str | None:
+    """What to say of a run that takes its first step with fewer shards than there are,
+    because it took it with these before.
+    """
+    order = loader.order
+    tables = zip(order.epochs, order.sources, strict=True)
+    if all(table.shards(0) == len(source.shards) for table, source in tables):
+        return None
+    return (
+        "the first epoch has the shards that it had when this run was started before: "
+        f"delete {FROZEN} in {loader.config.output} to begin with all that there are"
+    )
 
 
 def _larger(order: SampleOrder, number: int) -> str:

@@ -207,7 +207,7 @@ class Loader:
             frozen=state.frozen,
             began=state.began,
         )
-        self.order.decided_before(state.step)
+        self.order.decided_before(max(state.step, state.decided))
         share = config.lanes // world_size
         self.lanes = range(rank * share, (rank + 1) * share)
         self.micro_batch = micro_batch_size(

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from pipeline.config import to_yaml
-from trainer import by_mode, checkpoint, environment
+from trainer import by_mode, checkpoint, environment, freezes
 from trainer.build import build_model, initial_weights
 from trainer.check import Checked
 from trainer.contract import (
@@ -40,7 +40,7 @@ from trainer.engine import (
 )
 from trainer.feed import STEPS_BEYOND, Feed
 from trainer.files import write_text
-from trainer.growth import agreed_state, freeze_until
+from trainer.growth import agreed_state, fewer_than_there_are, freeze_until
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
 from trainer.metrics import Metrics
@@ -91,6 +91,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         if fetched:
             metrics.note(fetched)
         metrics.note(_opening(loader, world, first_step, parameters))
+        if not first_step and (note := fewer_than_there_are(loader)):
+            metrics.note(note)
         environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
             key = (
@@ -135,8 +137,12 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
     profiler, stop = parts.profiler, StopFlag()
     if step == 0:
         updates.save_point(engine, 0)
+    keep = functools.partial(freezes.keep, loader, world, parts.copy)
+    freeze = functools.partial(freeze_until, loader=loader, world=world, tell=metrics)
     # The feed asks for the first steps as soon as it is made.
-    freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
+    freeze(step + STEPS_BEYOND)
+    # What the order begins with, too.
+    keep()
     with (
         Watchdog(config, rank=world.rank, world_size=world.size) as watch,
         Checkpoints(
@@ -150,7 +156,7 @@ def take_steps(parts: Parts, step: int) -> tuple[int, bool]:
         ends = Ends(parts, checkpoints, watch, stop)
         while step < config.last_step:
             watch.at("freeze of shards", step + 1)
-            freeze_until(step + STEPS_BEYOND, loader=loader, world=world, tell=metrics)
+            freeze(step + STEPS_BEYOND, keep=keep)
             if profiler:
                 profiler.before_step(step)
             started = time.perf_counter()
@@ -222,6 +228,11 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
         checked.copy.begin(checked.first_step)
     else:
         checkpoint.discard_unfinished(run)
+    if freezes.read(run, config, checked.copy) != checked.frozen:
+        raise ValueError(
+            f"another trainer wrote to {config.output} while this one started: the "
+            "same command continues"
+        )
     (run / COMPLETE).unlink(missing_ok=True)
     write_text(run / CONFIG, to_yaml(config))
     return lock

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from trainer import checkpoint
+from trainer import checkpoint, freezes
 from trainer.contract import check_world_size, read_metrics
 from trainer.data_state import DataState, difference
 from trainer.dataset import Dataset
@@ -60,6 +60,9 @@ class ReplayedStep:
     step_in_epoch: int | None
     """From 1; None in a mixture, whose sources have epochs of their own."""
     steps_per_epoch: int | None
+    provisional: bool
+    """Its epoch is not frozen yet and may take in more shards; then the step has other
+    pairs than these."""
     counts: Counts
     """Of the whole step, as the trainer adds them up."""
     modes: Mapping[Mode, int]
@@ -124,11 +127,10 @@ def replay(
     config = load_config(run, data=data)
     found = checkpoint.newest(run)
     marker = found[1] if found else None
-    state = DataState.from_plain(marker) if marker else None
-    if state:
-        _require_known(run, step, state)
+    if marker:
+        _require_known(run, step, DataState.from_plain(marker))
     try:
-        dataset = _open_dataset(run, config, state)
+        dataset, state = _open_dataset(run, config, marker)
     except ValueError as error:
         raise ValueError(f"{error}{_fewer(run, config)}") from error
     loader = Loader(
@@ -167,6 +169,7 @@ def replay(
                     pairs.append(made.pair(row, pictures=pictures))
             place += len(part.places)
     metrics = read_metrics(run)
+    recorded = _row_of(metrics, step)
     total = sum_counts(parts)
     return ReplayedStep(
         run=run,
@@ -175,6 +178,7 @@ def replay(
         epoch=loader.order.epoch_of(step - 1),
         step_in_epoch=within[0] + 1 if within else None,
         steps_per_epoch=within[1] if within else None,
+        provisional=recorded is None and _may_grow(loader, step, state),
         counts=total,
         modes=modes,
         words=words,
@@ -185,7 +189,7 @@ def replay(
             loader,
             step,
             total,
-            row=_row_of(metrics, step) or {},
+            row=recorded or {},
             known=marker is not None,
         ),
         lanes=lanes,
@@ -203,6 +207,7 @@ def as_json(found: ReplayedStep) -> dict[str, Any]:
         "epoch": found.epoch,
         "step_in_epoch": found.step_in_epoch,
         "steps_per_epoch": found.steps_per_epoch,
+        "provisional": found.provisional,
         "global_batch": found.config.global_batch,
         "sample_digest": found.digest.computed,
         "digest_covers": found.digest.covers,
@@ -252,6 +257,19 @@ def _chosen_lanes(
     return Loader(dataset, config, rank=rank, world_size=world_size).lanes
 
 
+def _may_grow(loader: Loader, step: int, state: DataState) -> bool:
+    """Whether the epoch of a step is not frozen, and there are or may come shards that
+    it would take in.
+    """
+    order, dataset = loader.order, loader.dataset
+    # Of a run that has not begun nothing is.
+    if state.step + state.decided and step - 1 < order.undecided:
+        return False
+    tables = zip(order.epochs, order.sources, strict=True)
+    more = any(table.frozen[-1].shards < len(own.shards) for table, own in tables)
+    return more or not dataset.complete
+
+
 def _require_known(run: Path, step: int, state: DataState) -> None:
     """Raise ValueError for a step of before a change of data: the state has forgotten
     what it drew from.
@@ -267,9 +285,11 @@ def _require_known(run: Path, step: int, state: DataState) -> None:
 
 
 def _open_dataset(
-    run: Path, config: PretrainConfig, state: DataState | None
-) -> Dataset:
-    """The run's dataset, the same as in `state` where a checkpoint has one."""
+    run: Path, config: PretrainConfig, marker: Mapping[str, Any] | None
+) -> tuple[Dataset, DataState]:
+    """The run's dataset, which the marker of its newest checkpoint, if there is one
+    yet, vouches for being the same; and where its data stands.
+    """
     for data in _listed(config.data):
         if "://" not in data and not Path(data).is_dir():
             raise ValueError(
@@ -277,9 +297,11 @@ def _open_dataset(
                 "with --data"
             )
     dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
-    sources = sources_of(dataset, config.mixture)
-    if state is None:
-        return dataset
+    sources, frozen = sources_of(dataset, config.mixture), freezes.read(run, config)
+    if marker is None:
+        fresh = DataState.fresh(dataset, sources, seed=config.seed)
+        return dataset, freezes.begun(fresh, frozen, dataset, sources)
+    state = freezes.restored(DataState.from_plain(marker), frozen)
     what = difference(state, dataset, sources)
     if what:
         raise ValueError(
@@ -289,7 +311,7 @@ def _open_dataset(
             "--data, or preprocess the same corpus again with the same keys and "
             "versions"
         )
-    return dataset
+    return dataset, state
 
 
 def _listed(data: Sequence[str] | str) -> Sequence[str]:

@@ -24,6 +24,7 @@ from trainer.replay_text import (
     before,
     composition,
     crop,
+    guess,
     instead,
     match,
     mixture,
@@ -90,6 +91,8 @@ def _tiles(found: ReplayedStep) -> Iterator[tuple[str, str, str]]:
 
 
 def _warning(found: ReplayedStep) -> str:
+    if found.provisional:
+        return f'<p class="missing">{escape(guess(found).capitalize())}.</p>'
     if found.digest.matches is not False:
         return ""
     words = f"sample_digest {verdict(found.digest)}"

@@ -43,6 +43,16 @@ def where(found: ReplayedStep) -> str:
     )
 
 
+def guess(found: ReplayedStep) -> str:
+    """What to say of a step that may still come to have other pairs."""
+    if not found.provisional:
+        return ""
+    return (
+        "not certain: its epoch is not frozen yet and may take in more shards; the "
+        "step then has other pairs than these"
+    )
+
+
 def verdict(digest: Digest) -> str:
     """What the comparison with the recorded digest says."""
     if digest.matches is None:
@@ -112,6 +122,8 @@ def crop(found: ReplayedStep, pair: Pair) -> str:
 
 def _opening(found: ReplayedStep) -> Iterator[str]:
     yield f"{found.run} step {found.step:,}: {where(found)}"
+    if found.provisional:
+        yield guess(found)
     if found.row:
         names = ("loss", "mlm_loss", "recon_loss", "grad_norm", "lr")
         values = [f"{n} {found.row[n]:.5g}" for n in names if n in found.row]

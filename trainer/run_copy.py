@@ -6,7 +6,8 @@ reader's disk. Does not own checkpoints (`trainer.remote_checkpoints`), the leas
 
 Everything is written to a local folder, as for a run on a disk. Rank 0 brings what has
 changed to the URL before each checkpoint's marker and at the end, so whatever
-checkpoint is resumed, the metrics of its steps are there.
+checkpoint is resumed, the metrics of its steps are there. What is frozen is brought at
+once, before a step follows from it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer import roll_back
-from trainer.contract import CHECKPOINTS, COMPLETE, CONFIG, METRICS, VALIDATION
+from trainer.contract import (
+    CHECKPOINTS,
+    COMPLETE,
+    CONFIG,
+    FROZEN,
+    METRICS,
+    VALIDATION,
+)
 from trainer.lease import Lease
 from trainer.options import PretrainConfig, load_config
 from trainer.remote import AccessDeniedError
@@ -104,8 +112,20 @@ class RunCopy:
                 self.store.download(name, self.path / name)
 
     def push(self) -> None:
-        """Rank 0: bring all files that have changed to the URL."""
-        self._pushed |= _upload(self.store, self.path, self._pushed)
+        """Rank 0: bring all files that have changed to the URL, but those that `bring`
+        does: a thread that pushes would put an old one over a newer one.
+        """
+        names = [name for name in _files(self.path) if name != FROZEN]
+        self._pushed |= _upload(self.store, self.path, names, self._pushed)
+
+    def bring(self, name: str) -> None:
+        """Rank 0: bring one small file to the URL at once.
+
+        Raises:
+            ValueError, OSError: the run is another trainer's by now, or storage failed.
+        """
+        self._lease.check()
+        self.store.upload(name, self.path / name)
 
     def mark_complete(self, marker: dict[str, Any]) -> None:
         """Write the run's completion marker, unless there is one."""
@@ -146,7 +166,7 @@ def brought_run(url: str, *, weights: bool) -> Iterator[Path]:
         checkpoints = RemoteCheckpoints(store, path, lambda: None)
         _bring_checkpoint(checkpoints, weights=weights)
         yield path
-        _upload(store, path, before)
+        _upload(store, path, _files(path), before)
 
 
 @contextlib.contextmanager
@@ -196,10 +216,10 @@ def _download(store: Store, run: Path) -> States:
     return {name: _state(run / name) for name in _files(run)}
 
 
-def _upload(store: Store, run: Path, known: States) -> States:
-    """Bring the files whose states are not `known` to the URL; their states."""
+def _upload(store: Store, run: Path, names: list[str], known: States) -> States:
+    """Bring those files whose states are not `known` to the URL; their states."""
     sent: States = {}
-    for name in _files(run):
+    for name in names:
         # Others may delete theirs meanwhile.
         with contextlib.suppress(FileNotFoundError):
             state = _state(run / name)

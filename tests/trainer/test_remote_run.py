@@ -22,6 +22,7 @@ import pytest
 from tests.conftest import ROOT, launch_environment, python
 from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.apart import apart_command, home
+from tests.trainer.datasets import growing_copy, show
 from tests.trainer.tiny import (
     LAUNCH_LIMIT_S,
     TINY,
@@ -29,6 +30,7 @@ from tests.trainer.tiny import (
     config,
     launch,
     metrics,
+    steps_taken,
     succeeds,
     wait_until,
     with_faults,
@@ -166,6 +168,32 @@ def test_kills_during_uploads_lose_no_complete_checkpoint(
     assert complete_steps(names) == [11, 12]
     # Nothing of attempts that died: two parts, two records and a marker each.
     assert len([name for name in names if name.startswith("checkpoints/")]) == 5 * 2
+
+
+def test_what_was_frozen_outlives_a_kill_and_the_node_that_froze_it(
+    url: str, mixed: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    whole = growing_copy(mixed, copy)
+    show(copy, whole, 4)
+    words = (
+        *("--lanes=4", "--global_batch=8", "--micro_batch=4", "--mixture=none"),
+        *(f"--data={copy}", f"--output={url}", "--grow=true"),
+        *("--schedule.steps=4000", "--checkpoint.every_steps=4000"),
+    )
+
+    def written() -> Path:
+        found = home(tmp_path / "homes", 0).rglob("metrics.jsonl")
+        return next(found, tmp_path / "metrics.jsonl").parent
+
+    # Eight steps an epoch: the second one begins before anything else is there.
+    kill_when(lambda: steps_taken(written()) > 11, *words)
+    before = [row["sample_digest"] for row in read_metrics(written())]
+    shutil.rmtree(tmp_path / "homes")
+    show(copy, whole, len(whole.shards))
+    launch_apart(1, *words, f"--max_steps={len(before)}")
+    run = copy_of(url, tmp_path / "copy")
+    assert column(run, "sample_digest") == before
 
 
 @pytest.mark.soak
