@@ -65,7 +65,7 @@ def parse(
     show = _PRINT_CONFIG in argv
     argv = [word for word in argv if word != _PRINT_CONFIG]
     try:
-        _refuse_repeated(config_class, argv)
+        _warn_of_repeated(config_class, argv)
         argv = _config_first(_bare_switches(config_class, argv), recipes)
         for word, path in itertools.pairwise(argv):
             if word == "--config":
@@ -213,9 +213,9 @@ def _bare_switches(config_class: type, argv: Sequence[str]) -> list[str]:
     ]
 
 
-def _refuse_repeated(config_class: type, argv: Sequence[str]) -> None:
-    """Of a flag that is given twice the parser takes the last. That overrides one
-    value; of a key that takes several, whoever repeats it means them all.
+def _warn_of_repeated(config_class: type, argv: Sequence[str]) -> None:
+    """Of a flag that is given twice the parser takes the last: a script's words are
+    overridden so. Whoever repeats a key that takes several may mean them all.
     """
     given: dict[str, list[str]] = {}
     for word, following in itertools.pairwise([*argv, ""]):
@@ -226,9 +226,10 @@ def _refuse_repeated(config_class: type, argv: Sequence[str]) -> None:
         kinds = (kind, *typing.get_args(kind))
         if len(values) > 1 and any(typing.get_origin(one) is list for one in kinds):
             bare = [one[1:-1] if one.startswith("[") else one for one in values]
-            raise ConfigError(
-                f"--{key} is given {len(values)} times, and only the last would count: "
-                f"give all of them at once, --{key} '[{', '.join(bare)}]'"
+            print(
+                f"--{key} is given {len(values)} times, and only the last counts; all "
+                f"of them at once are --{key} '[{', '.join(bare)}]'",
+                file=sys.stderr,
             )
 
 

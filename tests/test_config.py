@@ -255,16 +255,20 @@ def test_a_value_of_another_kind_is_answered_with_how_to_give_it(
     assert str(caught.value) == said
 
 
-def test_a_repeated_list_is_refused_with_the_whole_of_it() -> None:
+def test_of_a_repeated_list_the_last_counts_which_is_said_with_the_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def more(*argv: str) -> list[str]:
         return parse(Listed, argv, prog="p", description="d").more
 
-    with pytest.raises(ConfigError, match=r"--more is given 2 times") as caught:
-        more("--more", "[a]", "--more=[b, c]")
-    assert str(caught.value).endswith("--more '[a, b, c]'")
+    assert more("--more", "[a]", "--more=[b, c]") == ["b", "c"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--more is given 2 times, and only the last counts")
+    assert line.endswith("--more '[a, b, c]'")
     assert more("--more", "[a, b, c]", "--rate=1", "--rate=2") == ["a", "b", "c"]
     assert more("--more=[a]", "--more=[a]") == ["a"]
     assert more("--more+=a", "--more+=b") == ["a", "b"]
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from trainer.dataset import Dataset
 from trainer.figures import pixel_mask
-from trainer.folder import DamagedError
 from trainer.geometry import Box, box_of, flipped
 from trainer.loader import Loader, MicroBatch
 from trainer.masking import Masks, Mode
@@ -228,9 +227,5 @@ def _from_json(
     """
     if dataset.indexed(shard):
         return None, []
-    try:
-        sample = dataset.json(shard, record)
-    except DamagedError:
-        # The trainer does not read this member, so its damage stops no step.
-        return None, []
+    sample = dataset.json(shard, record)
     return sample["key"], sample["captions"]
