@@ -133,14 +133,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where there is no Ray, as `make gpu-wheels` has made it before.
     """
     if importlib.util.find_spec("ray"):
-        return (
-            made_once(
-                tmp_path_factory,
-                "emoji",
-                lambda folder: small_shards(folder / "shards"),
-            )
-            / "shards"
-        )
+
+        def make(folder: Path) -> None:
+            small_shards(folder / "shards")
+
+        return made_once(tmp_path_factory, "emoji", make) / "shards"
     if not GPU_SHARDS.exists():
         pytest.fail(f"no Ray, and no {GPU_SHARDS}: bring what make gpu-wheels makes")
     return GPU_SHARDS

@@ -47,7 +47,7 @@ def verdict(spent: Spent, *, threads: int) -> str:
     elapsed = max(spent.elapsed, 1e-9)
     share = spent.waited / elapsed
     waited = f"the device waited {share:.1%} of the time for data"
-    if spent.waited < _FED * elapsed:
+    if share < _FED:
         return f"compute limits the run: {waited}"
     busy = {
         "storage": min(spent.read / threads / elapsed, 1.0),

@@ -266,8 +266,9 @@ class SampleOrder:
 
     def last_epoch(self, step: int) -> int:
         """The highest epoch of any source in the steps before `step`, in any lane."""
-        last = [self._last_turn(number, step) for number in range(len(self.epochs))]
-        if self.mixture:
+        if self.mixture is None:
+            last = [self._last_turn(0, step)]
+        else:
             draws = (step - self.began.step) * self.per_lane
             lanes = range(self.lanes)
             drawn = [self.mixture.drawn_before(lane, draws) for lane in lanes]
