@@ -53,13 +53,14 @@ def end_members(folder: Path) -> int:
     Raises:
         OSError: some do not end (they wait for a device, or are another user's).
     """
-    ended: set[int] = set()
+    ended: set[psutil.Process] = set()
     deadline = time.monotonic() + _PATIENCE_S
-    while left := members(folder):
+    # One that is ending has no files and no environment any more to be known by.
+    while left := {*members(folder), *filter(runs, ended)}:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-                ended.add(process.pid)
+                ended.add(process)
         if time.monotonic() > deadline:
             pids = ", ".join(str(process.pid) for process in left)
             raise OSError(f"processes that do not end: {pids}; see them with ps")

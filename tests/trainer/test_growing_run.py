@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -51,6 +53,17 @@ def suspend(job: subprocess.Popen[str], dataset: Path) -> int:
         time.sleep(0.01)
 
 
+@contextmanager
+def standing_still(launcher: subprocess.Popen[str]) -> Iterator[None]:
+    """Hold up the ranks, with what they have started, in the middle of their steps."""
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    for process in ranks:
+        process.suspend()
+    yield
+    for process in ranks:
+        process.resume()
+
+
 def state_after(run: Path, step: int) -> DataState:
     (marker,) = sorted((run / "checkpoints").glob(f"*{step}/complete.json"))
     return DataState.from_plain(json.loads(marker.read_text()))
@@ -89,7 +102,11 @@ def test_training_follows_a_job_that_is_committing_shards(tmp_path: Path) -> Non
                 stderr=train_file,
             ) as trainer:
                 wait_until(lambda: steps_taken(run) > 9, trainer, train_log.read_text)
-                os.kill(job.pid, signal.SIGCONT)
+                # Steps are quick: all might be taken before there is one more shard.
+                with standing_still(trainer):
+                    os.kill(job.pid, signal.SIGCONT)
+                    grown = lambda: shards_of(dataset) > first  # noqa: E731
+                    wait_until(grown, job, job_log.read_text)
                 assert job.wait(LAUNCH_LIMIT_S) == 0, job_log.read_text()
                 assert trainer.wait(LAUNCH_LIMIT_S) == 0, train_log.read_text()
         finally:
