@@ -20,12 +20,13 @@ from trainer.contract import (
     CHECKPOINTS,
     CONFIG,
     FINETUNE,
+    FROZEN,
     LOCK,
     METRICS,
     PREPROCESSOR,
     check_world_size,
 )
-from trainer.data_state import DataState, resumed
+from trainer.data_state import DataState, difference, resumed
 from trainer.dataset import Dataset
 from trainer.engine import chosen_precision, world_from_environment
 from trainer.loader import Loader
@@ -105,9 +106,19 @@ def check(config: PretrainConfig) -> Checked:
     frozen = freezes.read(config.run, config, copy)
     if found:
         _, marker = found
-        before = freezes.restored(DataState.from_plain(marker), frozen)
+        marked = DataState.from_plain(marker)
+        before = freezes.restored(marked, frozen, dataset, sources)
         changed_data = config.changed_data
-        state = resumed(before, dataset, sources, changed=changed_data, run=run)
+        try:
+            state = resumed(before, dataset, sources, changed=changed_data, run=run)
+        except ValueError as error:
+            if difference(marked, dataset, sources):
+                raise
+            raise ValueError(
+                f"{error}; or delete {FROZEN} in {run}: steps after the newest "
+                f"checkpoint, of step {marked.step}, are then taken with the shards "
+                "that there are, so not with the samples that they had"
+            ) from error
         if state.began == before.began:
             # What was damaged of other data says nothing of this.
             quarantined = from_plain(marker["quarantine"])

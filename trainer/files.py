@@ -20,6 +20,11 @@ def write_text(path: Path, text: str) -> None:
     write_with(path, write)
 
 
+def torn(folder: Path) -> list[Path]:
+    """Files that a kill left half-written in a folder."""
+    return [path for path in folder.glob("tmp-*") if path.is_file()]
+
+
 def write_with(path: Path, write: Callable[[str], object]) -> None:
     """Have `write` make a file under a name of this attempt's own, with the suffix that
     it will have, then rename it.

@@ -63,9 +63,9 @@ def read(
         ValueError: the file is not one of ours.
         OSError: storage failed.
     """
-    try:
-        text = copy.store.read(FROZEN) if copy else (run / FROZEN).read_bytes()
-    except FileNotFoundError:
+    file = run / FROZEN
+    text = copy.read(FROZEN) if copy else file.read_bytes() if file.exists() else None
+    if text is None:
         return None
     try:
         found = json.loads(text)
@@ -85,15 +85,42 @@ def _counted_by(config: PretrainConfig) -> dict[str, Any]:
     return {"lanes": config.lanes, "global_batch": config.global_batch}
 
 
-def restored(state: DataState, known: DataState | None) -> DataState:
+def restored(
+    state: DataState,
+    known: DataState | None,
+    dataset: Dataset,
+    sources: Sequence[Source],
+) -> DataState:
     """The state of a checkpoint, with what was frozen since. Nothing is taken from a
-    file that is of other data, or older than the checkpoint.
+    file that is of other data than `dataset`, or older than the checkpoint.
     """
     if known is None or known.began != state.began or known.step < state.step:
         return state
     if not same_places(state, known):
         return state
-    return replace(state, frozen=known.frozen, decided=known.step)
+    found = replace(
+        state,
+        manifest_hash=known.manifest_hash,
+        frozen=known.frozen,
+        decided=known.step,
+    )
+    # --changed_data continue may have come to no checkpoint: the dataset of before goes
+    # on as well as the other.
+    same = all(
+        a == b[: len(a)] for a, b in zip(state.frozen, known.frozen, strict=True)
+    )
+    if not same and difference(state, dataset, sources) is None:
+        return state
+    return found
+
+
+def not_taken(loader: Loader, known: DataState) -> str:
+    """What to say of a run that takes its first step and freezes anew."""
+    found = difference(known, loader.dataset, loader.order.sources)
+    return (
+        f"{FROZEN} in {loader.config.output} is of other data than this "
+        f"({found or 'it was begun after a later step'}): epochs are frozen anew"
+    )
 
 
 def begun(

@@ -39,7 +39,7 @@ from trainer.engine import (
     start_world,
 )
 from trainer.feed import STEPS_BEYOND, Feed
-from trainer.files import write_text
+from trainer.files import torn, write_text
 from trainer.growth import agreed_state, fewer_than_there_are, freeze_until
 from trainer.loader import Counts, Loader, MicroBatch, StepBatch
 from trainer.masking import Masks
@@ -93,6 +93,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         metrics.note(_opening(loader, world, first_step, parameters))
         if not first_step and (note := fewer_than_there_are(loader)):
             metrics.note(note)
+        if not first_step and checked.frozen and not checked.state.decided:
+            metrics.note(freezes.not_taken(loader, checked.frozen))
         environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
             key = (
@@ -228,10 +230,12 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
         checked.copy.begin(checked.first_step)
     else:
         checkpoint.discard_unfinished(run)
+        for path in torn(run):
+            path.unlink()
     if freezes.read(run, config, checked.copy) != checked.frozen:
         raise ValueError(
-            f"another trainer wrote to {config.output} while this one started: the "
-            "same command continues"
+            f"{LOCKED} to {config.output}, or was while this one started: the same "
+            "command continues"
         )
     (run / COMPLETE).unlink(missing_ok=True)
     write_text(run / CONFIG, to_yaml(config))

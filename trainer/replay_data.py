@@ -9,11 +9,10 @@ Steps count from 1 here, as in `metrics.jsonl`; the loader counts from 0.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from trainer.dataset import Dataset
 from trainer.loader import Counts, Loader, sum_counts
 from trainer.masking import Mode
 from trainer.options import PretrainConfig, load_config
-from trainer.quarantine import from_plain
+from trainer.quarantine import Quarantined, from_plain
 from trainer.replay_pairs import Made, Pair, mode_name, pair_as_json
 from trainer.sources import sources_of
 
@@ -127,10 +126,11 @@ def replay(
     config = load_config(run, data=data)
     found = checkpoint.newest(run)
     marker = found[1] if found else None
-    if marker:
-        _require_known(run, step, DataState.from_plain(marker))
+    marked = DataState.from_plain(marker) if marker else None
+    if marked:
+        _require_known(run, step, marked)
     try:
-        dataset, state = _open_dataset(run, config, marker)
+        dataset, state = _open_dataset(run, config, marked, step)
     except ValueError as error:
         raise ValueError(f"{error}{_fewer(run, config)}") from error
     loader = Loader(
@@ -138,7 +138,7 @@ def replay(
         config,
         rank=0,
         world_size=1,
-        quarantined=from_plain(marker["quarantine"]) if marker else [],
+        quarantined=_quarantined(marker, state),
         state=state,
     )
     if step > loader.order.beyond:
@@ -190,7 +190,7 @@ def replay(
             step,
             total,
             row=recorded or {},
-            known=marker is not None,
+            known=marker is not None or state.decided > 0,
         ),
         lanes=lanes,
         pairs=pairs,
@@ -285,10 +285,10 @@ def _require_known(run: Path, step: int, state: DataState) -> None:
 
 
 def _open_dataset(
-    run: Path, config: PretrainConfig, marker: Mapping[str, Any] | None
+    run: Path, config: PretrainConfig, marked: DataState | None, step: int
 ) -> tuple[Dataset, DataState]:
-    """The run's dataset, which the marker of its newest checkpoint, if there is one
-    yet, vouches for being the same; and where its data stands.
+    """The dataset that the run took a step with, for which its newest checkpoint, if
+    there is one yet, and what it has frozen vouch; and where its data stands.
     """
     for data in _listed(config.data):
         if "://" not in data and not Path(data).is_dir():
@@ -298,10 +298,16 @@ def _open_dataset(
             )
     dataset = Dataset(config.data, config.split, growing=True, storage=config.storage)
     sources, frozen = sources_of(dataset, config.mixture), freezes.read(run, config)
-    if marker is None:
+    if marked is None:
         fresh = DataState.fresh(dataset, sources, seed=config.seed)
         return dataset, freezes.begun(fresh, frozen, dataset, sources)
-    state = freezes.restored(DataState.from_plain(marker), frozen)
+    state = freezes.restored(marked, frozen, dataset, sources)
+    if step <= marked.step and difference(state, dataset, sources):
+        # What was frozen since says nothing of what was taken before.
+        state = marked
+    elif frozen and marked.step == frozen.began.step < step:
+        # --changed_data new_epoch came to no checkpoint.
+        state = replace(frozen, decided=frozen.step)
     what = difference(state, dataset, sources)
     if what:
         raise ValueError(
@@ -312,6 +318,15 @@ def _open_dataset(
             "versions"
         )
     return dataset, state
+
+
+def _quarantined(
+    marker: Mapping[str, Any] | None, state: DataState
+) -> list[Quarantined]:
+    """What a checkpoint knows of as damaged, if it is of the data of a state."""
+    if marker is None or DataState.from_plain(marker).began != state.began:
+        return []
+    return from_plain(marker["quarantine"])
 
 
 def _listed(data: Sequence[str] | str) -> Sequence[str]:
@@ -367,7 +382,7 @@ def _digest_covering(
     loader: Loader, step: int, covers: Literal["samples", "full"]
 ) -> str:
     """The step's digest with another value of the key `digest`."""
-    config = dataclasses.replace(loader.config, digest=covers)
+    config = replace(loader.config, digest=covers)
     quarantined = loader.quarantine.until(step)
     state = DataState.of(loader.dataset, loader.order, step=step)
     other = Loader(

@@ -28,9 +28,11 @@ from trainer.contract import (
     COMPLETE,
     CONFIG,
     FROZEN,
+    LOCKED,
     METRICS,
     VALIDATION,
 )
+from trainer.files import torn
 from trainer.lease import Lease
 from trainer.options import PretrainConfig, load_config
 from trainer.remote import AccessDeniedError
@@ -63,6 +65,7 @@ class RunCopy:
         self.store = Store(config.output, config.storage)
         self._lease = Lease(self.store, config.storage.writer)
         self._pushed: States = {}
+        self._versions: dict[str, str | None] = {}
         self.checkpoints = RemoteCheckpoints(self.store, self.path, self._before_marker)
         self.points = RemoteCheckpoints(
             self.store, self.path, self._lease.check, f"{roll_back.FOLDER}/"
@@ -101,11 +104,11 @@ class RunCopy:
         found = self.checkpoints.tidy(clear=True)
         if (found[-1] if found else 0) != step:
             raise ValueError(
-                f"another trainer wrote to {self.store.shown} while this one started: "
-                "the same command continues"
+                f"{LOCKED} to {self.store.shown}, or was while this one started: the "
+                "same command continues"
             )
         self.store.remove([COMPLETE])
-        for path in (*map(self.path.joinpath, _files(self.path)), *_torn(self.path)):
+        for path in (*map(self.path.joinpath, _files(self.path)), *torn(self.path)):
             path.unlink()
         for name in _CONTINUED:
             with contextlib.suppress(FileNotFoundError):
@@ -118,6 +121,14 @@ class RunCopy:
         names = [name for name in _files(self.path) if name != FROZEN]
         self._pushed |= _upload(self.store, self.path, names, self._pushed)
 
+    def read(self, name: str) -> bytes | None:
+        """A small file as it is at the URL, if it is there. `bring` replaces none but
+        the version that was read or brought last.
+        """
+        found = self.store.read_version(name)
+        self._versions[name] = found[1] if found else None
+        return found[0] if found else None
+
     def bring(self, name: str) -> None:
         """Rank 0: bring one small file to the URL at once.
 
@@ -125,7 +136,15 @@ class RunCopy:
             ValueError, OSError: the run is another trainer's by now, or storage failed.
         """
         self._lease.check()
-        self.store.upload(name, self.path / name)
+        data = (self.path / name).read_bytes()
+        # Whoever has taken over meanwhile may have written its own.
+        self.store.replace(name, data, self._versions.get(name))
+        # Whatever became of the answer, the file says who wrote it.
+        if self.read(name) != data:
+            self._lease.check()
+            raise ValueError(
+                f"{LOCKED} to {self.store.shown}: its {name} is not what this one wrote"
+            )
 
     def mark_complete(self, marker: dict[str, Any]) -> None:
         """Write the run's completion marker, unless there is one."""
@@ -233,11 +252,6 @@ def _files(run: Path) -> list[str]:
     """Files of a run that travel, by their paths below it."""
     below = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
     return sorted(name.as_posix() for name in below if _travels(name))
-
-
-def _torn(run: Path) -> list[Path]:
-    """Files beside those of a run that a kill left half-written."""
-    return [path for path in run.glob("tmp-*") if path.is_file()]
 
 
 def _travels(name: Path) -> bool:

@@ -49,12 +49,13 @@ class Fault:
     status: answered with this code and never forwarded. drop: the connection closes
     before it is forwarded. lose: forwarded, and the connection closes unanswered.
     truncate: half of the answer's body, then the connection closes. slow: `seconds`
-    pass before it is forwarded.
+    pass before it is forwarded. held: `until` is set before it is forwarded.
     """
 
     kind: str
     status: int = 503
     seconds: float = 0.0
+    until: threading.Event | None = None
 
 
 DROP, LOSE, TRUNCATE = Fault("drop"), Fault("lose"), Fault("truncate")
@@ -68,6 +69,11 @@ def status(code: int) -> Fault:
 def slow(seconds: float) -> Fault:
     """The server takes its time."""
     return Fault("slow", seconds=seconds)
+
+
+def held(until: threading.Event) -> Fault:
+    """The request is on its way until `until` is set."""
+    return Fault("held", until=until)
 
 
 class S3Server:
@@ -198,6 +204,8 @@ def _handler(server: S3Server) -> type[BaseHTTPRequestHandler]:
             fault = server.fault(self.command, self.path)
             if fault and fault.kind == "slow":
                 time.sleep(fault.seconds)
+            if fault and fault.until:
+                fault.until.wait(60)
             if fault and fault.kind == "drop":
                 self.close_connection = True
             elif fault and fault.kind == "status":

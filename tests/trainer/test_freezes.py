@@ -133,8 +133,10 @@ def test_a_checkpoint_takes_only_what_was_frozen_after_it(
     keys, _ = begun
     known = freezes.read(keys.run, keys)
     assert known
+    dataset = Dataset(keys.data, "train", growing=True)
+    sources = sources_of(dataset, keys.mixture)
     early = dataclasses.replace(known, step=3, frozen=(known.frozen[0][:1],))
-    found = freezes.restored(early, known)
+    found = freezes.restored(early, known, dataset, sources)
     assert (found.step, covered(found)) == (3, [4, 6])
     assert "decided" not in found.to_plain()
     late = dataclasses.replace(early, step=known.step + 1)
@@ -145,11 +147,9 @@ def test_a_checkpoint_takes_only_what_was_frozen_after_it(
         for changed in ({"shards": 3}, {"records": entry.records[:8] + "0" * 12})
     )
     # As after --changed_data continue, which the checkpoint does not know of.
-    assert freezes.restored(repaired, known).frozen == known.frozen
+    assert freezes.restored(repaired, known, dataset, sources).frozen == known.frozen
     for state in (late, other, fewer):
-        assert freezes.restored(state, known) == state
-    dataset = Dataset(keys.data, "train", growing=True)
-    sources = sources_of(dataset, keys.mixture)
+        assert freezes.restored(state, known, dataset, sources) == state
     # New data that the user allowed, at a place where the file has none.
     assert freezes.begun(other, known, dataset, sources) == other
     there = dataclasses.replace(known, began=other.began)

@@ -12,15 +12,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from tests.conftest import ROOT, launch_environment, python
-from tests.pipeline.s3 import S3Server, slow, status
+from tests.pipeline.s3 import S3Server, held, slow, status
 from tests.trainer.apart import apart_command, home
 from tests.trainer.datasets import growing_copy, show
 from tests.trainer.tiny import (
@@ -38,6 +40,7 @@ from tests.trainer.tiny import (
 from trainer import checkpoint
 from trainer.check import check
 from trainer.contract import (
+    FROZEN,
     complete_checkpoints,
     complete_steps,
     parse_rows,
@@ -49,6 +52,7 @@ from trainer.lease import LEASE, Lease
 from trainer.local_run import local_run
 from trainer.replay import main as replay
 from trainer.report.__main__ import main as report
+from trainer.run_copy import RunCopy
 from trainer.storage import StorageConfig
 from trainer.store import Store
 
@@ -194,6 +198,65 @@ def test_what_was_frozen_outlives_a_kill_and_the_node_that_froze_it(
     launch_apart(1, *words, f"--max_steps={len(before)}")
     run = copy_of(url, tmp_path / "copy")
     assert column(run, "sample_digest") == before
+
+
+def test_a_late_request_does_not_replace_what_the_next_trainer_has_frozen(
+    server: S3Server, url: str, shards: Path, tmp_path: Path
+) -> None:
+    """Two trainers of one launcher, each on a node of its own: the lease passes at
+    once, while a request of the first is on its way.
+    """
+    first, second = (
+        RunCopy(
+            config(
+                shards,
+                tmp_path,
+                f"--output={url}",
+                "--storage.writer=launcher",
+                f"--storage.work={tmp_path / name}",
+            )
+        )
+        for name in ("first", "second")
+    )
+
+    def freeze(copy: RunCopy, text: str) -> None:
+        (copy.path / FROZEN).write_text(text)
+        copy.bring(FROZEN)
+
+    def puts() -> list[str]:
+        frozen = f"/{FROZEN}"
+        return [
+            path
+            for method, path in server.requests
+            if method == "PUT" and path.partition("?")[0].endswith(frozen)
+        ]
+
+    for copy in (first, second):
+        copy.path.mkdir(parents=True)
+    first.begin(0)
+    assert first.read(FROZEN) is None
+    freeze(first, "early")
+    arrives = threading.Event()
+    server.inject(
+        [held(arrives)], lambda *request: request[0] == "PUT" and bool(puts())
+    )
+    server.requests.clear()
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(freeze, first, "late")
+        deadline = time.monotonic() + 60
+        while not puts():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        second.begin(0)
+        assert second.read(FROZEN) == b"early"
+        freeze(second, "second")
+        arrives.set()
+        with pytest.raises(ValueError, match="another trainer took over"):
+            late.result()
+    assert second.read(FROZEN) == b"second"
+    freeze(second, "third")
+    for copy in (first, second):
+        copy.close()
 
 
 @pytest.mark.soak
