@@ -5,7 +5,8 @@
 DATASET is one that `python -m benchmarks.loader_data` made: squares of one size. The
 same JPEG bytes and ids are given to each loader in its own format, and the contenders
 take turns, each in a process of its own on the same cores: batches of 128 uint8 images
-with the ids of each, shuffled, two workers. What counts is the median over the rounds.
+with the ids of each, shuffled, two workers. What counts is the median over the rounds,
+of rates and of each round's ratios.
 
 The limit is two threads decoding JPEGs that lie in memory into a preallocated batch,
 chunk by chunk. `--rounds`, `--batches` and `--warm` say how long. `--s3` measures all
@@ -87,7 +88,11 @@ class Bench:
             "side": self.side,
             "contenders": figures,
             "errors": errors,
-            "ratios": ratios(figures),
+            "ratios": ratios_of_rounds(runs),
+            "rates": {
+                name: [round(run["images_s"], 1) for run in found]
+                for name, found in runs.items()
+            },
             # More than the cores means that others were at work.
             "load_average": os.getloadavg(),
         }
@@ -178,6 +183,19 @@ class Bench:
         if not lines:
             return {"error": f"ended with {done.returncode} and no result"}
         return json.loads(lines[-1])
+
+
+def ratios_of_rounds(runs: Mapping[str, Sequence[Figures]]) -> dict[str, float]:
+    """Medians over the rounds of each round's own `ratios`: what a shared machine gives
+    changes from minute to minute, and those of a round are measured in the same ones.
+    """
+    rounds = [
+        ratios({name: found[number] for name, found in runs.items() if found[number:]})
+        for number in range(len(runs[_OURS]))
+    ]
+    return {
+        name: statistics.median(found[name] for found in rounds) for name in rounds[0]
+    }
 
 
 def ratios(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -176,9 +176,10 @@ def _batch(where: Where) -> np.ndarray:
 
 
 OURS: dict[str, Callable[[Where, Any], Resumable]] = {
+    # Side by side, because they are compared and the machine changes.
     "Palimpsest": ours,
-    "Palimpsest, crops": ours_crops,
-    "Palimpsest, masks": ours_masks,
     "limit": limit,
+    "Palimpsest, masks": ours_masks,
+    "Palimpsest, crops": ours_crops,
     "limit, crops": limit_crops,
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import placement
-from benchmarks.loader import _medians, ratios, table
+from benchmarks.loader import _medians, ratios, ratios_of_rounds, table
 from benchmarks.loader_data import check_squares
 from benchmarks.loader_ours import OURS
 from benchmarks.loader_peers import BATCH, Where
@@ -57,6 +57,22 @@ def test_ratios_are_to_webdataset_the_fastest_peer_and_the_limit() -> None:
     assert "0.50 s " in text
     assert "0.60 s +" in text
     assert "failed" in text
+
+
+def test_a_machine_that_slows_down_between_rounds_changes_no_ratio() -> None:
+    runs = {
+        "limit": [figure(1_000), figure(500), figure(800)],
+        "Palimpsest": [figure(900), figure(450), figure(720)],
+        "LitData": [figure(450), figure(180)],
+        "MosaicML": [figure(400), figure(225), figure(300)],
+    }
+    found = ratios_of_rounds(runs)
+    # The fastest of each round; one that failed is in no later one.
+    assert found["of_limit"] == pytest.approx(0.9)
+    assert found["of_fastest"] == pytest.approx(2.0)
+    # One round of three says nothing.
+    runs["Palimpsest"][1] = figure(100)
+    assert ratios_of_rounds(runs)["of_limit"] == pytest.approx(0.9)
 
 
 def test_medians_and_the_spread_of_the_rates() -> None:
