@@ -267,14 +267,21 @@ class SampleOrder:
     def last_epoch(self, step: int) -> int:
         """The highest epoch of any source in the steps before `step`, in any lane."""
         if self.mixture is None:
-            last = [self._last_turn(0, step)]
-        else:
-            draws = (step - self.began.step) * self.per_lane
-            lanes = range(self.lanes)
-            drawn = [self.mixture.drawn_before(lane, draws) for lane in lanes]
-            last = (np.max(drawn, axis=0) - 1).tolist()
-        each = zip(self.epochs, last, strict=True)
-        return max(table.at(max(turn, 0))[0] for table, turn in each) + self.began.epoch
+            return self._highest_epoch(np.array([self._last_turn(0, step) + 1]))
+        draws = (step - self.began.step) * self.per_lane
+        drawn, most = self.mixture.bounds(draws)
+        found, bound = self._highest_epoch(drawn), self._highest_epoch(most)
+        if found == bound:
+            return found
+        # An epoch may begin between what every lane has drawn and what none can exceed:
+        # look at one lane after another, until one has come to it.
+        for of_lanes in self.mixture.drawn_before(range(self.lanes), draws):
+            before, drawn = drawn, np.maximum(drawn, of_lanes.max(axis=0))
+            if (drawn > before).any():
+                found = self._highest_epoch(drawn)
+                if found == bound:
+                    break
+        return found
 
     def decided(self, number: int) -> int:
         """Last epoch of a source that is frozen."""
@@ -431,6 +438,12 @@ class SampleOrder:
         if self.mixture is None:
             return draws // self._turn - 1
         return -(-draws // BLOCK) * int(self.mixture.per_block[number]) - 1
+
+    def _highest_epoch(self, turns: np.ndarray) -> int:
+        """The highest epoch of all sources, of which each has given so many turns."""
+        last = np.maximum(turns - 1, 0).tolist()
+        each = zip(self.epochs, last, strict=True)
+        return max(table.at(turn)[0] for table, turn in each) + self.began.epoch
 
     def _undecided_step(self, number: int) -> int:
         """First step in which some lane may take a turn of the source's first epoch

@@ -118,10 +118,18 @@ def permutation(
     size: int, *, seed: int, use: int, epoch: int, place: int
 ) -> np.ndarray:
     """A permutation (size,) of 0..size-1: indices sorted by a 63-bit draw each."""
+    places = np.array([place], dtype=np.int64)
+    return permutations(size, seed=seed, use=use, epoch=epoch, places=places)[0]
+
+
+def permutations(
+    size: int, *, seed: int, use: int, epoch: int, places: np.ndarray
+) -> np.ndarray:
+    """The `permutation` (n, size) of each of some places (n,) int64."""
     index = np.arange(size, dtype=np.int64)
-    uid = np.int64(place)
+    uid = places[:, None]
     w0, w1, _, _ = draw(seed=seed, use=use, epoch=epoch, uid=uid, index=index)
-    return np.argsort((w0 << 31) | (w1 >> 1), kind="stable")
+    return np.argsort((w0 << 31) | (w1 >> 1), axis=1, kind="stable")
 
 
 def edge(share: float) -> int:

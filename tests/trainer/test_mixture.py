@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.trainer.tiny import again, same_drawn
 from trainer.contract import valid_world_sizes
 from trainer.mixture import BLOCK, Mixture, shares
-from trainer.order import SampleOrder, Source
+from trainer.order import Began, SampleOrder, Source
 
 weights = st.dictionaries(
     st.sampled_from("abcdefg"), st.floats(0.05, 20.0), min_size=2, max_size=5
@@ -170,6 +170,41 @@ def test_epochs_are_told_as_they_are(order: SampleOrder, steps: int) -> None:
     drawn = [order.samples_of(step, lanes).epochs for step in range(steps)]
     assert order.last_epoch(steps) == max(int(each.max()) for each in drawn)
     assert 0 <= order.epoch_of(steps - 1) <= order.last_epoch(steps)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(0, 2**64 - 1))
+def test_the_highest_epoch_is_that_of_the_lane_that_is_furthest(
+    data: st.DataObject, seed: int
+) -> None:
+    """Of more lanes than are looked at together, at steps at which no lane, some or all
+    have come to an epoch that their block holds.
+    """
+    lanes, per_lane = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 7))
+    turns = data.draw(st.lists(st.integers(1, 900), min_size=2, max_size=5))
+    sources = [
+        Source.of([lanes * length], name=name, weight=data.draw(st.floats(0.1, 5.0)))
+        for name, length in zip("abcde", turns, strict=False)
+    ]
+    order = SampleOrder(
+        sources,
+        seed=seed,
+        lanes=lanes,
+        global_batch=lanes * per_lane,
+        shuffle_shards=1,
+        began=Began(step=3, epoch=2),
+    )
+    mixture = order.mixture
+    assert mixture
+    for draws in data.draw(st.lists(st.integers(0, 3_500), min_size=5, max_size=5)):
+        step = draws // per_lane
+        highest = np.zeros(len(sources), dtype=np.int64)
+        for lane in range(lanes):
+            source, _ = mixture.between(lane, 0, max(step * per_lane, 1))
+            drawn = np.bincount(source[: step * per_lane], minlength=len(sources))
+            highest = np.maximum(highest, drawn)
+        epochs = [max(n - 1, 0) // t for n, t in zip(highest, turns, strict=True)]
+        assert order.last_epoch(3 + step) == max(epochs) + 2
 
 
 def test_small_sources_of_a_mixture_have_epochs_long_before_a_block_is_drawn() -> None:

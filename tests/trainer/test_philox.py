@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.philox import Use, below, draw, permutation, philox, signed_uids
+from trainer.philox import (
+    Use,
+    below,
+    draw,
+    permutation,
+    permutations,
+    philox,
+    signed_uids,
+)
 
 # Known answers of Philox-4x32-10 published with its reference implementation.
 KNOWN = [
@@ -77,6 +85,14 @@ def test_permutation_is_one_and_depends_on_its_place() -> None:
     assert np.array_equal(np.sort(first), np.arange(1000))
     assert np.array_equal(first, again)
     assert (first == other).mean() < 0.05
+
+
+def test_permutations_worked_out_together_are_those_worked_out_alone() -> None:
+    places = np.array([3, 1 << 32, 5 << 48 | 7], dtype=np.int64)
+    found = permutations(300, seed=9, use=Use.MIXTURE, epoch=2, places=places)
+    for place, together in zip(places.tolist(), found, strict=True):
+        alone = permutation(300, seed=9, use=Use.MIXTURE, epoch=2, place=place)
+        assert np.array_equal(together, alone)
 
 
 def test_below_covers_its_range_evenly() -> None:
