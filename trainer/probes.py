@@ -114,7 +114,8 @@ def read_pairs(
     left_out: Collection[int] = (),
     damage: list[DamagedError] | None = None,
 ) -> Pairs:
-    """The pairs at `places` (N, 2), the caption of each drawn by `seed`.
+    """The pairs at `places` (N, 2), the caption of each drawn by `seed`. All members of
+    their samples are checked, those that no pair is made of included.
 
     Args:
         group: as in `load_pairs`.
@@ -148,6 +149,8 @@ def read_pairs(
         text, _ = dataset.text(
             shard, record, int(choice[row]), max_tokens=config.text.max_tokens
         )
+        # Last: of what is damaged in them, image and text say more.
+        dataset.check_members(shard, record)
         return text
 
     def read_or_tell(row: int) -> np.ndarray:

@@ -17,18 +17,20 @@ import torch.distributed as dist
 from PIL import Image
 
 from tests.conftest import launch_environment, python
-from tests.pipeline.damage import rewrite_first
+from tests.pipeline.damage import flip, rewrite_first
+from tests.pipeline.foreign import img2dataset_shard
 from tests.trainer.tiny import TINY, column, config, damaged_copy, launch, metrics
 from trainer.build import build_model
 from trainer.contract import VALIDATION_NAMES, may_change, read_validation
 from trainer.dataset import Dataset
 from trainer.engine import World
+from trainer.folder import DamagedError
 from trainer.loader import Loader
 from trainer.masking import Mode
 from trainer.metrics import Metrics
 from trainer.panels import first_pairs
 from trainer.philox import signed_uids
-from trainer.probes import drawn_places, partners
+from trainer.probes import drawn_places, partners, read_pairs
 from trainer.validation import HeldOut, held_out, share_of
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -303,6 +305,56 @@ def test_every_kind_of_damage_is_left_out(
     assert found
     pairs = len(Dataset(shards, "train"))
     assert (found._share.total, found._share.damaged) == (pairs - 5, 5)
+
+
+@pytest.mark.parametrize("model", [(), MATCHING])
+@pytest.mark.parametrize("ours", [True, False])
+def test_damage_to_members_that_no_pair_is_made_of_is_found(
+    shards: Path, tmp_path: Path, model: tuple[str, ...], ours: bool
+) -> None:
+    """In our own shards and in anybody's, where the ids lie beside the tar."""
+    copy = tmp_path / "copy"
+    if ours:
+        shutil.copytree(shards, copy)
+    else:
+        img2dataset_shard(copy, 0, range(30))
+        tokenizer = f"--tokenizer={shards / 'tokenizer'}"
+        done = python("-m", "pipeline.index", copy, tokenizer)
+        assert done.returncode == 0, done.stdout
+    keys = (BEARS, *model, "--eval.split=train")
+    dataset = Dataset(copy, "train")
+    places = dataset.places()
+    whole = held(copy, *keys)
+    assert whole
+    assert (whole._share.total, whole._share.damaged) == (len(places), 0)
+    records = dataset.records(places[:5])
+    (name,) = {dataset.shard(shard).name for shard in places[:5, 0].tolist()}
+    for what, record in zip(
+        ("json", "txt", "header", "padding"), records[1:], strict=True
+    ):
+        start, size = int(record["span_offset"]), int(record["span_size"])
+        span = (copy / name).read_bytes()[start : start + size]
+        at = {
+            "json": span.index(b'"key"'),
+            "txt": span.rindex(b".txt\0") // 512 * 512 + 512,
+            "header": 0,
+            "padding": size - 1,
+        }[what]
+        flip(copy / name, start + at, 2)
+    found: list[DamagedError] = []
+    pairs = read_pairs(
+        Dataset(copy, "train"),
+        config(copy, Path("unused")),
+        places,
+        seed=0,
+        damage=found,
+    )
+    assert len(pairs) == len(places)
+    assert {one.uid for one in found} == set(records["uid"][1:].tolist())
+    assert {one.reason for one in found} == {"crc"}
+    part = held(copy, *keys)
+    assert part
+    assert (part._share.total, part._share.damaged) == (len(places) - 4, 4)
 
 
 def test_more_damaged_pairs_than_the_run_bears_stop_it_and_name_the_shard(
