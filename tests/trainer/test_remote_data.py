@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.manifest import load_manifest
 from tests.conftest import python
@@ -17,9 +19,13 @@ from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.tiny import column, config, launch
 from trainer.check import check
 from trainer.dataset import Dataset
+from trainer.engine import World
 from trainer.loader import Loader
+from trainer.options import PretrainConfig
+from trainer.probes import read_pairs
 from trainer.report.data import read_datasets, read_runs
 from trainer.storage import StorageConfig
+from trainer.validation import _share
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +196,47 @@ def test_the_first_batch_does_not_wait_for_storage_that_hangs_for_one_request(
     assert digests(loader(url, "--storage.timeout_s=4"), 0) == digests(
         loader(shards), 0
     )
+
+
+def read_alone(dataset: Dataset, keys: PretrainConfig) -> None:
+    read_pairs(dataset, keys, dataset.places(), seed=0)
+
+
+def read_as_held_out(dataset: Dataset, keys: PretrainConfig) -> None:
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    training = Loader(dataset, keys, rank=0, world_size=1)
+    _share(dataset, training, world, left_out=(), damage=[])
+
+
+@pytest.mark.parametrize("read", [read_alone, read_as_held_out])
+def test_indexes_of_held_out_pairs_are_fetched_beside_one_another(
+    server: S3Server, url: str, read: Callable[[Dataset, PretrainConfig], None]
+) -> None:
+    """While that of the first shard, which is read first, never comes."""
+    keys = config(url, Path("unused"), "--storage.timeout_s=900", "--storage.hedge=0")
+    dataset = Dataset(url, "train", storage=keys.storage)
+    first, *others = [f"/some/shards/{entry.index}" for _, entry in dataset.numbered()]
+    assert others
+    server.inject(itertools.repeat(slow(900)), lambda _, path: path.endswith(first))
+    with ThreadPoolExecutor(1) as alone:
+        reading = alone.submit(read, dataset, keys)
+        try:
+            deadline = time.monotonic() + 60
+            asked: set[str] = set()
+            while len(asked) < len(others):
+                assert time.monotonic() < deadline, f"of {others} only {asked}"
+                time.sleep(0.02)
+                asked = {
+                    index
+                    for _, path in list(server.requests)
+                    for index in others
+                    if path.endswith(index)
+                }
+            assert not reading.done()
+        finally:
+            dataset.close()
+        with pytest.raises(OSError, match="closed"):
+            reading.result()
 
 
 def test_shards_out_of_the_windows_are_not_held_open(url: str) -> None:
