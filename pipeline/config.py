@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 import sys
 import typing
@@ -217,6 +218,9 @@ def _warn_of_repeated(config_class: type, argv: Sequence[str]) -> None:
     """Of a flag that is given twice the parser takes the last: a script's words are
     overridden so. Whoever repeats a key that takes several may mean them all.
     """
+    # All ranks of a launch are given the same words: one of them tells.
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
+        return
     given: dict[str, list[str]] = {}
     for word, following in itertools.pairwise([*argv, ""]):
         flag, equals, value = word.partition("=")

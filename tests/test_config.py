@@ -256,13 +256,21 @@ def test_a_value_of_another_kind_is_answered_with_how_to_give_it(
 
 
 def test_of_a_repeated_list_the_last_counts_which_is_said_with_the_whole(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def more(*argv: str) -> list[str]:
         return parse(Listed, argv, prog="p", description="d").more
 
-    assert more("--more", "[a]", "--more=[b, c]") == ["b", "c"]
+    # By one rank of a launch, whose ranks are all given the same.
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert more("--more", "[a]", "--more=[b, c]") == ["b", "c"]
     (line,) = capsys.readouterr().err.splitlines()
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    assert more("--more", "[a]", "--more=[b, c]") == ["b", "c"]
+    assert capsys.readouterr().err.splitlines() == [line]
     assert line.startswith("--more is given 2 times, and only the last counts")
     assert line.endswith("--more '[a, b, c]'")
     assert more("--more", "[a, b, c]", "--rate=1", "--rate=2") == ["a", "b", "c"]
