@@ -246,8 +246,9 @@ class DamageConfig:
 
     max_share: float = 0.001
     """Share of the samples that may be damaged. Another of the same lane takes the
-    place of each; past this share the run stops and names the shards. 0: at once. Of
-    the held-out pairs that are read the same share is left out."""
+    place of each; past this share the run stops and names the shards. 0: at once.
+    Damaged held-out pairs are left out; past this share of those that are read the run
+    stops too."""
 
     def __post_init__(self) -> None:
         at_least("damage.", self, max_share=0)
