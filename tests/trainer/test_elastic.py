@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -13,12 +12,14 @@ from tests.trainer.tiny import (
     TINY,
     column,
     config,
+    kill_group,
     launch,
     metrics,
     paced,
     steps_taken,
     wait_until,
 )
+from trainer.contract import complete_checkpoints
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 
@@ -38,18 +39,32 @@ def words(data: str, run: Path) -> list[str]:
     ]
 
 
-def launch_and_kill(ranks: int, at_step: int, run: Path, *more: str) -> None:
-    """Start `ranks` ranks, and kill all of them once `at_step` steps are taken."""
+def launch_and_kill(
+    ranks: int, at_step: int, run: Path, *more: str, saved: int | None = None
+) -> None:
+    """Start `ranks` ranks, and kill all of them once `at_step` steps are written down
+    and the checkpoint of step `saved` is complete. However late the kill comes, they
+    have taken one step more at most.
+    """
+    begin = max((step for step, _ in complete_checkpoints(run)), default=0)
+
+    def reached() -> bool:
+        steps = [step for step, _ in complete_checkpoints(run)]
+        return steps_taken(run) >= at_step and (saved is None or saved in steps)
+
     with subprocess.Popen(
         deepspeed_command(ranks, *TINY, *more),
-        env=paced(run.parent, 0.1),
+        # A step's row is written once the next one's batch is there.
+        env=paced(run.parent, 0.1, batches=at_step + 1 - begin),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as launcher:
-        wait_until(lambda: steps_taken(run) >= at_step, launcher)
-        os.killpg(launcher.pid, signal.SIGKILL)
-        assert launcher.wait() == -signal.SIGKILL
+        try:
+            wait_until(reached, launcher)
+        finally:
+            kill_group(launcher)
+        assert launcher.returncode == -signal.SIGKILL
 
 
 def test_ranks_4_2_1_4_with_two_kills_take_the_steps_of_an_uninterrupted_run(

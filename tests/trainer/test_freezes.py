@@ -53,7 +53,7 @@ def test_redone_steps_have_the_samples_that_they_had_before_a_kill(
     first = column(run, "sample_digest")
     show(copy, whole, 9)
     # The next epoch is frozen after step 10.
-    launch_and_kill(2, 17, run, *words)
+    launch_and_kill(2, 17, run, *words, saved=10)
     assert [step for step, _ in complete_checkpoints(run)] == [10]
     second = column(run, "sample_digest")
     assert column(run, "epoch")[14:17] == [0, 1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -10,11 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.conftest import (
@@ -31,6 +28,7 @@ from tests.trainer.tiny import (
     launch,
     metrics,
     paced,
+    wait_for_group,
     wait_until,
 )
 from trainer.contract import (
@@ -56,21 +54,6 @@ def start_until(
     )
     wait_until(reached, process, lambda: "the run ended before it could be disturbed")
     return process
-
-
-def wait_for_group(group: int) -> None:
-    """Wait until no process of a group runs: the launcher ends before its ranks."""
-
-    def running(process: psutil.Process) -> bool:
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return alive and os.getpgid(process.pid) == group
-        return False
-
-    deadline = time.monotonic() + LAUNCH_LIMIT_S
-    while any(running(process) for process in psutil.process_iter()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_run_writes_every_metric_of_every_step_once(whole: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from tests.conftest import ROOT, deepspeed_command, free_port, launch_environment
 from trainer.contract import CHECKPOINTS, COMPLETE
@@ -88,12 +90,18 @@ def steps_per_epoch(order: SampleOrder) -> int:
     return found[1]
 
 
-def paced(folder: Path, seconds: float) -> dict[str, str]:
+def paced(
+    folder: Path, seconds: float, *, batches: int | None = None
+) -> dict[str, str]:
     """Environment of a launch each of whose steps lasts at least so long: a run that is
     to be hit after some steps is not at its end when a busy test comes to it.
+
+    Args:
+        batches: a rank takes so many and waits for the next one, until there is another
+            pace in the file PACE.
     """
     pace = folder / f"pace-{seconds}"
-    pace.write_text(str(seconds))
+    pace.write_text(str(seconds) if batches is None else f"{seconds} {batches}")
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'cluster' / 'paced'}"
     return launch_environment() | {"PACE": str(pace), "PYTHONPATH": path}
 
@@ -162,9 +170,35 @@ def wait_until(
     """
     deadline = time.monotonic() + LAUNCH_LIMIT_S
     while not reached():
-        assert process.poll() is None, said()
+        # It may have come to it and to its end since the last look.
+        assert process.poll() is None or reached(), said()
         assert time.monotonic() < deadline, said()
         time.sleep(0.02)
+
+
+def kill_group(launcher: subprocess.Popen[Any]) -> None:
+    """SIGKILL to all processes of a launcher that leads its group, if any are left, and
+    wait until none runs.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_for_group(launcher.pid)
+
+
+def wait_for_group(group: int) -> None:
+    """Wait until no process of a group runs: the launcher ends before its ranks."""
+
+    def running(process: psutil.Process) -> bool:
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and os.getpgid(process.pid) == group
+        return False
+
+    deadline = time.monotonic() + LAUNCH_LIMIT_S
+    while any(running(process) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def column(run: Path, name: str) -> list[Any]:

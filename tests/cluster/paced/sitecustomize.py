@@ -1,4 +1,5 @@
-"""Makes each step of a trainer last as long as the file PACE says, in seconds.
+"""Makes each step of a trainer last as long as the file PACE says, in seconds. While
+there is a second number in it, a process takes so many batches and no more.
 
 Python imports this at its start when its directory is on PYTHONPATH. So a test can hit
 a step, a checkpoint or a start without a model that keeps the machine busy.
@@ -18,16 +19,29 @@ from types import ModuleType
 PACED = "trainer.loop"
 
 
+def pace(taken: int) -> float | None:
+    """Seconds before the next batch of a process that has taken some; None for not
+    yet.
+    """
+    found = Path(os.environ["PACE"]).read_text().split()
+    # Whoever writes the file empties it first.
+    if not found or (len(found) > 1 and taken >= int(found[1])):
+        return None
+    return float(found[0])
+
+
 class Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         following = module.next_batch
+        taken = 0
 
         def next_batch(*words: object) -> object:
-            # Whoever writes the file empties it first.
-            while not (pace := Path(os.environ["PACE"]).read_text()):
-                time.sleep(0.001)
-            time.sleep(float(pace))
+            nonlocal taken
+            while (seconds := pace(taken)) is None:
+                time.sleep(0.005)
+            time.sleep(seconds)
+            taken += 1
             return following(*words)
 
         module.next_batch = next_batch  # type: ignore[attr-defined]
