@@ -189,12 +189,15 @@ def ratios_of_rounds(runs: Mapping[str, Sequence[Figures]]) -> dict[str, float]:
     """Medians over the rounds of each round's own `ratios`: what a shared machine gives
     changes from minute to minute, and those of a round are measured in the same ones.
     """
+    # Those who failed are in no later round.
     rounds = [
         ratios({name: found[number] for name, found in runs.items() if found[number:]})
-        for number in range(len(runs[_OURS]))
+        for number in range(min(len(runs[_OURS]), len(runs[_LIMIT])))
     ]
+    names = dict.fromkeys(name for found in rounds for name in found)
     return {
-        name: statistics.median(found[name] for found in rounds) for name in rounds[0]
+        name: statistics.median(found[name] for found in rounds if name in found)
+        for name in names
     }
 
 

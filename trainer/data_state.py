@@ -195,12 +195,24 @@ def resumed(
         began = Began(step=state.step, epoch=state.last_epoch + 1)
         whole = _whole(dataset, sources)
         return replace(state, began=began, frozen=whole, decided=0)
-    if not _same_counts(state, sources):
+    found = at_same_places(state, dataset, sources)
+    if found is None:
         raise ValueError(
             "--changed_data continue needs a dataset whose shards have as many samples "
             f"as those that {run} has known, and in {dataset.name} {what}, with other "
             "counts: say --changed_data new_epoch"
         )
+    return found
+
+
+def at_same_places(
+    state: DataState, dataset: Dataset, sources: Sequence[Source]
+) -> DataState | None:
+    """The state with `dataset` in place of the one before; None unless each shard that
+    it knows has as many samples as it had.
+    """
+    if not _same_counts(state, sources):
+        return None
     frozen = tuple(
         tuple(
             _frozen(dataset, source, first=entry.first, shards=entry.shards)

@@ -118,11 +118,19 @@ class Dataset:
         """Say which shards will be read, in this order, in place of what was said
         before, so that they are there in time. Does not block.
         """
-        ahead: list[list[int]] = [[] for _ in self.folders]
-        for shard in shards:
-            ahead[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
-        for folder, numbers in zip(self.folders, ahead, strict=True):
+        for folder, numbers in self._by_folder(shards):
             folder.ahead(numbers)
+
+    def indexes_ahead(self, shards: Iterable[int]) -> None:
+        """As `ahead`, of shards of which no more than `records` is known to be read."""
+        for folder, numbers in self._by_folder(shards):
+            folder.indexes_ahead(numbers)
+
+    def _by_folder(self, shards: Iterable[int]) -> Iterator[tuple[Folder, list[int]]]:
+        found: list[list[int]] = [[] for _ in self.folders]
+        for shard in shards:
+            found[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
+        yield from zip(self.folders, found, strict=True)
 
     @property
     def waited(self) -> float:

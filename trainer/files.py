@@ -20,9 +20,10 @@ def write_text(path: Path, text: str) -> None:
     write_with(path, write)
 
 
-def torn(folder: Path) -> list[Path]:
-    """Files that a kill left half-written in a folder."""
-    return [path for path in folder.glob("tmp-*") if path.is_file()]
+def torn(folder: Path, name: str = "*") -> list[Path]:
+    """What kills left half-written of files in a folder, by name or all."""
+    found = folder.glob(f"tmp-{'[0-9a-f]' * 8}-{name}")
+    return [path for path in found if path.is_file()]
 
 
 def write_with(path: Path, write: Callable[[str], object]) -> None:

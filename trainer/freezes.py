@@ -20,7 +20,12 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.contract import FROZEN
-from trainer.data_state import DataState, difference, same_places
+from trainer.data_state import (
+    DataState,
+    at_same_places,
+    difference,
+    same_places,
+)
 from trainer.dataset import Dataset
 from trainer.engine import World
 from trainer.files import write_text
@@ -104,22 +109,27 @@ def restored(
         frozen=known.frozen,
         decided=known.step,
     )
-    # --changed_data continue may have come to no checkpoint: the dataset of before goes
-    # on as well as the other.
-    same = all(
-        a == b[: len(a)] for a, b in zip(state.frozen, known.frozen, strict=True)
-    )
-    if not same and difference(state, dataset, sources) is None:
-        return state
-    return found
+    pairs = zip(state.frozen, known.frozen, strict=True)
+    same = all(own == later[: len(own)] for own, later in pairs)
+    if same or difference(state, dataset, sources):
+        return found
+    # --changed_data continue came to no checkpoint, and this is the dataset of before.
+    return at_same_places(found, dataset, sources) or state
 
 
-def not_taken(loader: Loader, known: DataState) -> str:
-    """What to say of a run that takes its first step and freezes anew."""
+def not_taken(loader: Loader, state: DataState, known: DataState | None) -> str | None:
+    """What to say of a run that goes on from `state` and not with what was frozen."""
+    if known is None or state.decided:
+        return None
     found = difference(known, loader.dataset, loader.order.sources)
+    if known.began != state.began:
+        if state.step:
+            # That is what was asked for.
+            return None
+        found = f"begun after step {known.began.step}"
     return (
-        f"{FROZEN} in {loader.config.output} is of other data than this "
-        f"({found or 'it was begun after a later step'}): epochs are frozen anew"
+        f"{FROZEN} in {loader.config.output} is of other data than this ({found}): "
+        "epochs are frozen anew"
     )
 
 

@@ -26,6 +26,7 @@ from trainer.check import Checked
 from trainer.contract import (
     COMPLETE,
     CONFIG,
+    FROZEN,
     LOCK,
     LOCKED,
     read_validation,
@@ -93,8 +94,8 @@ def train(config: PretrainConfig, checked: Checked) -> int:
         metrics.note(_opening(loader, world, first_step, parameters))
         if not first_step and (note := fewer_than_there_are(loader)):
             metrics.note(note)
-        if not first_step and checked.frozen and not checked.state.decided:
-            metrics.note(freezes.not_taken(loader, checked.frozen))
+        if note := freezes.not_taken(loader, checked.state, checked.frozen):
+            metrics.note(note)
         environment.record(run, world, precision=chosen_precision(config))
         if given and checked.checkpoint:
             key = (
@@ -230,7 +231,7 @@ def prepare_run(config: PretrainConfig, checked: Checked) -> IO[str]:
         checked.copy.begin(checked.first_step)
     else:
         checkpoint.discard_unfinished(run)
-        for path in torn(run):
+        for path in (*torn(run, CONFIG), *torn(run, FROZEN)):
             path.unlink()
     if freezes.read(run, config, checked.copy) != checked.frozen:
         raise ValueError(

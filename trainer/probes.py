@@ -126,11 +126,12 @@ def read_pairs(
     Raises:
         ValueError: a damaged pair, or no json key `group`.
     """
-    # Indexes too are fetched ahead: before they are read, one after the other.
-    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
+    # They are read one after the other, in this order.
+    dataset.indexes_ahead(np.unique(places[:, 0]).tolist())
     drawn, records = len(places), dataset.records(places)
     numbers = np.flatnonzero(~uids_among(records, left_out))
     places, records = places[numbers], records[numbers]
+    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
     uids = signed_uids(records["uid"])
     choice = caption_choice(records, uids, seed=seed, epoch=0)
     side = config.image.size

@@ -372,8 +372,8 @@ def _compare(
         )
     else:
         cure = (
-            "The run has no checkpoint that says which dataset it was trained on, and "
-            "this is likely another: name the right one with --data"
+            "Nothing in the run says which dataset it was trained on, and this is "
+            "likely another: name the right one with --data"
         )
     return Digest(computed=computed, covers=covers, recorded=recorded, cure=cure)
 

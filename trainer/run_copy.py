@@ -47,6 +47,7 @@ _CONTINUED = (METRICS, VALIDATION, WANDB)
 # What stays on the node, or has ways of its own.
 _STAYS = (CHECKPOINTS, roll_back.FOLDER, WATCHDOG, "wandb")
 _READS = 3
+_WRITES = 3
 # For the last files of a run that ends with an error.
 _PATIENCE_S = 20.0
 # Bytes and time of change of files, by their paths below the run.
@@ -135,16 +136,18 @@ class RunCopy:
         Raises:
             ValueError, OSError: the run is another trainer's by now, or storage failed.
         """
-        self._lease.check()
         data = (self.path / name).read_bytes()
-        # Whoever has taken over meanwhile may have written its own.
-        self.store.replace(name, data, self._versions.get(name))
-        # Whatever became of the answer, the file says who wrote it.
-        if self.read(name) != data:
+        for _ in range(_WRITES):
             self._lease.check()
-            raise ValueError(
-                f"{LOCKED} to {self.store.shown}: its {name} is not what this one wrote"
-            )
+            # Whoever has taken over meanwhile may have written its own.
+            self.store.replace(name, data, self._versions.get(name))
+            # Whatever became of the answer, the file says who wrote it.
+            if self.read(name) == data:
+                return
+        raise ValueError(
+            f"{LOCKED} to {self.store.shown}: its {name} is not what this one wrote; "
+            "the same command continues"
+        )
 
     def mark_complete(self, marker: dict[str, Any]) -> None:
         """Write the run's completion marker, unless there is one."""

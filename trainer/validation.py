@@ -420,7 +420,7 @@ def _share(
 ) -> Share:
     config, seed = loader.config, loader.config.eval.seed
     places = drawn_places(dataset, seed=seed, limit=config.eval.max_pairs)
-    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
+    dataset.indexes_ahead(np.unique(places[:, 0]).tolist())
     records = dataset.records(places)
     uids = signed_uids(records["uid"])
     modes = drawn_modes(config.mask, seed=seed, epoch=0, uids=torch.from_numpy(uids))

@@ -65,14 +65,19 @@ def test_a_machine_that_slows_down_between_rounds_changes_no_ratio() -> None:
         "Palimpsest": [figure(900), figure(450), figure(720)],
         "LitData": [figure(450), figure(180)],
         "MosaicML": [figure(400), figure(225), figure(300)],
+        "webdataset": [figure(300)],
     }
     found = ratios_of_rounds(runs)
     # The fastest of each round; one that failed is in no later one.
     assert found["of_limit"] == pytest.approx(0.9)
     assert found["of_fastest"] == pytest.approx(2.0)
+    assert found["of_webdataset"] == pytest.approx(3.0)
     # One round of three says nothing.
     runs["Palimpsest"][1] = figure(100)
     assert ratios_of_rounds(runs)["of_limit"] == pytest.approx(0.9)
+    runs["limit"] = runs["limit"][:1]
+    assert ratios_of_rounds(runs)["of_limit"] == pytest.approx(0.9)
+    assert ratios_of_rounds(runs | {"Palimpsest": []}) == {}
 
 
 def test_medians_and_the_spread_of_the_rates() -> None:

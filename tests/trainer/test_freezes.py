@@ -148,6 +148,17 @@ def test_a_checkpoint_takes_only_what_was_frozen_after_it(
     )
     # As after --changed_data continue, which the checkpoint does not know of.
     assert freezes.restored(repaired, known, dataset, sources).frozen == known.frozen
+    # Back on the data of before: at the places that were frozen, while they are there.
+    rows = [
+        dataclasses.replace(row, records=row.records[:8] + "0" * 12)
+        for row in known.frozen[0]
+    ]
+    trial = dataclasses.replace(known, frozen=(tuple(rows),))
+    back = freezes.restored(early, trial, dataset, sources)
+    assert (back.frozen, back.decided) == (known.frozen, known.step)
+    rows[1] = dataclasses.replace(rows[1], shards=12)
+    longer = dataclasses.replace(trial, frozen=(tuple(rows),))
+    assert freezes.restored(early, longer, dataset, sources) == early
     for state in (late, other, fewer):
         assert freezes.restored(state, known, dataset, sources) == state
     # New data that the user allowed, at a place where the file has none.

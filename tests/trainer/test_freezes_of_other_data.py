@@ -68,7 +68,7 @@ def test_after_a_trial_of_a_repaired_dataset_both_go_on(
     show(repaired, dataclasses.replace(whole, shards=shards), len(shards))
     killed_on(repaired, run, "continue")
     back = check(keys_of(mixed, run)).state
-    assert back == marked(run)
+    assert back.frozen == marked(run).frozen
     on = check(keys_of(repaired, run)).state
     assert on.frozen != back.frozen
     assert on.decided > on.step == TAKEN
@@ -129,8 +129,10 @@ def test_epochs_that_are_frozen_anew_are_told_of(
     whole = growing_copy(mixed, copy)
     words = (*SMALL, *FAST, f"--output={run}", "--grow=true", "--max_steps=1")
     show(copy, whole, 5)
-    torn = run / "tmp-00000000-frozen.json"
-    torn.write_text("{")
+    torn, notes = run / "tmp-00000000-frozen.json", run / "tmp-notes.md"
+    for path in (torn, notes):
+        path.write_text("{")
     told = launch(1, *words, f"--data={copy}")
     assert f"{FROZEN} in {run} is of other data than this (source '*' has 5" in told
+    assert notes.exists()
     assert not torn.exists()

@@ -212,12 +212,14 @@ def read_as_held_out(dataset: Dataset, keys: PretrainConfig) -> None:
 def test_indexes_of_held_out_pairs_are_fetched_beside_one_another(
     server: S3Server, url: str, read: Callable[[Dataset, PretrainConfig], None]
 ) -> None:
-    """While that of the first shard, which is read first, never comes."""
+    """While that of the first shard, which is read first, never comes, nor any tar."""
     keys = config(url, Path("unused"), "--storage.timeout_s=900", "--storage.hedge=0")
     dataset = Dataset(url, "train", storage=keys.storage)
     first, *others = [f"/some/shards/{entry.index}" for _, entry in dataset.numbered()]
     assert others
-    server.inject(itertools.repeat(slow(900)), lambda _, path: path.endswith(first))
+    server.inject(
+        itertools.repeat(slow(900)), lambda _, path: path.endswith((first, ".tar"))
+    )
     with ThreadPoolExecutor(1) as alone:
         reading = alone.submit(read, dataset, keys)
         try:

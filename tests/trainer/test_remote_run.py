@@ -254,7 +254,10 @@ def test_a_late_request_does_not_replace_what_the_next_trainer_has_frozen(
         with pytest.raises(ValueError, match="another trainer took over"):
             late.result()
     assert second.read(FROZEN) == b"second"
+    # Somebody may have deleted it meanwhile.
+    second.store.remove([FROZEN])
     freeze(second, "third")
+    assert second.read(FROZEN) == b"third"
     for copy in (first, second):
         copy.close()
 

@@ -25,6 +25,7 @@ from tests.pipeline.corpora import encoded, picture
 from tests.trainer.test_quarantine import BEARS, flip, index_of
 from tests.trainer.test_report import HOSTILE, Page
 from tests.trainer.tiny import TINY, TINY_MASKVLM, column, config
+from trainer.contract import FROZEN
 from trainer.dataset import Dataset
 from trainer.loader import Loader
 from trainer.masking import Masks, Mode
@@ -341,8 +342,12 @@ def test_another_digest_is_told_with_its_likely_cure(
     assert f"{digest} (full) DIFFERS: metrics.jsonl has {'0' * 16}" in printed
     assert "another version of this code" in printed
     assert "another version of this code" in Page(page.read_text()).text
-    # Without a checkpoint nothing says that the dataset is the same.
+    # What is frozen is known without a checkpoint; without either nothing says that the
+    # dataset is the same.
     shutil.rmtree(copy / "checkpoints")
+    assert main([str(copy), "--step=5"]) == 1
+    assert "another version of this code" in capsys.readouterr().out
+    (copy / FROZEN).unlink()
     assert main([str(copy), "--step=5"]) == 1
     assert "name the right one with --data" in capsys.readouterr().out
 
