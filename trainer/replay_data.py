@@ -133,12 +133,16 @@ def replay(
         dataset, state = _open_dataset(run, config, marked, step)
     except ValueError as error:
         raise ValueError(f"{error}{_fewer(run, config)}") from error
+    quarantined: list[Quarantined] = []
+    if marker and marked and marked.began == state.began:
+        # What was damaged of other data says nothing of this.
+        quarantined = from_plain(marker["quarantine"])
     loader = Loader(
         dataset,
         config,
         rank=0,
         world_size=1,
-        quarantined=_quarantined(marker, state),
+        quarantined=quarantined,
         state=state,
     )
     if step > loader.order.beyond:
@@ -318,15 +322,6 @@ def _open_dataset(
             "versions"
         )
     return dataset, state
-
-
-def _quarantined(
-    marker: Mapping[str, Any] | None, state: DataState
-) -> list[Quarantined]:
-    """What a checkpoint knows of as damaged, if it is of the data of a state."""
-    if marker is None or DataState.from_plain(marker).began != state.began:
-        return []
-    return from_plain(marker["quarantine"])
 
 
 def _listed(data: Sequence[str] | str) -> Sequence[str]:

@@ -48,6 +48,13 @@ def growing_copy(dataset: Path, copy: Path) -> Manifest:
     return load_manifest(dataset)
 
 
+def repaired(whole: Manifest) -> Manifest:
+    """The manifest once the first tar has other bytes, and as many samples."""
+    first = whole.shards[0]
+    first = dataclasses.replace(first, sha256={**first.sha256, "tar": "0" * 64})
+    return dataclasses.replace(whole, shards=(first, *whole.shards[1:]))
+
+
 def show(copy: Path, whole: Manifest, shards: int) -> None:
     """Write the manifest that preprocessing would have written after so many shards:
     complete only with the last.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.manifest import Accounting, load_manifest, manifest_seal
-from tests.trainer.datasets import growing_copy, preprocess, show, slices
+from tests.trainer.datasets import growing_copy, preprocess, repaired, show, slices
 from tests.trainer.tiny import column, config, launch
 from trainer import replay
 from trainer.contract import complete_checkpoints
@@ -95,12 +95,9 @@ def test_a_repaired_dataset_continues_at_the_same_place(
     state = state_of(mixed)
     copy = tmp_path / "copy"
     whole = growing_copy(mixed, copy)
-    first = dataclasses.replace(
-        whole.shards[0], sha256={**whole.shards[0].sha256, "tar": "0" * 64}
-    )
-    repaired = dataclasses.replace(whole, shards=(first, *whole.shards[1:]))
-    show(copy, repaired, len(whole.shards))
-    assert load_manifest(copy).shards[0] == first
+    other = repaired(whole)
+    show(copy, other, len(whole.shards))
+    assert load_manifest(copy).shards[0] == other.shards[0] != whole.shards[0]
     dataset = Dataset(copy, "train")
     sources = sources_of(dataset, "none")
     assert difference(state, dataset, sources)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.datasets import growing_copy, show
+from tests.trainer.datasets import growing_copy, repaired, show
 from tests.trainer.test_elastic import launch_and_kill
 from tests.trainer.test_replay import replayed
 from tests.trainer.tiny import column, config, launch
@@ -59,24 +59,21 @@ def marked(run: Path) -> DataState:
 def test_after_a_trial_of_a_repaired_dataset_both_go_on(
     mixed: Path, run: Path, tmp_path: Path
 ) -> None:
-    repaired = tmp_path / "repaired"
-    whole = growing_copy(mixed, repaired)
-    first = dataclasses.replace(
-        whole.shards[0], sha256={**whole.shards[0].sha256, "tar": "0" * 64}
-    )
-    shards = (first, *whole.shards[1:])
-    show(repaired, dataclasses.replace(whole, shards=shards), len(shards))
-    killed_on(repaired, run, "continue")
+    copy = tmp_path / "repaired"
+    whole = growing_copy(mixed, copy)
+    first, *others = repaired(whole).shards
+    show(copy, repaired(whole), len(whole.shards))
+    killed_on(copy, run, "continue")
     back = check(keys_of(mixed, run)).state
     assert back.frozen == marked(run).frozen
-    on = check(keys_of(repaired, run)).state
+    on = check(keys_of(copy, run)).state
     assert on.frozen != back.frozen
     assert on.decided > on.step == TAKEN
     # Neither of them: what was taken last says which data it wants.
-    third = (dataclasses.replace(first, sha256=whole.shards[1].sha256), *shards[1:])
-    show(repaired, dataclasses.replace(whole, shards=third), len(shards))
+    third = (dataclasses.replace(first, sha256=whole.shards[1].sha256), *others)
+    show(copy, dataclasses.replace(whole, shards=third), len(third))
     with pytest.raises(ValueError, match="not those of before") as refused:
-        check(keys_of(repaired, run))
+        check(keys_of(copy, run))
     assert f"before {on.manifest_hash})" in str(refused.value)
     assert FROZEN not in str(refused.value)
     launch(1, *SMALL, *FAST, f"--data={mixed}", f"--output={run}", "--max_steps=5")
