@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.manifest import token_ids
 from trainer.dataset import Dataset
-from trainer.folder import read_into
+from trainer.folder import read_ahead, read_into
 from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
@@ -121,6 +121,7 @@ class Reading:
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
         # Where they have to be fetched first, no thread can read.
         self._opening_s = threads * (time.perf_counter() - begun)
+        read_ahead(self._spans())
         dtype = dataset.tokenizer.dtype
         ends = reads[:, _ID_BYTES].cumsum()
         self._ends = ends // dtype.itemsize
@@ -153,6 +154,17 @@ class Reading:
         texts = self._texts()
         read_s = self._opening_s + sum(read for read, _ in spent)
         return texts, read_s, sum(done for _, done in spent)
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """Descriptor, offset and size of each sample in its tar, where that is open."""
+        tars = {
+            shard: files[0].fileno()
+            for shard, files in self._files.items()
+            if files is not None
+        }
+        offsets, sizes = self._records["span_offset"], self._records["span_size"]
+        each = zip(self._shards, offsets.tolist(), sizes.tolist(), strict=True)
+        return [(tars[shard], at, size) for shard, at, size in each if shard in tars]
 
     def _planned(
         self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray

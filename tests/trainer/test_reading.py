@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import random
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 
 import crc32c
 import numpy as np
@@ -76,6 +80,62 @@ def test_a_batch_is_what_its_samples_are_one_by_one(
         assert mine.tolist() == text.tolist()
         cut += was_cut
     assert read.cut == cut > 0
+
+
+def resident(path: Path) -> np.ndarray:
+    """Which pages of a file the page cache has; asking does not bring them."""
+    pages = -(-path.stat().st_size // mmap.PAGESIZE)
+    found = np.zeros(pages, dtype=np.uint8)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        begin = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        told = libc.mincore(
+            ctypes.byref(begin),
+            ctypes.c_size_t(len(mapped)),
+            found.ctypes.data_as(ctypes.c_void_p),
+        )
+        del begin
+    assert told == 0, os.strerror(ctypes.get_errno())
+    return found & 1
+
+
+def evict(path: Path) -> None:
+    """Have the page cache drop a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_what_a_batch_needs_is_on_its_way_before_a_thread_reads_it(
+    mixed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mixed, tmp_path / "data")
+    reader = loader(tmp_path / "data")
+    drawn, rows = reader.ahead.of(3)
+    tars = [
+        tmp_path / f"data/train/shard-{shard:06d}.tar"
+        for shard in drawn.places[:, 0].tolist()
+    ]
+    for tar in tars:
+        evict(tar)
+    if any(resident(tar).any() for tar in tars):
+        pytest.skip("this file system keeps all its files in memory")
+    held = Event()
+    with ThreadPoolExecutor(1) as decoders, ThreadPoolExecutor(1) as caller:
+        decoders.submit(held.wait)
+        reading = caller.submit(reader.read, rows, decoders)
+        try:
+            for tar, record in zip(tars, rows.records, strict=True):
+                first = int(record["span_offset"]) // mmap.PAGESIZE
+                last = int(record["span_offset"] + record["span_size"] - 1)
+                until = time.monotonic() + 30
+                while not resident(tar)[first : last // mmap.PAGESIZE + 1].all():
+                    assert time.monotonic() < until, f"nobody asked for {record}"
+                    time.sleep(0.01)
+            assert not reading.done()
+        finally:
+            held.set()
+        assert len(reading.result().lengths) == len(rows)
 
 
 def test_every_caption_of_every_sample_can_be_chosen() -> None:
