@@ -249,7 +249,7 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     figures, limit = found["contenders"], found["contenders"][_LIMIT]["images_s"]
     yield (
         f"{'':26}{'images/s':>9}{'spread':>8}{'of limit':>9}{'cold':>8}{'first':>8}"
-        f"{'start':>8}{'resume':>10}{'memory':>9}"
+        f"{'start':>8}{'resume':>10}{'peak':>9}"
     )
     for name, row in sorted(figures.items(), key=lambda one: -one[1]["images_s"]):
         resume = "failed" if "resume_error" in row else "cannot"
@@ -260,7 +260,7 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{name + apart:26}{row['images_s']:9,.0f}{row['spread']:8.1%}"
             f"{row['images_s'] / limit:9.1%}{cold:>8}{row['first_s']:6.2f} s"
-            f"{row['start_s']:6.2f} s{resume:>10}{row['pss_mib']:5.0f} MiB"
+            f"{row['start_s']:6.2f} s{resume:>10}{row['peak_mib']:5.0f} MiB"
         )
     for name, error in found["errors"].items():
         yield f"{name:26}not measured: {error.splitlines()[0][:90]}"

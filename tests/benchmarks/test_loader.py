@@ -23,7 +23,7 @@ def figure(rate: float) -> dict[str, Any]:
         "images_s": rate,
         "first_s": 1.0,
         "start_s": 3.0,
-        "pss_mib": 100.0,
+        "peak_mib": 100.0,
         "spread": 0.0,
     }
 
