@@ -1,8 +1,8 @@
 """One contender of `benchmarks.loader`, in a process of its own; JSON on the last line.
 
 Owns the clock: time to the first batch from construction on (imports before), batches a
-second after a warm-up, the most memory of all processes, and the time to the first batch of
-a loader that resumes.
+second after a warm-up, the most memory of all processes, and the time to the first
+batch of a loader that resumes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -47,8 +47,6 @@ _TARS_KEPT_OPEN = 256
 _INDEXES_KEPT = 512
 # Storage may fail for a moment: an error is one after this many reads.
 _READS = 4
-# Of a batch's samples, to find out whether the page cache has them.
-_PROBED = 4
 _PAUSE_SECONDS = 0.5
 _LOOK_AGAIN_SECONDS = 1.0
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -378,30 +376,27 @@ def read_into(memory: memoryview, descriptor: int, offset: int) -> memoryview:
     return memory[:have]
 
 
-def read_ahead(spans: Sequence[tuple[int, int, int]]) -> None:
-    """Have the kernel read spans of files, each (descriptor, offset, size), all at once
-    instead of each when a thread waits for it. Asks for nothing where the page cache
-    has them, as a few of them tell.
+def in_page_cache(descriptor: int, offset: int) -> bool:
+    """Whether a byte of a file can be had at once. False too where the storage does not
+    tell; True where nothing can be done about it (`read_ahead`).
     """
-    # Elsewhere than on Linux nothing can be asked.
-    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
-        return
-    some = spans[:: -(-len(spans) // _PROBED) or 1]
-    if all(_in_page_cache(descriptor, offset) for descriptor, offset, _ in some):
-        return
-    # What is wrong with a file says whoever reads it.
-    with suppress(OSError):
-        for descriptor, offset, size in spans:
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _in_page_cache(descriptor: int, offset: int) -> bool:
-    """Whether a byte can be had at once; False too where the storage does not tell."""
+    if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "posix_fadvise"):
+        return True
     try:
         os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
     except OSError:
         return False
     return True
+
+
+def read_ahead(spans: Iterable[tuple[int, int, int]]) -> None:
+    """Have the kernel read spans of files, (descriptor, offset, size), all at once.
+    Only Linux can be asked.
+    """
+    # What is wrong with a file says whoever reads it.
+    with suppress(OSError):
+        for descriptor, offset, size in spans:
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _index_of(entry: Shard) -> Wanted:

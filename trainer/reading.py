@@ -12,6 +12,7 @@ sample. Shapes: B pairs, S side of the images in pixels.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,14 @@ import numpy as np
 
 from pipeline.manifest import token_ids
 from trainer.dataset import Dataset
-from trainer.folder import read_ahead, read_into
+from trainer.folder import in_page_cache, read_ahead, read_into
 from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
 
 _GIVE_WAY_S = 1e-5
+# Samples of a batch that tell whether the page cache has it.
+_PROBED = 2
 # Columns of `reads_of`.
 _SIZE, _ID_BYTES, _CAPTIONS, _WHOLE = 1, 4, 7, 8
 
@@ -121,7 +124,7 @@ class Reading:
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
         # Where they have to be fetched first, no thread can read.
         self._opening_s = threads * (time.perf_counter() - begun)
-        read_ahead(self._spans())
+        self._read_ahead()
         dtype = dataset.tokenizer.dtype
         ends = reads[:, _ID_BYTES].cumsum()
         self._ends = ends // dtype.itemsize
@@ -155,16 +158,23 @@ class Reading:
         read_s = self._opening_s + sum(read for read, _ in spent)
         return texts, read_s, sum(done for _, done in spent)
 
-    def _spans(self) -> list[tuple[int, int, int]]:
-        """Descriptor, offset and size of each sample in its tar, where that is open."""
-        tars = {
-            shard: files[0].fileno()
-            for shard, files in self._files.items()
-            if files is not None
-        }
+    def _read_ahead(self) -> None:
+        """Have the kernel read all samples at once, instead of each when a thread waits
+        for it, where the page cache lacks them.
+        """
         offsets, sizes = self._records["span_offset"], self._records["span_size"]
+        tars = {
+            shard: -1 if files is None else files[0].fileno()
+            for shard, files in self._files.items()
+        }
+        apart = -(-len(self._shards) // _PROBED)
+        few = zip(self._shards[::apart], offsets[::apart].tolist(), strict=True)
+        if all(
+            shard not in tars or in_page_cache(tars[shard], at) for shard, at in few
+        ):
+            return
         each = zip(self._shards, offsets.tolist(), sizes.tolist(), strict=True)
-        return [(tars[shard], at, size) for shard, at, size in each if shard in tars]
+        read_ahead((tars[shard], at, size) for shard, at, size in each if shard in tars)
 
     def _planned(
         self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray
@@ -193,33 +203,36 @@ class Reading:
 
     def _fill(self) -> tuple[float, float]:
         """Fill rows until none is left; seconds of reading and of decoding."""
-        memory = _memory(self._longest)
+        # Flat, with names for what is called: calls and look-ups for a sample add up to
+        # a part of decoding it.
+        memory, pixels = _memory(self._longest), self._pixels
         all_ids = self._ids.view(np.uint8).data
+        clock, preadv, crc_of = time.perf_counter, os.preadv, crc32c.crc32c
         reading = decoding = 0.0
-        # Flat, because calls and look-ups for a sample add up to a part of decoding it.
         for row, tar, plan, end, whole in self._plans:
             at, size, crc, ids_at, id_bytes, jpg_at, jpg_end, *_ = plan
-            begun = time.perf_counter()
+            begun = clock()
+            span = memory[:size]
             try:
-                span = memory[:size]
-                got = tar >= 0 < size == len(read_into(span, tar, at))
+                # Rarely a part of it: that is for the careful way.
+                got = tar >= 0 < size == preadv(tar, (span,), at)
             except OSError:
                 got = False
             try:
-                have = time.perf_counter()
-                if got and crc32c.crc32c(span) == crc:
+                have = clock()
+                if got and crc_of(span) == crc:
                     all_ids[end - id_bytes : end] = span[ids_at : ids_at + id_bytes]
                     jpeg = span[jpg_at:jpg_end]
                 else:
                     jpeg = self._read(row)
-                    have = time.perf_counter()
-                if not (whole and decode_whole(self._pixels[row], jpeg)):
+                    have = clock()
+                if not (whole and decode_whole(pixels[row], jpeg)):
                     self._decode(row, jpeg)
             except Exception as error:
                 self._failed.append((row, error))
                 break
             reading += have - begun
-            decoding += time.perf_counter() - have
+            decoding += clock() - have
         return reading, decoding
 
     def _read(self, row: int) -> memoryview:
