@@ -342,7 +342,10 @@ def load_index(root: str | Path, shard: Shard, *, verify: bool = True) -> np.nda
     """
     path = Path(root) / shard.index
     if not path.is_file():
-        raise ValueError(f"{path} is missing; find what else is: pipeline.validate")
+        raise ValueError(
+            f"{path} is missing: `python -m pipeline.validate {root}` names every "
+            "damage"
+        )
     if verify and file_sha256(path) != shard.sha256["index"]:
         raise ValueError(
             f"{path} does not match the sha256 in the manifest: it is damaged; "

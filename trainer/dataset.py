@@ -137,6 +137,10 @@ class Dataset:
         """Seconds that readers were blocked on storage, all threads together."""
         return sum(folder.storage.waited for folder in self.folders)
 
+    def spent_on_indexes(self) -> float:
+        """Seconds that loading indexes has taken since this was last asked."""
+        return sum(folder.spent_on_indexes() for folder in self.folders)
+
     def close(self) -> None:
         """Fetch nothing more; whoever waits for a file gets an OSError."""
         for folder in self.folders:

@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -104,7 +104,9 @@ class Folder:
         self.check_tokenizer(self.tokenizer_folder)
         self._fetched_anew: set[str] = set()
         self._fetching = threading.Lock()
-        self._indexes = _Kept(self._load_index, _INDEXES_KEPT)
+        self._counting = threading.Lock()
+        self._indexes_s = 0.0
+        self._indexes = _Kept(self._timed_index, _INDEXES_KEPT)
         self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
         self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
 
@@ -240,6 +242,20 @@ class Folder:
         raise ValueError(
             f"{self._where(shard, record, 'span')} has no json member: {self._cure()}"
         )
+
+    def spent_on_indexes(self) -> float:
+        """Seconds that loading indexes has taken since this was last asked."""
+        with self._counting:
+            spent, self._indexes_s = self._indexes_s, 0.0
+        return spent
+
+    def _timed_index(self, shard: int) -> np.ndarray:
+        begun = time.perf_counter()
+        try:
+            return self._load_index(shard)
+        finally:
+            with self._counting:
+                self._indexes_s += time.perf_counter() - begun
 
     def _load_index(self, shard: int) -> np.ndarray:
         """A copy in memory: a map would hold a file descriptor. One that was damaged on
@@ -389,14 +405,13 @@ def in_page_cache(descriptor: int, offset: int) -> bool:
     return True
 
 
-def read_ahead(spans: Iterable[tuple[int, int, int]]) -> None:
-    """Have the kernel read spans of files, (descriptor, offset, size), all at once.
-    Only Linux can be asked.
+def read_ahead(descriptor: int, offset: int, size: int) -> None:
+    """Have the kernel read a span of a file, without waiting for it. Only Linux can be
+    asked.
     """
-    # What is wrong with a file says whoever reads it.
+    # What is wrong with the file says whoever reads it.
     with suppress(OSError):
-        for descriptor, offset, size in spans:
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _index_of(entry: Shard) -> Wanted:

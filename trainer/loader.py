@@ -9,7 +9,6 @@ list of damaged samples (`trainer.quarantine`), masks (`trainer.masking`) or the
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -245,10 +244,10 @@ class Loader:
     ) -> StepBatch:
         """This rank's share of one step; its images in `pixels`, if given."""
         self.hint(step)
-        begun = time.perf_counter()
         drawn, rows = self.ahead.of(step)
-        # No thread can read before the indexes are there.
-        indexes_s = (time.perf_counter() - begun) * self.config.threads
+        # No thread can read before the indexes are there. Working out the order is not
+        # reading, and one thread waits while another does it.
+        indexes_s = self.dataset.spent_on_indexes() * self.config.threads
         parts = list(self._micros(step, drawn, rows, decoders, pixels))
         return StepBatch(
             step=step,

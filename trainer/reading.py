@@ -31,7 +31,7 @@ from trainer.options import ImageConfig
 from trainer.storage import StorageError
 
 _GIVE_WAY_S = 1e-5
-# Samples of a batch that tell whether the page cache has it.
+# Samples of a batch that tell whether the page cache has all of it.
 _PROBED = 2
 # Columns of `reads_of`.
 _SIZE, _ID_BYTES, _CAPTIONS, _WHOLE = 1, 4, 7, 8
@@ -122,9 +122,9 @@ class Reading:
         self._shards = places[:, 0].tolist()
         begun = time.perf_counter()
         self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
+        self._read_ahead()
         # Where they have to be fetched first, no thread can read.
         self._opening_s = threads * (time.perf_counter() - begun)
-        self._read_ahead()
         dtype = dataset.tokenizer.dtype
         ends = reads[:, _ID_BYTES].cumsum()
         self._ends = ends // dtype.itemsize
@@ -162,19 +162,26 @@ class Reading:
         """Have the kernel read all samples at once, instead of each when a thread waits
         for it, where the page cache lacks them.
         """
+        opened = {shard: files for shard, files in self._files.items() if files}
         offsets, sizes = self._records["span_offset"], self._records["span_size"]
-        tars = {
-            shard: -1 if files is None else files[0].fileno()
-            for shard, files in self._files.items()
-        }
+        # Its first page is the sample's before it too, its last the next one's.
+        middles = offsets + sizes // np.uint64(2)
         apart = -(-len(self._shards) // _PROBED)
-        few = zip(self._shards[::apart], offsets[::apart].tolist(), strict=True)
+        some = zip(self._shards[::apart], middles[::apart].tolist(), strict=True)
         if all(
-            shard not in tars or in_page_cache(tars[shard], at) for shard, at in few
+            shard not in opened or in_page_cache(opened[shard][0].fileno(), middle)
+            for shard, middle in some
         ):
             return
-        each = zip(self._shards, offsets.tolist(), sizes.tolist(), strict=True)
-        read_ahead((tars[shard], at, size) for shard, at, size in each if shard in tars)
+        records = self._records[["span_offset", "span_size", "ids_offset", "ids_size"]]
+        for shard, (at, size, ids_at, ids_size) in zip(
+            self._shards, records.tolist(), strict=True
+        ):
+            tar, sidecar = opened.get(shard, (None, None))
+            if tar:
+                read_ahead(tar.fileno(), at, size)
+            if sidecar:
+                read_ahead(sidecar.fileno(), ids_at, ids_size)
 
     def _planned(
         self, reads: np.ndarray, ends: np.ndarray, flips: np.ndarray

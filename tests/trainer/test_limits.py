@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.trainer.tiny import config
-from trainer import reading
+from trainer import folder, reading
 from trainer.dataset import Dataset
 from trainer.feed import Feed
 from trainer.limits import Spent, verdict
 from trainer.loader import Loader
+from trainer.order import Drawn, SampleOrder
 
 pytestmark = pytest.mark.alone
 
@@ -48,9 +51,11 @@ def test_several_ranks_count_together() -> None:
     assert verdict(together, threads=2) == verdict(one, threads=2)
 
 
-def steps_of(shards: Path, pace: float, *more: str, steps: int = 24) -> str:
-    """The verdict over real steps that each compute for `pace` seconds, but for the
-    first four.
+def steps_of(
+    shards: Path, pace: float, *more: str, first: int = 4, steps: int = 24
+) -> str:
+    """The verdict over real steps that each compute for `pace` seconds, from `first`
+    on.
     """
     keys = config(shards, Path("unused"), *more)
     reader = Loader(Dataset(shards, "train"), keys, rank=0, world_size=1)
@@ -61,7 +66,7 @@ def steps_of(shards: Path, pace: float, *more: str, steps: int = 24) -> str:
             batch = feed.next()
             time.sleep(pace)
             delivery = feed.ended()
-            if number >= 4:
+            if number >= first:
                 spent += Spent(
                     elapsed=time.perf_counter() - begun,
                     waited=delivery.waited(),
@@ -82,12 +87,12 @@ def test_a_real_run_that_computes_decodes_or_reads_is_told_so(
     large += ("--digest=samples",)
     assert steps_of(shards, 0.0, *large).startswith("decode limits the run")
 
-    def slow(memory: memoryview, descriptor: int, offset: int) -> memoryview:
+    def slow(*words: Any) -> int:
         time.sleep(0.01)
-        return read(memory, descriptor, offset)
+        return read(*words)
 
-    read = reading.read_into
-    monkeypatch.setattr(reading, "read_into", slow)
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", slow)
     assert steps_of(shards, 0.0).startswith("storage limits the run")
 
 
@@ -103,3 +108,22 @@ def test_a_wait_for_a_file_to_be_fetched_is_storage(
     opened = reading._opened
     monkeypatch.setattr(reading, "_opened", fetched)
     assert steps_of(shards, 0.0).startswith("storage limits the run")
+
+
+def test_a_wait_for_indexes_is_storage_and_working_out_the_order_is_not(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(order: SampleOrder, *words: Any, **more: Any) -> Drawn:
+        time.sleep(0.5)
+        return samples_ahead(order, *words, **more)
+
+    def loaded(*words: Any) -> Any:
+        time.sleep(0.5)
+        return load_index(*words)
+
+    samples_ahead, load_index = SampleOrder.samples_ahead, folder.load_index
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleOrder, "samples_ahead", slowly)
+        assert steps_of(shards, 0.0, first=0).startswith("host limits the run")
+    monkeypatch.setattr(folder, "load_index", loaded)
+    assert steps_of(shards, 0.0, first=0).startswith("storage limits the run")

@@ -10,12 +10,14 @@ import random
 import shutil
 import time
 import tracemalloc
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -23,7 +25,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import python
-from tests.pipeline.foreign import img2dataset_shard
+from tests.pipeline.foreign import img2dataset_shard, write_tar
 from tests.trainer.tiny import config
 from trainer.dataset import Dataset
 from trainer.folder import DamagedError
@@ -106,36 +108,88 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def wait_for(path: Path, offset: int, size: int) -> None:
+    """Until the page cache has a span of a file."""
+    first, last = offset // mmap.PAGESIZE, (offset + size - 1) // mmap.PAGESIZE
+    until = time.monotonic() + 30
+    while not resident(path)[first : last + 1].all():
+        assert time.monotonic() < until, f"nobody asked for {offset} of {path}"
+        time.sleep(0.01)
+
+
+@contextmanager
+def held(reader: Loader, rows: Rows) -> Iterator[Future[Any]]:
+    """The reading of a batch, whose threads begin when this ends."""
+    begin = Event()
+    with ThreadPoolExecutor(1) as decoders, ThreadPoolExecutor(1) as caller:
+        decoders.submit(begin.wait)
+        try:
+            yield caller.submit(reader.read, rows, decoders)
+        finally:
+            begin.set()
+
+
+@pytest.mark.parametrize("missing", [False, True])
 def test_what_a_batch_needs_is_on_its_way_before_a_thread_reads_it(
-    mixed: Path, tmp_path: Path
+    mixed: Path, tmp_path: Path, missing: bool
 ) -> None:
-    shutil.copytree(mixed, tmp_path / "data")
-    reader = loader(tmp_path / "data")
+    copy = shutil.copytree(mixed, tmp_path / "copy")
+    reader = loader(copy)
     drawn, rows = reader.ahead.of(3)
-    tars = [
-        tmp_path / f"data/train/shard-{shard:06d}.tar"
-        for shard in drawn.places[:, 0].tolist()
-    ]
+    tars = [copy / f"train/shard-{shard:06d}.tar" for shard in drawn.places[:, 0]]
     for tar in tars:
         evict(tar)
     if any(resident(tar).any() for tar in tars):
         pytest.skip("this file system keeps all its files in memory")
-    held = Event()
-    with ThreadPoolExecutor(1) as decoders, ThreadPoolExecutor(1) as caller:
-        decoders.submit(held.wait)
-        reading = caller.submit(reader.read, rows, decoders)
-        try:
-            for tar, record in zip(tars, rows.records, strict=True):
-                first = int(record["span_offset"]) // mmap.PAGESIZE
-                last = int(record["span_offset"] + record["span_size"] - 1)
-                until = time.monotonic() + 30
-                while not resident(tar)[first : last // mmap.PAGESIZE + 1].all():
-                    assert time.monotonic() < until, f"nobody asked for {record}"
-                    time.sleep(0.01)
-            assert not reading.done()
-        finally:
-            held.set()
+    if missing:
+        # Of a shard that is not there: the others' samples are asked for all the same.
+        tars[0].unlink()
+    with held(reader, rows) as reading:
+        for tar, record in zip(tars, rows.records, strict=True):
+            if tar.exists():
+                wait_for(tar, int(record["span_offset"]), int(record["span_size"]))
+        assert not reading.done()
+    if missing:
+        with pytest.raises(DamagedError, match="missing"):
+            reading.result()
+    else:
         assert len(reading.result().lengths) == len(rows)
+
+
+def test_a_batch_is_asked_for_though_the_samples_beside_it_have_been_read(
+    mixed: Path, tmp_path: Path
+) -> None:
+    """Their pages are the first and the last of its samples. Ids lie in a sidecar."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 160, 160, 3), dtype=np.uint8)
+    files = {}
+    for number, pixels in enumerate(noise):
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=95)
+        files[f"{number:09d}.jpg"] = file.getvalue()
+        files[f"{number:09d}.txt"] = f"noise {number}".encode()
+    tar = write_tar(tmp_path / "00000.tar", files)
+    words = mixed / "tokenizer"
+    done = python("-m", "pipeline.index", tmp_path, f"--tokenizer={words}")
+    assert done.returncode == 0, done.stdout
+    reader = loader(tmp_path, "--image.size=32", "--global_batch=6", "--lanes=1")
+    places = reader.dataset.places()[::2]
+    rows = reader.rows(places, np.zeros(len(places), dtype=np.int64))
+    sidecar = tmp_path / str(reader.dataset.shard(int(places[0, 0])).ids)
+    for path in (tar, sidecar):
+        evict(path)
+    if resident(tar).any():
+        pytest.skip("this file system keeps all its files in memory")
+    with tar.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for record in rows.records:
+            offset, size = int(record["span_offset"]), int(record["span_size"])
+            for edge in (offset, offset + size - 1):
+                os.preadv(file.fileno(), [bytearray(1)], edge)
+    assert 0 < resident(tar).sum() < len(resident(tar)) / 2
+    with held(reader, rows):
+        for record in rows.records:
+            wait_for(tar, int(record["span_offset"]), int(record["span_size"]))
+            wait_for(sidecar, int(record["ids_offset"]), int(record["ids_size"]))
 
 
 def test_every_caption_of_every_sample_can_be_chosen() -> None:
