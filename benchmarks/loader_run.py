@@ -1,8 +1,8 @@
 """One contender of `benchmarks.loader`, in a process of its own; JSON on the last line.
 
 Owns the clock: time to the first batch from construction on (imports before), batches a
-second after a warm-up, the most memory of all processes, and the time to the first
-batch of a loader that resumes.
+second after a warm-up, the most memory that all processes were seen to have, and the
+time to the first batch of a loader that resumes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.loader_ours import OURS
 from benchmarks.loader_peers import BATCH, PEERS, Where
 
 _MIB = 1 << 20
-# At the memory that contenders have, a batch apart.
+# Times that memory is looked at after the clock has stopped, a batch apart.
 _LOOKS = 20
 
 
@@ -45,7 +45,9 @@ def measure(name: str, where: Where, *, warm: int, batches: int) -> dict[str, fl
     first = time.perf_counter() - begun
     start = time.time() - psutil.Process().create_time()
     memory = [_memory()]
-    _take(source, warm)
+    for _ in range(warm):
+        _take(source, 1)
+        memory.append(_memory())
     begun = time.perf_counter()
     _take(source, batches)
     took = time.perf_counter() - begun
