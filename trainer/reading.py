@@ -165,7 +165,7 @@ class Reading:
         opened = {shard: files for shard, files in self._files.items() if files}
         offsets, sizes = self._records["span_offset"], self._records["span_size"]
         # Its first page is the sample's before it too, its last the next one's.
-        middles = offsets + sizes // np.uint64(2)
+        middles = offsets + sizes // 2
         apart = -(-len(self._shards) // _PROBED)
         some = zip(self._shards[::apart], middles[::apart].tolist(), strict=True)
         if all(
