@@ -287,6 +287,8 @@ def _evicted(files: Sequence[Path], *, tries: int = 10) -> float:
     middle of each. Nobody else may have them open: a contender's processes need a
     moment to end.
     """
+    # Of hard links one: to look at a byte has it read, and the next link finds it.
+    files = list({os.stat(path).st_ino: path for path in files}.values())
     kept = 1.0
     for _ in range(tries):
         for path in files:

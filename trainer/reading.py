@@ -162,22 +162,21 @@ class Reading:
         """Have the kernel read all samples at once, instead of each when a thread waits
         for it, where the page cache lacks them.
         """
-        opened = {shard: files for shard, files in self._files.items() if files}
-        offsets, sizes = self._records["span_offset"], self._records["span_size"]
+        probed = slice(0, None, -(-len(self._shards) // _PROBED))
+        records = self._records[probed]
         # Its first page is the sample's before it too, its last the next one's.
-        middles = offsets + sizes // 2
-        apart = -(-len(self._shards) // _PROBED)
-        some = zip(self._shards[::apart], middles[::apart].tolist(), strict=True)
-        if all(
-            shard not in opened or in_page_cache(opened[shard][0].fileno(), middle)
-            for shard, middle in some
-        ):
+        middles = records["span_offset"] + records["span_size"] // 2
+        for shard, middle in zip(self._shards[probed], middles.tolist(), strict=True):
+            files = self._files[shard]
+            if files and not in_page_cache(files[0].fileno(), middle):
+                break
+        else:
             return
         records = self._records[["span_offset", "span_size", "ids_offset", "ids_size"]]
         for shard, (at, size, ids_at, ids_size) in zip(
             self._shards, records.tolist(), strict=True
         ):
-            tar, sidecar = opened.get(shard, (None, None))
+            tar, sidecar = self._files[shard] or (None, None)
             if tar:
                 read_ahead(tar.fileno(), at, size)
             if sidecar:

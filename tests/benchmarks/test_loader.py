@@ -103,6 +103,10 @@ def test_files_that_the_page_cache_keeps_are_told_from_those_it_has_dropped(
         # Of a page that somebody maps no kernel drops anything.
         mapped[1 << 19]
         assert _evicted(files, tries=1) == 0.25
+    links = [tmp_path / f"link to {path.name}" for path in files]
+    for link, path in zip(links, files, strict=True):
+        link.hardlink_to(path)
+    assert _evicted([*files, *links], tries=1) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "limit" not in name])
