@@ -132,11 +132,6 @@ class Dataset:
             found[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
         yield from zip(self.folders, found, strict=True)
 
-    @property
-    def waited(self) -> float:
-        """Seconds that readers were blocked on storage, all threads together."""
-        return sum(folder.storage.waited for folder in self.folders)
-
     def spent_on_indexes(self) -> float:
         """Seconds that loading indexes has taken since this was last asked."""
         return sum(folder.spent_on_indexes() for folder in self.folders)
