@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.fetch import Remote, ShortReadError
-from trainer.shard_cache import ShardCache
+from trainer.shard_cache import PINNED, ShardCache
 from trainer.storage import Files, StorageConfig, StorageError, Wanted
 
 _AHEAD_THREADS = 4
@@ -203,8 +203,9 @@ class CachedFiles(Files):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise StorageError(
-                f"the disk of {self._cache.root} is full: lower --storage.cache_bytes, "
-                "or give a folder on another disk as --storage.cache"
+                f"the disk of {self._cache.root} is full: give a folder on one that "
+                "holds what the lanes of a node shuffle at once (lanes x "
+                "shuffle_shards shards) as --storage.cache"
             ) from error
 
     def _make_room(self, place: int, path: Path, size: int, *, must: bool) -> None:
@@ -218,9 +219,9 @@ class CachedFiles(Files):
             if warn:
                 warnings.warn(
                     f"the shards that are read at once do not fit into the cache "
-                    f"{self._cache.root}, so they are fetched again and again: give "
-                    f"--storage.cache_bytes {room.wanted_bytes} or more, on a disk "
-                    "that has as much",
+                    f"{self._cache.root}: those in use stay on its disk beyond the "
+                    "bound, others may be fetched twice: give --storage.cache_bytes "
+                    f"{room.wanted_bytes} or more, on a disk that has as much",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -243,7 +244,7 @@ class CachedFiles(Files):
 
     def _publish(self) -> None:
         """Tell what must not go: what is pinned, then what is wanted, first first."""
-        pinned = [(path, 0) for path in self._pinned]
+        pinned = [(path, PINNED) for path in self._pinned]
         wanted = [
             (self._cache.path(name, version), size)
             for name, version, size in self._wanted

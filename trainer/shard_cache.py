@@ -38,6 +38,8 @@ _PARTS, _URL = "parts", "URL"
 _ID = re.compile(r"[0-9a-f]{32}")
 # Of the disk, for others: beyond it even a cache below its bound makes room.
 _DISK_LEFT_BYTES = 256 << 20
+# Told in place of a file's bytes: it is needed all the time.
+PINNED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,8 @@ class ShardCache:
     def make_room(self, descriptor: int, path: Path, size: int, *, must: bool) -> Room:
         """Give the claimed place of `path` its size, with the cache within its bound.
         Files that no running process needs go first, the longest unused before others;
-        where it `must` be, then those that are needed last.
+        where it `must` be, then those that are needed last, pinned ones at the end and
+        for the bound alone.
 
         Room may not be made although it must, while other files are being fetched.
         """
@@ -142,8 +145,13 @@ class ShardCache:
             most = min(self.most_bytes, taken + free)
             wanted = _wanted(found, {self._below(path): (0, size), **needs}, size)
             victims = []
-            for name in _dispensable(found, needs, needed_too=must):
-                if taken + size <= most:
+            dispensable = _dispensable(found, needs, needed_too=must)
+            least = taken + size - sum(found[name].size for name in dispensable)
+            for name in dispensable:
+                place, _ = needs.get(name, (None, 0))
+                # A disk that others have filled drives nothing out in vain.
+                bound_alone = place == PINNED or (place is not None and least > most)
+                if taken + size <= (self.most_bytes if bound_alone else most):
                     break
                 victims.append(name)
                 taken -= found[name].size
@@ -160,8 +168,9 @@ class ShardCache:
             )
 
     def publish(self, needs: Sequence[tuple[Path, int]]) -> None:
-        """Tell all processes the files that this one will read, and their bytes or 0,
-        in this order, in place of what it told before. Not for two threads at once.
+        """Tell all processes the files that this one will read, and their bytes, 0 or
+        `PINNED`, in this order, in place of what it told before. Not for two threads at
+        once.
         """
         lines = "".join(f"{size} {self._below(path)}\n" for path, size in needs)
         written = self._live.with_suffix(".new")
@@ -169,14 +178,18 @@ class ShardCache:
         os.replace(written, self._live.with_suffix(".needs"))
 
     def needs(self) -> dict[str, tuple[int, int]]:
-        """(place in the order, bytes) of all paths that running processes will read."""
+        """(place in the order or `PINNED`, bytes) of all paths that running processes
+        will read.
+        """
         found: dict[str, tuple[int, int]] = {}
         for file in (self.root / _LIVE).glob("*.needs"):
             with contextlib.suppress(FileNotFoundError):
                 for place, line in enumerate(file.read_text().split("\n")[:-1]):
-                    size, _, path = line.partition(" ")
-                    before, known = found.get(path, (place, 0))
-                    found[path] = min(place, before), max(int(size), known)
+                    told, _, path = line.partition(" ")
+                    size = int(told)
+                    here = PINNED if size == PINNED else place
+                    before, known = found.get(path, (here, 0))
+                    found[path] = min(here, before), max(size, known)
         return found
 
     def remove_left(self) -> None:

@@ -317,6 +317,44 @@ def test_what_a_live_process_will_read_is_not_evicted(
     assert {Path(name).name for name in NAMES[3:]} == whole(tmp_path / "cache")
 
 
+def test_a_disk_that_others_fill_drives_out_nothing_that_is_needed(
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if the disk had room for nothing more.
+    monkeypatch.setattr("trainer.shard_cache._DISK_LEFT_BYTES", 1 << 60)
+    files = open_files(f"{bucket}/d", config(tmp_path))
+    files.pin(NAMES[0])
+    files.local(NAMES[5])
+    files.ahead([Wanted(name, size=SIZE) for name in NAMES[1:4]])
+    for name in NAMES[1:4]:
+        files.local(name)
+    # Of what nobody needs nothing stays.
+    kept = {Path(name).name for name in NAMES[:4]}
+    assert whole(tmp_path / "cache") == kept
+
+
+def test_what_is_pinned_goes_only_where_the_bound_asks_for_it(
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = 2 * SIZE + 999
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound))
+    files.pin(NAMES[0])
+    for name in NAMES[1:4]:
+        files.local(name)
+    first, last = Path(NAMES[0]).name, Path(NAMES[3]).name
+    assert whole(tmp_path / "cache") == {first, last}
+    # A bound that holds but one file would otherwise wait for ever.
+    smaller = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE + 999))
+    smaller.local(NAMES[4])
+    assert whole(tmp_path / "cache") == {Path(NAMES[4]).name}
+
+
 def test_a_cache_too_small_for_all_readers_goes_on_and_says_what_would_do(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
