@@ -8,7 +8,8 @@ caption a pair shows (`trainer.loader`) or the stream (`trainer.stream`).
 
 Fresh memory costs as much as decoding does, so nothing of an image's size is made for a
 sample that is shown as it is; a crop that is resized is copied on its way, because the
-resizer takes and gives bytes of its own. Shapes: B pairs, S side of the images in pixels.
+resizer takes and gives bytes of its own. Shapes: B pairs, S side of the images in
+pixels.
 """
 
 from __future__ import annotations
