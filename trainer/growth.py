@@ -63,6 +63,12 @@ def freeze_until(
         loader.quarantine.resize(len(dataset))
     found = _grown(dataset, order, complete=complete)
     notes = [f"no new shards are taken in: {problem}" for problem in problems]
+    if any(appended) and _full(order) and not complete:
+        notes.append(
+            f"{sum(map(len, appended)):,} more shards have been committed; they are "
+            "taken in once the dataset is finished: it has grown into "
+            f"{MOST_FROZEN} epochs, as many as a checkpoint's data state lists"
+        )
     # Short epochs of a small source may all begin within these steps.
     while order.undecided <= step:
         notes += [_larger(order, number) for number in order.decide(found)]
@@ -101,9 +107,8 @@ def _grown(
     dataset: Dataset, order: SampleOrder, *, complete: bool
 ) -> dict[int, tuple[Source, str]]:
     """The sources that have more shards than their epochs cover so far."""
-    entries = sum(len(table.frozen) for table in order.epochs)
-    # The last ones are kept for the finished dataset: the data state stays small.
-    if entries >= MOST_FROZEN and not complete:
+    # The last entry is kept for the finished dataset: the data state stays small.
+    if _full(order) and not complete:
         return {}
     found = {}
     sources = grown(dataset, order.sources)
@@ -111,3 +116,7 @@ def _grown(
         if len(source.shards) > table.frozen[-1].shards:
             found[number] = source, records_hash(dataset, source, len(source.shards))
     return found
+
+
+def _full(order: SampleOrder) -> bool:
+    return sum(len(table.frozen) for table in order.epochs) >= MOST_FROZEN

@@ -227,6 +227,31 @@ def test_a_mixture_grows_source_by_source(mixed: Path, tmp_path: Path) -> None:
     assert [b.counts.digest_text for b in later.steps(0, 130)] == digests
 
 
+def test_shards_that_the_data_state_has_no_place_for_are_told_of(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    whole = growing_copy(mixed, copy)
+    show(copy, whole, 8)
+    keys = config(copy, Path("unused"), "--lanes=4", "--global_batch=40")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    loader = Loader(Dataset(copy, "train", growing=True), keys, rank=0, world_size=1)
+    # As many entries as the two sources have to begin with.
+    monkeypatch.setattr("trainer.growth.MOST_FROZEN", 2)
+    show(copy, whole, 9)
+    told: list[str] = []
+
+    class Teller:
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    freeze_until(0, loader=loader, world=world, tell=Teller())
+    assert len(told) == 1
+    assert told[0].startswith("1 more shards have been committed; they are taken in")
+    shards = [len(source.shards) for source in loader.order.sources]
+    assert sum(shards) == 8
+
+
 def steps_of(loader: Loader, world: World, count: int) -> Iterator[StepBatch]:
     """Steps as the training loop takes them, epochs frozen ahead."""
     with Feed(loader.steps(0, count), world.device) as feed:
