@@ -296,7 +296,8 @@ def _evicted(files: Sequence[Path], *, tries: int = 10) -> float:
     moment to end.
     """
     # Of hard links one: to look at a byte has it read, and the next link finds it.
-    files = list({os.stat(path).st_ino: path for path in files}.values())
+    stats = ((os.stat(path), path) for path in files)
+    files = list({(one.st_dev, one.st_ino): path for one, path in stats}.values())
     kept = 1.0
     for _ in range(tries):
         for path in files:

@@ -61,9 +61,12 @@ def freeze_until(
     if any(appended):
         dataset.append(appended)
         loader.quarantine.resize(len(dataset))
-    found = _grown(dataset, order, complete=complete)
+    entries = sum(len(table.frozen) for table in order.epochs)
+    # The last entry is kept for the finished dataset: the data state stays small.
+    full = entries >= MOST_FROZEN and not complete
+    found = {} if full else _grown(dataset, order)
     notes = [f"no new shards are taken in: {problem}" for problem in problems]
-    if any(appended) and _full(order) and not complete:
+    if full and any(appended):
         notes.append(
             f"{sum(map(len, appended)):,} more shards have been committed; they are "
             "taken in once the dataset is finished: it has grown into "
@@ -103,20 +106,11 @@ def _larger(order: SampleOrder, number: int) -> str:
     )
 
 
-def _grown(
-    dataset: Dataset, order: SampleOrder, *, complete: bool
-) -> dict[int, tuple[Source, str]]:
+def _grown(dataset: Dataset, order: SampleOrder) -> dict[int, tuple[Source, str]]:
     """The sources that have more shards than their epochs cover so far."""
-    # The last entry is kept for the finished dataset: the data state stays small.
-    if _full(order) and not complete:
-        return {}
     found = {}
     sources = grown(dataset, order.sources)
     for number, (table, source) in enumerate(zip(order.epochs, sources, strict=True)):
         if len(source.shards) > table.frozen[-1].shards:
             found[number] = source, records_hash(dataset, source, len(source.shards))
     return found
-
-
-def _full(order: SampleOrder) -> bool:
-    return sum(len(table.frozen) for table in order.epochs) >= MOST_FROZEN

@@ -165,9 +165,9 @@ class Reading:
         for it, where the page cache lacks them.
         """
         probed = slice(0, None, -(-len(self._shards) // _PROBED))
-        records = self._records[probed]
+        some = self._records[probed]
         # Its first page is the sample's before it too, its last the next one's.
-        middles = records["span_offset"] + records["span_size"] // 2
+        middles = some["span_offset"] + some["span_size"] // 2
         for shard, middle in zip(self._shards[probed], middles.tolist(), strict=True):
             files = self._files[shard]
             if files and not in_page_cache(files[0].fileno(), middle):

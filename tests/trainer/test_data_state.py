@@ -199,6 +199,16 @@ def test_a_run_follows_a_growing_dataset_and_is_a_function_of_its_epochs(
     assert digests == column(run, "sample_digest")
 
 
+class Teller:
+    """Keeps what a run has to say."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
 def test_a_mixture_grows_source_by_source(mixed: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     whole = growing_copy(mixed, copy)
@@ -239,13 +249,9 @@ def test_shards_that_the_data_state_has_no_place_for_are_told_of(
     # As many entries as the two sources have to begin with.
     monkeypatch.setattr("trainer.growth.MOST_FROZEN", 2)
     show(copy, whole, 9)
-    told: list[str] = []
-
-    class Teller:
-        def note(self, text: str) -> None:
-            told.append(text)
-
-    freeze_until(0, loader=loader, world=world, tell=Teller())
+    teller = Teller()
+    freeze_until(0, loader=loader, world=world, tell=teller)
+    told = teller.told
     assert len(told) == 1
     assert told[0].startswith("1 more shards have been committed; they are taken in")
     shards = [len(source.shards) for source in loader.order.sources]
@@ -291,15 +297,11 @@ def test_one_directory_made_anew_does_not_hold_up_the_growth_of_another(
     (other / "manifest.json.sha256").write_text(
         manifest_seal(turned.to_json().encode())
     )
-    told: list[str] = []
-
-    class Teller:
-        def note(self, text: str) -> None:
-            told.append(text)
-
+    teller = Teller()
     before = len(dataset)
     world = World(rank=0, size=1, device=torch.device("cpu"))
-    freeze_until(0, loader=loader, world=world, tell=Teller())
+    freeze_until(0, loader=loader, world=world, tell=teller)
+    told = teller.told
     assert len(dataset) == before + sum(shard.samples for shard in whole.shards[8:])
     assert any("was made anew while a run reads it" in line for line in told)
     assert any("source flags will take in" in line for line in told)

@@ -337,10 +337,7 @@ def test_a_disk_that_others_fill_drives_out_nothing_that_is_needed(
 
 
 def test_what_is_pinned_goes_only_where_the_bound_asks_for_it(
-    bucket: str,
-    content: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
     bound = 2 * SIZE + 999
     files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound))
