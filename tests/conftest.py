@@ -72,17 +72,23 @@ def emoji_shards(output: Path, *words: str) -> Path:
 
 
 # Above those of Ray's workers, below the ports that Linux hands out: one of those could
-# be anybody's between the look here and the start of whoever is to listen there.
-_PORTS = range(20_000, 32_000)
-_CHANCE = random.SystemRandom()
+# be anybody's between the look here and the start of whoever is to listen there. Tests
+# that run beside one another take turns, for the same reason.
+_TURN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_TURNS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_PORTS = list(range(20_000 + _TURN, 32_000, _TURNS))
+random.SystemRandom().shuffle(_PORTS)
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """A port on which nobody listens at any address of this machine, and another one
+    each time.
+    """
     while True:
-        port = _CHANCE.choice(_PORTS)
+        port = _PORTS.pop()
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            # Ray listens at the machine's own address even where it is told localhost.
+            probe.bind(("", port))
             return port
 
 
