@@ -14,7 +14,9 @@ files.
 
 The limit is two threads decoding JPEGs that lie in memory into a preallocated batch,
 chunk by chunk. `--rounds`, `--batches` and `--warm` say how long. `--s3` measures all
-of it against an S3 server on loopback too, which is itself the limit there.
+of it against an S3 server on loopback too, which is itself the limit there; every
+process finds an empty cache, also one that resumes, as on another machine. `--s3 only`
+leaves the disk out.
 
 PYTHON is the interpreter of an environment with `benchmarks/requirements-loaders.txt`
 (benchmarks/README.md says how to make it). Results go to `benchmarks/results/
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -40,6 +43,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,16 @@ _IN_MEMORY = (_LIMIT, "limit, crops")
 Figures = dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Remote:
+    """Where contenders read from, if not from the disk."""
+
+    bucket: str
+    scratch: Path
+    """For what they cache; empty when a contender begins."""
+    environment: Mapping[str, str]
+
+
 class Bench:
     """All runs over one dataset."""
 
@@ -74,15 +88,24 @@ class Bench:
         self.side = check_squares(self._dataset)
         self._formats = given.work.resolve() / f"formats-{self._dataset.name}"
         self._cores = sorted(os.sched_getaffinity(0))[: given.cores]
+        self._remote: _Remote | None = None
         for name in dict.fromkeys(NEEDS.values()):
             make_format(name, self._dataset, self._formats, given.peers)
 
     def measure(self) -> dict[str, Any]:
         """Figures of every contender: medians, and the spread of the rates."""
-        names = [*OURS, *PEERS]
+        _read(self._files())
+        found = self._rounds([*OURS, *PEERS])
+        figures, runs = found["contenders"], found.pop("runs")
+        for name in figures:
+            if name not in _IN_MEMORY:
+                figures[name] |= self._cold(name)
+        return {"side": self.side, **found, "ratios": ratios_of_rounds(runs)}
+
+    def _rounds(self, names: Sequence[str]) -> dict[str, Any]:
+        """Figures of contenders that take turns, and `runs`, of each round."""
         runs: dict[str, list[Figures]] = {name: [] for name in names}
         errors: dict[str, str] = {}
-        _read(self._files())
         for number in range(self._given.rounds):
             for name in names:
                 if name in errors:
@@ -96,20 +119,16 @@ class Bench:
         figures = {name: _medians(found) for name, found in runs.items() if found}
         for name, resumed in self._resumed(figures).items():
             figures[name] |= resumed
-        for name in figures:
-            if name not in _IN_MEMORY:
-                figures[name] |= self._cold(name)
         return {
-            "side": self.side,
             "contenders": figures,
             "errors": errors,
-            "ratios": ratios_of_rounds(runs),
             "rates": {
                 name: [round(run["images_s"], 1) for run in found]
                 for name, found in runs.items()
             },
             # More than the cores means that others were at work.
             "load_average": os.getloadavg(),
+            "runs": runs,
         }
 
     def _files(self) -> list[Path]:
@@ -139,26 +158,23 @@ class Bench:
         return {f"cold_{key}": found[key] for key in ("images_s", "first_s")}
 
     def over_s3(self) -> dict[str, Any]:
-        """The same against an S3 server on loopback, once each, from empty caches."""
-        figures, errors = {}, {}
-        skipped = (*_IN_MEMORY, "Palimpsest, crops")
-        scratch = self._given.work.resolve() / "scratch"
+        """The same against an S3 server on loopback, from empty caches."""
+        names = [name for name in (*OURS, *PEERS) if name not in _IN_MEMORY]
         with (
             _bucket(self._dataset, self._formats) as (bucket, environment),
             _multi_storage(bucket, environment) as multi_storage,
         ):
-            for name in (one for one in (*OURS, *PEERS) if one not in skipped):
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir(parents=True)
-                more = [f"--bucket={bucket}", f"--scratch={scratch}"]
-                found = self._run(
-                    name, *more, environment={**environment, **multi_storage}
-                )
-                if "error" in found:
-                    errors[name] = str(found["error"])
-                else:
-                    figures[name] = found
-        return {"contenders": figures, "errors": errors}
+            self._remote = _Remote(
+                bucket=bucket,
+                scratch=self._given.work.resolve() / "scratch",
+                environment={**environment, **multi_storage},
+            )
+            try:
+                found = self._rounds(names)
+            finally:
+                self._remote = None
+        del found["runs"]
+        return {"side": self.side, **found}
 
     def _resumed(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
         """Of those that have a state: it is saved by one process and loaded by others,
@@ -195,11 +211,14 @@ class Bench:
         rounds = range(self._given.rounds)
         return [self._run(name, f"--resume={file}") for _ in rounds]
 
-    def _run(
-        self, name: str, *more: str, environment: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
+    def _run(self, name: str, *more: str) -> dict[str, Any]:
         """What a contender's process printed."""
-        given = self._given
+        given, environment = self._given, {}
+        if self._remote:
+            environment, scratch = self._remote.environment, self._remote.scratch
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            more += (f"--bucket={self._remote.bucket}", f"--scratch={scratch}")
         command = [
             *(str(given.peers), "-m", "benchmarks.loader_run", name),
             *(f"--dataset={self._dataset}", f"--formats={self._formats}"),
@@ -211,7 +230,7 @@ class Bench:
             done = subprocess.run(
                 ["taskset", "--cpu-list", cores, *command],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
@@ -257,7 +276,9 @@ def ratios(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """The figures of one dataset, for people."""
-    figures, limit = found["contenders"], found["contenders"][_LIMIT]["images_s"]
+    figures = found["contenders"]
+    # Over S3 there is none.
+    limit = figures[_LIMIT]["images_s"] if _LIMIT in figures else math.inf
     yield (
         f"{'':26}{'images/s':>9}{'spread':>8}{'of limit':>9}{'cold':>8}{'first':>8}"
         f"{'start':>8}{'resume':>10}{'peak':>9}"
@@ -267,19 +288,20 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
         if "resume_s" in row:
             resume = f"{row['resume_s']:.2f} s" + ("" if row["same_batch"] else " +")
         apart = " *" if name in _APART else ""
+        of_limit = f"{row['images_s'] / limit:.1%}" if limit < math.inf else ""
         cold = "failed" if "cold_error" in row else ""
         if "cold_images_s" in row:
             cold = f"{row['cold_images_s']:,.0f}"
         yield (
             f"{name + apart:26}{row['images_s']:9,.0f}{row['spread']:8.1%}"
-            f"{row['images_s'] / limit:9.1%}{cold:>8}{row['first_s']:6.2f} s"
+            f"{of_limit:>9}{cold:>8}{row['first_s']:6.2f} s"
             f"{row['start_s']:6.2f} s{resume:>10}{row['peak_mib']:5.0f} MiB"
         )
     for name, error in found["errors"].items():
         yield f"{name:26}not measured: {error.splitlines()[0][:90]}"
     yield "* does more than the peers do: not compared"
     yield "+ goes on with another batch than would have come"
-    for name, ratio in found["ratios"].items():
+    for name, ratio in found.get("ratios", {}).items():
         target = _TARGETS[name]
         verdict = "reached" if ratio >= target else "MISSED"
         yield f"{name.replace('_', ' '):26}{ratio:9.2f}   target {target}: {verdict}"
@@ -412,13 +434,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=60, help="batches timed")
     parser.add_argument("--resume_after", type=int, default=20, help="batches")
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--s3", action="store_true", help="against S3 on loopback too")
+    parser.add_argument(
+        "--s3",
+        nargs="?",
+        choices=("no", "too", "only"),
+        default="no",
+        const="too",
+        help="against S3 on loopback too, or only",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.loader --data DATASET --peers PYTHON "
         f"--work DIR --rounds {given.rounds} --batches {given.batches} "
-        f"--warm {given.warm}",
+        f"--warm {given.warm} --s3 {given.s3}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),
         "versions": _versions(given.peers),
@@ -429,17 +458,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in given.data:
         bench = Bench(given, dataset)
         print(f"{bench.side} px", flush=True)
-        found = bench.measure()
-        print("\n".join(table(found)), flush=True)
-        if given.s3:
+        found: dict[str, Any] = {}
+        if given.s3 != "only":
+            found = bench.measure()
+            print("\n".join(table(found)), flush=True)
+        if given.s3 != "no":
             found["s3"] = bench.over_s3()
-            for name, row in found["s3"]["contenders"].items():
-                print(
-                    f"S3: {name:26}{row['images_s']:9,.0f} images/s, first batch "
-                    f"after {row['first_s']:.2f} s"
-                )
-            for name, error in found["s3"]["errors"].items():
-                print(f"S3: {name:26}not measured: {error.splitlines()[0][:90]}")
+            print("\n".join(["S3 on loopback", *table(found["s3"])]), flush=True)
         result["sets"][f"{bench.side} px"] = found
         given.output.write_text(json.dumps(result, indent=1) + "\n")
     print(given.output)

@@ -5,13 +5,16 @@ a reader is there before it; and how long readers were blocked. Does not own req
 (`trainer.fetch`) or the folder, which all processes of a node share
 (`trainer.shard_cache`).
 
-Whoever fetches a file for a reader opens it before it can be evicted, so that every
-reader gets on even where the cache is too small for all that are reading.
+What is streamed stays in the cache as long as somebody has it open. Where the cache is
+too small for all that are read, some are not fetched: every reader gets on, because
+their parts can be had from storage, and because a part of the cache is kept for files
+that are read at once.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import time
@@ -23,14 +26,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.fetch import Remote, ShortReadError
-from trainer.shard_cache import PINNED, ShardCache
-from trainer.storage import Files, StorageConfig, StorageError, Wanted
+from trainer.shard_cache import Room, ShardCache
+from trainer.storage import Files, NoRoomError, StorageConfig, StorageError, Wanted
 
 _AHEAD_THREADS = 4
 # Between looks at a file that another process is fetching.
 _POLL_S = 0.02
 # A file that changes while it is read is read again, so often.
 _CHANGES = 4
+# Share of the cache that streamed files leave to others, at least.
+_SPARE_SHARE = 1 / 16
+# Between attempts to find a place for a streamed file.
+_FULL_S = 5.0
 
 
 class CachedFiles(Files):
@@ -57,6 +64,9 @@ class CachedFiles(Files):
         weakref.finalize(self, self._cache.close)
         self._lock = threading.Lock()
         self._waited, self._evictions = 0.0, 0
+        self._beside = 0
+        self._full_until = 0.0
+        self._infos: dict[str, Mapping[str, Any]] = {}
         self._pinned: dict[Path, None] = {}
         self._wanted: tuple[Wanted, ...] = ()
         self._queue: deque[Wanted] = deque()
@@ -69,18 +79,35 @@ class CachedFiles(Files):
         return self._cache.path(name, version)
 
     def open(self, name: str, version: str = "") -> BinaryIO:
-        return os.fdopen(self._descriptor(name, version), "rb", buffering=0)
+        descriptor = self._descriptor(name, version, streamed=True)
+        return os.fdopen(descriptor, "rb", buffering=0)
 
-    def at(self, name: str) -> Path | None:
-        """None: what was evicted is as good as before to whoever has it open."""
-        return None
+    def span(self, name: str, offset: int, size: int) -> bytes:
+        began = time.monotonic()
+        try:
+            info = self._infos.get(name) or self._remote.info(name)
+            self._infos[name] = info
+            stop = min(offset + size, int(info["size"]))
+            if stop <= offset:
+                return b""
+            return self._remote.span(name, info, offset, stop)
+        except ShortReadError:
+            # It is another by now.
+            self._infos.pop(name, None)
+            return b""
+        finally:
+            self._was_blocked(time.monotonic() - began)
 
-    def refresh(self, name: str, version: str = "") -> Path:
+    def at(self, name: str, version: str = "") -> Path:
+        return self._cache.path(name, version)
+
+    def refresh(self, name: str, version: str = "", *, streamed: bool = False) -> Path:
         path = self._cache.path(name, version)
         if not version:
             self._pin(path)
+        now = time.time_ns()
         try:
-            os.close(self._descriptor(name, version, since_ns=time.time_ns()))
+            os.close(self._descriptor(name, version, since_ns=now, streamed=streamed))
         except FileNotFoundError:
             path.unlink(missing_ok=True)
             raise
@@ -96,23 +123,21 @@ class CachedFiles(Files):
             if wanted == self._wanted or self._closed.is_set():
                 return
             self._wanted, self._queue = wanted, deque(wanted)
+            # What is read no more has left its place.
+            self._full_until = 0.0
+            self._infos.clear()
             self._publish()
             more = max(min(_AHEAD_THREADS, len(wanted)) - self._threads, 0)
             self._threads += more
         for _ in range(more):
             threading.Thread(target=self._go_ahead, name="ahead", daemon=True).start()
 
-    def check(self, largest: int) -> None:
-        most = self._cache.most_bytes
-        if largest > most:
-            raise ValueError(
-                f"{self.root} has a file of {largest} bytes, which no cache of {most} "
-                f"can hold: give --storage.cache_bytes {largest} or more, best what "
-                "the lanes of a node shuffle at once (lanes x shuffle_shards shards)"
-            )
+    def check(self, largest: int, *, beside: int) -> None:
+        self._beside = beside
+        self._check(largest, streamed=True)
 
     def figures(self) -> Mapping[str, int]:
-        names = ("bytes", "requests", "hedges", "retries")
+        names = ("bytes", "requests", "hedges", "retries", "spans")
         counts = {name: self._remote.figures[name] for name in names}
         return {**counts, "evictions": self._evictions}
 
@@ -134,52 +159,69 @@ class CachedFiles(Files):
     def waited(self) -> float:
         return self._waited
 
-    def _descriptor(self, name: str, version: str, *, since_ns: int = 0) -> int:
+    def _was_blocked(self, seconds: float) -> None:
+        with self._lock:
+            self._waited += seconds
+
+    def _descriptor(
+        self, name: str, version: str, *, since_ns: int = 0, streamed: bool = False
+    ) -> int:
         """Descriptor of a whole file, fetched no earlier than `since_ns`."""
         path = self._cache.path(name, version)
         found = self._cache.opened(path, since_ns=since_ns)
         if found is not None:
             return found
         began = time.monotonic()
+        if streamed and began < self._full_until:
+            raise _no_room(path)
         try:
             while True:
-                found = self._get(path, name, since_ns=since_ns, must=True)
+                found = self._get(
+                    path, name, since_ns=since_ns, must=True, streamed=streamed
+                )
                 if found is not None:
                     return found
                 self._pause()
+        except NoRoomError:
+            self._full_until = time.monotonic() + _FULL_S
+            raise
         finally:
-            with self._lock:
-                self._waited += time.monotonic() - began
+            self._was_blocked(time.monotonic() - began)
 
-    def _get(self, path: Path, name: str, *, since_ns: int, must: bool) -> int | None:
+    def _get(
+        self, path: Path, name: str, *, since_ns: int, must: bool, streamed: bool
+    ) -> int | None:
         """Descriptor of a file that is there or was fetched by this call; None where
-        another is fetching it. Where it need not be and there is no room, an OSError.
+        another is fetching it, or it went at once. Without room, a NoRoomError for one
+        that need not be or is streamed.
         """
         place = self._cache.claim(path)
         if place is None:
             return None
-        kept = False
+        claimed = True
         try:
             # It may have come between the last look and the claim.
             found = self._cache.opened(path, since_ns=since_ns)
             if found is not None:
                 return found
-            self._fetch(place, path, name, must=must)
-            kept = True
-            return place
+            began_ns = self._fetch(place, path, name, must=must, streamed=streamed)
+            claimed = False
+            return place if self._cache.keep(place, path, began_ns=began_ns) else None
         finally:
-            if not kept:
+            if claimed:
                 self._cache.drop(place, path)
 
-    def _fetch(self, place: int, path: Path, name: str, *, must: bool) -> None:
-        """Fetch a file into its claimed place."""
+    def _fetch(
+        self, place: int, path: Path, name: str, *, must: bool, streamed: bool
+    ) -> int:
+        """Fetch a file into its claimed place; when that began, in ns."""
         for _ in range(_CHANGES):
             began_ns = time.time_ns()
             info = self._remote.info(name)
-            self._make_room(place, path, int(info["size"]), must=must)
+            size = int(info["size"])
+            self._make_room(place, path, size, must=must, streamed=streamed)
             if self._fill(place, name, info):
-                self._cache.keep(place, path, began_ns=began_ns)
-                return
+                return began_ns
         raise StorageError(
             f"{self.root}/{name} changes while it is read, or is shorter than storage "
             "says: the same command continues once whoever writes it is done"
@@ -208,29 +250,63 @@ class CachedFiles(Files):
                 "shuffle_shards shards) as --storage.cache"
             ) from error
 
-    def _make_room(self, place: int, path: Path, size: int, *, must: bool) -> None:
-        self.check(size)
+    def _make_room(
+        self, place: int, path: Path, size: int, *, must: bool, streamed: bool
+    ) -> None:
+        self._check(size, streamed=streamed)
+        spare = self._spare if streamed else 0
+        deadline = time.monotonic() + self._config.timeout_s * self._config.tries
         while True:
-            room = self._cache.make_room(place, path, size, must=must)
-            with self._lock:
-                self._evictions += room.evicted
-                warn = room.wanted_bytes and not self._warned
-                self._warned |= bool(warn)
-            if warn:
-                warnings.warn(
-                    f"the shards that are read at once do not fit into the cache "
-                    f"{self._cache.root}: those in use stay on its disk beyond the "
-                    "bound, others may be fetched twice: give --storage.cache_bytes "
-                    f"{room.wanted_bytes} or more, on a disk that has as much",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            room = self._cache.make_room(place, path, size, must=must, spare=spare)
+            self._say(room)
             if room.made:
                 return
-            if not must:
-                raise _NoRoomError(errno.ENOSPC, "no room in the cache", str(path))
+            if not must or (streamed and not room.possible):
+                raise _no_room(path)
+            if not room.possible and time.monotonic() > deadline:
+                raise StorageError(
+                    f"the cache {self._cache.root} is full of shards that are being "
+                    "read: give more as --storage.cache_bytes, or another folder as "
+                    "--storage.cache"
+                )
             # Others are fetching what fills the cache; then it can make room.
             self._pause()
+
+    def _say(self, room: Room) -> None:
+        with self._lock:
+            self._evictions += room.evicted
+            warn = room.wanted_bytes and not self._warned
+            self._warned |= bool(warn)
+        if warn:
+            warnings.warn(
+                f"the shards that are read at once do not fit into the cache "
+                f"{self._cache.root}: some are fetched twice, and samples of those "
+                "without a place are read one by one, which is slow: give "
+                f"--storage.cache_bytes {self._bound_for(room.wanted_bytes)} or more, "
+                "on a disk that has as much",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def _spare(self) -> int:
+        """Bytes that streamed files leave to others."""
+        return max(int(self._cache.most_bytes * _SPARE_SHARE), self._beside)
+
+    def _bound_for(self, streamed: int) -> int:
+        """The least bound that leaves so many bytes to streamed files."""
+        return max(math.ceil(streamed / (1 - _SPARE_SHARE)), streamed + self._beside)
+
+    def _check(self, size: int, *, streamed: bool) -> None:
+        """Raise ValueError where a file of `size` bytes could never be had."""
+        least = self._bound_for(size) if streamed else size
+        if least > self._cache.most_bytes:
+            raise ValueError(
+                f"{self.root} has a file of {size} bytes, which a cache of "
+                f"{self._cache.most_bytes} cannot hold: give --storage.cache_bytes "
+                f"{least} or more, best what the lanes of a node shuffle at once "
+                "(lanes x shuffle_shards shards)"
+            )
 
     def _pause(self) -> None:
         if self._closed.wait(_POLL_S):
@@ -243,13 +319,10 @@ class CachedFiles(Files):
                 self._publish()
 
     def _publish(self) -> None:
-        """Tell what must not go: what is pinned, then what is wanted, first first."""
-        pinned = [(path, PINNED) for path in self._pinned]
-        wanted = [
-            (self._cache.path(name, version), size)
-            for name, version, size in self._wanted
-        ]
-        self._cache.publish([*pinned, *wanted])
+        """Tell what must not go."""
+        path = self._cache.path
+        wanted = [(path(file.name, file.version), file.size) for file in self._wanted]
+        self._cache.publish(self._pinned, wanted)
 
     def _go_ahead(self) -> None:
         while (wanted := self._next()) is not None:
@@ -274,10 +347,16 @@ class CachedFiles(Files):
         path = self._cache.path(wanted.name, wanted.version)
         found = self._cache.opened(path)
         if found is None:
-            found = self._get(path, wanted.name, since_ns=0, must=False)
+            found = self._get(
+                path,
+                wanted.name,
+                since_ns=0,
+                must=False,
+                streamed=wanted.streamed,
+            )
         if found is not None:
             os.close(found)
 
 
-class _NoRoomError(OSError):
-    """A file that need not be fetched now and would drive out what is needed sooner."""
+def _no_room(path: Path) -> NoRoomError:
+    return NoRoomError(errno.ENOSPC, "no room in the cache", str(path))

@@ -150,6 +150,29 @@ class Remote:
                 future.cancel()
                 self._slots.release()
 
+    def span(self, name: str, info: Mapping[str, Any], start: int, stop: int) -> bytes:
+        """Bytes of a part of a file.
+
+        Raises:
+            ShortReadError: the file ends before.
+            FileNotFoundError, OSError, ValueError: as `info`; also where the server
+                gives whole files alone.
+        """
+        if self._serves_whole_files(info):
+            raise StorageError(
+                f"{self._where(name)} has no place in the cache, and the server gives "
+                "no parts of files: give more as --storage.cache_bytes, on a disk that "
+                "has as much"
+            )
+        self._slots.acquire()
+        future = self._submit(name, start, stop)
+        try:
+            data = self._result(future)
+        finally:
+            self._slots.release()
+        self._count(bytes=len(data), spans=1)
+        return data
+
     def first_tar(self) -> str | None:
         """Name of a tar in the folder or up to three folders below it, if a listing
         that is cut short by the time limit finds one.

@@ -26,6 +26,7 @@ import crc32c
 import numpy as np
 
 from pipeline.manifest import (
+    INDEX_DTYPE,
     Shard,
     captions_of,
     file_sha256,
@@ -34,6 +35,7 @@ from pipeline.manifest import (
     words_file,
 )
 from trainer.storage import (
+    NoRoomError,
     StorageConfig,
     StorageError,
     Wanted,
@@ -99,10 +101,12 @@ class Folder:
                 "shards committed so far"
             )
         self.shards = list(self.manifest.split(split))
-        self.storage.check(max(shard.bytes for shard in self.shards))
+        self._check_storage()
         self.tokenizer_folder = self._own_tokenizer()
-        self.check_tokenizer(self.tokenizer_folder)
+        tokenizer = self.check_tokenizer(self.tokenizer_folder)
+        self._check_storage(tokenizer.stat().st_size)
         self._fetched_anew: set[str] = set()
+        self._sample = threading.local()
         self._fetching = threading.Lock()
         self._counting = threading.Lock()
         self._indexes_s = 0.0
@@ -147,12 +151,13 @@ class Folder:
         wanted = []
         for shard in shards:
             entry = self.shards[shard]
+            tar, ids = entry.sha256["tar"], entry.sha256.get("ids", "")
             wanted.append(_index_of(entry))
-            wanted.append(Wanted(entry.name, entry.sha256["tar"], entry.bytes))
+            wanted.append(Wanted(entry.name, tar, entry.bytes, streamed=True))
             if entry.ids:
-                wanted.append(Wanted(entry.ids, entry.sha256["ids"]))
+                wanted.append(Wanted(entry.ids, ids, streamed=True))
         self.storage.ahead(wanted)
-        # The bytes of an evicted file go only when nobody has it open.
+        # What is open has a place in the cache that others may need.
         for kept in (self._tars, self._ids):
             kept.keep_only(set(shards))
 
@@ -290,15 +295,23 @@ class Folder:
             ) from error
         return path.parent
 
+    def _check_storage(self, pinned: int = 0) -> None:
+        """Raise ValueError where a shard could never be had beside small files, so many
+        bytes of them pinned.
+        """
+        largest = max(shard.bytes for shard in self.shards)
+        samples = max(shard.samples for shard in self.shards)
+        # Of an index, one version may be read while another is fetched.
+        indexes = 2 * samples * INDEX_DTYPE.itemsize
+        self.storage.check(largest, beside=pinned + indexes)
+
     def _bytes(self, shard: int, record: np.void, kind: str) -> memoryview:
         """Bytes with the CRC of the index, read twice before they are called wrong."""
-        sidecar = kind == "ids" and bool(self.shards[shard].ids)
-        files = self._ids if sidecar else self._tars
-        offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
+        size = int(record[f"{kind}_size"])
         reason = ""
-        for _ in range(2):
+        for anew in (False, True):
             try:
-                data = _span(lambda: self._fresh(files, shard), offset, size)
+                data = self._read(shard, record, kind, anew=anew)
             except _GONE:
                 reason = "missing"
             else:
@@ -306,12 +319,46 @@ class Folder:
                 if whole and crc32c.crc32c(data) == record[f"{kind}_crc32c"]:
                     return data
                 reason = "crc" if whole else "truncated"
-            self._fetch_anew(shard, kind)
-            files.forget(shard)
         where = self._where(shard, record, kind)
         if reason == "missing":
             where = f"{self.name}/{self._file(shard, kind)[0]} is missing: {where}"
         raise self._damage(shard, record, reason, f"{where} is damaged")
+
+    def _read(
+        self, shard: int, record: np.void, kind: str, *, anew: bool
+    ) -> memoryview:
+        """A kind of member as it is, fewer bytes where the file ends; `anew` where it
+        is damaged as it was read before.
+        """
+        files = self._ids if self._in_sidecar(shard, kind) else self._tars
+        offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
+        try:
+            if anew:
+                # Its place may be needed, and another thread may open it meanwhile.
+                files.forget(shard)
+                self._fetch_anew(shard, kind)
+                files.forget(shard)
+            return _span(lambda: self._fresh(files, shard), offset, size)
+        except NoRoomError:
+            return self._read_remote(shard, record, kind, anew=anew)
+
+    def _read_remote(
+        self, shard: int, record: np.void, kind: str, *, anew: bool
+    ) -> memoryview:
+        """As `_read`, from where storage has it: all members of the tar in one request,
+        as the other kinds will be asked for next.
+        """
+        name, _ = self._file(shard, kind)
+        offset, size = int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])
+        at = int(record["span_offset"])
+        end = at + int(record["span_size"])
+        if self._in_sidecar(shard, kind) or not at <= offset <= offset + size <= end:
+            return memoryview(self.storage.span(name, offset, size))
+        have: tuple[tuple[str, int], bytes] | None = getattr(self._sample, "read", None)
+        if anew or have is None or have[0] != (name, at):
+            have = (name, at), self.storage.span(name, at, end - at)
+            self._sample.read = have
+        return memoryview(have[1])[offset - at :][:size]
 
     def _fetch_anew(self, shard: int, kind: str) -> None:
         """Have a file as storage has it now: what is damaged may be the local copy.
@@ -321,7 +368,7 @@ class Folder:
         with self._fetching:
             if name not in self._fetched_anew:
                 with suppress(FileNotFoundError):
-                    self.storage.refresh(name, version)
+                    self.storage.refresh(name, version, streamed=True)
                 self._fetched_anew.add(name)
 
     def _damage(
@@ -341,7 +388,8 @@ class Folder:
         return self._opened(*self._file(shard, "ids"))
 
     def _opened(self, name: str, version: str) -> _Opened:
-        return _Opened(self.storage.open(name, version), self.storage.at(name))
+        path = self.storage.at(name, version)
+        return _Opened(self.storage.open(name, version), path)
 
     def _fresh(self, files: _Kept[_Opened], shard: int) -> BinaryIO:
         """The open file, opened again where another lies in its place by now."""
@@ -354,9 +402,12 @@ class Folder:
     def _file(self, shard: int, kind: str) -> tuple[str, str]:
         """Name and sha256 of the file that holds a kind of member."""
         entry = self.shards[shard]
-        if kind == "ids" and entry.ids:
+        if entry.ids and self._in_sidecar(shard, kind):
             return entry.ids, entry.sha256["ids"]
         return entry.name, entry.sha256["tar"]
+
+    def _in_sidecar(self, shard: int, kind: str) -> bool:
+        return kind == "ids" and bool(self.shards[shard].ids)
 
     def _where(self, shard: int, record: np.void, kind: str) -> str:
         name = {"ids": "input_ids.npy", "span": "sample"}.get(kind, kind)
@@ -367,8 +418,10 @@ class Folder:
     def _cure(self) -> str:
         return f"`python -m pipeline.validate {self.name}` names every damage"
 
-    def check_tokenizer(self, directory: Path) -> None:
-        """Raise ValueError unless the tokenizer in `directory` made the tokens."""
+    def check_tokenizer(self, directory: Path) -> Path:
+        """The file of the tokenizer in `directory`. Raises ValueError unless it made
+        the tokens.
+        """
         path, info = words_file(directory), self.manifest.tokenizer
         if not path.is_file():
             raise ValueError(f"{path} is missing: not a tokenizer directory")
@@ -379,6 +432,7 @@ class Folder:
                 f"{self.name} were made with {info.sha256}: preprocess again with this "
                 "tokenizer, or train with the dataset's own"
             )
+        return path
 
 
 def read_into(memory: memoryview, descriptor: int, offset: int) -> memoryview:
@@ -426,7 +480,7 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> memoryview:
         try:
             memory = memoryview(bytearray(size))
             return read_into(memory, opened().fileno(), offset)
-        except (*_GONE, StorageError):
+        except (*_GONE, NoRoomError, StorageError):
             raise
         except OSError:
             if not left:
@@ -436,9 +490,9 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> memoryview:
 
 
 class _Opened:
-    """An open file, and whether it is still the one at its path, if that matters."""
+    """An open file, and whether it is still the one at its path."""
 
-    def __init__(self, file: BinaryIO, path: Path | None) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self._path = path
         self.file = file
         self._identity = os.fstat(self.file.fileno())
@@ -448,7 +502,7 @@ class _Opened:
         """Has it been deleted, or another put in its place? Looks once a second: an
         open file reads as before whatever becomes of its name.
         """
-        if not self._path or time.monotonic() < self._looked + _LOOK_AGAIN_SECONDS:
+        if time.monotonic() < self._looked + _LOOK_AGAIN_SECONDS:
             return False
         self._looked = time.monotonic()
         try:

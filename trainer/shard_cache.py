@@ -3,7 +3,8 @@
 Owns which process fetches a file, how much lies in the folder, which file makes room
 for another, and that a process may die anywhere: there is no daemon and no state but
 files. A file is claimed by a lock of the kernel's, which ends with its process, and
-appears whole, by a rename. What a dead process left is what nobody has locked. Does not
+appears whole, by a rename. What a dead process left is what nobody has locked. A file
+that somebody has open is locked too, and stays: its bytes would not be gone. Does not
 own the bytes (`trainer.fetch`) or which files are wanted (`trainer.storage`).
 
     CACHE/palimpsest.lock           held while room is made
@@ -28,7 +29,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +39,8 @@ _PARTS, _URL = "parts", "URL"
 _ID = re.compile(r"[0-9a-f]{32}")
 # Of the disk, for others: beyond it even a cache below its bound makes room.
 _DISK_LEFT_BYTES = 256 << 20
-# Told in place of a file's bytes: it is needed all the time.
-PINNED = -1
+# Told in place of a file's bytes.
+_PINNED = "pinned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,24 @@ class Room:
     """What came of making room."""
 
     made: bool
+    possible: bool = True
+    """Whether there will be room once nobody is fetching; what is open may leave too
+    little."""
     evicted: int = 0
     """Files that went."""
     wanted_bytes: int = 0
     """All that running processes will read, where that is more than fits; else 0."""
+
+
+class Need(NamedTuple):
+    """A file that running processes will read."""
+
+    place: int
+    """In the order in which it will be read, the earliest of all processes."""
+    size: int
+    """Bytes, 0 where nobody knows."""
+    pinned: bool
+    """Needed all the time."""
 
 
 class ShardCache:
@@ -87,14 +102,14 @@ class ShardCache:
 
     def opened(self, path: Path, *, since_ns: int = 0) -> int | None:
         """Descriptor of a file that is there whole and whose fetch began at `since_ns`
-        or later; it counts as used now.
+        or later; it counts as used now, and is not evicted until it is closed.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fetched = os.fstat(descriptor).st_mtime_ns
-        if fetched < since_ns:
+        if fetched < since_ns or not _is_held(descriptor):
             os.close(descriptor)
             return None
         with contextlib.suppress(PermissionError):
@@ -110,9 +125,9 @@ class ShardCache:
             os.ftruncate(descriptor, 0)
         return descriptor
 
-    def keep(self, descriptor: int, path: Path, *, began_ns: int) -> None:
-        """Let a claimed place that is filled appear as `path`, and unlock it. The
-        descriptor goes on to read the file, whatever becomes of its name.
+    def keep(self, descriptor: int, path: Path, *, began_ns: int) -> bool:
+        """Let a claimed place that is filled appear as `path`, and hold it open to
+        read. False where it has been evicted already: the descriptor is closed.
         """
         os.utime(descriptor, ns=(time.time_ns(), began_ns))
         while True:
@@ -121,20 +136,24 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._part(path), path)
                 break
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if _is_held(descriptor):
+            return True
+        os.close(descriptor)
+        return False
 
     def drop(self, descriptor: int, path: Path) -> None:
         """Give a claimed place back."""
         self._part(path).unlink(missing_ok=True)
         os.close(descriptor)
 
-    def make_room(self, descriptor: int, path: Path, size: int, *, must: bool) -> Room:
-        """Give the claimed place of `path` its size, with the cache within its bound.
-        Files that no running process needs go first, the longest unused before others;
-        where it `must` be, then those that are needed last, pinned ones at the end and
-        for the bound alone.
-
-        Room may not be made although it must, while other files are being fetched.
+    def make_room(
+        self, descriptor: int, path: Path, size: int, *, must: bool, spare: int = 0
+    ) -> Room:
+        """Give the claimed place of `path` its size, with the cache within its bound
+        and `spare` bytes below it. Files that no running process needs go first, the
+        longest unused before others; where it `must` be, then those that are needed
+        last; where it must be and nothing is spared, pinned ones at the end and for the
+        bound alone. What somebody has open stays.
         """
         with _locked(self.root / _LOCK):
             self._bury()
@@ -142,54 +161,72 @@ class ShardCache:
             found, taken = self._files()
             needs = self.needs()
             free = shutil.disk_usage(self.root).free - _DISK_LEFT_BYTES
-            most = min(self.most_bytes, taken + free)
-            wanted = _wanted(found, {self._below(path): (0, size), **needs}, size)
-            victims = []
-            dispensable = _dispensable(found, needs, needed_too=must)
-            least = taken + size - sum(found[name].size for name in dispensable)
-            for name in dispensable:
-                place, _ = needs.get(name, (None, 0))
-                # A disk that others have filled drives nothing out in vain.
-                bound_alone = place == PINNED or (place is not None and least > most)
-                if taken + size <= (self.most_bytes if bound_alone else most):
-                    break
-                victims.append(name)
-                taken -= found[name].size
-            # A disk that is full of other things does not stop what must be.
-            made = taken + size <= (self.most_bytes if must else most)
-            if made:
+            bound = self.most_bytes - spare
+            most = min(bound, taken + free)
+            unknown = Need(0, size, pinned=False)
+            wanted = _wanted(found, {self._below(path): unknown, **needs}, size)
+            wanted_bytes = wanted if wanted > most else 0
+            with contextlib.ExitStack() as locks:
+                dispensable, victims = [], []
+                if taken + size > most:
+                    dispensable = [
+                        name
+                        for name in _dispensable(found, needs, needed_too=must)
+                        if not (spare and name in needs and needs[name].pinned)
+                        and self._lock_idle(name, locks)
+                    ]
+                least = taken + size - sum(found[name].size for name in dispensable)
+                for name in dispensable:
+                    need = needs.get(name)
+                    # A disk that others have filled drives nothing out in vain.
+                    bound_alone = need and (need.pinned or least > most)
+                    if taken + size <= (bound if bound_alone else most):
+                        break
+                    victims.append(name)
+                    taken -= found[name].size
+                # A disk that is full of other things does not stop what must be.
+                made = taken + size <= (bound if must and not spare else most)
+                if not made:
+                    fetching = self._fetching_bytes()
+                    return Room(
+                        made=False,
+                        possible=least - fetching <= most,
+                        wanted_bytes=wanted_bytes,
+                    )
                 for name in victims:
                     self._evict(name)
-                os.ftruncate(descriptor, size)
-            return Room(
-                made=made,
-                evicted=len(victims) if made else 0,
-                wanted_bytes=wanted if wanted > most else 0,
-            )
+            os.ftruncate(descriptor, size)
+            return Room(made=True, evicted=len(victims), wanted_bytes=wanted_bytes)
 
-    def publish(self, needs: Sequence[tuple[Path, int]]) -> None:
-        """Tell all processes the files that this one will read, and their bytes, 0 or
-        `PINNED`, in this order, in place of what it told before. Not for two threads at
-        once.
+    def publish(
+        self, pinned: Iterable[Path], wanted: Iterable[tuple[Path, int]]
+    ) -> None:
+        """Tell all processes what this one needs all the time, and the files that it
+        will read in this order, and their bytes, 0 where it does not know; in place of
+        what it told before. Not for two threads at once.
         """
-        lines = "".join(f"{size} {self._below(path)}\n" for path, size in needs)
+        told = [(path, _PINNED) for path in pinned]
+        told += [(path, str(size)) for path, size in wanted]
         written = self._live.with_suffix(".new")
-        written.write_text(lines)
+        written.write_text(
+            "".join(f"{how} {self._below(path)}\n" for path, how in told)
+        )
         os.replace(written, self._live.with_suffix(".needs"))
 
-    def needs(self) -> dict[str, tuple[int, int]]:
-        """(place in the order or `PINNED`, bytes) of all paths that running processes
-        will read.
-        """
-        found: dict[str, tuple[int, int]] = {}
+    def needs(self) -> dict[str, Need]:
+        """What running processes need, by path below the cache."""
+        found: dict[str, Need] = {}
         for file in (self.root / _LIVE).glob("*.needs"):
             with contextlib.suppress(FileNotFoundError):
                 for place, line in enumerate(file.read_text().split("\n")[:-1]):
-                    told, _, path = line.partition(" ")
-                    size = int(told)
-                    here = PINNED if size == PINNED else place
-                    before, known = found.get(path, (here, 0))
-                    found[path] = min(here, before), max(size, known)
+                    how, _, path = line.partition(" ")
+                    size = 0 if how == _PINNED else int(how)
+                    before = found.get(path, Need(place, 0, pinned=False))
+                    found[path] = Need(
+                        place=min(place, before.place),
+                        size=max(size, before.size),
+                        pinned=how == _PINNED or before.pinned,
+                    )
         return found
 
     def remove_left(self) -> None:
@@ -249,6 +286,28 @@ class ShardCache:
             if _ID.fullmatch(path.name) and (path / _PARTS).is_dir()
         ]
 
+    def _fetching_bytes(self) -> int:
+        """Bytes of all files that are being fetched."""
+        total = 0
+        for dataset in self._datasets():
+            for part in _below(dataset / _PARTS):
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.stat(part).st_size
+        return total
+
+    def _lock_idle(self, path: str, locks: contextlib.ExitStack) -> bool:
+        """Whether nobody has a file open; then nobody opens it before `locks` end."""
+        try:
+            descriptor = os.open(self.root / path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        locks.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def _evict(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)
         for folder in Path(path).parents[:-2]:
@@ -269,10 +328,7 @@ class _Entry(NamedTuple):
 
 
 def _dispensable(
-    found: Mapping[str, _Entry],
-    needs: Mapping[str, tuple[int, int]],
-    *,
-    needed_too: bool,
+    found: Mapping[str, _Entry], needs: Mapping[str, Need], *, needed_too: bool
 ) -> list[str]:
     """Files in the order in which they may go."""
     spare = [path for path in found if path not in needs]
@@ -280,18 +336,26 @@ def _dispensable(
     if not needed_too:
         return spare
     needed = [path for path in found if path in needs]
-    return spare + sorted(needed, key=lambda path: -needs[path][0])
+    return spare + sorted(
+        needed, key=lambda path: (needs[path].pinned, -needs[path].place)
+    )
 
 
-def _wanted(
-    found: Mapping[str, _Entry], needs: Mapping[str, tuple[int, int]], usual: int
-) -> int:
+def _wanted(found: Mapping[str, _Entry], needs: Mapping[str, Need], usual: int) -> int:
     """Bytes of all needed files; those of unknown size are as large as `usual`."""
     none = _Entry(0, 0)
     return sum(
-        max(found.get(path, none).size, least) or usual
-        for path, (_, least) in needs.items()
+        max(found.get(path, none).size, need.size) or usual
+        for path, need in needs.items()
     )
+
+
+def _is_held(descriptor: int) -> bool:
+    """Keep a file from being evicted as long as it is open here; False where it has
+    been, so that its bytes count no more.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def _claim(path: Path, *, make: bool = True) -> int | None:

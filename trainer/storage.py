@@ -49,7 +49,8 @@ class StorageConfig:
     $XDG_CACHE_HOME/palimpsest, or ~/.cache/palimpsest."""
     cache_bytes: int = 100 << 30
     """Most bytes in it. It should hold two windows of each lane that a node reads, 2 x
-    lanes x shuffle_shards shards; where it does not, shards are fetched again."""
+    lanes x shuffle_shards shards. Samples of shards without a place in it are read one
+    by one, which is slow."""
     parallel: int = 8
     """Ranges of 8 MiB that each rank reads, or writes, at once."""
     timeout_s: float = 30.0
@@ -102,6 +103,10 @@ class StorageError(OSError):
     """Storage failed for good: whatever was worth a try was tried."""
 
 
+class NoRoomError(OSError):
+    """A streamed file has no place in the cache as long as others are read."""
+
+
 class Wanted(NamedTuple):
     """A file that will be read."""
 
@@ -111,6 +116,8 @@ class Wanted(NamedTuple):
     """Hex sha256 of its bytes, as far as the caller knows it."""
     size: int = 0
     """Bytes, as far as the caller knows them."""
+    streamed: bool = False
+    """Whether it is opened to be read in parts, for a long time."""
 
 
 class Files(ABC):
@@ -133,22 +140,31 @@ class Files(ABC):
 
     @abstractmethod
     def open(self, name: str, version: str = "") -> BinaryIO:
-        """The whole file, unbuffered, readable whatever becomes of its path."""
+        """The whole file, unbuffered, to be streamed: its bytes stay until it is
+        closed. NoRoomError where it has no place: `span` has its parts.
+        """
+
+    @abstractmethod
+    def span(self, name: str, offset: int, size: int) -> bytes:
+        """Part of a file as storage has it now, fewer bytes where it ends. Slow where
+        it is not local.
+        """
 
     @abstractmethod
     def pin(self, name: str, version: str = "") -> Path:
         """As `local`, and the path stays as long as this process runs."""
 
     @abstractmethod
-    def at(self, name: str) -> Path | None:
-        """Where the file itself lies, if that is a disk here: what is deleted or
-        replaced there is not what an open file still reads.
+    def at(self, name: str, version: str = "") -> Path:
+        """Where an open file lies: what is deleted or replaced there is not what it
+        still reads.
         """
 
     @abstractmethod
-    def refresh(self, name: str, version: str = "") -> Path:
+    def refresh(self, name: str, version: str = "", *, streamed: bool = False) -> Path:
         """As `local`, and as storage has the file now: for files that change, and for
-        one that was damaged on its way. Without a version it stays, as with `pin`.
+        one that was damaged on its way. Without a version it stays, as with `pin`. One
+        that is `streamed` has its place or a NoRoomError, as with `open`.
         """
 
     @abstractmethod
@@ -158,13 +174,15 @@ class Files(ABC):
         """
 
     @abstractmethod
-    def check(self, largest: int) -> None:
-        """Raise ValueError where a file of `largest` bytes could never be had."""
+    def check(self, largest: int, *, beside: int) -> None:
+        """Raise ValueError where a streamed file of `largest` bytes could never be had
+        with `beside` bytes of others at once.
+        """
 
     @abstractmethod
     def figures(self) -> Mapping[str, int]:
-        """Counts since the start of this process: bytes, requests, hedges, retries and
-        evictions.
+        """Counts since the start of this process: bytes, requests, hedges, retries,
+        evictions and spans.
         """
 
     @abstractmethod
@@ -308,16 +326,20 @@ class LocalFiles(Files):
     def pin(self, name: str, version: str = "") -> Path:
         return self._path / name
 
-    def at(self, name: str) -> Path | None:
+    def at(self, name: str, version: str = "") -> Path:
         return self._path / name
 
-    def refresh(self, name: str, version: str = "") -> Path:
+    def refresh(self, name: str, version: str = "", *, streamed: bool = False) -> Path:
         return self._path / name
+
+    def span(self, name: str, offset: int, size: int) -> bytes:
+        with self.open(name) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def ahead(self, files: Sequence[Wanted]) -> None:
         """Nothing: they are there."""
 
-    def check(self, largest: int) -> None:
+    def check(self, largest: int, *, beside: int) -> None:
         """Nothing: no file is copied."""
 
     def figures(self) -> Mapping[str, int]:

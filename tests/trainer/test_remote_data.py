@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.manifest import load_manifest
+from pipeline.manifest import INDEX_DTYPE, load_manifest, words_file
 from tests.conftest import python
 from tests.pipeline.s3 import S3Server, slow, status
+from tests.trainer.cache import on_disk
 from tests.trainer.tiny import column, config, launch
 from trainer.check import check
 from trainer.dataset import Dataset
@@ -107,14 +108,61 @@ def test_two_ranks_read_the_samples_of_a_local_run_and_fetch_once(
     }
 
 
-def test_a_cache_too_small_for_the_windows_gives_the_same_samples(
-    url: str, shards: Path
+def tight(shards: Path) -> str:
+    """A cache with a place for one shard, and hardly more."""
+    manifest = load_manifest(shards)
+    largest = max(shard.bytes for shard in manifest.shards)
+    samples = max(shard.samples for shard in manifest.shards)
+    small = 2 * samples * INDEX_DTYPE.itemsize
+    small += words_file(shards / manifest.tokenizer.path).stat().st_size
+    return f"--storage.cache_bytes={max(largest + small, largest * 16 // 15) + 999}"
+
+
+def test_a_cache_too_small_for_the_windows_gives_the_same_samples_within_its_bound(
+    url: str, shards: Path, tmp_path: Path
 ) -> None:
-    largest = max(shard.bytes for shard in load_manifest(shards).shards)
-    small = f"--storage.cache_bytes={largest + 200_000}"
+    small = tight(shards)
+    readers = [loader(url, small) for _ in range(2)]
+    expected = digests(loader(shards), *range(8))
+    seen: list[int] = []
+
+    def read_by_turns() -> None:
+        for step in range(8):
+            for reader in readers:
+                assert digests(reader, step) == expected[step : step + 1]
+                seen.append(on_disk(tmp_path / "cache" / "palimpsest"))
+
     with pytest.warns(RuntimeWarning, match="give --storage.cache_bytes"):
-        found = digests(loader(url, small), *range(8))
-    assert found == digests(loader(shards), *range(8))
+        read_by_turns()
+    assert 0 < max(seen) <= int(small.rpartition("=")[2])
+    for reader in readers:
+        assert not len(reader.quarantine)
+    spans = [reader.dataset.folders[0].storage.figures()["spans"] for reader in readers]
+    assert min(spans) > 0
+
+
+def test_a_damaged_copy_that_has_no_place_for_another_is_not_taken_for_damage(
+    url: str, shards: Path, tmp_path: Path
+) -> None:
+    small = tight(shards)
+    expected = digests(loader(shards), *range(8))
+    first, holder, reader = (loader(url, small) for _ in range(3))
+    with pytest.warns(RuntimeWarning, match="give --storage.cache_bytes"):
+        assert digests(first, *range(8)) == expected
+    del first
+    (path,) = (tmp_path / "cache").rglob("*.tar")
+    path.write_bytes(bytes(path.stat().st_size))
+    # Another rank has it open: it can be neither replaced nor driven out.
+    (shard,) = (
+        number
+        for number, one in holder.dataset.numbered()
+        if Path(one.name).name == path.name
+    )
+    held, _ = holder.dataset.files(shard)
+    with pytest.warns(RuntimeWarning, match="give --storage.cache_bytes"):
+        assert digests(reader, *range(8)) == expected
+    assert not len(reader.quarantine)
+    assert path.samefile(f"/proc/self/fd/{held.fileno()}")
 
 
 def test_a_cache_that_holds_no_shard_is_refused_before_anything_is_written(

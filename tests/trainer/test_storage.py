@@ -22,10 +22,12 @@ import pytest
 from pipeline.manifest import MANIFEST, MANIFEST_SHA256, load_manifest, manifest_seal
 from tests.conftest import ROOT
 from tests.pipeline.s3 import DROP, TRUNCATE, Fault, S3Server, slow, status
+from tests.trainer.cache import on_disk
 from trainer.fetch import Remote
 from trainer.storage import (
     Files,
     LocalFiles,
+    NoRoomError,
     StorageConfig,
     Wanted,
     open_files,
@@ -112,9 +114,11 @@ def read(files: Files, name: str) -> bytes:
         return file.read()
 
 
-def start(url: str, tmp_path: Path, how: str, *names: str) -> subprocess.Popen[str]:
+def start(
+    url: str, tmp_path: Path, how: str, *names: str, code: str = READER
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", READER, url, str(tmp_path / "cache"), how, *names],
+        [sys.executable, "-c", code, url, str(tmp_path / "cache"), how, *names],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -140,7 +144,8 @@ def test_a_local_folder_is_read_where_it_is(tmp_path: Path) -> None:
         assert files.local("a") == files.refresh("a") == tmp_path / "a"
         assert read(files, "a") == b"here"
         files.ahead([Wanted("a")])
-        files.check(1 << 60)
+        files.check(1 << 60, beside=1 << 60)
+        assert files.span("a", 1, 9) == b"ere"
         assert files.waited == 0
         assert not files.figures()
 
@@ -276,29 +281,91 @@ def test_a_fetch_whose_process_dies_is_taken_over(
     assert files.waited > 0.1
 
 
-def test_the_cache_stays_within_its_bound(
+def bound(streamed: int) -> int:
+    """Of a cache with room for so many shards beside small files."""
+    return streamed * SIZE * 16 // 15 + 99
+
+
+def test_the_longest_unused_makes_room_and_what_is_open_stays(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
-    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=3 * SIZE + 999))
-    opened = {name: files.open(name) for name in NAMES[:3]}
-    # The first was used again, so the second is the longest unused.
-    files.local(NAMES[0])
-    for name in NAMES[3:5]:
+    cache = tmp_path / "cache"
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(3)))
+    for name in NAMES[:3]:
         files.local(name)
-        assert len(whole(tmp_path / "cache")) == 3
-    kept = {Path(NAMES[number]).name for number in (0, 3, 4)}
-    assert whole(tmp_path / "cache") == kept
-    assert files.figures()["evictions"] == 2
-    for name, file in opened.items():
+    # The first is used, so the second is the longest unused, then the third.
+    opened = files.open(NAMES[0])
+    for name in NAMES[3:]:
+        files.local(name)
+        assert on_disk(cache) <= bound(3)
+    kept = {Path(NAMES[number]).name for number in (0, 4, 5)}
+    assert whole(cache) == kept
+    assert files.figures()["evictions"] == 3
+    assert opened.read() == content[NAMES[0]]
+    opened.close()
+    assert read(files, NAMES[1]) == content[NAMES[1]]
+    assert Path(NAMES[0]).name not in whole(cache)
+
+
+def test_the_bytes_on_the_disk_stay_within_the_bound_whoever_reads(
+    server: S3Server,
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
+    cache, small = tmp_path / "cache", b"an index"
+    server.put(f"{bucket}/d/index", small)
+    keys = config(tmp_path, cache_bytes=bound(3))
+    mine, other = (open_files(f"{bucket}/d", keys) for _ in range(2))
+    opened = [mine.open(name) for name in NAMES[:2]]
+    other.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES[2:5]])
+    held = other.open(NAMES[2])
+    for files in (mine, other):
+        with pytest.raises(NoRoomError):
+            files.open(NAMES[3])
+        # Parts of it, from storage; and small files have a place.
+        assert files.span(NAMES[3], 7, 1000) == content[NAMES[3]][7:1007]
+        assert files.span(NAMES[3], SIZE - 5, 1000) == content[NAMES[3]][-5:]
+        assert files.span(NAMES[3], SIZE, 1000) == b""
+        assert files.local("index").read_bytes() == small
+        assert on_disk(cache) <= bound(3)
+    for file, name in zip([*opened, held], NAMES, strict=False):
         assert file.read() == content[name]
-        file.close()
+    opened.pop().close()
+    assert read(other, NAMES[3]) == content[NAMES[3]]
+    assert on_disk(cache) <= bound(3)
+    assert mine.figures()["spans"] == other.figures()["spans"] == 2
+
+
+def test_what_a_process_that_was_killed_had_open_makes_room(
+    bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    hold = READER.replace("cache=cache,", f"cache=cache, cache_bytes={bound(1)},")
+    hold = hold.replace(
+        "file.read()).hexdigest(), flush=True)",
+        "b'').hexdigest(), flush=True); sys.stdin.readline()",
+    )
+    process = start(f"{bucket}/d", tmp_path, "open", NAMES[0], code=hold)
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
+    with pytest.raises(NoRoomError):
+        files.open(NAMES[1])
+    files.ahead([Wanted(NAMES[1], streamed=True)])
+    process.kill()
+    process.communicate()
     assert read(files, NAMES[1]) == content[NAMES[1]]
 
 
 def test_what_a_live_process_will_read_is_not_evicted(
     server: S3Server, bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
-    keys = config(tmp_path, cache_bytes=3 * SIZE + 999)
+    keys = config(tmp_path, cache_bytes=bound(3))
     other = open_files(f"{bucket}/d", keys)
     other.ahead([Wanted(name, size=SIZE) for name in NAMES[:2]])
     wait_for(lambda: len(whole(tmp_path / "cache")) == 2)
@@ -339,15 +406,14 @@ def test_a_disk_that_others_fill_drives_out_nothing_that_is_needed(
 def test_what_is_pinned_goes_only_where_the_bound_asks_for_it(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
-    bound = 2 * SIZE + 999
-    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound))
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(2)))
     files.pin(NAMES[0])
     for name in NAMES[1:4]:
         files.local(name)
     first, last = Path(NAMES[0]).name, Path(NAMES[3]).name
     assert whole(tmp_path / "cache") == {first, last}
     # A bound that holds but one file would otherwise wait for ever.
-    smaller = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE + 999))
+    smaller = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
     smaller.local(NAMES[4])
     assert whole(tmp_path / "cache") == {Path(NAMES[4]).name}
 
@@ -355,13 +421,19 @@ def test_what_is_pinned_goes_only_where_the_bound_asks_for_it(
 def test_a_cache_too_small_for_all_readers_goes_on_and_says_what_would_do(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
-    keys = config(tmp_path, cache_bytes=SIZE + 999)
+    keys = config(tmp_path, cache_bytes=bound(1))
     both = [open_files(f"{bucket}/d", keys) for _ in range(2)]
     found: list[bool] = []
 
+    def read_somehow(files: Files, name: str) -> bytes:
+        try:
+            return read(files, name)
+        except NoRoomError:
+            return files.span(name, 0, SIZE)
+
     def read_all(files: Files) -> None:
-        files.ahead([Wanted(name, size=SIZE) for name in NAMES])
-        found.extend(read(files, name) == content[name] for name in NAMES)
+        files.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES])
+        found.extend(read_somehow(files, name) == content[name] for name in NAMES)
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -373,7 +445,8 @@ def test_a_cache_too_small_for_all_readers_goes_on_and_says_what_would_do(
     assert found == [True] * 2 * len(NAMES)
     said = {str(warning.message) for warning in told}
     assert len(said) == 1
-    assert f"--storage.cache_bytes {len(NAMES) * SIZE} or more" in said.pop()
+    enough = -(-len(NAMES) * SIZE * 16 // 15)
+    assert f"--storage.cache_bytes {enough} or more" in said.pop()
     assert len(told) <= len(both)
 
 
@@ -381,8 +454,14 @@ def test_a_cache_smaller_than_a_file_is_an_error(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
     files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE - 1))
-    for attempt in (lambda: files.local(NAMES[0]), lambda: files.check(SIZE)):
-        with pytest.raises(ValueError, match=f"give --storage.cache_bytes {SIZE}"):
+    shard, most = -(-SIZE * 16 // 15), SIZE + SIZE // 2
+    for attempt, least in (
+        (lambda: files.local(NAMES[0]), SIZE),
+        (lambda: files.open(NAMES[0]), shard),
+        (lambda: files.check(SIZE, beside=0), shard),
+        (lambda: files.check(SIZE, beside=SIZE // 2), most),
+    ):
+        with pytest.raises(ValueError, match=f"give --storage.cache_bytes {least} or"):
             attempt()
     assert not list((tmp_path / "cache").glob("*/parts/*"))
 
@@ -622,6 +701,20 @@ def test_a_web_server_without_ranges_will_do(
         files.local("b")
 
 
+def test_without_ranges_and_without_room_the_cure_is_a_larger_cache(
+    web: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, url = web
+    for name in "ab":
+        (folder / name).write_bytes(os.urandom(SIZE))
+    files = open_files(url, config(tmp_path, cache_bytes=bound(1)))
+    with files.open("a"):
+        with pytest.raises(NoRoomError):
+            files.open("b")
+        with pytest.raises(OSError, match="give more as --storage"):
+            files.span("b", 0, 9)
+
+
 def test_a_web_server_that_is_down_is_no_missing_file(tmp_path: Path) -> None:
     files = open_files("http://127.0.0.1:9/d", config(tmp_path, tries=2))
     with pytest.raises(OSError, match="storage failed 2 times"):
@@ -730,7 +823,7 @@ def test_nothing_else_in_the_folder_is_touched(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(3 * SIZE))
     # Just as large as one file, and no larger.
-    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE))
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
     for name in NAMES:
         assert read(files, name) == content[name]
     assert all(path.read_bytes() == bytes(3 * SIZE) for path in others)
@@ -741,7 +834,7 @@ def test_a_folder_of_tars_may_have_any_name(
     server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
     names = ["parts/a b.tar", "parts/parts/ü\u2028.tar", "newest/URL", "c.tar"]
-    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=SIZE + 9))
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
     for name in names:
         server.put(f"{bucket}/d/{quote(name)}", bytes(SIZE))
     files.ahead([Wanted(name, size=9) for name in names])
