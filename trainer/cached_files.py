@@ -205,8 +205,9 @@ class CachedFiles(Files):
             if found is not None:
                 return found
             began_ns = self._fetch(place, path, name, must=must, streamed=streamed)
+            held = self._cache.keep(place, path, began_ns=began_ns)
             claimed = False
-            return place if self._cache.keep(place, path, began_ns=began_ns) else None
+            return place if held else None
         finally:
             if claimed:
                 self._cache.drop(place, path)

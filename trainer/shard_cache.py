@@ -156,7 +156,7 @@ class ShardCache:
         bound alone. What somebody has open stays.
         """
         with _locked(self.root / _LOCK):
-            self._bury()
+            self.remove_left()
             os.ftruncate(descriptor, 0)
             found, taken = self._files()
             needs = self.needs()

@@ -78,6 +78,11 @@ def content(server: S3Server, bucket: str) -> dict[str, bytes]:
     return content
 
 
+def bound(streamed: int) -> int:
+    """Of a cache with room for so many shards beside small files."""
+    return streamed * SIZE * 16 // 15 + 99
+
+
 def config(tmp_path: Path, **keys: object) -> StorageConfig:
     return StorageConfig(cache=str(tmp_path / "cache"), **keys)  # type: ignore[arg-type]
 
@@ -258,9 +263,15 @@ def test_a_kill_in_mid_fetch_leaves_nothing_that_hurts(
     assert not litter(tmp_path / "cache")
 
 
-def test_a_fetch_whose_process_dies_is_taken_over(
-    server: S3Server, bucket: str, content: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[1]], ids=["same", "other"])
+def test_a_fetch_whose_process_dies_is_taken_over_or_makes_room(
+    server: S3Server,
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    name: str,
 ) -> None:
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
     server.inject(itertools.repeat(slow(60)), only_gets)
     process = start(f"{bucket}/d", tmp_path, "at once", NAMES[0])
     assert process.stdin is not None
@@ -268,22 +279,16 @@ def test_a_fetch_whose_process_dies_is_taken_over(
     process.stdin.flush()
     wait_for(lambda: bool(gets(server)))
     server.inject(())
-    files = open_files(f"{bucket}/d", config(tmp_path))
     found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append(read(files, NAMES[0])))
+    reader = threading.Thread(target=lambda: found.append(read(files, name)))
     reader.start()
     time.sleep(0.2)
     assert not found
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reader.join(60)
-    assert found == [content[NAMES[0]]]
+    assert found == [content[name]]
     assert files.waited > 0.1
-
-
-def bound(streamed: int) -> int:
-    """Of a cache with room for so many shards beside small files."""
-    return streamed * SIZE * 16 // 15 + 99
 
 
 def test_the_longest_unused_makes_room_and_what_is_open_stays(
