@@ -6,9 +6,9 @@ a reader is there before it; and how long readers were blocked. Does not own req
 (`trainer.shard_cache`).
 
 What is streamed stays in the cache as long as somebody has it open. Where the cache is
-too small for all that are read, some are not fetched: every reader gets on, because
-their parts can be had from storage, and because a part of the cache is kept for files
-that are read at once.
+too small for all that are read, some are not fetched: readers get on, because parts of
+them can be had from storage (but for web servers that give whole files alone), and
+because a share of the cache is kept for files that are read at once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from trainer.shard_cache import Room, ShardCache
 from trainer.storage import Files, NoRoomError, StorageConfig, StorageError, Wanted
 
 _AHEAD_THREADS = 4
-# Between looks at a file that another process is fetching.
-_POLL_S = 0.02
+# Between looks at a file that another process is fetching: at first and at most.
+_POLL_S, _LONGEST_POLL_S = 0.02, 0.5
 # A file that changes while it is read is read again, so often.
 _CHANGES = 4
 # Share of the cache that streamed files leave to others, at least.
 _SPARE_SHARE = 1 / 16
-# Between attempts to find a place for a streamed file.
-_FULL_S = 5.0
+# A streamed file waits so long for files that are being fetched and may make room then;
+# and is not tried again so soon.
+_ROOM_S, _FULL_S = 5.0, 1.0
 
 
 class CachedFiles(Files):
@@ -88,6 +89,9 @@ class CachedFiles(Files):
             info = self._infos.get(name) or self._remote.info(name)
             self._infos[name] = info
             stop = min(offset + size, int(info["size"]))
+            if stop < offset + size:
+                # It may be another by the next time.
+                self._infos.pop(name, None)
             if stop <= offset:
                 return b""
             return self._remote.span(name, info, offset, stop)
@@ -109,7 +113,7 @@ class CachedFiles(Files):
         try:
             os.close(self._descriptor(name, version, since_ns=now, streamed=streamed))
         except FileNotFoundError:
-            path.unlink(missing_ok=True)
+            self._cache.remove(path)
             raise
         return path
 
@@ -150,9 +154,10 @@ class CachedFiles(Files):
         return CachedFiles(folder, self._config) if has_name else None
 
     def close(self) -> None:
-        self._closed.set()
         with self._lock:
+            self._closed.set()
             self._queue.clear()
+            self._cache.close()
         self._remote.close()
 
     @property
@@ -256,22 +261,24 @@ class CachedFiles(Files):
     ) -> None:
         self._check(size, streamed=streamed)
         spare = self._spare if streamed else 0
-        deadline = time.monotonic() + self._config.timeout_s * self._config.tries
+        began, pause = time.monotonic(), _POLL_S
         while True:
             room = self._cache.make_room(place, path, size, must=must, spare=spare)
             self._say(room)
             if room.made:
                 return
-            if not must or (streamed and not room.possible):
+            waited = time.monotonic() - began
+            if not must or (streamed and not (room.possible and waited < _ROOM_S)):
                 raise _no_room(path)
-            if not room.possible and time.monotonic() > deadline:
+            if not room.possible and waited > self._config.timeout_s:
                 raise StorageError(
                     f"the cache {self._cache.root} is full of shards that are being "
                     "read: give more as --storage.cache_bytes, or another folder as "
                     "--storage.cache"
                 )
             # Others are fetching what fills the cache; then it can make room.
-            self._pause()
+            self._pause(pause)
+            pause = min(2 * pause, _LONGEST_POLL_S)
 
     def _say(self, room: Room) -> None:
         with self._lock:
@@ -295,7 +302,9 @@ class CachedFiles(Files):
         return max(int(self._cache.most_bytes * _SPARE_SHARE), self._beside)
 
     def _bound_for(self, streamed: int) -> int:
-        """The least bound that leaves so many bytes to streamed files."""
+        """The least bound that has room for so many bytes of streamed files, and for
+        others beside them.
+        """
         return max(math.ceil(streamed / (1 - _SPARE_SHARE)), streamed + self._beside)
 
     def _check(self, size: int, *, streamed: bool) -> None:
@@ -309,8 +318,8 @@ class CachedFiles(Files):
                 "(lanes x shuffle_shards shards)"
             )
 
-    def _pause(self) -> None:
-        if self._closed.wait(_POLL_S):
+    def _pause(self, seconds: float = _POLL_S) -> None:
+        if self._closed.wait(seconds):
             raise StorageError(f"{self.root}: closed while it was read")
 
     def _pin(self, path: Path) -> None:
@@ -320,7 +329,9 @@ class CachedFiles(Files):
                 self._publish()
 
     def _publish(self) -> None:
-        """Tell what must not go."""
+        """Tell what must not go; the caller has the lock."""
+        if self._closed.is_set():
+            return
         path = self._cache.path
         wanted = [(path(file.name, file.version), file.size) for file in self._wanted]
         self._cache.publish(self._pinned, wanted)

@@ -10,7 +10,8 @@ So that of a single directory is called by its number alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,6 +122,25 @@ class Dataset:
         for folder, numbers in self._by_folder(shards):
             folder.ahead(numbers)
 
+    def ahead_in_order(self, shards: np.ndarray) -> Callable[[int], None]:
+        """As `ahead`, for samples of `shards` (N,) that are read about in this order,
+        each once. To be called with the row of each that has been read: what none after
+        it needs makes room.
+        """
+        last = {shard: row for row, shard in enumerate(shards.tolist())}
+        first = dict.fromkeys(shards.tolist())
+        self.ahead(first)
+        lock, done = threading.Lock(), set[int]()
+
+        def read(row: int) -> None:
+            shard = int(shards[row])
+            if last[shard] == row:
+                with lock:
+                    done.add(shard)
+                    self.ahead(one for one in first if one not in done)
+
+        return read
+
     def indexes_ahead(self, shards: Iterable[int]) -> None:
         """As `ahead`, of shards of which no more than `records` is known to be read."""
         for folder, numbers in self._by_folder(shards):
@@ -137,9 +157,11 @@ class Dataset:
         return sum(folder.spent_on_indexes() for folder in self.folders)
 
     def close(self) -> None:
-        """Fetch nothing more; whoever waits for a file gets an OSError."""
+        """Fetch nothing more, and hold nothing open: whoever waits for a file gets an
+        OSError.
+        """
         for folder in self.folders:
-            folder.storage.close()
+            folder.close()
 
     def places(self) -> np.ndarray:
         """All places (N, 2) of (shard, sample), in stored order."""

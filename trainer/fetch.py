@@ -84,6 +84,8 @@ class Remote:
         self._idle = [self._fs]
         self._parallel = parallel
         self._slots = threading.Semaphore(parallel)
+        # Whoever asks for a part waits for it, and for no whole file before it.
+        self._span_slots = threading.Semaphore(parallel)
         self._seconds: dict[int, deque[float]] = defaultdict(
             partial(deque, maxlen=_LATEST)
         )
@@ -164,12 +166,9 @@ class Remote:
                 "no parts of files: give more as --storage.cache_bytes, on a disk that "
                 "has as much"
             )
-        self._slots.acquire()
-        future = self._submit(name, start, stop)
-        try:
-            data = self._result(future)
-        finally:
-            self._slots.release()
+        read = partial(self._read, f"{self._root}/{name}", start, stop)
+        with self._span_slots:
+            data = self._result(self._start(self._again(name, read)))
         self._count(bytes=len(data), spans=1)
         return data
 

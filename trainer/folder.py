@@ -156,10 +156,18 @@ class Folder:
             wanted.append(Wanted(entry.name, tar, entry.bytes, streamed=True))
             if entry.ids:
                 wanted.append(Wanted(entry.ids, ids, streamed=True))
-        self.storage.ahead(wanted)
         # What is open has a place in the cache that others may need.
         for kept in (self._tars, self._ids):
             kept.keep_only(set(shards))
+        self.storage.ahead(wanted)
+
+    def close(self) -> None:
+        """Fetch nothing more, and hold nothing open: whoever waits for a file gets an
+        OSError.
+        """
+        for kept in (self._tars, self._ids):
+            kept.keep_only(set())
+        self.storage.close()
 
     def indexes_ahead(self, shards: Sequence[int]) -> None:
         """As `ahead`, of what is asked of their indexes alone."""
@@ -266,9 +274,9 @@ class Folder:
         """A copy in memory: a map would hold a file descriptor. One that was damaged on
         its way is fetched once more.
         """
-        entry = self.shards[shard]
-        problem = ""
-        for fetch in (self.storage.local, self.storage.refresh):
+        entry, storage = self.shards[shard], self.storage
+        fetch, problem = storage.local, ""
+        for _ in range(_READS):
             try:
                 path = fetch(entry.index, entry.sha256["index"])
             except FileNotFoundError:
@@ -277,8 +285,13 @@ class Folder:
             root = path.parents[entry.index.count("/")]
             try:
                 return np.array(load_index(root, entry))
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 problem = str(error).replace(str(root), self.name)
+            # One that is not there any more made room for what others fetch.
+            if path.is_file():
+                if fetch == storage.refresh:
+                    break
+                fetch = storage.refresh
         raise ValueError(problem)
 
     def _own_tokenizer(self) -> Path:
@@ -469,7 +482,8 @@ def read_ahead(descriptor: int, offset: int, size: int) -> None:
 
 
 def _index_of(entry: Shard) -> Wanted:
-    return Wanted(entry.index, entry.sha256["index"])
+    size = entry.samples * INDEX_DTYPE.itemsize
+    return Wanted(entry.index, entry.sha256["index"], size)
 
 
 def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> memoryview:
@@ -479,7 +493,9 @@ def _span(opened: Callable[[], BinaryIO], offset: int, size: int) -> memoryview:
     for left in reversed(range(_READS)):
         try:
             memory = memoryview(bytearray(size))
-            return read_into(memory, opened().fileno(), offset)
+            # Whoever else forgets the file does not close it meanwhile.
+            file = opened()
+            return read_into(memory, file.fileno(), offset)
         except (*_GONE, NoRoomError, StorageError):
             raise
         except OSError:

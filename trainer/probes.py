@@ -131,7 +131,7 @@ def read_pairs(
     drawn, records = len(places), dataset.records(places)
     numbers = np.flatnonzero(~uids_among(records, left_out))
     places, records = places[numbers], records[numbers]
-    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
+    was_read = dataset.ahead_in_order(places[:, 0])
     uids = signed_uids(records["uid"])
     choice = caption_choice(records, uids, seed=seed, epoch=0)
     side = config.image.size
@@ -163,6 +163,8 @@ def read_pairs(
                 raise
             damage.append(error)
             return np.empty(0, dtype=np.int64)
+        finally:
+            was_read(row)
 
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(read_or_tell, range(len(places))))
@@ -390,8 +392,10 @@ def _groups(
     if key is None:
         return np.arange(len(places))
     values = []
-    for (shard, _), record in zip(places, records, strict=True):
+    was_read = dataset.ahead_in_order(places[:, 0])
+    for row, ((shard, _), record) in enumerate(zip(places, records, strict=True)):
         sample = dataset.json(int(shard), record)
+        was_read(row)
         if key not in sample:
             raise ValueError(
                 f"--group {key!r} is not in the samples' json, which has "

@@ -155,7 +155,12 @@ class Reading:
             task.exception()
         spent = [task.result() for task in self._tasks]
         if self._failed:
-            raise min(self._failed, key=lambda failed: failed[0])[1]
+            failed, self._failed = self._failed, []
+            try:
+                raise min(failed, key=lambda one: one[0])[1]
+            finally:
+                # Or its traceback, which has this batch, would hold files open.
+                del failed
         texts = self._texts()
         read_s = self._opening_s + sum(read for read, _ in spent)
         return texts, read_s, sum(done for _, done in spent)

@@ -9,10 +9,11 @@ own the bytes (`trainer.fetch`) or which files are wanted (`trainer.storage`).
 
     CACHE/palimpsest.lock           held while room is made
     CACHE/palimpsest-live/ID.lock   a running process
-    CACHE/palimpsest-live/ID.needs  what it will read, in order
+    CACHE/palimpsest-live/ID.needs  its bound, and what it will read, in order
     CACHE/DATASET/URL               where DATASET, 32 hex digits, comes from
     CACHE/DATASET/parts/KEY         being fetched, of its full size and locked
     CACHE/DATASET/VERSION/NAME      whole
+    CACHE/DATASET/replaced/ID       whole, of which there is another by now
 
 Nothing else in the folder is looked at, counted or removed: a user may have named one
 that holds other things.
@@ -35,12 +36,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LOCK, _LIVE = "palimpsest.lock", "palimpsest-live"
-_PARTS, _URL = "parts", "URL"
+_PARTS, _URL, _REPLACED = "parts", "URL", "replaced"
 _ID = re.compile(r"[0-9a-f]{32}")
 # Of the disk, for others: beyond it even a cache below its bound makes room.
 _DISK_LEFT_BYTES = 256 << 20
 # Told in place of a file's bytes.
-_PINNED = "pinned"
+_PINNED, _BOUND = "pinned", "bound"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class Room:
     evicted: int = 0
     """Files that went."""
     wanted_bytes: int = 0
-    """All that running processes will read, where that is more than fits; else 0."""
+    """All that running processes will read, as far as they have told, where there is no
+    room for it; else 0."""
 
 
 class Need(NamedTuple):
@@ -74,7 +76,8 @@ class ShardCache:
     Args:
         root: folder of the cache; made if need be.
         url: of the dataset, as it may be written down.
-        most_bytes: bound on everything below `root`, other datasets included.
+        most_bytes: bound on everything below `root`, other datasets included. Of the
+            bounds of processes that share it the largest holds.
 
     Raises:
         OSError: the folder cannot be written to, or knows no locks.
@@ -109,8 +112,13 @@ class ShardCache:
         except FileNotFoundError:
             return None
         fetched = os.fstat(descriptor).st_mtime_ns
-        if fetched < since_ns or not _is_held(descriptor):
-            os.close(descriptor)
+        held = False
+        try:
+            held = fetched >= since_ns and _is_held(descriptor)
+        finally:
+            if not held:
+                os.close(descriptor)
+        if not held:
             return None
         with contextlib.suppress(PermissionError):
             os.utime(descriptor, ns=(time.time_ns(), fetched))
@@ -132,6 +140,7 @@ class ShardCache:
         os.utime(descriptor, ns=(time.time_ns(), began_ns))
         while True:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._set_aside(path)
             # Whoever makes room removes empty folders.
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._part(path), path)
@@ -143,60 +152,65 @@ class ShardCache:
 
     def drop(self, descriptor: int, path: Path) -> None:
         """Give a claimed place back."""
+        os.ftruncate(descriptor, 0)
         self._part(path).unlink(missing_ok=True)
         os.close(descriptor)
+
+    def remove(self, path: Path) -> None:
+        """Have a file no more; its bytes count as long as somebody has it open."""
+        self._set_aside(path)
+        path.unlink(missing_ok=True)
 
     def make_room(
         self, descriptor: int, path: Path, size: int, *, must: bool, spare: int = 0
     ) -> Room:
-        """Give the claimed place of `path` its size, with the cache within its bound
-        and `spare` bytes below it. Files that no running process needs go first, the
-        longest unused before others; where it `must` be, then those that are needed
-        last; where it must be and nothing is spared, pinned ones at the end and for the
-        bound alone. What somebody has open stays.
+        """Give the claimed place of `path` its size, with the cache within its bound,
+        and so that `spare` bytes of it are left to others. Files that no running
+        process needs go first, the longest unused before others; where it `must` be,
+        then those that are needed last; where it must be and nothing is spared, pinned
+        ones at the end and for the bound alone. What somebody has open stays.
         """
         with _locked(self.root / _LOCK):
             self.remove_left()
             os.ftruncate(descriptor, 0)
-            found, taken = self._files()
-            needs = self.needs()
+            found, taken, fetching = self._files()
+            needs, bound = self.needs()
+            pinned = sum(
+                found[name].size
+                for name, need in needs.items()
+                if need.pinned and name in found
+            )
+            # They lie in what is spared.
+            bound -= max(spare - pinned, 0)
             free = shutil.disk_usage(self.root).free - _DISK_LEFT_BYTES
-            bound = self.most_bytes - spare
-            most = min(bound, taken + free)
-            unknown = Need(0, size, pinned=False)
-            wanted = _wanted(found, {self._below(path): unknown, **needs}, size)
-            wanted_bytes = wanted if wanted > most else 0
-            with contextlib.ExitStack() as locks:
-                dispensable, victims = [], []
-                if taken + size > most:
-                    dispensable = [
-                        name
-                        for name in _dispensable(found, needs, needed_too=must)
-                        if not (spare and name in needs and needs[name].pinned)
-                        and self._lock_idle(name, locks)
-                    ]
-                least = taken + size - sum(found[name].size for name in dispensable)
-                for name in dispensable:
-                    need = needs.get(name)
-                    # A disk that others have filled drives nothing out in vain.
-                    bound_alone = need and (need.pinned or least > most)
-                    if taken + size <= (bound if bound_alone else most):
-                        break
-                    victims.append(name)
-                    taken -= found[name].size
-                # A disk that is full of other things does not stop what must be.
-                made = taken + size <= (bound if must and not spare else most)
-                if not made:
-                    fetching = self._fetching_bytes()
-                    return Room(
-                        made=False,
-                        possible=least - fetching <= most,
-                        wanted_bytes=wanted_bytes,
-                    )
-                for name in victims:
-                    self._evict(name)
-            os.ftruncate(descriptor, size)
-            return Room(made=True, evicted=len(victims), wanted_bytes=wanted_bytes)
+            # A disk that is full of other things does not stop what must be.
+            most = limit = min(bound, taken + free)
+            if must and not spare:
+                limit = bound
+            order: list[str] = []
+            if taken + size > most:
+                order = [
+                    name
+                    for name in _dispensable(found, needs, needed_too=must)
+                    if not (spare and name in needs and needs[name].pinned)
+                    and self._is_idle(name)
+                ]
+            least = taken + size - sum(found[name].size for name in order)
+            victims, left = _victims(order, found, needs, taken + size, most, bound)
+            evicted = []
+            if left <= limit:
+                evicted = [name for name in victims if self._evict(name)]
+                left = taken + size - sum(found[name].size for name in evicted)
+            made = left <= limit
+            if made:
+                os.ftruncate(descriptor, size)
+            lacking = must and (not made or any(name in needs for name in evicted))
+            return Room(
+                made=made,
+                possible=least - fetching <= limit,
+                evicted=len(evicted),
+                wanted_bytes=max(_wanted(found, needs), least) if lacking else 0,
+            )
 
     def publish(
         self, pinned: Iterable[Path], wanted: Iterable[tuple[Path, int]]
@@ -207,19 +221,23 @@ class ShardCache:
         """
         told = [(path, _PINNED) for path in pinned]
         told += [(path, str(size)) for path, size in wanted]
+        lines = [f"{_BOUND} {self.most_bytes}\n"]
+        lines += [f"{how} {self._below(path)}\n" for path, how in told]
         written = self._live.with_suffix(".new")
-        written.write_text(
-            "".join(f"{how} {self._below(path)}\n" for path, how in told)
-        )
+        written.write_text("".join(lines))
         os.replace(written, self._live.with_suffix(".needs"))
 
-    def needs(self) -> dict[str, Need]:
-        """What running processes need, by path below the cache."""
+    def needs(self) -> tuple[dict[str, Need], int]:
+        """What running processes need, by path below the cache; and the bound."""
         found: dict[str, Need] = {}
+        bound = self.most_bytes
         for file in (self.root / _LIVE).glob("*.needs"):
             with contextlib.suppress(FileNotFoundError):
                 for place, line in enumerate(file.read_text().split("\n")[:-1]):
                     how, _, path = line.partition(" ")
+                    if how == _BOUND:
+                        bound = max(bound, int(path))
+                        continue
                     size = 0 if how == _PINNED else int(how)
                     before = found.get(path, Need(place, 0, pinned=False))
                     found[path] = Need(
@@ -227,13 +245,14 @@ class ShardCache:
                         size=max(size, before.size),
                         pinned=how == _PINNED or before.pinned,
                     )
-        return found
+        return found, bound
 
     def remove_left(self) -> None:
         """Remove what processes left that are no more."""
         parts = (part for at in self._datasets() for part in (at / _PARTS).iterdir())
         for part in parts:
             if (descriptor := _claim(part, make=False)) is not None:
+                os.ftruncate(descriptor, 0)
                 part.unlink()
                 os.close(descriptor)
         self._bury()
@@ -264,19 +283,23 @@ class ShardCache:
     def _below(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
-    def _files(self) -> tuple[dict[str, _Entry], int]:
-        """Whole files by their path below the cache, and the bytes of all files."""
-        found, taken = {}, 0
+    def _files(self) -> tuple[dict[str, _Entry], int, int]:
+        """Whole files by their path below the cache, the bytes of all files, and of
+        those that are being fetched.
+        """
+        found, taken, fetching = {}, 0, 0
         for dataset in self._datasets():
             for folder in dataset.iterdir():
                 for path in _below(folder):
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(path)
                         taken += status.st_size
-                        if folder.name != _PARTS:
+                        if folder.name == _PARTS:
+                            fetching += status.st_size
+                        else:
                             entry = _Entry(status.st_size, status.st_atime_ns)
                             found[os.path.relpath(path, self.root)] = entry
-        return found, taken
+        return found, taken, fetching
 
     def _datasets(self) -> list[Path]:
         """Folders of all datasets."""
@@ -286,38 +309,62 @@ class ShardCache:
             if _ID.fullmatch(path.name) and (path / _PARTS).is_dir()
         ]
 
-    def _fetching_bytes(self) -> int:
-        """Bytes of all files that are being fetched."""
-        total = 0
-        for dataset in self._datasets():
-            for part in _below(dataset / _PARTS):
-                with contextlib.suppress(FileNotFoundError):
-                    total += os.stat(part).st_size
-        return total
+    def _set_aside(self, path: Path) -> None:
+        """Keep the name of a file that somebody has open and that is to go: its bytes
+        are there until it is closed.
+        """
+        if path.exists() and not self._is_idle(self._below(path)):
+            aside = self.root / self.dataset / _REPLACED / uuid.uuid4().hex
+            aside.parent.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.link(path, aside)
 
-    def _lock_idle(self, path: str, locks: contextlib.ExitStack) -> bool:
-        """Whether nobody has a file open; then nobody opens it before `locks` end."""
-        try:
-            descriptor = os.open(self.root / path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        locks.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def _is_idle(self, path: str) -> bool:
+        """Whether nobody has a file open."""
+        descriptor = self._locked_idle(path)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is not None
 
-    def _evict(self, path: str) -> None:
+    def _evict(self, path: str) -> bool:
+        """Remove a file; False where somebody has opened it."""
+        descriptor = self._locked_idle(path)
+        if descriptor is None:
+            return False
         (self.root / path).unlink(missing_ok=True)
+        os.close(descriptor)
         for folder in Path(path).parents[:-2]:
             with contextlib.suppress(OSError):
                 (self.root / folder).rmdir()
+        return True
+
+    def _locked_idle(self, path: str) -> int | None:
+        """Descriptor of a file that nobody opens as long as it is there; None where
+        somebody has it open. A cache may hold more files than a process may open: one
+        at a time.
+        """
+        try:
+            descriptor = os.open(self.root / path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, PermissionError):
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """Paths of all files at any depth below a folder."""
-    for at, _, names in os.walk(folder):
+    """Paths of all files at any depth below a folder, none where it is no folder.
+    Raises OSError.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for at, _, names in os.walk(folder, onerror=fail):
         for name in names:
             yield os.path.join(at, name)
 
@@ -341,12 +388,37 @@ def _dispensable(
     )
 
 
-def _wanted(found: Mapping[str, _Entry], needs: Mapping[str, Need], usual: int) -> int:
-    """Bytes of all needed files; those of unknown size are as large as `usual`."""
+def _victims(
+    order: Iterable[str],
+    found: Mapping[str, _Entry],
+    needs: Mapping[str, Need],
+    total: int,
+    most: int,
+    bound: int,
+) -> tuple[list[str], int]:
+    """Which of the files in `order` go so that `total` bytes become no more than
+    `most`, and what is left; those that are needed, if `most` is out of reach, and
+    those that are pinned, for the `bound` alone: a disk that others have filled drives
+    nothing out in vain.
+    """
+    order = list(order)
+    victims: list[str] = []
+    in_vain = total - sum(found[name].size for name in order) > most
+    for name in order:
+        need = needs.get(name)
+        bound_alone = need is not None and (need.pinned or in_vain)
+        if total <= (bound if bound_alone else most):
+            break
+        victims.append(name)
+        total -= found[name].size
+    return victims, total
+
+
+def _wanted(found: Mapping[str, _Entry], needs: Mapping[str, Need]) -> int:
+    """Bytes of all needed files, as far as they are known."""
     none = _Entry(0, 0)
     return sum(
-        max(found.get(path, none).size, need.size) or usual
-        for path, need in needs.items()
+        max(found.get(path, none).size, need.size) for path, need in needs.items()
     )
 
 

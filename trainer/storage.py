@@ -48,9 +48,10 @@ class StorageConfig:
     """Folder for fetched files, on a local disk; runs may share it. Default:
     $XDG_CACHE_HOME/palimpsest, or ~/.cache/palimpsest."""
     cache_bytes: int = 100 << 30
-    """Most bytes in it. It should hold two windows of each lane that a node reads, 2 x
-    lanes x shuffle_shards shards. Samples of shards without a place in it are read one
-    by one, which is slow."""
+    """Most bytes of datasets in it; of runs that share it the largest bound holds. It
+    should have room for two windows of each lane that a node reads, 2 x lanes x
+    shuffle_shards shards. Samples of shards without a place in it are read one by one,
+    which is slow."""
     parallel: int = 8
     """Ranges of 8 MiB that each rank reads, or writes, at once."""
     timeout_s: float = 30.0

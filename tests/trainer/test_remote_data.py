@@ -108,13 +108,14 @@ def test_two_ranks_read_the_samples_of_a_local_run_and_fetch_once(
     }
 
 
-def tight(shards: Path) -> str:
-    """A cache with a place for one shard, and hardly more."""
+def tight(shards: Path, places: int = 1) -> str:
+    """A cache with places for so many shards, and hardly more."""
     manifest = load_manifest(shards)
     largest = max(shard.bytes for shard in manifest.shards)
     samples = max(shard.samples for shard in manifest.shards)
     small = 2 * samples * INDEX_DTYPE.itemsize
     small += words_file(shards / manifest.tokenizer.path).stat().st_size
+    largest *= places
     return f"--storage.cache_bytes={max(largest + small, largest * 16 // 15) + 999}"
 
 
@@ -139,6 +140,44 @@ def test_a_cache_too_small_for_the_windows_gives_the_same_samples_within_its_bou
         assert not len(reader.quarantine)
     spans = [reader.dataset.folders[0].storage.figures()["spans"] for reader in readers]
     assert min(spans) > 0
+
+
+def test_what_is_read_gives_its_place_back(url: str, shards: Path) -> None:
+    assert len(load_manifest(shards).split("train")) > 2
+    # Two threads read: one may be in the next shard already.
+    small = tight(shards, places=2)
+    keys = config(url, Path("unused"), small)
+    held = Dataset(url, "train", storage=keys.storage)
+    read_pairs(held, keys, held.places(), seed=0, group="group")
+    assert held.folders[0].storage.figures()["spans"] == 0
+    # And whoever is closed gives back what is open, before garbage is collected.
+    for shard in (0, 1):
+        held.files(shard)
+    held.close()
+    reader = loader(url, small, "--shuffle_shards=1", "--lanes=1")
+    assert digests(reader, *range(16)) == digests(
+        loader(shards, "--shuffle_shards=1", "--lanes=1"), *range(16)
+    )
+    assert reader.dataset.folders[0].storage.figures()["spans"] == 0
+
+
+def test_an_index_that_made_room_before_it_was_read_is_fetched_again(
+    url: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = loader(url)
+    storage = reader.dataset.folders[0].storage
+    local, lost = storage.local, []
+
+    def lose(name: str, version: str = "") -> Path:
+        path = local(name, version)
+        if name.endswith(".index.npy") and lost.count(name) < 2:
+            lost.append(name)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(storage, "local", lose)
+    assert digests(reader, *range(2)) == digests(loader(shards), *range(2))
+    assert lost
 
 
 def test_a_damaged_copy_that_has_no_place_for_another_is_not_taken_for_damage(

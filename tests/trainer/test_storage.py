@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 import shutil
@@ -344,6 +345,119 @@ def test_the_bytes_on_the_disk_stay_within_the_bound_whoever_reads(
     assert mine.figures()["spans"] == other.figures()["spans"] == 2
 
 
+def test_a_file_replaced_while_it_is_open_counts_until_it_is_closed(
+    server: S3Server,
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
+    cache = tmp_path / "cache"
+    keys = config(tmp_path, cache_bytes=bound(3))
+    mine, other = (open_files(f"{bucket}/d", keys) for _ in range(2))
+    held = mine.open(NAMES[0])
+    server.put(f"{bucket}/d/{NAMES[0]}", content[NAMES[1]])
+    path = other.refresh(NAMES[0], streamed=True)
+    assert path.read_bytes() == content[NAMES[1]]
+    assert on_disk(cache) == 2 * SIZE + len(f"{other.root}\n")
+    opened = other.open(NAMES[2])
+    with pytest.raises(NoRoomError):
+        other.open(NAMES[3])
+    assert on_disk(cache) <= bound(3)
+    assert held.read() == content[NAMES[0]]
+    held.close()
+    assert read(other, NAMES[3]) == content[NAMES[3]]
+    opened.close()
+
+
+def test_runs_with_different_bounds_share_the_larger(
+    bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    large = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(4)))
+    large.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES[:3]])
+    opened = [large.open(name) for name in NAMES[:3]]
+    small = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
+    assert read(small, NAMES[3]) == content[NAMES[3]]
+    assert on_disk(tmp_path / "cache") <= bound(4)
+    for file in opened:
+        file.close()
+    large.close()
+    assert read(small, NAMES[4]) == content[NAMES[4]]
+    assert on_disk(tmp_path / "cache") <= bound(1)
+
+
+def test_a_small_file_waits_for_room_and_not_for_ever(
+    server: S3Server, bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    keys = config(tmp_path, cache_bytes=bound(1), timeout_s=0.3)
+    files = open_files(f"{bucket}/d", keys)
+    with files.open(NAMES[0]), pytest.raises(OSError, match="full of shards that are"):
+        files.local(NAMES[1])
+    assert files.local(NAMES[1]).read_bytes() == content[NAMES[1]]
+
+
+def test_whoever_streams_does_not_wait_for_a_fetch_that_hangs(
+    server: S3Server,
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.cached_files._ROOM_S", 0.2)
+    keys = config(tmp_path, cache_bytes=bound(1), parallel=1)
+    files = open_files(f"{bucket}/d", keys)
+    hanging = Path(NAMES[0]).name
+    server.inject(
+        itertools.repeat(slow(60)),
+        lambda method, path: method == "GET" and path.endswith(hanging),
+    )
+    files.ahead([Wanted(NAMES[0], size=SIZE, streamed=True)])
+    wait_for(lambda: bool(gets(server)))
+    with pytest.raises(NoRoomError):
+        files.open(NAMES[1])
+    # The one slot for ranges of whole files is taken.
+    assert files.span(NAMES[1], 0, SIZE) == content[NAMES[1]]
+    files.close()
+
+
+def test_where_all_fits_nothing_is_said(
+    server: S3Server, bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.put(f"{bucket}/d/index", b"an index")
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files.ahead(
+            [
+                Wanted("index"),
+                *(Wanted(name, size=SIZE, streamed=True) for name in NAMES),
+            ]
+        )
+        opened = [files.open(name) for name in NAMES]
+        files.local("index")
+    assert files.figures()["evictions"] == files.figures()["spans"] == 0
+    for file in opened:
+        file.close()
+
+
+def test_a_cache_may_hold_more_files_than_a_process_may_open(
+    bucket: str, content: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
+    left = files.local(NAMES[0]).parent
+    for number in range(200):
+        (left / f"{number}.tar").write_bytes(bytes(SIZE // 200))
+    code = READER.replace("cache=cache,", f"cache=cache, cache_bytes={bound(1)},")
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    process = start(f"{bucket}/d", tmp_path, "at once", NAMES[1], code=few + code)
+    said, _ = process.communicate("go\n", timeout=60)
+    assert process.returncode == 0
+    assert said.strip() == hashlib.sha256(content[NAMES[1]]).hexdigest()
+    assert on_disk(cache) <= bound(1)
+
+
 def test_what_a_process_that_was_killed_had_open_makes_room(
     bucket: str, content: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -418,9 +532,15 @@ def test_what_is_pinned_goes_only_where_the_bound_asks_for_it(
     first, last = Path(NAMES[0]).name, Path(NAMES[3]).name
     assert whole(tmp_path / "cache") == {first, last}
     # A bound that holds but one file would otherwise wait for ever.
-    smaller = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
+    smaller = open_files(f"{bucket}/d", config(tmp_path / "s", cache_bytes=bound(1)))
+    smaller.pin(NAMES[0])
     smaller.local(NAMES[4])
-    assert whole(tmp_path / "cache") == {Path(NAMES[4]).name}
+    assert whole(tmp_path / "s" / "cache") == {Path(NAMES[4]).name}
+    # What is streamed goes without a place before that.
+    smaller.pin(NAMES[0])
+    with pytest.raises(NoRoomError):
+        smaller.open(NAMES[4])
+    assert whole(tmp_path / "s" / "cache") == {first}
 
 
 def test_a_cache_too_small_for_all_readers_goes_on_and_says_what_would_do(

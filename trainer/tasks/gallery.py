@@ -81,7 +81,7 @@ def read_gallery(
     """
     records = dataset.records(places)
     _require_size(len(places), int(records["n_captions"].sum()))
-    dataset.ahead(dict.fromkeys(places[:, 0].tolist()))
+    was_read = dataset.ahead_in_order(places[:, 0])
     side = config.image.size
     pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
     plain = config.image.geometry == "resize"
@@ -96,6 +96,7 @@ def read_gallery(
             dataset.text(shard, record, number, max_tokens=config.text.max_tokens)[0]
             for number in range(int(record["n_captions"]))
         ]
+        was_read(row)
         progress.update()
         return texts
 
