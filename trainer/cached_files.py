@@ -30,7 +30,8 @@ from trainer.shard_cache import Room, ShardCache
 from trainer.storage import Files, NoRoomError, StorageConfig, StorageError, Wanted
 
 _AHEAD_THREADS = 4
-# Between looks at a file that another process is fetching: at first and at most.
+# Between looks at a file that another process is fetching; between looks for room at
+# most.
 _POLL_S, _LONGEST_POLL_S = 0.02, 0.5
 # A file that changes while it is read is read again, so often.
 _CHANGES = 4
@@ -177,28 +178,35 @@ class CachedFiles(Files):
         if found is not None:
             return found
         began = time.monotonic()
-        if streamed and began < self._full_until:
-            raise _no_room(path)
         try:
             while True:
-                found = self._get(
-                    path, name, since_ns=since_ns, must=True, streamed=streamed
-                )
+                if streamed and time.monotonic() < self._full_until:
+                    raise _no_room(path)
+                found = self._get_now(path, name, since_ns=since_ns, streamed=streamed)
                 if found is not None:
                     return found
                 self._pause()
+        finally:
+            self._was_blocked(time.monotonic() - began)
+
+    def _get_now(
+        self, path: Path, name: str, *, since_ns: int, streamed: bool
+    ) -> int | None:
+        """`_get` of what must be; without room, nobody looks for it again so soon."""
+        try:
+            return self._get(
+                path, name, since_ns=since_ns, must=True, streamed=streamed
+            )
         except NoRoomError:
             self._full_until = time.monotonic() + _FULL_S
             raise
-        finally:
-            self._was_blocked(time.monotonic() - began)
 
     def _get(
         self, path: Path, name: str, *, since_ns: int, must: bool, streamed: bool
     ) -> int | None:
         """Descriptor of a file that is there or was fetched by this call; None where
-        another is fetching it, or it went at once. Without room, a NoRoomError for one
-        that need not be or is streamed.
+        another is fetching it. Without room, a NoRoomError for one that need not be or
+        is streamed.
         """
         place = self._cache.claim(path)
         if place is None:
@@ -210,9 +218,9 @@ class CachedFiles(Files):
             if found is not None:
                 return found
             began_ns = self._fetch(place, path, name, must=must, streamed=streamed)
-            held = self._cache.keep(place, path, began_ns=began_ns)
+            self._cache.keep(place, path, began_ns=began_ns)
             claimed = False
-            return place if held else None
+            return place
         finally:
             if claimed:
                 self._cache.drop(place, path)
@@ -260,17 +268,21 @@ class CachedFiles(Files):
         self, place: int, path: Path, size: int, *, must: bool, streamed: bool
     ) -> None:
         self._check(size, streamed=streamed)
-        spare = self._spare if streamed else 0
-        began, pause = time.monotonic(), _POLL_S
+        began = stuck = time.monotonic()
+        pause = _POLL_S
         while True:
-            room = self._cache.make_room(place, path, size, must=must, spare=spare)
+            room = self._cache.make_room(
+                place, path, size, must=must, streamed=streamed, spare=self._spare
+            )
             self._say(room)
             if room.made:
                 return
-            waited = time.monotonic() - began
-            if not must or (streamed and not (room.possible and waited < _ROOM_S)):
+            now = time.monotonic()
+            if room.possible:
+                stuck = now
+            if not must or (streamed and not (room.possible and now < began + _ROOM_S)):
                 raise _no_room(path)
-            if not room.possible and waited > self._config.timeout_s:
+            if now > stuck + self._config.timeout_s:
                 raise StorageError(
                     f"the cache {self._cache.root} is full of shards that are being "
                     "read: give more as --storage.cache_bytes, or another folder as "
@@ -343,6 +355,10 @@ class CachedFiles(Files):
             except FileNotFoundError:
                 # Whoever reads it will say so.
                 continue
+            except NoRoomError:
+                with self._lock:
+                    small = (file for file in self._queue if not file.streamed)
+                    self._queue = deque(small)
             except (OSError, ValueError):
                 with self._lock:
                     self._queue.clear()

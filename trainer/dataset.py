@@ -11,6 +11,7 @@ So that of a single directory is called by its number alone.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -127,19 +128,20 @@ class Dataset:
         each once. To be called with the row of each that has been read: what none after
         it needs makes room.
         """
-        last = {shard: row for row, shard in enumerate(shards.tolist())}
-        first = dict.fromkeys(shards.tolist())
-        self.ahead(first)
-        lock, done = threading.Lock(), set[int]()
+        if not self.remote:
+            return lambda row: None
+        left, lock = Counter(shards.tolist()), threading.Lock()
+        self.ahead(left)
 
-        def read(row: int) -> None:
+        def was_read(row: int) -> None:
             shard = int(shards[row])
-            if last[shard] == row:
-                with lock:
-                    done.add(shard)
-                    self.ahead(one for one in first if one not in done)
+            with lock:
+                left[shard] -= 1
+                if not left[shard]:
+                    del left[shard]
+                    self.ahead(left)
 
-        return read
+        return was_read
 
     def indexes_ahead(self, shards: Iterable[int]) -> None:
         """As `ahead`, of shards of which no more than `records` is known to be read."""

@@ -27,6 +27,7 @@ import numpy as np
 
 from pipeline.manifest import (
     INDEX_DTYPE,
+    MANIFEST,
     Shard,
     captions_of,
     file_sha256,
@@ -35,6 +36,7 @@ from pipeline.manifest import (
     words_file,
 )
 from trainer.storage import (
+    LocalFiles,
     NoRoomError,
     StorageConfig,
     StorageError,
@@ -104,7 +106,8 @@ class Folder:
         self._check_storage()
         self.tokenizer_folder = self._own_tokenizer()
         tokenizer = self.check_tokenizer(self.tokenizer_folder)
-        self._check_storage(tokenizer.stat().st_size)
+        manifest = self.storage.at(MANIFEST).stat().st_size
+        self._check_storage(manifest + tokenizer.stat().st_size)
         self._fetched_anew: set[str] = set()
         self._sample = threading.local()
         self._fetching = threading.Lock()
@@ -292,6 +295,12 @@ class Folder:
                 if fetch == storage.refresh:
                     break
                 fetch = storage.refresh
+        else:
+            if not isinstance(storage, LocalFiles):
+                raise StorageError(
+                    f"{self.name}/{entry.index} went from the cache {_READS} times "
+                    "before it was read: give more as --storage.cache_bytes"
+                )
         raise ValueError(problem)
 
     def _own_tokenizer(self) -> Path:

@@ -76,8 +76,8 @@ class ShardCache:
     Args:
         root: folder of the cache; made if need be.
         url: of the dataset, as it may be written down.
-        most_bytes: bound on everything below `root`, other datasets included. Of the
-            bounds of processes that share it the largest holds.
+        most_bytes: bound on the files of all datasets below `root`. Of the bounds of
+            processes that share it the largest holds.
 
     Raises:
         OSError: the folder cannot be written to, or knows no locks.
@@ -133,22 +133,27 @@ class ShardCache:
             os.ftruncate(descriptor, 0)
         return descriptor
 
-    def keep(self, descriptor: int, path: Path, *, began_ns: int) -> bool:
+    def keep(self, descriptor: int, path: Path, *, began_ns: int) -> None:
         """Let a claimed place that is filled appear as `path`, and hold it open to
-        read. False where it has been evicted already: the descriptor is closed.
+        read.
+
+        Raises:
+            OSError: somebody has removed the cache.
         """
         os.utime(descriptor, ns=(time.time_ns(), began_ns))
-        while True:
+        # Nobody counts or removes files meanwhile.
+        with _locked(self.root / _LOCK):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._set_aside(path)
-            # Whoever makes room removes empty folders.
-            with contextlib.suppress(FileNotFoundError):
+            before = self._set_aside(path)
+            try:
                 os.replace(self._part(path), path)
-                break
-        if _is_held(descriptor):
-            return True
-        os.close(descriptor)
-        return False
+            except FileNotFoundError:
+                raise OSError(
+                    errno.ESTALE, "somebody removed it while it was fetched", str(path)
+                ) from None
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if before:
+                self._evict(before)
 
     def drop(self, descriptor: int, path: Path) -> None:
         """Give a claimed place back."""
@@ -158,44 +163,53 @@ class ShardCache:
 
     def remove(self, path: Path) -> None:
         """Have a file no more; its bytes count as long as somebody has it open."""
-        self._set_aside(path)
-        path.unlink(missing_ok=True)
+        with _locked(self.root / _LOCK):
+            before = self._set_aside(path)
+            path.unlink(missing_ok=True)
+            if before:
+                self._evict(before)
 
     def make_room(
-        self, descriptor: int, path: Path, size: int, *, must: bool, spare: int = 0
+        self,
+        descriptor: int,
+        path: Path,
+        size: int,
+        *,
+        must: bool,
+        streamed: bool,
+        spare: int,
     ) -> Room:
-        """Give the claimed place of `path` its size, with the cache within its bound,
-        and so that `spare` bytes of it are left to others. Files that no running
-        process needs go first, the longest unused before others; where it `must` be,
-        then those that are needed last; where it must be and nothing is spared, pinned
+        """Give the claimed place of `path` its size, with the cache within its bound;
+        one that is `streamed` leaves `spare` bytes of it to others. Files that no
+        running process needs go first, the longest unused before others; where it
+        `must` be, then those that are needed last; where it is not streamed, pinned
         ones at the end and for the bound alone. What somebody has open stays.
         """
         with _locked(self.root / _LOCK):
             self.remove_left()
             os.ftruncate(descriptor, 0)
-            found, taken, fetching = self._files()
+            found, taken, fetching, unwritten = self._files()
             needs, bound = self.needs()
-            pinned = sum(
-                found[name].size
-                for name, need in needs.items()
-                if need.pinned and name in found
-            )
-            # They lie in what is spared.
-            bound -= max(spare - pinned, 0)
-            free = shutil.disk_usage(self.root).free - _DISK_LEFT_BYTES
-            # A disk that is full of other things does not stop what must be.
-            most = limit = min(bound, taken + free)
-            if must and not spare:
-                limit = bound
+            # What is pinned lies in what is spared.
+            shared = bound - max(spare - self._pinned_bytes(found, needs), 0)
+            free = shutil.disk_usage(self.root).free - unwritten - _DISK_LEFT_BYTES
+            bound = shared if streamed else bound
+            most = min(bound, taken + free)
             order: list[str] = []
             if taken + size > most:
                 order = [
                     name
                     for name in _dispensable(found, needs, needed_too=must)
-                    if not (spare and name in needs and needs[name].pinned)
+                    if not (streamed and name in needs and needs[name].pinned)
                     and self._is_idle(name)
                 ]
             least = taken + size - sum(found[name].size for name in order)
+            limit = most
+            if must and not streamed:
+                # A disk that is full of other things does not stop what must be, nor
+                # does what is open since others had a larger bound.
+                much_open = least - size - fetching > shared
+                limit = max(bound, least) if much_open else bound
             victims, left = _victims(order, found, needs, taken + size, most, bound)
             evicted = []
             if left <= limit:
@@ -204,12 +218,15 @@ class ShardCache:
             made = left <= limit
             if made:
                 os.ftruncate(descriptor, size)
-            lacking = must and (not made or any(name in needs for name in evicted))
+            wanted = 0
+            if must and (not made or any(name in needs for name in evicted)):
+                spent = [found[name].size for name in order if name not in needs]
+                wanted = max(_wanted(found, needs), taken + size - sum(spent))
             return Room(
                 made=made,
                 possible=least - fetching <= limit,
                 evicted=len(evicted),
-                wanted_bytes=max(_wanted(found, needs), least) if lacking else 0,
+                wanted_bytes=wanted,
             )
 
     def publish(
@@ -283,23 +300,32 @@ class ShardCache:
     def _below(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
-    def _files(self) -> tuple[dict[str, _Entry], int, int]:
-        """Whole files by their path below the cache, the bytes of all files, and of
-        those that are being fetched.
-        """
-        found, taken, fetching = {}, 0, 0
+    def _files(self) -> _Contents:
+        found, taken, fetching, unwritten = {}, 0, 0, 0
         for dataset in self._datasets():
             for folder in dataset.iterdir():
                 for path in _below(folder):
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(path)
-                        taken += status.st_size
+                        size = status.st_size
+                        taken += size
                         if folder.name == _PARTS:
-                            fetching += status.st_size
+                            fetching += size
+                            unwritten += max(size - 512 * status.st_blocks, 0)
                         else:
-                            entry = _Entry(status.st_size, status.st_atime_ns)
+                            entry = _Entry(size, status.st_atime_ns)
                             found[os.path.relpath(path, self.root)] = entry
-        return found, taken, fetching
+        return _Contents(found, taken, fetching, unwritten)
+
+    def _pinned_bytes(
+        self, found: Mapping[str, _Entry], needs: Mapping[str, Need]
+    ) -> int:
+        """Bytes of pinned files of this dataset that are there."""
+        return sum(
+            found[name].size
+            for name, need in needs.items()
+            if need.pinned and name in found and name.startswith(f"{self.dataset}/")
+        )
 
     def _datasets(self) -> list[Path]:
         """Folders of all datasets."""
@@ -309,15 +335,17 @@ class ShardCache:
             if _ID.fullmatch(path.name) and (path / _PARTS).is_dir()
         ]
 
-    def _set_aside(self, path: Path) -> None:
-        """Keep the name of a file that somebody has open and that is to go: its bytes
-        are there until it is closed.
+    def _set_aside(self, path: Path) -> str | None:
+        """Give a file that is to go another name, if it is there: its bytes are there
+        as long as somebody has it open.
         """
-        if path.exists() and not self._is_idle(self._below(path)):
-            aside = self.root / self.dataset / _REPLACED / uuid.uuid4().hex
-            aside.parent.mkdir(mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.link(path, aside)
+        aside = self.root / self.dataset / _REPLACED / uuid.uuid4().hex
+        aside.parent.mkdir(mode=0o700, exist_ok=True)
+        # Some file systems have no hard links.
+        with contextlib.suppress(OSError):
+            os.link(path, aside)
+            return self._below(aside)
+        return None
 
     def _is_idle(self, path: str) -> bool:
         """Whether nobody has a file open."""
@@ -372,6 +400,17 @@ def _below(folder: Path) -> Iterator[str]:
 class _Entry(NamedTuple):
     size: int
     used_ns: int
+
+
+class _Contents(NamedTuple):
+    found: dict[str, _Entry]
+    """Whole files by their path below the cache."""
+    taken: int
+    """Bytes of all files."""
+    fetching: int
+    """Bytes of those that are being fetched."""
+    unwritten: int
+    """Bytes of these that the disk does not hold yet."""
 
 
 def _dispensable(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.manifest import INDEX_DTYPE, load_manifest, words_file
+from pipeline.manifest import INDEX_DTYPE, MANIFEST, load_manifest, words_file
 from tests.conftest import python
 from tests.pipeline.s3 import S3Server, slow, status
 from tests.trainer.cache import on_disk
@@ -114,7 +114,8 @@ def tight(shards: Path, places: int = 1) -> str:
     largest = max(shard.bytes for shard in manifest.shards)
     samples = max(shard.samples for shard in manifest.shards)
     small = 2 * samples * INDEX_DTYPE.itemsize
-    small += words_file(shards / manifest.tokenizer.path).stat().st_size
+    pinned = (words_file(shards / manifest.tokenizer.path), shards / MANIFEST)
+    small += sum(path.stat().st_size for path in pinned)
     largest *= places
     return f"--storage.cache_bytes={max(largest + small, largest * 16 // 15) + 999}"
 

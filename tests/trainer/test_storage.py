@@ -372,8 +372,14 @@ def test_a_file_replaced_while_it_is_open_counts_until_it_is_closed(
 
 
 def test_runs_with_different_bounds_share_the_larger(
-    bucket: str, content: dict[str, bytes], tmp_path: Path
+    server: S3Server,
+    bucket: str,
+    content: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
+    server.put(f"{bucket}/d/index", b"an index")
     large = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(4)))
     large.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES[:3]])
     opened = [large.open(name) for name in NAMES[:3]]
@@ -382,7 +388,14 @@ def test_runs_with_different_bounds_share_the_larger(
     assert on_disk(tmp_path / "cache") <= bound(4)
     for file in opened:
         file.close()
+    opened = [small.open(name) for name in NAMES[:3]]
     large.close()
+    # Again its own bound holds; nothing small waits for what is open beyond it.
+    assert small.local("index").read_bytes() == b"an index"
+    with pytest.raises(NoRoomError):
+        small.open(NAMES[4])
+    for file in opened:
+        file.close()
     assert read(small, NAMES[4]) == content[NAMES[4]]
     assert on_disk(tmp_path / "cache") <= bound(1)
 
