@@ -166,9 +166,8 @@ class Remote:
                 "no parts of files: give more as --storage.cache_bytes, on a disk that "
                 "has as much"
             )
-        read = partial(self._read, f"{self._root}/{name}", start, stop)
         with self._span_slots:
-            data = self._result(self._start(self._again(name, read)))
+            data = self._result(self._start_read(name, start, stop))
         self._count(bytes=len(data), spans=1)
         return data
 
@@ -211,12 +210,18 @@ class Remote:
         self, name: str, start: int, stop: int
     ) -> concurrent.futures.Future[bytes]:
         """Begin to read a range with the slot that the caller took for it."""
-        read = partial(self._read, f"{self._root}/{name}", start, stop)
         try:
-            return self._start(self._again(name, read))
+            return self._start_read(name, start, stop)
         except OSError:
             self._slots.release()
             raise
+
+    def _start_read(
+        self, name: str, start: int, stop: int
+    ) -> concurrent.futures.Future[bytes]:
+        """Begin to read a range."""
+        read = partial(self._read, f"{self._root}/{name}", start, stop)
+        return self._start(self._again(name, read))
 
     def _start(
         self, coroutine: Coroutine[Any, Any, Result]

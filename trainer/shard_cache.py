@@ -30,7 +30,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -428,7 +428,7 @@ def _dispensable(
 
 
 def _victims(
-    order: Iterable[str],
+    order: Sequence[str],
     found: Mapping[str, _Entry],
     needs: Mapping[str, Need],
     total: int,
@@ -440,7 +440,6 @@ def _victims(
     those that are pinned, for the `bound` alone: a disk that others have filled drives
     nothing out in vain.
     """
-    order = list(order)
     victims: list[str] = []
     in_vain = total - sum(found[name].size for name in order) > most
     for name in order:

@@ -79,9 +79,9 @@ def content(server: S3Server, bucket: str) -> dict[str, bytes]:
     return content
 
 
-def bound(streamed: int) -> int:
+def bound(shards: int) -> int:
     """Of a cache with room for so many shards beside small files."""
-    return streamed * SIZE * 16 // 15 + 99
+    return shards * SIZE * 16 // 15 + 99
 
 
 def config(tmp_path: Path, **keys: object) -> StorageConfig:
@@ -91,6 +91,17 @@ def config(tmp_path: Path, **keys: object) -> StorageConfig:
 def gets(server: S3Server) -> list[str]:
     """Paths of all GETs of objects, in the order in which they came."""
     return [path for method, path in server.requests if method == "GET"]
+
+
+@pytest.fixture
+def looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever found no room for a shard looks for it each time."""
+    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
+
+
+def streamed(*names: str) -> list[Wanted]:
+    """Shards that will be read."""
+    return [Wanted(name, size=SIZE, streamed=True) for name in names]
 
 
 def only_gets(method: str, path: str) -> bool:
@@ -318,15 +329,14 @@ def test_the_bytes_on_the_disk_stay_within_the_bound_whoever_reads(
     bucket: str,
     content: dict[str, bytes],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    looks_again: None,
 ) -> None:
-    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
     cache, small = tmp_path / "cache", b"an index"
     server.put(f"{bucket}/d/index", small)
     keys = config(tmp_path, cache_bytes=bound(3))
     mine, other = (open_files(f"{bucket}/d", keys) for _ in range(2))
     opened = [mine.open(name) for name in NAMES[:2]]
-    other.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES[2:5]])
+    other.ahead(streamed(*NAMES[2:5]))
     held = other.open(NAMES[2])
     for files in (mine, other):
         with pytest.raises(NoRoomError):
@@ -350,9 +360,8 @@ def test_a_file_replaced_while_it_is_open_counts_until_it_is_closed(
     bucket: str,
     content: dict[str, bytes],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    looks_again: None,
 ) -> None:
-    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
     cache = tmp_path / "cache"
     keys = config(tmp_path, cache_bytes=bound(3))
     mine, other = (open_files(f"{bucket}/d", keys) for _ in range(2))
@@ -376,12 +385,11 @@ def test_runs_with_different_bounds_share_the_larger(
     bucket: str,
     content: dict[str, bytes],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    looks_again: None,
 ) -> None:
-    monkeypatch.setattr("trainer.cached_files._FULL_S", 0.0)
     server.put(f"{bucket}/d/index", b"an index")
     large = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(4)))
-    large.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES[:3]])
+    large.ahead(streamed(*NAMES[:3]))
     opened = [large.open(name) for name in NAMES[:3]]
     small = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(1)))
     assert read(small, NAMES[3]) == content[NAMES[3]]
@@ -425,7 +433,7 @@ def test_whoever_streams_does_not_wait_for_a_fetch_that_hangs(
         itertools.repeat(slow(60)),
         lambda method, path: method == "GET" and path.endswith(hanging),
     )
-    files.ahead([Wanted(NAMES[0], size=SIZE, streamed=True)])
+    files.ahead(streamed(NAMES[0]))
     wait_for(lambda: bool(gets(server)))
     with pytest.raises(NoRoomError):
         files.open(NAMES[1])
@@ -441,12 +449,7 @@ def test_where_all_fits_nothing_is_said(
     files = open_files(f"{bucket}/d", config(tmp_path, cache_bytes=bound(6)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        files.ahead(
-            [
-                Wanted("index"),
-                *(Wanted(name, size=SIZE, streamed=True) for name in NAMES),
-            ]
-        )
+        files.ahead([Wanted("index"), *streamed(*NAMES)])
         opened = [files.open(name) for name in NAMES]
         files.local("index")
     assert files.figures()["evictions"] == files.figures()["spans"] == 0
@@ -570,7 +573,7 @@ def test_a_cache_too_small_for_all_readers_goes_on_and_says_what_would_do(
             return files.span(name, 0, SIZE)
 
     def read_all(files: Files) -> None:
-        files.ahead([Wanted(name, size=SIZE, streamed=True) for name in NAMES])
+        files.ahead(streamed(*NAMES))
         found.extend(read_somehow(files, name) == content[name] for name in NAMES)
 
     with warnings.catch_warnings(record=True) as told:
