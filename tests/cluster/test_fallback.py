@@ -21,6 +21,7 @@ from cluster.fallback import priorities, rewrite
 from tests.conftest import ROOT, free_port
 
 RAY = Path(sys.executable).with_name("ray")
+HEAD_STARTS = 3
 # A head that is healthy may not have a raylet to speak to yet.
 DEMAND = """
 import pathlib, ray, sys, time
@@ -75,17 +76,21 @@ def configuration(folder: Path, refused: str = "gpu") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def process(words: list[str], log: Path, env: dict[str, str]) -> Iterator[None]:
+def process(
+    words: list[str], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command, and end it with everything that it started."""
     with log.open("w") as out:
         child = subprocess.Popen(
             words, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
         )
+    tree = []
     try:
-        yield
+        yield child
     finally:
-        tree = [psutil.Process(child.pid)]
-        tree += tree[0].children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [psutil.Process(child.pid)]
+            tree += tree[0].children(recursive=True)
         child.terminate()
         _, alive = psutil.wait_procs(tree, timeout=5)
         for each in alive:
@@ -107,11 +112,42 @@ def healthy(address: str, env: dict[str, str]) -> bool:
     return done.returncode == 0
 
 
+def came_up(child: subprocess.Popen[bytes], address: str, env: dict[str, str]) -> bool:
+    """Wait until a head is healthy or has ended."""
+    until(lambda: child.poll() is not None or healthy(address, env))
+    return child.poll() is None
+
+
+@contextlib.contextmanager
+def started(folder: Path, config: Path, env: dict[str, str]) -> Iterator[str]:
+    """Address of a head that is healthy. One that ends instead, because somebody took
+    its port first or the machine was too busy, is started again with other ports.
+    """
+    for _ in range(HEAD_STARTS):
+        port = free_port()
+        flags = {
+            "port": port,
+            "num-cpus": 0,
+            "include-dashboard": "false",
+            "temp-dir": folder / "ray",
+            "autoscaling-config": config,
+            "dashboard-agent-listen-port": 0,
+            "ray-client-server-port": free_port(),
+        }
+        words = [str(RAY), "start", "--head", "--block"]
+        words += [f"--{name}={value}" for name, value in flags.items()]
+        address = f"127.0.0.1:{port}"
+        with process(words, folder / "head.log", env) as child:
+            if came_up(child, address, env):
+                yield address
+                return
+    raise AssertionError((folder / "head.log").read_text())
+
+
 @contextlib.contextmanager
 def head(refused: str, **more: str) -> Iterator[tuple[Path, dict[str, str], str]]:
     """Folder, environment and address of a head with a demand for one GPU node."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
-    port = free_port()
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -127,23 +163,10 @@ def head(refused: str, **more: str) -> Iterator[tuple[Path, dict[str, str], str]
     }
     path = folder / "config.json"
     path.write_text(json.dumps(configuration(folder, refused)))
-    flags = {
-        "port": port,
-        "num-cpus": 0,
-        "include-dashboard": "false",
-        "temp-dir": folder / "ray",
-        "autoscaling-config": path,
-        "dashboard-agent-listen-port": 0,
-        "ray-client-server-port": free_port(),
-    }
-    start = [str(RAY), "start", "--head", "--block"]
-    start += [f"--{name}={value}" for name, value in flags.items()]
-    address = f"127.0.0.1:{port}"
     demand = [sys.executable, "-c", DEMAND, str(folder / "joined")]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.enter_context(process(start, folder / "head.log", env))
-        until(lambda: healthy(address, env))
+        address = stack.enter_context(started(folder, path, env))
         given = {**env, "RAY_ADDRESS": address}
         stack.enter_context(process(demand, folder / "demand.log", given))
         try:
