@@ -216,6 +216,13 @@ def _exif(image: Image.Image) -> Image.Exif | None:
     if image.format == "JPEG" and "exif" not in image.info:
         # Parsing nothing takes as long as opening the image.
         return None
+    if image.format == "PNG":
+        # It may stand behind the pixels. What fails among them must not pass for a
+        # broken EXIF block: Pillow would then take half an image for a whole one.
+        try:
+            image.load()
+        except Exception as error:  # decoders raise anything on hostile data
+            raise unreadable(error) from error
     try:
         return image.getexif()
     except Exception:  # a broken EXIF block does not make the pixels unusable

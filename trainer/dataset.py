@@ -58,7 +58,8 @@ class Dataset:
     ) -> None:
         given = [roots] if isinstance(roots, str | Path) else roots
         self.folders = [
-            Folder(root, split, growing=growing, storage=storage) for root in given
+            Folder(root, split, growing=growing, storage=storage, among=len(given))
+            for root in given
         ]
         self._check_tokenizers(tokenizer)
 
@@ -153,6 +154,13 @@ class Dataset:
         for shard in shards:
             found[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
         yield from zip(self.folders, found, strict=True)
+
+    def expect(self, shards: int) -> None:
+        """Say that samples of so many shards of any directory at once will be asked
+        for: as many indexes stay in memory, by default 512 of each directory.
+        """
+        for folder in self.folders:
+            folder.expect(shards)
 
     def spent_on_indexes(self) -> float:
         """Seconds that loading indexes has taken since this was last asked."""

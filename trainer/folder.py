@@ -35,6 +35,7 @@ from pipeline.manifest import (
     token_ids,
     words_file,
 )
+from trainer import descriptors
 from trainer.storage import (
     LocalFiles,
     NoRoomError,
@@ -46,9 +47,11 @@ from trainer.storage import (
     read_seal,
 )
 
-# Each open tar holds a file descriptor, of which a process has 1,024 by default.
 _TARS_KEPT_OPEN = 256
+# Indexes in memory, unless more are needed at once; of those a quarter more, because
+# what is needed no more goes only once it is the one that was longest not asked for.
 _INDEXES_KEPT = 512
+_SPARE = 4
 # Storage may fail for a moment: an error is one after this many reads.
 _READS = 4
 _PAUSE_SECONDS = 0.5
@@ -77,6 +80,7 @@ class Folder:
         split: its split.
         growing: take a dataset that is still being written.
         storage: how one behind a URL is read.
+        among: folders that are read together, this one included.
 
     Raises:
         ValueError: no or unfinished dataset, no such split, tokens of another tokenizer
@@ -91,6 +95,7 @@ class Folder:
         *,
         growing: bool = False,
         storage: StorageConfig | None = None,
+        among: int = 1,
     ) -> None:
         self.storage = open_files(root, storage or StorageConfig())
         self.name = self.storage.root
@@ -114,8 +119,9 @@ class Folder:
         self._counting = threading.Lock()
         self._indexes_s = 0.0
         self._indexes = _Kept(self._timed_index, _INDEXES_KEPT)
-        self._tars = _Kept(self._open_tar, _TARS_KEPT_OPEN)
-        self._ids = _Kept(self._open_ids, _TARS_KEPT_OPEN)
+        open_at_once = min(_TARS_KEPT_OPEN, descriptors.kept_by(among))
+        self._tars = _Kept(self._open_tar, open_at_once)
+        self._ids = _Kept(self._open_ids, open_at_once)
 
     @property
     def manifest_hash(self) -> str:
@@ -175,6 +181,12 @@ class Folder:
     def indexes_ahead(self, shards: Sequence[int]) -> None:
         """As `ahead`, of what is asked of their indexes alone."""
         self.storage.ahead([_index_of(self.shards[shard]) for shard in shards])
+
+    def expect(self, shards: int) -> None:
+        """Say that samples of so many shards at once will be asked for: as many indexes
+        stay in memory.
+        """
+        self._indexes.keep(shards + shards // _SPARE)
 
     def index(self, shard: int) -> np.ndarray:
         """Index records (samples,) of a shard, checked against the manifest."""
@@ -555,6 +567,11 @@ class _Kept(Generic[Item]):
             while len(self._items) > self._most:
                 self._items.popitem(last=False)
         return item
+
+    def keep(self, most: int) -> None:
+        """Keep at least so many from now on."""
+        with self._lock:
+            self._most = max(self._most, most)
 
     def forget(self, key: int) -> None:
         """Make it anew the next time."""

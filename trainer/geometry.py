@@ -59,11 +59,11 @@ def box_of(config: ImageConfig, width: int, height: int, words: np.ndarray) -> B
     scale, aspect, x, y = (float(word) / _WORD for word in words)
     area = width * height * (config.min_scale + (1 - config.min_scale) * scale)
     ratio = math.exp((2 * aspect - 1) * _ASPECT)
-    box_width = min(round(math.sqrt(area * ratio)), width)
-    box_height = min(round(math.sqrt(area / ratio)), height)
+    box_width = max(min(round(math.sqrt(area * ratio)), width), 1)
+    box_height = max(min(round(math.sqrt(area / ratio)), height), 1)
     left = math.floor(x * (width - box_width + 1))
     top = math.floor(y * (height - box_height + 1))
-    return Box(left, top, left + max(box_width, 1), top + max(box_height, 1))
+    return Box(left, top, left + box_width, top + box_height)
 
 
 def flipped(words: np.ndarray) -> np.ndarray:

@@ -40,6 +40,26 @@ class Spent:
         )
 
 
+class Steps:
+    """The steps of a process since the last verdict, but for its first: nothing could
+    be made ahead of that, so its wait is a part of the start.
+    """
+
+    def __init__(self) -> None:
+        self._begun, self._spent = False, Spent()
+
+    def add(self, spent: Spent) -> None:
+        """Another step, in order."""
+        if self._begun:
+            self._spent += spent
+        self._begun = True
+
+    def verdict(self, *, threads: int) -> str | None:
+        """What limits the run, if there has been a step; counts anew from here."""
+        spent, self._spent = self._spent, Spent()
+        return verdict(spent, threads=threads) if spent.elapsed else None
+
+
 def verdict(spent: Spent, *, threads: int) -> str:
     """What limits the run, in one line, with what to do about it. `threads` are the
     loader's of a rank.

@@ -209,6 +209,7 @@ class Loader:
         self.order.decided_before(max(state.step, state.decided))
         share = config.lanes // world_size
         self.lanes = range(rank * share, (rank + 1) * share)
+        dataset.expect(share * config.shuffle_shards)
         self.micro_batch = micro_batch_size(
             global_batch=config.global_batch,
             world_size=world_size,
@@ -334,19 +335,21 @@ class Loader:
         return rows_of(self.dataset, self.config, places, epochs)
 
     def _stand_in(self, step: int, drawn: Drawn, row: int) -> np.ndarray:
-        """Place of the next sample of a row's lane that is not quarantined, cyclically:
-        the same whichever rank reads the lane, and whenever the damage was found.
+        """Place of the next sample of a row's lane that is not quarantined, cyclically,
+        or of the next lane that has one: the same whichever rank reads the lane, and
+        whenever the damage was found.
 
         Raises:
-            ValueError: the lane has none.
+            ValueError: the source has none.
         """
         for place in self.order.following(drawn, row):
             uid = int(self.dataset.records(place[None])["uid"][0])
             if not self.quarantine.holds(uid, step):
                 return place
+        name = self.order.sources[int(drawn.sources[row])].name
         raise ValueError(
-            f"all samples of lane {int(drawn.lanes[row])} are damaged in epoch "
-            f"{int(drawn.epochs[row])} ({self.quarantine.where()}): "
+            f"all samples of {name or 'the dataset'} are damaged "
+            f"({self.quarantine.where()}): "
             f"`python -m pipeline.validate {self.dataset.name}` names every damage"
         )
 

@@ -21,6 +21,7 @@ from trainer.lanes import EpochLanes
 from trainer.mixture import BLOCK, Mixture, shares
 from trainer.philox import MAX_EPOCH, WINDOWS
 
+# Epochs of a source in memory: the one that a lane is in and the next.
 _EPOCHS_KEPT = 2
 _WINDOWS_KEPT_PER_LANE = 2
 
@@ -129,7 +130,9 @@ class SampleOrder:
             for number in range(len(self.sources))
         ]
         self._decided = [0] * len(self.sources)
-        self._built: OrderedDict[tuple[int, int], EpochLanes] = OrderedDict()
+        self._built: list[OrderedDict[int, EpochLanes]] = [
+            OrderedDict() for _ in self.sources
+        ]
         self._lanes_asked = 1
         self._lock = threading.RLock()
 
@@ -183,19 +186,22 @@ class SampleOrder:
 
     def following(self, drawn: Drawn, row: int) -> Iterator[np.ndarray]:
         """Places (2,) of the samples after a drawn one in its lane and epoch,
-        cyclically, all but itself.
+        cyclically, all but itself; then those of the lanes after it, cyclically too.
         """
         source, epoch = int(drawn.sources[row]), int(drawn.epochs[row])
-        lane, position = int(drawn.lanes[row]), int(drawn.positions[row])
+        own, position = int(drawn.lanes[row]), int(drawn.positions[row])
         with self._lock:
             built = self.lanes_of(source, epoch)
-        length = built.length(lane)
         shards = self.sources[source].shards
-        for ahead in range(1, length):
-            at = (position + ahead) % length
-            with self._lock:
-                shard, sample = built.between(lane, at, at + 1)[0].tolist()
-            yield np.array([shards[shard], sample])
+        for number in range(self.lanes):
+            lane = (own + number) % self.lanes
+            length = built.length(lane)
+            first, count = (position + 1, length - 1) if lane == own else (0, length)
+            for at in range(first, first + count):
+                place = at % length
+                with self._lock:
+                    shard, sample = built.between(lane, place, place + 1)[0].tolist()
+                yield np.array([shards[shard], sample])
 
     def shards_ahead(self, step: int, lanes: range, *, windows: int) -> list[int]:
         """Shards that `lanes` need from a step on, the first needed first: those of the
@@ -251,9 +257,9 @@ class SampleOrder:
                     self.epochs[number] = self._table(number, entries)
                     # Whoever has looked ahead has seen the epoch as it was.
                     first = epoch + self.began.epoch
-                    stale = [k for k in self._built if k[0] == number and k[1] >= first]
-                    for key in stale:
-                        del self._built[key]
+                    built = self._built[number]
+                    for stale in [key for key in built if key >= first]:
+                        del built[stale]
                 larger.append(number)
             self._decided[number] = epoch
         return larger
@@ -365,11 +371,11 @@ class SampleOrder:
 
     def lanes_of(self, source: int, epoch: int) -> EpochLanes:
         """The lanes of a source in an epoch."""
-        key = (source, epoch)
+        kept = self._built[source]
         windows = self._lanes_asked * _WINDOWS_KEPT_PER_LANE
-        if key not in self._built:
+        if epoch not in kept:
             shards = self.epochs[source].shards(epoch - self.began.epoch)
-            self._built[key] = EpochLanes(
+            kept[epoch] = EpochLanes(
                 self.sources[source].counts[:shards],
                 seed=self.seed,
                 source=source,
@@ -378,11 +384,22 @@ class SampleOrder:
                 shuffle_shards=self.shuffle_shards,
                 windows_kept=windows,
             )
-            while len(self._built) > _EPOCHS_KEPT * len(self.sources):
-                self._built.popitem(last=False)
-        built = self._built[key]
+            while len(kept) > self._epochs_kept(source, epoch):
+                kept.popitem(last=False)
+        kept.move_to_end(epoch)
+        built = kept[epoch]
         built.windows_kept = max(built.windows_kept, windows)
         return built
+
+    def _epochs_kept(self, source: int, epoch: int) -> int:
+        """How many epochs of a source lanes may be in at once: within a block of a
+        mixture one lane may be ahead of another by all draws of a small source. They
+        hold no more samples than all lanes draw of it in a block.
+        """
+        if self.mixture is None:
+            return _EPOCHS_KEPT
+        turns = self.epochs[source].turns(epoch - self.began.epoch)
+        return _EPOCHS_KEPT + -(-int(self.mixture.per_block[source]) // turns)
 
     def _mixture(self) -> Mixture | None:
         if len(self.sources) == 1:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import crc32c
 import numpy as np
 
 from pipeline.manifest import token_ids
+from trainer import descriptors
 from trainer.dataset import Dataset
 from trainer.folder import in_page_cache, read_ahead, read_into
 from trainer.geometry import box_of, decode_into, decode_whole
@@ -123,7 +125,9 @@ class Reading:
         self._crops, self._flips = crops, flips.tolist()
         self._shards = places[:, 0].tolist()
         begun = time.perf_counter()
-        self._files = {shard: _opened(dataset, shard) for shard in set(self._shards)}
+        # Where descriptors are few, the rest are opened for one sample at a time.
+        shards = Counter(self._shards).most_common(descriptors.of_a_batch())
+        self._files = {shard: _opened(dataset, shard) for shard, _ in shards}
         self._read_ahead()
         # Where they have to be fetched first, no thread can read.
         self._opening_s = threads * (time.perf_counter() - begun)
@@ -174,7 +178,7 @@ class Reading:
         # Its first page is the sample's before it too, its last the next one's.
         middles = some["span_offset"] + some["span_size"] // 2
         for shard, middle in zip(self._shards[probed], middles.tolist(), strict=True):
-            files = self._files[shard]
+            files = self._files.get(shard)
             if files and not in_page_cache(files[0].fileno(), middle):
                 break
         else:
@@ -183,7 +187,7 @@ class Reading:
         for shard, (at, size, ids_at, ids_size) in zip(
             self._shards, records.tolist(), strict=True
         ):
-            tar, sidecar = self._files[shard] or (None, None)
+            tar, sidecar = self._files.get(shard) or (None, None)
             if tar:
                 read_ahead(tar.fileno(), at, size)
             if sidecar:
@@ -197,17 +201,18 @@ class Reading:
         needs no more than decoding. For several threads at once.
         """
         tars = {
-            shard: -1 if files is None or files[1] else files[0].fileno()
+            shard: files[0].fileno()
             for shard, files in self._files.items()
+            if files and not files[1]
         }
         whole = (reads[:, _WHOLE] > 0) & ~flips
         # Of anybody's tars: an image may be turned, or no JPEG.
-        foreign = [shard for shard in self._files if self._dataset.indexed(shard)]
+        foreign = [one for one in set(self._shards) if self._dataset.indexed(one)]
         if foreign:
             whole &= ~np.isin(self._places[:, 0], foreign)
         return zip(
             range(len(reads)),
-            [tars[shard] for shard in self._shards],
+            [tars.get(shard, -1) for shard in self._shards],
             reads.tolist(),
             ends.tolist(),
             whole.tolist(),
@@ -253,7 +258,10 @@ class Reading:
         are put in their place.
         """
         shard, record = self._shards[row], self._records[row]
-        files = self._files[shard]
+        if shard in self._files:
+            files = self._files[shard]
+        else:
+            files = _opened(self._dataset, shard)
         if files is not None:
             try:
                 found = _members(files, record)

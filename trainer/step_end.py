@@ -17,7 +17,7 @@ from typing import Any
 from trainer.data_state import DataState
 from trainer.engine import World
 from trainer.feed import STEPS_BEYOND, Delivery
-from trainer.limits import Spent, verdict
+from trainer.limits import Steps
 from trainer.loader import Loader, StepBatch
 from trainer.metrics import Metrics
 from trainer.options import PretrainConfig
@@ -73,7 +73,7 @@ class Ends:
         self, parts: Parts, checkpoints: Checkpoints, watch: Watchdog, stop: StopFlag
     ) -> None:
         self._parts, self._checkpoints, self._watch = parts, checkpoints, watch
-        self._stop, self._spent = stop, Spent()
+        self._stop, self._steps = stop, Steps()
         self._begun: _Begun | None = None
         # When the step before was known; what was saved and validated since is taken
         # off, by moving it on.
@@ -124,7 +124,7 @@ class Ends:
         row = metrics_row(batch, totals, summed, loader, world, elapsed)
         row |= {"step": step, **updated.row, "peak_memory_gib": begun.peak_memory_gib}
         row |= _norm_of_model(parts, step)
-        self._spent += summed.spent
+        self._steps.add(summed.spent)
         if metrics:
             metrics.write(row)
             if updated.note:
@@ -136,9 +136,9 @@ class Ends:
             world.settle()
         paused = time.perf_counter()
         if _look_and_save(parts, checkpoints, watch, step, summed, due=due):
-            if metrics:
-                metrics.note(verdict(self._spent, threads=parts.config.threads))
-            self._spent = Spent()
+            said = self._steps.verdict(threads=parts.config.threads)
+            if metrics and said:
+                metrics.note(said)
         self._last += time.perf_counter() - paused
         self.stopped = summed.stop
 

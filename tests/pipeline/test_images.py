@@ -395,6 +395,16 @@ def test_a_cut_file_is_refused(kind: str) -> None:
         assert found in ("truncated", "unreadable", "not_an_image")
 
 
+def test_a_png_whose_pixels_are_damaged_is_refused() -> None:
+    """Pillow decodes while it looks for EXIF, and would give half an image later."""
+    data = noisy("PNG")
+    for place in range(60, len(data) - 20, len(data) // 40):
+        flipped = bytearray(data)
+        flipped[place] ^= 4
+        assert reason(bytes(flipped)) in ("truncated", "unreadable")
+        assert reason(data[:place] + bytes(8) + data[place + 8 :]) == "unreadable"
+
+
 def test_failures_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ImageError("truncated", "a detail")))
     assert (error.reason, error.detail) == ("truncated", "a detail")

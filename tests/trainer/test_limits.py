@@ -14,7 +14,7 @@ from tests.trainer.tiny import config
 from trainer import folder, reading
 from trainer.dataset import Dataset
 from trainer.feed import Feed
-from trainer.limits import Spent, verdict
+from trainer.limits import Spent, Steps, verdict
 from trainer.loader import Loader
 from trainer.order import Drawn, SampleOrder
 
@@ -49,6 +49,20 @@ def test_several_ranks_count_together() -> None:
     together = one + one + one + one
     assert together.elapsed == 20
     assert verdict(together, threads=2) == verdict(one, threads=2)
+
+
+def test_the_wait_for_the_first_batch_of_a_process_is_its_start() -> None:
+    steps = Steps()
+    steps.add(Spent(elapsed=9, waited=8, decode=8))
+    assert steps.verdict(threads=1) is None
+    for _ in range(4):
+        steps.add(Spent(elapsed=1, waited=0.01, decode=0.2))
+    found = steps.verdict(threads=1)
+    assert found is not None
+    assert found.startswith("compute limits the run")
+    steps.add(Spent(elapsed=1, waited=0.9, decode=0.95))
+    assert (steps.verdict(threads=1) or "").startswith("decode limits the run")
+    assert steps.verdict(threads=1) is None
 
 
 def steps_of(

@@ -244,6 +244,21 @@ def test_boxes_lie_inside_and_cover_what_they_promise() -> None:
     assert square == Box(5, 0, 25, 20)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 900), (3, 2)])
+def test_the_smallest_image_has_a_pixel_in_every_box(size: tuple[int, int]) -> None:
+    crop = ImageConfig(size=16, geometry="random_resized_crop", min_scale=0.01)
+    generator = np.random.default_rng(0)
+    buffer = BytesIO()
+    Image.new("RGB", size, (9, 99, 199)).save(buffer, "PNG")
+    out = np.empty((16, 16, 3), dtype=np.uint8)
+    for _ in range(200):
+        box = box_of(crop, *size, generator.integers(0, 1 << 32, 4))
+        assert 0 <= box.left < box.right <= size[0]
+        assert 0 <= box.top < box.bottom <= size[1]
+        decode_into(out, memoryview(buffer.getvalue()), size, box)
+        assert (out == (9, 99, 199)).all()
+
+
 @pytest.mark.parametrize("size", [(160, 96), (33, 47)])
 def test_decoding_scaled_in_the_dct_domain_stays_close(size: tuple[int, int]) -> None:
     width, height = size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.tiny import again, same_drawn
+from trainer import order as order_module
 from trainer.contract import valid_world_sizes
+from trainer.lanes import EpochLanes
 from trainer.mixture import BLOCK, Mixture, shares
 from trainer.order import Began, SampleOrder, Source
 
@@ -205,6 +208,30 @@ def test_the_highest_epoch_is_that_of_the_lane_that_is_furthest(
             highest = np.maximum(highest, drawn)
         epochs = [max(n - 1, 0) // t for n, t in zip(highest, turns, strict=True)]
         assert order.last_epoch(3 + step) == max(epochs) + 2
+
+
+def test_no_epoch_of_a_small_source_is_worked_out_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within a block its lanes are in many epochs at once, and the large source's
+    windows must not be lost to them.
+    """
+    made: list[tuple[int, int]] = []
+
+    class Counted(EpochLanes):
+        def __init__(self, *words: Any, source: int, epoch: int, **more: Any) -> None:
+            super().__init__(*words, source=source, epoch=epoch, **more)
+            made.append((source, epoch))
+
+    monkeypatch.setattr(order_module, "EpochLanes", Counted)
+    sources = [
+        Source.of([5_000] * 40, name="large", weight=1),
+        Source.of([30], name="small", weight=1),
+    ]
+    order = SampleOrder(sources, seed=1, lanes=12, global_batch=48, shuffle_shards=4)
+    for step in range(300):
+        order.samples_of(step, range(12))
+    assert len(made) == len(set(made)) > 200
 
 
 def test_small_sources_of_a_mixture_have_epochs_long_before_a_block_is_drawn() -> None:

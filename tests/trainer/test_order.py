@@ -118,7 +118,7 @@ def test_lanes_are_equal_to_within_one_sample(order: SampleOrder, epoch: int) ->
 
 @settings(deadline=None, max_examples=40)
 @given(orders(), st.integers(0, 60))
-def test_after_a_sample_come_all_others_of_its_lane_once(
+def test_after_a_sample_come_all_others_of_its_lane_and_then_those_of_the_next(
     order: SampleOrder, step: int
 ) -> None:
     drawn = order.samples_of(step, range(order.lanes))
@@ -129,7 +129,11 @@ def test_after_a_sample_come_all_others_of_its_lane_once(
     ring = built.between(lane, 0, built.length(lane)).tolist()
     at = int(drawn.positions[row])
     assert ring[at] == drawn.places[row].tolist()
-    assert [list(place) for place in after] == ring[at + 1 :] + ring[:at]
+    others = [number % order.lanes for number in range(lane + 1, lane + order.lanes)]
+    expected = ring[at + 1 :] + ring[:at]
+    for other in others:
+        expected += built.between(other, 0, built.length(other)).tolist()
+    assert [list(place) for place in after] == expected
 
 
 @settings(deadline=None, max_examples=40)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.manifest import load_manifest
 from tests.conftest import deepspeed_command, launch_environment, python
 from tests.pipeline.damage import rewrite_first
 from tests.trainer.tiny import (
@@ -213,12 +214,32 @@ def test_storage_that_fails_stops_the_run_and_quarantines_nothing(copy: Path) ->
     assert len(reader.quarantine) == 0
 
 
-def test_a_lane_without_a_sound_sample_stops_the_run_and_names_its_shards(
-    copy: Path,
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_lane_without_a_sound_sample_goes_on_with_the_next_lanes(
+    copy: Path, world: int, threads: ThreadPoolExecutor
 ) -> None:
-    for record in index_of(copy):
-        flip(copy, record, "jpg")
-    with pytest.raises(ValueError, match=r"of lane \d+ are damaged.*shard-000000\.tar"):
+    """Of few shards and many lanes, a lane may lie in a single shard."""
+    lost = {int(record["uid"]) for record in index_of(copy)}
+    tar_of(copy).unlink()
+    readers = [loader(copy, rank=rank, world=world) for rank in range(world)]
+    order = readers[0].order
+    for step in range(2 * steps_per_epoch(order)):
+        for reader in readers:
+            assert uids_of(reader, step, threads) == expected(reader, step, lost)
+    records = readers[0].dataset.records(readers[0].dataset.places())
+    lanes = [order.lanes_of(0, 0).pieces(lane) for lane in range(order.lanes)]
+    assert any(set(lane.shard.tolist()) == {0} for lane in lanes)
+    assert len(lost) < len(records) / 3
+
+
+def test_a_source_without_a_sound_sample_stops_the_run_and_names_its_shards(
+    mixed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(mixed, tmp_path / "copy"))
+    for shard in load_manifest(copy).shards:
+        if shard.source == "flags":
+            (copy / shard.name).unlink()
+    with pytest.raises(ValueError, match=r"all samples of flags .*missing in .*\.tar"):
         list(loader(copy).steps(0, 100))
 
 
