@@ -69,6 +69,8 @@ class DamagedError(ValueError):
     def __init__(self, message: str, *, uid: int, shard: str, reason: str) -> None:
         super().__init__(message)
         self.uid, self.shard, self.reason = uid, shard, reason
+        self.also: list[DamagedError] = []
+        """Other samples of the same batch, by row."""
 
 
 class Folder:

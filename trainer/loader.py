@@ -298,26 +298,29 @@ class Loader:
             try:
                 made = self.micro(sound, decoders, pixels, step=step)
             except DamagedError as damage:
-                self._quarantine(damage, step)
+                self._quarantine([damage, *damage.also], step)
                 continue
             by_source = np.bincount(drawn.sources, minlength=len(self.order.sources))
             sources = tuple(by_source.tolist())
             counts = replace(made.counts, replaced=replaced, sources=sources)
             return replace(made, counts=counts)
 
-    def _quarantine(self, damage: DamagedError, step: int) -> None:
-        found = Quarantined(
-            uid=f"{damage.uid:016x}",
-            epoch=self.order.epoch_of(step),
-            step=step,
-            reason=damage.reason,
-            shard=damage.shard,
+    def _quarantine(self, damages: Sequence[DamagedError], step: int) -> None:
+        epoch = self.order.epoch_of(step)
+        self.quarantine.add(
+            Quarantined(
+                uid=f"{damage.uid:016x}",
+                epoch=epoch,
+                step=step,
+                reason=damage.reason,
+                shard=damage.shard,
+            )
+            for damage in damages
         )
-        self.quarantine.add([found])
         try:
             self.quarantine.check(step)
         except ValueError as error:
-            raise ValueError(f"{error}; the last: {damage}") from damage
+            raise ValueError(f"{error}; the last: {damages[-1]}") from damages[-1]
 
     def _replaced(self, step: int, drawn: Drawn, rows: Rows) -> tuple[Rows, int]:
         """Some samples of a step, quarantined ones replaced, and how many."""

@@ -29,7 +29,7 @@ import numpy as np
 from pipeline.manifest import token_ids
 from trainer import descriptors
 from trainer.dataset import Dataset
-from trainer.folder import in_page_cache, read_ahead, read_into
+from trainer.folder import DamagedError, in_page_cache, read_ahead, read_into
 from trainer.geometry import box_of, decode_into, decode_whole
 from trainer.options import ImageConfig
 from trainer.storage import StorageError
@@ -151,7 +151,8 @@ class Reading:
         and on decoding.
 
         Raises:
-            DamagedError: a sample is damaged; of several the first.
+            DamagedError: a sample is damaged; of several the first, which has the
+                others as `also`.
             OSError: storage failed.
         """
         # The batch's memory must be at rest before anybody fills it again.
@@ -159,12 +160,19 @@ class Reading:
             task.exception()
         spent = [task.result() for task in self._tasks]
         if self._failed:
-            failed, self._failed = self._failed, []
+            failed, self._failed = sorted(self._failed, key=lambda one: one[0]), []
+            first, *others = (error for _, error in failed)
+            if isinstance(first, DamagedError):
+                first.also = [
+                    one.with_traceback(None)
+                    for one in others
+                    if isinstance(one, DamagedError)
+                ]
             try:
-                raise min(failed, key=lambda one: one[0])[1]
+                raise first
             finally:
                 # Or its traceback, which has this batch, would hold files open.
-                del failed
+                del failed, first, others
         texts = self._texts()
         read_s = self._opening_s + sum(read for read, _ in spent)
         return texts, read_s, sum(done for _, done in spent)
@@ -246,6 +254,9 @@ class Reading:
                     have = clock()
                 if not (whole and decode_whole(pixels[row], jpeg)):
                     self._decode(row, jpeg)
+            except DamagedError as error:
+                # The others are looked at too: all that is damaged is known at once.
+                self._failed.append((row, error))
             except Exception as error:
                 self._failed.append((row, error))
                 break

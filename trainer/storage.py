@@ -273,7 +273,8 @@ def explain_missing(files: Files) -> ValueError:
     if folder is None or tar is None:
         return ValueError(
             f"{files.root} has no {MANIFEST}: not a finished dataset. Make one with "
-            "`python -m pipeline.preprocess --input ... --output ...`"
+            "`python -m pipeline.preprocess --input ... --output ...`, or of tars that "
+            "are there with `python -m pipeline.index`"
         )
     dataset = _dataset_around(folder)
     if dataset:
