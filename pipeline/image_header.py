@@ -1,4 +1,4 @@
-"""What an image's header says, read before any pixel is decoded, and failures' reasons.
+"""What an image's header says, and failures' reasons. Limits come before any pixel.
 
 Owns the list of formats, the limits that a header alone can break, orientation, EXIF
 text, and `ImageError`. Does not own pixels (`pipeline.jpeg`, `pipeline.colour`) or the
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from pipeline import png
 from pipeline.options import ImageOptions
 
 # Formats with a maintained decoder and no external interpreter behind it (Pillow hands
@@ -67,10 +68,11 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """An image that was opened, not decoded."""
+    """An image that was opened, and no more unless EXIF may stand behind its pixels."""
 
     image: Image.Image | None
-    """As Pillow opened it, unless it is a JPEG: `load()` decodes."""
+    """As Pillow opened it, unless it is a JPEG: `load()` decodes, unless that is done
+    (of a PNG)."""
     mode: str
     """Kind of pixels, in Pillow's words."""
     size: tuple[int, int]
@@ -111,6 +113,13 @@ def read_header(data: bytes, options: ImageOptions) -> Header:
         _check_size(canvas, options)
     image = _open(data, canvas)
     _check_size(image.size, options)
+    if image.format == "PNG":
+        # Its EXIF may stand behind the pixels. What fails among them must not pass for
+        # broken EXIF: Pillow would then take half an image for a whole one.
+        try:
+            image = png.load(data, image)
+        except Exception as error:  # decoders raise anything on hostile data
+            raise unreadable(error) from error
     exif = _exif(image)
     orientation: Any = None if exif is None else _exif_value(exif, _ORIENTATION)
     # Pillow applies a TIFF's orientation itself, and gives its size accordingly.
@@ -216,13 +225,6 @@ def _exif(image: Image.Image) -> Image.Exif | None:
     if image.format == "JPEG" and "exif" not in image.info:
         # Parsing nothing takes as long as opening the image.
         return None
-    if image.format == "PNG":
-        # It may stand behind the pixels. What fails among them must not pass for a
-        # broken EXIF block: Pillow would then take half an image for a whole one.
-        try:
-            image.load()
-        except Exception as error:  # decoders raise anything on hostile data
-            raise unreadable(error) from error
     try:
         return image.getexif()
     except Exception:  # a broken EXIF block does not make the pixels unusable

@@ -96,7 +96,8 @@ def decode_image(
     check: Callable[[int, int], None] = lambda width, height: None,
 ) -> Picture:
     """Everything but the encoding. `check` is called with the source's width and
-    height, orientation applied, before anything is decoded; its exceptions pass.
+    height, orientation applied, before anything but a PNG is decoded; its exceptions
+    pass.
 
     Raises:
         ImageError: with the reason code of the failure.

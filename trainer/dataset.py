@@ -155,12 +155,14 @@ class Dataset:
             found[shard >> _SHARD_BITS].append(shard & _NUMBER_MASK)
         yield from zip(self.folders, found, strict=True)
 
-    def expect(self, shards: int) -> None:
-        """Say that samples of so many shards of any directory at once will be asked
-        for: as many indexes stay in memory, by default 512 of each directory.
+    def expect(self, shards: int, sources: Sequence[np.ndarray]) -> None:
+        """Say that samples of so many shards at once of each of some sources, given by
+        all their shards, will be asked for: as many indexes stay in memory, and at
+        least 512 of each directory.
         """
-        for folder in self.folders:
-            folder.expect(shards)
+        for number, folder in enumerate(self.folders):
+            inside = [(source >> _SHARD_BITS == number).any() for source in sources]
+            folder.expect(shards * sum(map(bool, inside)))
 
     def spent_on_indexes(self) -> float:
         """Seconds that loading indexes has taken since this was last asked."""

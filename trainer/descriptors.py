@@ -37,5 +37,7 @@ def kept_by(folders: int) -> int:
 
 
 def of_a_batch() -> int:
-    """Shards that a batch may hold open while it is read; two are read at once."""
+    """Shards that a batch may hold open while it is read. Two are read at once, for a
+    moment three where damage was found.
+    """
     return max(for_shards() // (2 * 2 * 2), 1)

@@ -209,7 +209,7 @@ class Loader:
         self.order.decided_before(max(state.step, state.decided))
         share = config.lanes // world_size
         self.lanes = range(rank * share, (rank + 1) * share)
-        dataset.expect(share * config.shuffle_shards)
+        dataset.expect(share * config.shuffle_shards, [one.shards for one in sources])
         self.micro_batch = micro_batch_size(
             global_batch=config.global_batch,
             world_size=world_size,
@@ -345,16 +345,36 @@ class Loader:
         Raises:
             ValueError: the source has none.
         """
-        for place in self.order.following(drawn, row):
-            uid = int(self.dataset.records(place[None])["uid"][0])
-            if not self.quarantine.holds(uid, step):
-                return place
+        found: list[DamagedError] = []
+        for places in self.order.following(drawn, row):
+            records = self.dataset.records(places)
+            for place, record in zip(places, records, strict=True):
+                if self.quarantine.holds(int(record["uid"]), step):
+                    continue
+                # Tried here: of a lost lane, each would cost a reading of the batch.
+                damage = self._damage(int(place[0]), record)
+                if damage is None:
+                    if found:
+                        self._quarantine(found, step)
+                    return place
+                found.append(damage)
+        if found:
+            self._quarantine(found, step)
         name = self.order.sources[int(drawn.sources[row])].name
         raise ValueError(
             f"all samples of {name or 'the dataset'} are damaged "
             f"({self.quarantine.where()}): "
             f"`python -m pipeline.validate {self.dataset.name}` names every damage"
         )
+
+    def _damage(self, shard: int, record: np.void) -> DamagedError | None:
+        """What is wrong with the bytes of a sample."""
+        try:
+            self.dataset.captions(shard, record)
+            self.dataset.check_members(shard, record)
+        except DamagedError as damage:
+            return damage.with_traceback(None)
+        return None
 
     def micro(
         self,

@@ -159,23 +159,30 @@ class Reading:
         for task in self._tasks:
             task.exception()
         spent = [task.result() for task in self._tasks]
-        if self._failed:
-            failed, self._failed = sorted(self._failed, key=lambda one: one[0]), []
-            first, *others = (error for _, error in failed)
-            if isinstance(first, DamagedError):
-                first.also = [
-                    one.with_traceback(None)
-                    for one in others
-                    if isinstance(one, DamagedError)
-                ]
-            try:
-                raise first
-            finally:
-                # Or its traceback, which has this batch, would hold files open.
-                del failed, first, others
+        self._raise_failed()
         texts = self._texts()
         read_s = self._opening_s + sum(read for read, _ in spent)
         return texts, read_s, sum(done for _, done in spent)
+
+    def _raise_failed(self) -> None:
+        """Raise what the first row that failed did, if one has; damage with that of the
+        others.
+        """
+        if not self._failed:
+            return
+        failed, self._failed = sorted(self._failed, key=lambda one: one[0]), []
+        first, *others = (error for _, error in failed)
+        if isinstance(first, DamagedError):
+            first.also = [
+                one.with_traceback(None)
+                for one in others
+                if isinstance(one, DamagedError)
+            ]
+        try:
+            raise first
+        finally:
+            # Or its traceback, which has this batch, would hold files open.
+            del failed, first, others
 
     def _read_ahead(self) -> None:
         """Have the kernel read all samples at once, instead of each when a thread waits
@@ -319,8 +326,12 @@ class Reading:
             first_end = np.searchsorted(ends, starts)
             found = np.diff(np.append(first_end, len(ends)))
             for row in np.flatnonzero(found != self._captions).tolist():
-                # Says what is wrong with them.
-                self._dataset.captions(self._shards[row], self._records[row])
+                try:
+                    # Says what is wrong with them.
+                    self._dataset.captions(self._shards[row], self._records[row])
+                except DamagedError as error:
+                    self._failed.append((row, error))
+            self._raise_failed()
         return Texts(ids=self._ids, starts=starts, ends=ends, first_end=first_end)
 
 

@@ -395,14 +395,37 @@ def test_a_cut_file_is_refused(kind: str) -> None:
         assert found in ("truncated", "unreadable", "not_an_image")
 
 
-def test_a_png_whose_pixels_are_damaged_is_refused() -> None:
-    """Pillow decodes while it looks for EXIF, and would give half an image later."""
-    data = noisy("PNG")
-    for place in range(60, len(data) - 20, len(data) // 40):
+def smooth_pngs() -> list[bytes]:
+    ramp = np.add.outer(np.arange(200), np.arange(300)) // 2
+    image = Image.fromarray(np.stack([ramp] * 3, axis=2).astype(np.uint8))
+    return [encoded(image, "PNG"), encoded(image.convert("P"), "PNG")]
+
+
+@pytest.mark.parametrize("data", [noisy("PNG"), *smooth_pngs()])
+def test_a_png_whose_pixels_are_damaged_is_refused(data: bytes) -> None:
+    """Pillow decodes while it looks for EXIF, would give half an image later, and asks
+    for no checksum."""
+    start = data.index(b"IDAT") + 4
+    for place in range(start, len(data) - 24, max(1, (len(data) - start) // 60)):
         flipped = bytearray(data)
         flipped[place] ^= 4
-        assert reason(bytes(flipped)) in ("truncated", "unreadable")
-        assert reason(data[:place] + bytes(8) + data[place + 8 :]) == "unreadable"
+        assert reason(bytes(flipped)) == "unreadable"
+        assert reason(data[:place] + b"damaged" + data[place + 7 :]) == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"zTXt", b"words\0\0" + zlib.compress(bytes(2 << 20))),
+        chunk(b"iCCP", b"name\0\7rubbish"),
+        chunk(b"gAMA", b"\0"),
+        chunk(b"tEXt", b"cut short")[:-6],
+    ],
+)
+def test_what_is_broken_behind_a_pngs_pixels_costs_no_pixel(broken: bytes) -> None:
+    data = noisy("PNG")
+    longer = data[:-12] + broken + data[-12:]
+    assert encode_image(longer, OPTIONS).data == encode_image(data, OPTIONS).data
 
 
 def test_failures_travel_between_processes() -> None:

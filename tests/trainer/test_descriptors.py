@@ -21,7 +21,7 @@ from pipeline.manifest import (
 )
 from tests.conftest import ROOT
 from tests.trainer.tiny import config
-from trainer import descriptors, folder
+from trainer import folder
 from trainer.dataset import Dataset
 from trainer.folder import Folder
 from trainer.loader import Loader
@@ -42,7 +42,7 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], *digests)
 
 @pytest.fixture(scope="module")
 def many(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of many shards, the same ones over and over."""
+    """A dataset of two sources and many shards, the same ones over and over."""
     folder = tmp_path_factory.mktemp("many")
     whole = load_manifest(shards)
     own = whole.split("train")
@@ -52,23 +52,31 @@ def many(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(SHARDS):
         entry = own[number % len(own)]
         name = f"train/shard-{number:06d}.tar"
-        again = dataclasses.replace(entry, name=name, range=number)
+        source = ("even", "odd")[number % 2]
+        again = dataclasses.replace(entry, name=name, range=number, source=source)
         for kind, path in entry.files.items():
             os.link(shards / path, folder / again.files[kind])
         entries.append(again)
     written = sum(entry.samples for entry in entries)
     counts = Accounting(inputs=written, written=written)
-    listed = {"shards": tuple(entries), "rows": written, "accounting": counts}
-    text = dataclasses.replace(whole, **listed).to_json().encode()
+    (info,) = whole.sources.values()
+    manifest = dataclasses.replace(
+        whole,
+        shards=tuple(entries),
+        rows=written,
+        accounting=counts,
+        sources={"even": info, "odd": info},
+    )
+    text = manifest.to_json().encode()
     (folder / MANIFEST).write_bytes(text)
     (folder / MANIFEST_SHA256).write_text(manifest_seal(text))
     return folder
 
 
-def loader(shards: Path) -> Loader:
+def loader(shards: Path, *more: str) -> Loader:
     """Of whose batches nearly every sample is of another shard."""
     pairs = [f"--{name}=96" for name in ("lanes", "global_batch", "micro_batch")]
-    keys = config(shards, Path("unused"), *pairs)
+    keys = config(shards, Path("unused"), *pairs, *more)
     return Loader(Dataset(shards, "train"), keys, rank=0, world_size=1)
 
 
@@ -109,10 +117,11 @@ def test_a_limit_is_raised_as_far_as_a_process_may(
     assert done.stdout.split() == [b"%d" % (hard // 2), b"%d" % hard]
 
 
+@pytest.mark.parametrize("mixture", ["none", "weights"])
 def test_indexes_of_all_windows_of_a_run_stay_in_memory(
-    many: Path, monkeypatch: pytest.MonkeyPatch
+    many: Path, mixture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is read once an epoch, however many lanes and pieces of a window."""
+    """Each is read once an epoch, however many lanes, sources, pieces of a window."""
     loaded: list[int] = []
 
     def load(self: Folder, shard: int) -> object:
@@ -122,18 +131,10 @@ def test_indexes_of_all_windows_of_a_run_stay_in_memory(
     load_index: Callable[[Folder, int], object] = Folder._load_index
     monkeypatch.setattr(Folder, "_load_index", load)
     monkeypatch.setattr(folder, "_INDEXES_KEPT", 8)
-    reader = loader(many)
-    order, epoch = reader.order, reader.order.epoch_steps(0)
-    assert epoch
-    assert epoch[1] > 4
-    for step in range(epoch[1]):
-        reader.dataset.records(order.samples_of(step, reader.lanes).places)
+    reader = loader(many, f"--mixture={mixture}", "--shuffle_shards=1")
+    for step in range(len(reader.dataset) // 96):
+        reader.dataset.records(reader.order.samples_of(step, reader.lanes).places)
     assert len(loaded) > 200
-    # A lane's edges cut a shard, which two lanes then read at other times.
-    assert len(loaded) < 1.5 * SHARDS
-
-
-def test_few_descriptors_are_divided_among_what_is_open() -> None:
-    shares = descriptors.for_shards()
-    assert 2 * 2 * descriptors.of_a_batch() <= shares / 2
-    assert 2 * 3 * descriptors.kept_by(3) <= shares / 4
+    # A lane's edges cut a shard, which two lanes then read at other times; the smaller
+    # source of a mixture begins again.
+    assert len(loaded) < 2 * SHARDS

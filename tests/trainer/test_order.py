@@ -123,7 +123,7 @@ def test_after_a_sample_come_all_others_of_its_lane_and_then_those_of_the_next(
 ) -> None:
     drawn = order.samples_of(step, range(order.lanes))
     row = step % len(drawn)
-    after = [tuple(place.tolist()) for place in order.following(drawn, row)]
+    after = np.concatenate(list(order.following(drawn, row))).tolist()
     lane = int(drawn.lanes[row])
     built = order.lanes_of(0, int(drawn.epochs[row]))
     ring = built.between(lane, 0, built.length(lane)).tolist()
@@ -132,8 +132,28 @@ def test_after_a_sample_come_all_others_of_its_lane_and_then_those_of_the_next(
     others = [number % order.lanes for number in range(lane + 1, lane + order.lanes)]
     expected = ring[at + 1 :] + ring[:at]
     for other in others:
-        expected += built.between(other, 0, built.length(other)).tolist()
-    assert [list(place) for place in after] == expected
+        length = built.length(other)
+        ring = built.between(other, 0, length).tolist()
+        begin = (at + length // 2) % length
+        expected += ring[begin:] + ring[:begin]
+    assert after == expected
+
+
+def test_a_lost_lane_has_as_many_samples_in_its_place_and_none_of_the_same_step() -> (
+    None
+):
+    order = SampleOrder(
+        [Source.of([40] * 6)], seed=2, lanes=12, global_batch=24, shuffle_shards=2
+    )
+    steps, stand_ins = range(10), []
+    for step in steps:
+        drawn = order.samples_of(step, range(12))
+        for row in np.flatnonzero(drawn.lanes == 5).tolist():
+            of_lane = order.lanes_of(0, 0).length(5)
+            ring = np.concatenate(list(order.following(drawn, row))).tolist()
+            stand_ins.append(tuple(ring[of_lane - 1]))
+            assert list(stand_ins[-1]) not in drawn.places.tolist()
+    assert len(set(stand_ins)) == len(stand_ins) == 20
 
 
 @settings(deadline=None, max_examples=40)

@@ -83,8 +83,8 @@ def expected(reader: Loader, step: int, damaged: set[int]) -> list[int]:
         for first in range(reader.order.per_lane):
             row = number * reader.order.per_lane + first
             assert drawn.lanes[row] == lane
-            ring = [drawn.places[row], *reader.order.following(drawn, row)]
-            around = reader.dataset.records(np.array(ring))["uid"].tolist()
+            ring = [drawn.places[row][None], *reader.order.following(drawn, row)]
+            around = reader.dataset.records(np.concatenate(ring))["uid"].tolist()
             found.append(next(uid for uid in around if uid not in damaged))
     return found
 
