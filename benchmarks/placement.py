@@ -30,8 +30,11 @@ _WARM_STEPS = 20
 
 def build(given: argparse.Namespace, counts: Sequence[int]) -> SampleOrder:
     """The order of the run, as a rank makes it when it starts."""
+    sources = [Source.of(counts, name="large")]
+    if given.beside:
+        sources.append(Source.of([given.beside], name="small"))
     return SampleOrder(
-        [Source.of(counts)],
+        sources,
         seed=given.seed,
         lanes=given.lanes or given.ranks,
         global_batch=given.global_batch,
@@ -84,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lanes", type=int, help="default: one for each rank")
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=10_000, help="of a shard")
+    parser.add_argument(
+        "--beside",
+        type=int,
+        default=0,
+        metavar="SAMPLES",
+        help="of a second source, one shard, from which half of the pairs are drawn",
+    )
     parser.add_argument("--global_batch", type=int, default=16_384)
     parser.add_argument("--shuffle_shards", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=10)
@@ -99,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(given)
     ms = {name: f"{value:.3f} ms" for name, value in found.items()}
     print(
-        f"{given.ranks:,} ranks, {given.shards:,} shards of {given.samples:,} samples\n"
+        f"{given.ranks:,} ranks, {given.shards:,} shards of {given.samples:,} samples, "
+        f"{given.beside:,} samples beside them\n"
         f"construct       {ms['construct_ms']}\n"
         f"any step, cold  {ms['cold_ms']}, worst {ms['cold_worst_ms']}\n"
         f"the next ones   {ms['warm_ms']}, worst {ms['warm_worst_ms']}\n"

@@ -142,10 +142,12 @@ def mixed_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_placement_measures_and_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [0, 20])
+def test_placement_measures_and_writes(tmp_path: Path, beside: int) -> None:
     output = tmp_path / "placement.json"
     words = ["--ranks=16", "--shards=400", "--samples=50", "--global_batch=64"]
-    placement.main([*words, "--places=3", f"--output={output}"])
+    words += ["--places=3", f"--beside={beside}", f"--output={output}"]
+    placement.main(words)
     found = json.loads(output.read_text())
-    assert found["ranks"] == 16
+    assert (found["ranks"], found["beside"]) == (16, beside)
     assert 0 < found["warm_ms"] <= found["cold_worst_ms"]
