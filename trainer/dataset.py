@@ -161,8 +161,8 @@ class Dataset:
         least 512 of each directory.
         """
         for number, folder in enumerate(self.folders):
-            inside = [(source >> _SHARD_BITS == number).any() for source in sources]
-            folder.expect(shards * sum(map(bool, inside)))
+            inside = [one for one in sources if (one >> _SHARD_BITS == number).any()]
+            folder.expect(shards * len(inside))
 
     def spent_on_indexes(self) -> float:
         """Seconds that loading indexes has taken since this was last asked."""

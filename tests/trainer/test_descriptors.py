@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import (
-    MANIFEST,
-    MANIFEST_SHA256,
-    Accounting,
-    load_manifest,
-    manifest_seal,
-)
+from pipeline.manifest import Accounting, load_manifest
 from tests.conftest import ROOT
+from tests.trainer.datasets import show
 from tests.trainer.tiny import config
 from trainer import folder
 from trainer.dataset import Dataset
@@ -33,7 +28,6 @@ DIGESTS = """
 import resource, sys
 from pathlib import Path
 from tests.trainer.test_descriptors import loader
-from trainer.descriptors import for_shards
 reader = loader(Path(sys.argv[1]))
 digests = [batch.counts.digest_text for batch in reader.steps(0, 6)]
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], *digests)
@@ -67,9 +61,7 @@ def many(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         accounting=counts,
         sources={"even": info, "odd": info},
     )
-    text = manifest.to_json().encode()
-    (folder / MANIFEST).write_bytes(text)
-    (folder / MANIFEST_SHA256).write_text(manifest_seal(text))
+    show(folder, manifest, SHARDS)
     return folder
 
 
@@ -101,9 +93,7 @@ def test_a_limit_that_cannot_be_raised_changes_no_sample(many: Path) -> None:
     assert digests == run()[1:]
 
 
-def test_a_limit_is_raised_as_far_as_a_process_may(
-    many: Path,
-) -> None:
+def test_a_limit_is_raised_as_far_as_a_process_may() -> None:
     hard = min(1 << 12, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     code = (
         "import resource\n"
