@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.filters import Candidate, Filtered, check_source_size, load_function
 from pipeline.images import EncodedImage, ImageError, decode_image, encode_picture
 from pipeline.options import FilterOptions, ImageOptions
-from pipeline.shared_pipe import SharedPipe
+from pipeline.shared_pipe import SharedPipe, release
 
 # An image that waits rather than computes (a user's filter may) gets this much longer.
 _WALL_PER_CPU = 10
@@ -58,7 +58,7 @@ def _serve(pipe: SharedPipe) -> None:
     _limit_memory(options.memory_limit_mb)
     pipe.send(_json([]))
     while True:
-        pickled, images = pipe.receive()
+        pickled, images = pipe.receive_in_place()
         shown = pickle.loads(pickled) if pickled else [([], {})] * len(images)
         replies, files = [], []
         for number, data in enumerate(images):
@@ -66,6 +66,7 @@ def _serve(pipe: SharedPipe) -> None:
             reply, blobs = work.answer(data, *shown[number])
             replies.append(reply)
             files += blobs
+        release(images)
         pipe.send(_json(replies), files)
 
 
@@ -80,7 +81,7 @@ class _Work:
     pipe: SharedPipe
 
     def answer(
-        self, data: bytes, captions: list[str], columns: Mapping[str, Any]
+        self, data: memoryview, captions: list[str], columns: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[bytes]]:
         """What the parent is told, and the blobs of an image."""
         try:
@@ -101,7 +102,7 @@ class _Work:
         return {"kind": "image", **fields}, [getattr(image, name) for name in BLOBS]
 
     def _encode(
-        self, data: bytes, captions: list[str], columns: Mapping[str, Any]
+        self, data: memoryview, captions: list[str], columns: Mapping[str, Any]
     ) -> EncodedImage:
         picture = decode_image(data, self.options, self._check_size)
         if self.function is not None:

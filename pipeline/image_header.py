@@ -93,8 +93,9 @@ class Header:
         return (height, width) if self.orientation >= 5 else (width, height)
 
 
-def read_header(data: bytes, options: ImageOptions) -> Header:
-    """Open an image and check its claims against the limits.
+def read_header(data: bytes | memoryview, options: ImageOptions) -> Header:
+    """Open an image and check its claims against the limits. A bare JPEG is read where
+    it lies, every other image as a copy.
 
     Raises:
         ImageError: not_an_image, unreadable, truncated, too_large, too_long,
@@ -108,6 +109,7 @@ def read_header(data: bytes, options: ImageOptions) -> Header:
     if bare is not None:
         _check_size(bare.size, options)
         return bare
+    data = bytes(data)
     canvas = _webp_canvas(data)
     if canvas:
         _check_size(canvas, options)
@@ -147,7 +149,7 @@ def unreadable(error: Exception) -> ImageError:
     return ImageError(reason, text)
 
 
-def _bare_jpeg(data: bytes) -> Header | None:
+def _bare_jpeg(data: bytes | memoryview) -> Header | None:
     """What a JPEG's frame says, where no segment before its data says any more; None
     for every other file. Pillow takes ten times as long to find that.
     """
@@ -160,7 +162,7 @@ def _bare_jpeg(data: bytes) -> Header | None:
         if kind == _SOS:
             return _of_frame(frame)
         if kind in _FRAMES and not frame:
-            frame = data[place + 4 : place + 10]
+            frame = bytes(data[place + 4 : place + 10])
         elif kind not in _SILENT:
             return None
         place += 2 + int.from_bytes(length, "big")

@@ -91,7 +91,7 @@ def encode_image(data: bytes, options: ImageOptions) -> EncodedImage:
 
 
 def decode_image(
-    data: bytes,
+    data: bytes | memoryview,
     options: ImageOptions,
     check: Callable[[int, int], None] = lambda width, height: None,
 ) -> Picture:
@@ -158,7 +158,7 @@ def codec_versions() -> dict[str, str]:
 
 
 def _pixels(
-    data: bytes, header: Header, geometry: resize.Geometry
+    data: bytes | memoryview, header: Header, geometry: resize.Geometry
 ) -> tuple[np.ndarray, bool]:
     """RGB pixels at their size, and whether a strict decoder vouches for them."""
     try:
@@ -167,7 +167,7 @@ def _pixels(
             pixels = jpeg.decode_strictly(data, header, geometry.target)
             if pixels is not None:
                 return _jpeg_pixels(pixels, header, geometry), True
-            image = jpeg.decode_tolerantly(data)
+            image = jpeg.decode_tolerantly(bytes(data))
         else:
             image.load()
         # Colour first: alpha must be gone before neighbours are mixed.
@@ -192,13 +192,15 @@ def _jpeg_pixels(
     )
 
 
-def _kept(data: bytes, header: Header, options: ImageOptions) -> bytes | None:
+def _kept(
+    data: bytes | memoryview, header: Header, options: ImageOptions
+) -> bytes | None:
     """The source without its metadata, where that is what would be written."""
     if options.format != "jpg" or options.reencode or header.orientation != 1:
         return None
     if not jpeg.is_plain(data) or not colour.is_srgb(header.profile, "RGB"):
         return None
-    return jpeg.without_metadata(data)
+    return jpeg.without_metadata(bytes(data))
 
 
 def _encoded(pixels: np.ndarray, options: ImageOptions) -> bytes:

@@ -42,7 +42,7 @@ _PROBE = bytes.fromhex("5aa53cc369961ee1") * 8
 
 
 def decode_strictly(
-    data: bytes, header: Header, least: tuple[int, int]
+    data: bytes | memoryview, header: Header, least: tuple[int, int]
 ) -> np.ndarray | None:
     """Pixels (height, width, channels) with sides of at least `least`, width and
     height; None where the decoder complains about something that may do no harm.
@@ -118,7 +118,7 @@ def without_metadata(data: bytes) -> bytes | None:
     return None
 
 
-def is_plain(data: bytes) -> bool:
+def is_plain(data: bytes | memoryview) -> bool:
     """Whether pixels are stored as YCbCr with chroma at half size."""
     return simplejpeg.decode_jpeg_header(data)[2:] == ("YCbCr", "420")
 

@@ -45,6 +45,15 @@ class SharedPipe:
 
     def receive(self) -> tuple[bytes, list[bytes]]:
         """Text and blobs of the next message. Raises EOFError where none will come."""
+        text, views = self.receive_in_place()
+        blobs = [bytes(view) for view in views]
+        release(views)
+        return text, blobs
+
+    def receive_in_place(self) -> tuple[bytes, list[memoryview]]:
+        """The same without a copy: the blobs must be released before an answer is sent,
+        which takes their place. Raises EOFError where no message will come.
+        """
         # Nothing can follow a message before it is answered, so reads may be generous.
         message = self._read(b"", _HEAD.size)
         text_size, list_size, capacity = _HEAD.unpack_from(message)
@@ -53,9 +62,10 @@ class SharedPipe:
         if capacity != len(self._memory):
             self._memory.resize(capacity)
         blobs, place = [], _MARK.size
-        for (size,) in _SIZE.iter_unpack(message[_HEAD.size : start]):
-            blobs.append(self._memory[place : place + size])
-            place += size
+        with memoryview(self._memory) as memory, memory.toreadonly() as whole:
+            for (size,) in _SIZE.iter_unpack(message[_HEAD.size : start]):
+                blobs.append(whole[place : place + size])
+                place += size
         return message[start:], blobs
 
     @property
@@ -80,6 +90,12 @@ class SharedPipe:
             parts.append(part)
             have += len(part)
         return b"".join(parts) if len(parts) > 1 else start
+
+
+def release(views: Sequence[memoryview]) -> None:
+    """Let go of what was received in place."""
+    for view in views:
+        view.release()
 
 
 def shared_memory() -> int:
