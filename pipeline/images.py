@@ -167,7 +167,7 @@ def _pixels(
             pixels = jpeg.decode_strictly(data, header, geometry.target)
             if pixels is not None:
                 return _jpeg_pixels(pixels, header, geometry), True
-            image = jpeg.decode_tolerantly(bytes(data))
+            image = jpeg.decode_tolerantly(bytes(data), header)
         else:
             image.load()
         # Colour first: alpha must be gone before neighbours are mixed.

@@ -27,6 +27,11 @@ _FATAL = {
     "instead of RST": "corrupt",
     "Insufficient memory": "memory_limit",
 }
+# Compressed data that are left over when all blocks are there.
+_LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x(..)")
+_AT_THE_END = "d9"
+# So many bytes of what looks like padding may belong to the last block.
+_SLACK = 8
 
 _JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
@@ -59,22 +64,21 @@ def decode_strictly(
     try:
         return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height)
     except ValueError as error:
-        text = str(error)
-    for words, reason in _FATAL.items():
-        if words in text:
-            raise ImageError(reason, text)
+        _refuse_fatal(str(error))
     return None
 
 
-def decode_tolerantly(data: bytes) -> Image.Image:
+def decode_tolerantly(data: bytes, header: Header) -> Image.Image:
     """The loaded image, where the strict decoder refuses it.
 
-    Pillow asks libjpeg for the same pixels and ignores its complaints, the one about
-    compressed data that end early included: that one is found by adding to them.
+    Pillow asks libjpeg for the same pixels and ignores its complaints, those about
+    compressed data included: these are asked for again, and data that end early are
+    found by adding to them.
 
     Raises:
-        ImageError: truncated or unreadable.
+        ImageError: truncated, corrupt, memory_limit or unreadable.
     """
+    _refuse_contradictions(data, header)
     image = _load(data)
     end = _end_of_image(data)
     if end is not None:
@@ -123,6 +127,64 @@ def is_plain(data: bytes | memoryview) -> bool:
     return simplejpeg.decode_jpeg_header(data)[2:] == ("YCbCr", "420")
 
 
+def _refuse_fatal(complaint: str) -> None:
+    for words, reason in _FATAL.items():
+        if words in complaint:
+            raise ImageError(reason, complaint)
+
+
+def _refuse_contradictions(data: bytes, header: Header) -> None:
+    """Raise ImageError for what libjpeg says about compressed data. It speaks once: a
+    complaint about what stands before them, which may do no harm, would be all.
+    """
+    bare = _bare(data)
+    if bare is None:
+        return
+    least = {
+        "min_width": -(-header.size[0] // _FRACTIONS[0]),
+        "min_height": -(-header.size[1] // _FRACTIONS[0]),
+    }
+    try:
+        simplejpeg.decode_jpeg(bare, _COLOUR_SPACES.get(header.mode, "RGB"), **least)
+    except ValueError as error:
+        complaint = str(error)
+    else:
+        return
+    _refuse_fatal(complaint)
+    left_over = _LEFT_OVER.search(complaint)
+    if left_over and not _is_padding(bare, *left_over.groups()):
+        raise ImageError("corrupt", complaint)
+
+
+def _bare(data: bytes) -> bytes | None:
+    """The segments before the first scan that decoding needs, and all from there on."""
+    parts, place = [_SOI], len(_SOI)
+    scan = _first_scan(data)
+    if scan is None:
+        return None
+    while place < scan:
+        if data[place] != 0xFF or not _is_segment(data[place + 1]):
+            place += 1
+            continue
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if data[place + 1] not in _APP and data[place + 1] != _COM:
+            parts.append(data[place:end])
+        place = end
+    return b"".join([*parts, data[scan:]])
+
+
+def _is_padding(data: bytes, size: str, marker: str) -> bool:
+    """Whether bytes that are left over before the end stand there on purpose. Blocks
+    that were lost, or read wrongly, leave data; a hole leaves what was read, too.
+    """
+    end = _end_of_image(data) if marker == _AT_THE_END else None
+    if end is None:
+        return False
+    before = data[:end]
+    alike = len(before) - len(before.rstrip(before[-1:]))
+    return int(size) <= alike <= int(size) + _SLACK
+
+
 def _load(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
@@ -150,7 +212,10 @@ def _first_scan(data: bytes) -> int | None:
         if marker == _SOS:
             return place
         # Anything but a marker is skipped byte by byte, as libjpeg does.
-        is_segment = marker >= _SOF0 and marker not in _NO_SEGMENT
         length = int.from_bytes(data[place + 2 : place + 4], "big")
-        place += 2 + length if is_segment else 1
+        place += 2 + length if _is_segment(marker) else 1
     return None
+
+
+def _is_segment(marker: int) -> bool:
+    return marker >= _SOF0 and marker not in _NO_SEGMENT

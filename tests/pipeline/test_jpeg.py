@@ -101,3 +101,43 @@ def test_a_jpeg_whose_data_contradict_themselves_is_refused() -> None:
     first = data.index(b"\xff\xd0")
     data[first + 1] = 0xD5
     assert reason(bytes(data)) == "corrupt"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"restart_marker_blocks": 3}, {"progressive": True}]
+)
+def test_whatever_a_strict_decoder_hears_of_damaged_data_refuses_the_jpeg(
+    options: dict[str, object],
+) -> None:
+    data = noisy("JPEG", quality=90, **options)
+    scan = data.index(b"\xff\xda") + 16
+    chance = np.random.default_rng(5)
+    heard = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[int(chance.integers(scan, len(data) - 2))] ^= 1 << chance.integers(8)
+        try:
+            simplejpeg.decode_jpeg(bytes(damaged))
+        except ValueError:
+            heard += 1
+            # Nor does a harmless complaint that comes first hide it.
+            place = data.index(b"\xff\xda")
+            junk = bytes(damaged[:place]) + b"junk" + bytes(damaged[place:])
+            for image in (bytes(damaged), junk):
+                assert reason(image) in ("corrupt", "truncated", "unreadable")
+    assert heard > 10
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 300, b"\xaa", b"\xff" * 9])
+def test_padding_before_the_end_does_no_harm(padding: bytes) -> None:
+    data = noisy("JPEG")
+    assert data.endswith(b"\xff\xd9")
+    whole = ImageOptions(resize="none", format="png")
+    padded = data[:-2] + padding + data[-2:]
+    assert encode_image(padded, whole) == encode_image(data, whole)
+
+
+def test_a_hole_is_no_padding() -> None:
+    data = noisy("JPEG")
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    assert reason(data[:middle] + b"\0" * 40_000 + data[-2:]) == "corrupt"
