@@ -12,15 +12,18 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.image_header import ImageError
+from pipeline.image_header import MAX_PROFILE, ImageError
 
 _WHITE = (255, 255, 255, 255)
 _GREY = 1
 _CMYK = 4
-# Profiles of printing presses have up to 3 MB; more is an attack on memory.
-_MAX_PROFILE = 8 << 20
 # Transforms kept; most corpora have a handful of profiles.
 _TRANSFORMS = 8
+# What a profile of sRGB may do to a colour: its curves are tables that were rounded.
+_SAME = 2
+_STEPS = 9
+_DEEP_GREY = "I;16"
+_TIFF_WHITE_IS_0 = (262, 0)
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
@@ -29,7 +32,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: unsupported_mode.
     """
-    return _on_white(_to_srgb(image))
+    return _on_white(_to_srgb(_plain(image)))
 
 
 def jpeg_to_rgb(
@@ -62,16 +65,54 @@ def _with_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image
 
 
+def _plain(image: Image.Image) -> Image.Image:
+    """The image with a byte a channel, and what is transparent in a channel of its own:
+    what a profile speaks of. Raises ImageError: unsupported_mode.
+    """
+    if image.mode.startswith(_DEEP_GREY):
+        return _shallow(image)
+    if image.mode in ("I", "F", "LAB"):
+        raise ImageError("unsupported_mode", f"pixels of kind {image.mode}")
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode in ("L", "RGB") and "transparency" in image.info:
+        return image.convert("LA" if image.mode == "L" else "RGBA")
+    return image
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips."""
+    values = np.asarray(image).astype(np.uint16)
+    clear = image.info.get("transparency")
+    tag, white = _TIFF_WHITE_IS_0
+    grey = (values // 257).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(tag) == white:
+        grey = 255 - grey
+    shallow = Image.fromarray(grey)
+    if isinstance(clear, int):
+        shallow.putalpha(
+            Image.fromarray(np.where(values == clear, 0, 255).astype("u1"))
+        )
+    return _with_profile(shallow, image.info.get("icc_profile"))
+
+
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Apply an embedded colour profile; a profile that does not parse is ignored."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L", "LA"):
         return image
     mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    transform = _transform(profile, image.mode, mode)
+    transform = _transform(profile, "L" if image.mode == "LA" else image.mode, mode)
     if transform is None:
         return image
-    return ImageCms.applyTransform(image, transform) or image
+    alpha = image.getchannel("A") if image.mode == "LA" else None
+    source = image.getchannel("L") if alpha else image
+    converted = ImageCms.applyTransform(source, transform) or source
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
 
 
 @functools.lru_cache(maxsize=_TRANSFORMS)
@@ -79,25 +120,39 @@ def _transform(
     profile: bytes, from_mode: str, to_mode: str
 ) -> ImageCms.ImageCmsTransform | None:
     """Transform of a profile to sRGB, or None where there is nothing to do."""
-    if len(profile) > _MAX_PROFILE:
+    if len(profile) > MAX_PROFILE:
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return None
         target = ImageCms.createProfile("sRGB")
-        return ImageCms.buildTransform(source, target, from_mode, to_mode)
+        transform = ImageCms.buildTransform(source, target, from_mode, to_mode)
+        return None if _changes_nothing(transform, from_mode) else transform
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
 
 
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, from_mode: str) -> bool:
+    """Whether colours come out as they were. Names tell nothing: many a profile has
+    "sRGB" in its own and other curves.
+    """
+    if from_mode == "CMYK":
+        return False
+    steps = np.linspace(0, 255, _STEPS).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    colours = Image.fromarray(grid)
+    if from_mode == "L":
+        colours = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    colours = colours.convert(from_mode)
+    found = ImageCms.applyTransform(colours, transform)
+    if found is None:
+        return False
+    before, after = (
+        np.asarray(one.convert("RGB")).astype(int) for one in (colours, found)
+    )
+    return bool(np.abs(before - after).max() <= _SAME)
+
+
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips instead of scaling.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65_535) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "LAB"):
-        raise ImageError("unsupported_mode", f"pixels of kind {image.mode}")
     if not image.has_transparency_data:
         # Converting to the same mode copies every pixel.
         return image if image.mode == "RGB" else image.convert("RGB")

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from pipeline import png
 from pipeline.options import ImageOptions
@@ -41,6 +41,8 @@ from pipeline.options import ImageOptions
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Bytes that decoding a WebP may need, per pixel of its canvas.
 _WEBP_BYTES = 20
+# Profiles of printing presses have up to 3 MB; more is an attack on memory.
+MAX_PROFILE = 8 << 20
 _EXIF_CHARS = 256
 _EXIF_TAGS = 100
 _ORIENTATION = ExifTags.Base.Orientation.value
@@ -105,6 +107,8 @@ def read_header(data: bytes | memoryview, options: ImageOptions) -> Header:
         raise ImageError("too_large", f"{len(data)} bytes")
     # The checks here are the limit; Pillow's own is a fixed one.
     Image.MAX_IMAGE_PIXELS = None
+    # Pillow's limit for a profile or text of a PNG, which it refuses the image for.
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE
     bare = _bare_jpeg(data)
     if bare is not None:
         _check_size(bare.size, options)
