@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import random
 import socket
 import ssl
@@ -23,6 +24,7 @@ from weakref import WeakValueDictionary
 
 import aiohttp
 import aiohttp.abc
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from pipeline.addresses import WEB_SCHEMES, AddressRefused, Network
@@ -47,7 +49,8 @@ _MEANINGS: tuple[tuple[Any, str, str, bool], ...] = (
     (aiohttp.ClientConnectorDNSError, "dns", "the host does not resolve", True),
     (aiohttp.ClientSSLError, "tls", "no sound certificate or no TLS", False),
     (aiohttp.ClientPayloadError, "truncated", "the body ends early", True),
-    (aiohttp.ClientResponseError, "bad_answer", "it does not keep to HTTP", False),
+    # Bytes that the answer before should not have had may stand before it, too.
+    (aiohttp.ClientResponseError, "bad_answer", "it does not keep to HTTP", True),
     ((aiohttp.ClientError, OSError), "connection", "refused, reset or dropped", True),
     (ValueError, "bad_url", "no request can be made of it", False),
     (Exception, "bad_answer", "it does not keep to HTTP", False),
@@ -130,7 +133,7 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
             limit=0,
             resolver=_Resolver(self._network, self._lookups, self._options.timeout_s),
             ssl=ssl.create_default_context(),
@@ -242,6 +245,45 @@ class Downloader:
         if not inflater.finished:
             raise _Again(ImageError("truncated", "the encoded body ends early"))
         return bytes(body)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Connections of `_Answers`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # aiohttp offers no other way to choose it.
+        answers: Any = functools.partial(_Answers, loop=self._loop)
+        self._factory = answers
+
+
+class _Answers(ResponseHandler):
+    """Reads an answer whose body is followed by more than it should be. The parser
+    raises for that, and then gives nothing of what came with it: whether the headers
+    did is chance, so they are given to it alone.
+    """
+
+    _END = b"\r\n\r\n"
+    _before = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop with what has come."""
+        seen = self._before + data
+        place = seen.find(self._END)
+        head = max(place + len(self._END) - len(self._before), 0) if place >= 0 else 0
+        self._before = seen[-len(self._END) + 1 :]
+        if 0 < head < len(data):
+            super().data_received(data[:head])
+            data = data[head:]
+        super().data_received(data)
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        """Called when the parser has raised: whoever reads a body that is not all there
+        would wait for the rest.
+        """
+        super().set_exception(exc, *cause)
+        if self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(exc, *cause)
 
 
 class _Resolver(aiohttp.abc.AbstractResolver):

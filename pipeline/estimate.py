@@ -259,7 +259,11 @@ def _sample(plan: Plan, storage: Storage) -> Iterator[RangePlan]:
 
 
 def _process(work: Work, part: RangePlan) -> StagedRange:
-    staged = write_range(work, part, _no_report)
+    try:
+        staged = write_range(work, part, _no_report)
+    except RuntimeError as error:
+        # The user's filter function, mostly: told as a run tells it.
+        raise OSError(str(error)) from error
     # The next look at this range must process it anew.
     work.storage.remove_tree(".palimpsest/candidates")
     return staged

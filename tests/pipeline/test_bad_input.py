@@ -244,13 +244,14 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     assert (done.returncode, "60 inputs" in done.stdout) == (0, True)
 
 
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
 def test_a_fault_in_a_task_is_one_line_that_names_the_input(
-    table: Path, tmp_path: Path, preprocess: Run
+    table: Path, tmp_path: Path, preprocess: Run, flag: str
 ) -> None:
     source = "def judge(one):\n    return 1 / (one.width - 60)\n"
     (tmp_path / "divides.py").write_text(source)
     flags = [f"--input={table}", f"--output={tmp_path / 'out'}", "--workers=1"]
-    flags += ["--filter.function=divides:judge", "--tokenizer=train:300"]
+    flags += ["--filter.function=divides:judge", "--tokenizer=train:300", flag]
     result = preprocess(*flags, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
     line = result.stderr.strip().splitlines()[-1]
@@ -258,6 +259,7 @@ def test_a_fault_in_a_task_is_one_line_that_names_the_input(
     error = "python -m pipeline.preprocess: error: "
     assert line.startswith(f"{error}input 000000000000 (0.jpg): {fault}')")
     assert line.count("Error") == 1
+    assert "Traceback" not in result.stderr
 
 
 def test_a_relative_output_inside_a_job(

@@ -143,6 +143,27 @@ def test_a_body_that_ends_early_is_tried_again(server: WebServer) -> None:
     assert fetched(server.serve("/d", Reply(raw=chunks + b"0\r\n\r\n"))) == b"hello"
 
 
+def test_bytes_behind_a_body_change_nothing_however_they_arrive(
+    server: WebServer,
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(_BODY)
+    for extra in (b"z", b"zzzzzz" * 1_000, b"HTTP/1.1 200 OK\r\n\r\n", b"\r\n"):
+        url = server.serve("/at_once", Reply(raw=head + _BODY + extra))
+        assert fetched(url) == _BODY
+        closed = b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + head[17:]
+        url = server.serve("/closed", Reply(raw=closed + _BODY + extra))
+        assert fetched(url) == _BODY
+    # What comes late may meet the next request of the same connection.
+    url = server.serve("/late", Reply(body=_BODY, after=b"zzzzzz"))
+    downloader = opened(per_host=2, retries=3)
+    try:
+        share = Share(Room(), 1 << 30)
+        futures = [downloader.start(url, share) for _ in range(40)]
+        assert {future.result(60) for future in futures} == {_BODY}
+    finally:
+        downloader.close()
+
+
 def test_a_body_without_a_length_is_read_to_its_end(server: WebServer) -> None:
     assert fetched(server.serve("/a", Reply(body=_BODY, length=-1))) == _BODY
 

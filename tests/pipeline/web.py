@@ -33,6 +33,8 @@ class Reply:
     """Go on after the body for ever."""
     drop: bool = False
     """Hang up without an answer."""
+    after: bytes = b""
+    """Sent behind the body, by itself, on a connection that stays open."""
     raw: bytes | None = None
     """Send these bytes instead."""
 
@@ -164,6 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
                     return
         else:
             self.wfile.write(reply.body)
+        if reply.after:
+            self.wfile.flush()
+            self.wfile.write(reply.after)
         while reply.endless and not stopped.is_set():
             self.wfile.write(_ENDLESS)
 
