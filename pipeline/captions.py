@@ -89,6 +89,10 @@ class CaptionCleaner:
                 break
         return captions, None if captions else reason
 
+    def first(self, cells: Iterable[Any]) -> str:
+        """The first caption with any text in it, whatever `clean` thinks of it."""
+        return next(filter(None, map(self._cleaned, _texts(cells))), "")
+
     def _cleaned(self, text: str) -> str:
         limit = self._options.max_chars
         text = text[: limit * _RAW_SHARE]

@@ -339,7 +339,8 @@ class _RangeWriter:
             cells = caption_cells(given.rows, columns, self._template)
             prepared.captions, reason = self._cleaner.clean(cells)
             if reason is not None:
-                raise Rejected("filtered", reason)
+                # Whoever reads the table sees what was thought too little.
+                raise Rejected("filtered", reason, self._cleaner.first(cells))
         except Rejected as rejected:
             prepared.rejected = rejected
         return prepared

@@ -298,3 +298,13 @@ def test_rows_of_one_id_that_differ_in_image_fail(tmp_path: Path) -> None:
     )
     counts = run.committed().accounting()
     assert (counts.written, counts.failed) == (1, {"images_differ": 2})
+
+
+def test_the_table_shows_the_caption_that_was_thought_too_little(
+    tmp_path: Path,
+) -> None:
+    rows = [(encoded(picture(1)), "train", "a bird"), (GOOD, "train", "untitled")]
+    outcome(tmp_path, rows)
+    table = pq.read_table(tmp_path / "out" / "train" / "shard-000000.parquet")
+    dropped = table.to_pylist()[1]
+    assert (dropped["status"], dropped["detail"]) == ("filtered", "untitled")
