@@ -311,6 +311,10 @@ _KINDS = {
     "dict": "mapping such as {key: value}",
     "NoneType": "null",
 }
+_IN_QUOTES = (
+    "; put quotes around a value with spaces or a pattern (such as 'data/*.parquet'), "
+    "or the shell makes several words of it"
+)
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.\-]+)",
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.\-]+)'",
@@ -382,5 +386,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
         flags = ", ".join(f"--{key.strip()}" for key in found[1].split(","))
         return f"{flags} must be given (--help explains every key)"
     if text.startswith("unrecognized arguments: "):
-        return text.replace("unrecognized arguments", "not a flag")
+        words = text.partition(": ")[2]
+        cure = "" if words.startswith("-") else _IN_QUOTES
+        return f"not a flag: {words}{cure}"
     return text
