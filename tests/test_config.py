@@ -94,7 +94,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
         ([], "DATA (--data) must be given"),
         (["d", "--inner.width", "wide"], "inner.width"),
         (["d", "--inner.kind", "odd"], "inner.kind"),
-        (["d", "surplus"], "surplus"),
+        (["d", "surplus"], "not a flag: surplus; put quotes around"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
