@@ -22,6 +22,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 # A URL that is itself the image: `data:image/png;base64,...`.
 _INLINE = re.compile(r"data:([a-z]+/[\w.+-]+)?(;[\w.+-]+(=[^;,]*)?)*,", re.IGNORECASE)
 _LOCAL_SCHEMES = ("file", "local")
+# RFC 8089 allows a file URL to have no host.
+_SHORT_FILE_URL = re.compile(r"^file:/(?!/)", re.IGNORECASE)
 WEB_SCHEMES = ("http", "https")
 # Dots, slashes and backslashes that are percent-encoded, however many times over.
 _ENCODED = re.compile(r"%(?:25)*(2e|2f|5c)", re.IGNORECASE)
@@ -160,6 +162,9 @@ class Places:
             ImageError: `missing_file` (no such name can be), `path_outside_input`,
                 `bad_url` (of the image itself).
         """
+        # Names of files may begin and end with spaces, URLs do not.
+        if _scheme(bare := _SHORT_FILE_URL.sub("file:///", cell.strip())):
+            cell = bare
         scheme = _scheme(cell)
         if scheme in WEB_SCHEMES:
             return Place(web=cell)

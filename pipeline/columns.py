@@ -19,6 +19,8 @@ from pipeline.grouping import is_comparable
 from pipeline.options import ColumnOptions, SplitOptions
 from pipeline.shards import ROW_SCHEMA
 
+# Metadata of a field whose text is, in some rows, the JSON of something else.
+NESTED = {b"holds": b"json"}
 # The usual names, best guess first.
 _IMAGE_COLUMNS = (
     *("image", "image_path", "img", "img_path", "image_file", "filepath", "file_path"),
@@ -179,6 +181,12 @@ def _check_image_type(field: pa.Field) -> None:
 
 def _check_caption_type(field: pa.Field) -> None:
     kind = field.type
+    if (field.metadata or {}).items() >= NESTED.items():
+        raise ValueError(
+            f"--columns.caption {field.name}: it holds JSON objects, or lists of more "
+            "than text, in some rows; write the text into a column of its own (jq), or "
+            "name another column"
+        )
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     if not (is_text(kind) or pa.types.is_null(kind)):

@@ -34,7 +34,7 @@ from pipeline.shared_pipe import SharedPipe, shared_memory
 
 # What goes over together: enough to be worth the switch, few enough to be held twice
 # and to stay in the processor's cache.
-CHUNK_IMAGES = 16
+CHUNK_IMAGES = 32
 CHUNK_BYTES = 4 << 20
 # Deaths that an image need not be guilty of: somebody's kill, or the kernel's for want
 # of memory. Tried this often alone before it is held to be.

@@ -60,10 +60,14 @@ def load_uid_lists(config: PreprocessConfig) -> UidLists:
     Raises:
         ValueError: a list cannot be read, or a line is no uid.
     """
-    return UidLists(
-        allow=load_uids(config.allow_uids) if config.allow_uids else None,
-        deny=load_uids(config.deny_uids) if config.deny_uids else None,
-    )
+    lists: dict[str, np.ndarray | None] = {"allow": None, "deny": None}
+    for name, url in (("allow", config.allow_uids), ("deny", config.deny_uids)):
+        try:
+            lists[name] = load_uids(url) if url else None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"--{name}_uids {url} cannot be read: {reason}") from error
+    return UidLists(**lists)
 
 
 def check_function(config: PreprocessConfig) -> None:
@@ -177,7 +181,10 @@ def _open(config: PreprocessConfig, given: InputOptions) -> Corpus:
     Places(base=source.base, allow=config.fetch.allowed)
     if config.where:
         # Named now, before anything is written.
-        RowFilter(config.where, source.schema)
+        try:
+            RowFilter(config.where, source.schema)
+        except ValueError as error:
+            raise ValueError(f"input {given.source_name}: {error}") from error
     grouping = grouping_of(config, given.source_name, source, columns)
     if config.group and grouping.key is None:
         raise ValueError(

@@ -42,6 +42,7 @@ _FAULTS_OF_THE_PATH = (
 )
 # How folders list bytes of a name that are not UTF-8.
 _NO_UTF8 = re.compile(r"\\udc[89a-f][0-9a-f]")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _PATH_ERRORS = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _READS = 4
 _RETRY_SECONDS = 0.5
@@ -59,8 +60,9 @@ class Cell:
 
     value: Any
     """Encoded bytes, `{"bytes", "path"}`, a path, a URL, a list of those, or None."""
-    sha256: str | None = None
-    """Expected hash of the bytes (hex), where the corpus has one."""
+    sha256: Any = None
+    """Expected hash of the bytes, where the corpus has one: hex digits, with `sha256:`
+    before them or not, or 32 bytes."""
 
 
 class ImageReader:
@@ -103,8 +105,9 @@ class ImageReader:
         """
         bounds = Bounds(jobs=_WINDOW_PER_REQUEST * self._options.concurrency)
         for cell, found in in_order(cells, self._start, bounds):
-            if isinstance(found, bytes) and cell.sha256:
-                yield _verified(found, cell.sha256)
+            expected = _expected_sha256(cell.sha256)
+            if isinstance(found, bytes) and expected:
+                yield _verified(found, expected)
             else:
                 yield found
 
@@ -269,9 +272,18 @@ def _waits() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
+def _expected_sha256(cell: Any) -> str:
+    """Hex digits, as far as a cell holds any; empty where it is."""
+    if isinstance(cell, bytes):
+        return cell.hex()
+    return str(cell or "").strip().lower().removeprefix("sha256:")
+
+
 def _verified(data: bytes, expected: str) -> bytes | ImageError:
-    if hashlib.sha256(data).hexdigest() == expected.strip().lower():
+    if hashlib.sha256(data).hexdigest() == expected:
         return data
+    if not _SHA256.fullmatch(expected):
+        return ImageError("hash_mismatch", "--columns.sha256 holds no sha256 in hex")
     return ImageError("hash_mismatch", "not the bytes that the corpus was made of")
 
 

@@ -9,6 +9,7 @@ rules about captions (`pipeline.captions`), comparisons between inputs
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import string
 import traceback
@@ -273,7 +274,8 @@ class Template:
 
 def _field(value: Any) -> str:
     """A cell as text; the texts of a list stand side by side."""
-    if value is None or isinstance(value, BadText):
+    nothing = isinstance(value, float) and math.isnan(value)
+    if value is None or nothing or isinstance(value, BadText):
         return ""
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, map(_field, value)))

@@ -326,12 +326,12 @@ class _RangeWriter:
             "retry_of": retry_of,
             **kept,
         }
-        sha256 = _text(first[columns.sha256]) if columns.sha256 else None
+        sha256 = first[columns.sha256] if columns.sha256 else None
         prepared = _Prepared(
             position=position,
             given=given,
             row=row,
-            cell=Cell(value=first[columns.image], sha256=sha256 or None),
+            cell=Cell(value=first[columns.image], sha256=sha256),
             columns={n: first[n] for n in columns.sample if n != columns.image},
         )
         try:
@@ -535,4 +535,7 @@ def _text(value: Any) -> str:
     """A passthrough cell as text: readers need one type per key, never null."""
     if value is None or isinstance(value, BadText):
         return ""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, (bool, int, float, list, tuple, dict)):
+        return json.dumps(value, default=str)
+    # Text, or what JSON has no words for: dates, decimals.
+    return str(value)

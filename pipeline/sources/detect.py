@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import orjson
 
@@ -30,6 +30,7 @@ SUFFIXES = {
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TABLES = ("jsonl", "tsv", "csv")
 _HEAD = 1 << 16
+_NULS_PER = 10
 _USTAR = slice(257, 262)
 _REFUSED = {
     b"\x1f\x8b": "it is compressed; unpack it first (gunzip)",
@@ -107,17 +108,20 @@ def _is_regular(url: str) -> bool:
 def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
     images = False
+    beside: set[str] = set()
     for url in urls:
         ending = suffix(url)
         if ending in SUFFIXES and _is_regular(url):
             by_kind.setdefault(SUFFIXES[ending], []).append(url)
-        images |= ending in IMAGE_SUFFIXES
+        if ending in IMAGE_SUFFIXES:
+            images = True
+            beside.add(posixpath.dirname(url))
     if kind == "coco":
         raise ValueError(
             "it is a folder; give the annotations' JSON file, and the "
             "folder of the images as --images"
         )
-    kind = kind or _best(by_kind, images)
+    kind = kind or _best(by_kind, beside)
     if kind == "folder":
         if images:
             return kind, []
@@ -131,9 +135,10 @@ def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
     return kind, by_kind[kind]
 
 
-def _best(by_kind: Mapping[str, list[str]], images: bool) -> str:
-    """What the folder is: tars are never part of another format, while tables may
-    stand beside them (img2dataset's do), and images beside tables.
+def _best(by_kind: Mapping[str, list[str]], folders: Set[str]) -> str:
+    """What the folder is, some of whose `folders` hold images: tars are never part of
+    another format, while tables may stand beside them (img2dataset's do), and images
+    beside tables.
     """
     tables = [kind for kind in _TABLES if kind in by_kind]
     if "webdataset" in by_kind:
@@ -144,19 +149,27 @@ def _best(by_kind: Mapping[str, list[str]], images: bool) -> str:
         raise ValueError(_ambiguous("webdataset", "parquet"))
     if "arrow" in by_kind and "parquet" in by_kind:
         raise ValueError(_ambiguous("arrow", "parquet"))
-    for kind in ("parquet", "arrow"):
-        if kind in by_kind:
-            return kind
+    if _has_folder_each(by_kind.get("parquet", []), folders):
+        return "folder"
+    tables = [kind for kind in ("parquet", "arrow") if kind in by_kind] + tables
     if len(tables) > 1:
         raise ValueError(_ambiguous(*tables))
     if tables:
         return tables[0]
-    if images:
+    if folders:
         return "folder"
     raise ValueError(
         "it is a folder without tables (*.parquet, *.arrow, *.tsv, *.csv, "
         "*.jsonl), *.tar files or images"
     )
+
+
+def _has_folder_each(tables: Sequence[str], folders: Set[str]) -> bool:
+    """Whether images lie in folders named as the tables are, `00000/` beside
+    `00000.parquet`: what img2dataset writes as `files`.
+    """
+    stems = [posixpath.splitext(url)[0] for url in tables]
+    return bool(stems) and any(stem in folders for stem in stems)
 
 
 def _ambiguous(*kinds: str) -> str:
@@ -193,7 +206,9 @@ def content_kind(url: str, ending: str) -> str:
         )
     if ending in ("jsonl", "ndjson"):
         return "jsonl"
-    if b"\0" in head:
+    # A table may have one in a cell; other files, UTF-16 among them, have many.
+    separated = ending in ("tsv", "csv")
+    if head.count(b"\0") > (len(head) // _NULS_PER if separated else 0):
         raise ValueError("it is none of the formats that can be read; see --format")
     return _separated_kind(text, ending)
 

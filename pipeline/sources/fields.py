@@ -10,6 +10,8 @@ not UTF-8 is.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,9 @@ _TYPES = {
     # One caption or several.
     frozenset({"text", "texts"}): TEXTS,
 }
+_JSON = "json"
+# Of integers; longer numbers are floats.
+_DIGITS = 19
 _INT64 = range(-(1 << 63), 1 << 63)
 # The column of `captions_of`, a name that no field's column gets.
 CAPTIONS = "captions"
@@ -41,12 +46,47 @@ MAX_TEXT = 16 << 20
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object that `data` is; None for anything else. Nesting is limited."""
+    """The JSON object that `data` is; None for anything else. Nesting is limited.
+
+    What Python writes as JSON and the standard does not know is taken as well: `NaN`
+    and `Infinity` are null, half a character is U+FFFD.
+    """
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return None
+        value = _pythons(data)
     return value if isinstance(value, dict) else None
+
+
+def _pythons(data: bytes) -> Any:
+    try:
+        value = json.loads(
+            data.decode(),
+            parse_constant=lambda name: None,
+            parse_int=_number,
+            parse_float=_number,
+        )
+        return _whole(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(digits: str) -> int | float | None:
+    """As the other parser gives it."""
+    if len(digits) <= _DIGITS and digits.lstrip("-").isdecimal():
+        return int(digits)
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {_whole(name): _whole(each) for name, each in value.items()}
+    return value
 
 
 def parse_text(data: bytes) -> Any:
@@ -100,13 +140,25 @@ def captions_of(text: Any, fields: Any) -> Any:
 
 def field_types(objects: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     """Types of the fields of some objects, in the order in which they appear."""
+    kinds = _kinds(objects)
+    return {name: _TYPES.get(frozenset(seen), TEXT) for name, seen in kinds.items()}
+
+
+def nested_fields(objects: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The fields of some objects that hold other objects, or lists of more than text:
+    nobody means their JSON when he names a caption.
+    """
+    return {name for name, seen in _kinds(objects).items() if _JSON in seen}
+
+
+def _kinds(objects: Iterable[Mapping[str, Any]]) -> dict[str, set[str]]:
     kinds: dict[str, set[str]] = {}
     for fields in objects:
         for name, value in fields.items():
             seen = kinds.setdefault(name, set())
             if value is not None:
                 seen.add(_kind(value))
-    return {name: _TYPES.get(frozenset(seen), TEXT) for name, seen in kinds.items()}
+    return kinds
 
 
 def _kind(value: Any) -> str:
@@ -115,9 +167,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return "texts"
     if isinstance(value, int) and not isinstance(value, bool) and value not in _INT64:
-        return "json"
+        return "number"
     named = {bool: "bool", int: "int", float: "float"}
-    return named.get(type(value), "json")
+    return named.get(type(value), _JSON)
 
 
 def field_column(

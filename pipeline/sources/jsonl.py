@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.columns import NESTED
 from pipeline.sources.base import Block
-from pipeline.sources.fields import field_column, field_types, parse_object
+from pipeline.sources.fields import (
+    field_column,
+    field_types,
+    nested_fields,
+    parse_object,
+)
 from pipeline.sources.files import Found, InputFile, laid_end_to_end, sizes
 from pipeline.sources.rows import TextBlock, read_rows
 from pipeline.sources.text import BYTE_ORDER_MARK, TextSource, without_rows
@@ -72,13 +78,17 @@ def open_jsonl(found: Sequence[Found], base: str) -> JsonlSource:
         raise ValueError(
             "none of its first lines is a JSON object; write one a line (jq -c .)"
         )
-    types = field_types(objects)
+    nested = nested_fields(objects)
+    fields = [
+        pa.field(name, kind, metadata=NESTED if name in nested else None)
+        for name, kind in field_types(objects).items()
+    ]
     return JsonlSource(
         kind="jsonl",
         base=base,
         files=files,
         headers=tuple(_mark_bytes(file) for file in found),
-        schema=pa.schema(list(types.items())),
+        schema=pa.schema(fields),
     )
 
 

@@ -105,6 +105,8 @@ def _opened(url: str) -> Iterator[pq.ParquetFile]:
     # Without pre-buffering: a whole column chunk, which may be all images, would be
     # held in memory.
     options: dict[str, Any] = {"pre_buffer": False, "buffer_size": _READ_BUFFER}
+    # Of pages that have one; it costs the others nothing.
+    options["page_checksum_verification"] = True
     if path is not None:
         with pq.ParquetFile(path, **options) as parquet:
             yield parquet

@@ -113,18 +113,25 @@ def test_paths_stay_in_a_local_folder(tmp_path: Path) -> None:
             *cells,
             *urls,
             f"FILE://{absolute}",
+            f"file:{absolute}",
+            f" file://{absolute} \n",
             f"file://{inside}/s%75b/a.jpg",
         ):
             assert places.locate(cell) == Place(path=at)
         outside = ("../secret.jpg", "link.jpg", "/etc/hostname", f"{inside}x/a.jpg")
         urls = ("file:///etc/hostname", f"file://{inside}/%2e%2e/secret.jpg")
+        urls += (
+            "file:/etc/hostname",
+            " File:/etc/hostname",
+            f"file:{inside}/../secret.jpg",
+        )
         others = ("file://elsewhere/etc/hostname", "s3://bucket/a", "zip://a::b")
         for cell in (*outside, *urls, *others, "ftp://a/b", "memory://a"):
             assert reason(places, cell) == "path_outside_input"
         for cell in ("a\0b", "file:///a%00b", "a\ud800", "s3://b/\udc80"):
             assert reason(places, cell) == "missing_file"
         web = "http://example.com/a%2e%2e/../b c"
-        assert places.locate(web) == Place(web=web)
+        assert places.locate(web) == places.locate(f" {web}\n") == Place(web=web)
 
 
 def test_an_image_inside_a_url_is_told_from_a_path(tmp_path: Path) -> None:

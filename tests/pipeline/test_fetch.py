@@ -111,18 +111,19 @@ def test_bytes_must_have_the_hash_that_is_expected(
     url = server.serve("/a", Reply(body=b"a"))
     right = hashlib.sha256(b"a").hexdigest()
     wrong = hashlib.sha256(b"b").hexdigest()
-    hashes = (right, f" {right.upper()}\n", None, "", wrong, "a" * 63, "none")
+    forms = (right, f" {right.upper()}\n", f"sha256:{right}", bytes.fromhex(right))
+    hashes = (*forms, None, "", wrong, "a" * 63, "none")
     with reader(tmp_path) as images:
         for value in (b"a", "a.jpg", url):
             found = list(images.read(Cell(value=value, sha256=each) for each in hashes))
-            assert found[:4] == [b"a"] * 4
-            reasons = [
-                each.reason for each in found[4:] if isinstance(each, ImageError)
-            ]
-            assert reasons == ["hash_mismatch"] * 3
-        (failed,) = images.read([Cell(value="b.jpg", sha256=right)])
-        assert isinstance(failed, ImageError)
-        assert failed.reason == "missing_file"
+            assert found[:6] == [b"a"] * 6
+            failed = [each for each in found[6:] if isinstance(each, ImageError)]
+            assert [each.reason for each in failed] == ["hash_mismatch"] * 3
+            says = ["columns.sha256" in each.detail for each in failed]
+            assert says == [False, True, True]
+        (missing,) = images.read([Cell(value="b.jpg", sha256=right)])
+        assert isinstance(missing, ImageError)
+        assert missing.reason == "missing_file"
 
 
 def test_paths_stay_inside_the_corpus(tmp_path: Path) -> None:

@@ -248,7 +248,9 @@ def test_a_template_makes_one_caption_of_columns() -> None:
     assert Template("{tags}", names).render(row) is None
 
 
-@pytest.mark.parametrize("empty", [None, "", " \n", [], [None, ""], BadText()])
+@pytest.mark.parametrize(
+    "empty", [None, "", " \n", [], [None, ""], BadText(), float("nan")]
+)
 def test_an_empty_column_makes_no_caption(empty: object) -> None:
     template = Template("{a} in {b}", ["a", "b"])
     assert template.render({"a": "shirt", "b": empty}) is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import tracemalloc
 from dataclasses import replace
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +310,28 @@ def test_the_table_shows_the_caption_that_was_thought_too_little(
     table = pq.read_table(tmp_path / "out" / "train" / "shard-000000.parquet")
     dropped = table.to_pylist()[1]
     assert (dropped["status"], dropped["detail"]) == ("filtered", "untitled")
+
+
+def test_kept_cells_are_the_text_that_people_write(tmp_path: Path) -> None:
+    cells = {
+        "seen": pa.array([datetime(2020, 5, 1, 12, 30)], pa.timestamp("s")),
+        "day": pa.array([date(2020, 5, 1)]),
+        "price": pa.array([Decimal("9.90")]),
+        "score": [0.5],
+        "good": [True],
+        "tags": [["a", "b"]],
+        "none": pa.array([None], pa.string()),
+    }
+    table = pa.table({"image": [GOOD], "caption": ["a bird"], **cells})
+    pq.write_table(table, tmp_path / "t.parquet")
+    given = PreprocessConfig(
+        input=str(tmp_path / "t.parquet"),
+        output=str(tmp_path / "out"),
+        columns=ColumnOptions(keep=list(cells)),
+        split=SplitOptions(val=0.0),
+    )
+    LocalRun(given).committed()
+    (row,) = pq.read_table(tmp_path / "out/train/shard-000000.parquet").to_pylist()
+    assert [row[name] for name in cells] == [
+        *("2020-05-01 12:30:00", "2020-05-01", "9.90", "0.5", "true", '["a", "b"]', ""),
+    ]

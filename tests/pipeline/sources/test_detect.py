@@ -136,7 +136,7 @@ def test_what_a_link_in_a_folder_leads_to_is_no_part_of_it(
     ("kinds", "images", "expected"),
     [
         (("tsv",), True, "tsv"),
-        (("parquet", "csv"), True, "parquet"),
+        (("parquet",), True, "parquet"),
         (("jsonl",), False, "jsonl"),
         ((), True, "folder"),
     ],
@@ -165,6 +165,40 @@ def test_a_folder_that_could_be_several_corpora_is_refused(tmp_path: Path) -> No
         opened(tmp_path)
     with pytest.raises(ValueError, match=r"it is a folder without \*\.jsonl or"):
         opened(tmp_path, format="jsonl")
+
+
+@pytest.mark.parametrize("binary", ["parquet", "arrow"])
+def test_no_table_is_left_out_unsaid(tmp_path: Path, binary: str) -> None:
+    write(tmp_path / f"a.{binary}", binary)
+    write(tmp_path / "b.tsv", "tsv")
+    with pytest.raises(ValueError, match=f"--format {binary} or tsv"):
+        opened(tmp_path)
+    assert opened(tmp_path, format="tsv").kind == "tsv"
+
+
+def test_files_of_img2dataset_are_a_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "000000000.jpg").write_bytes(encoded(picture(1)))
+    (tmp_path / "00000" / "000000000.txt").write_text("a bird")
+    (tmp_path / "00000" / "000000000.json").write_text('{"similarity": NaN}')
+    (tmp_path / "00000_stats.json").write_text("{}")
+    write(tmp_path / "00000.parquet", "parquet")
+    source = opened(tmp_path, spool=tmp_path / "spool")
+    assert source.kind == "folder"
+    assert column(source, "similarity") == [None]
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_a_null_character_in_a_cell_does_not_hide_a_table(
+    tmp_path: Path, kind: str
+) -> None:
+    path = write(tmp_path / f"a.{kind}", kind)
+    path.write_bytes(path.read_bytes().replace(b"x, y", b"x\0, y"))
+    assert b"\0" in path.read_bytes()
+    assert opened(path).kind == kind
+    path.write_bytes("image\tcaption\n".encode("utf-16-le") * 9)
+    with pytest.raises(ValueError, match="none of the formats"):
+        opened(path)
 
 
 def test_paths_are_relative_to_the_folder_that_all_tables_share(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.columns import resolve_columns
+from pipeline.options import ColumnOptions, SplitOptions
 from tests.pipeline.sources.reading import (
     BAD,
     check_every_range,
@@ -38,7 +40,7 @@ def test_fields_become_columns_of_one_type(tmp_path: Path) -> None:
 
 def test_a_line_that_is_no_object_is_a_row_of_its_own(tmp_path: Path) -> None:
     lines = [b'{"image":"a"}', b'{"image":"b"', b"[1]", b"", b"nonsense"]
-    lines += [b'{"image":"\xff"}', b"[" * 100_000, b'{"image":"\\ud800"}']
+    lines += [b'{"image":"\xff"}', b"[" * 100_000, b'{"image":nan}']
     lines += [b'{"image":"c"}{"image":"d"}', b'{"image":"e"}']
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     source = opened(tmp_path / "t.jsonl")
@@ -60,6 +62,39 @@ def test_a_later_value_of_another_type_is_bad(tmp_path: Path) -> None:
         {"image": "c", "n": BAD, "ok": False},
     ]
     assert scanned(source, "n")[-3:] == [None] * 3
+
+
+def test_what_python_writes_as_json_is_read(tmp_path: Path) -> None:
+    long = 1 << 70
+    objects: list[dict[str, object]] = [
+        {"image": "a", "score": float("nan"), "deep": [{"x": float("inf")}], "n": 1},
+        {"image": "\ud800 b \U0001f426", "score": 0.25, "n": long},
+        {"image": "c", "score": -float("inf"), "n": float("nan")},
+        {"image": "d", "score": 3, "huge": float("nan"), "n": 2},
+    ]
+    lines = [json.dumps(each) for each in objects]
+    lines.append('{"image":"e","score":NaN,"n":' + "9" * 5_000 + "}")
+    lines.append('{"image":"f","score":NaN,"n":7}')
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = opened(tmp_path / "t.jsonl")
+    assert column(source, "image") == ["a", "\ufffd b \U0001f426", "c", "d", "e", "f"]
+    assert column(source, "score") == [None, 0.25, None, 3.0, None, None]
+    assert column(source, "deep")[0] == '[{"x":null}]'
+    assert column(source, "n") == [1.0, float(long), None, 2.0, None, 7.0]
+    check_every_range(source)
+
+
+@pytest.mark.parametrize(
+    "captions", [[{"raw": "a bird"}], {"en": "a bird"}, ["a bird", {"raw": "a kite"}]]
+)
+def test_objects_are_no_captions(tmp_path: Path, captions: object) -> None:
+    objects = [{"image": "a.jpg", "caption": each} for each in ("a bird", captions)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, objects)))
+    schema = opened(path).schema
+    with pytest.raises(ValueError, match=r"columns.caption caption: it holds JSON obj"):
+        resolve_columns(schema, ColumnOptions(), SplitOptions())
+    resolve_columns(schema, ColumnOptions(caption="image"), SplitOptions())
 
 
 def test_types_come_from_all_files(tmp_path: Path) -> None:

@@ -155,6 +155,21 @@ def test_a_damaged_row_group_is_named_and_others_are_read(tmp_path: Path) -> Non
         rows(source, (), 4, 8)
 
 
+def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table = pa.table({"image": [os.urandom(500) for _ in range(8)]})
+    options = {"use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(table, path, compression="none", **options)
+    assert len(rows(opened(path))) == 8
+    data = bytearray(path.read_bytes())
+    data[data.index(table["image"][3].as_py()) + 7] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(
+        OSError, match=r"row group 0 of t\.parquet cannot be read .*CRC"
+    ):
+        rows(opened(path))
+
+
 def test_a_saved_dataset_is_what_its_state_names(tmp_path: Path) -> None:
     table = pa.table({"n": [1, 2]})
     for name in ("data-00000-of-00002", "data-00001-of-00002", "cache-0123", "old"):
