@@ -18,7 +18,7 @@ _WHITE = (255, 255, 255, 255)
 _GREY = 1
 _CMYK = 4
 # Transforms kept; most corpora have a handful of profiles.
-_TRANSFORMS = 8
+_TRANSFORMS = 16
 # What a profile of sRGB may do to a colour: its curves are tables that were rounded.
 _SAME = 2
 _STEPS = 9
