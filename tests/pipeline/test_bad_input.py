@@ -66,7 +66,7 @@ def test_unknown_key_names_the_nearest(
         ("--tokenizer=train:many", "train:8000"),
         ("--split.val=1.5", "--split.val is 1.5"),
         ("--deny_uids=/nowhere", "--deny_uids /nowhere cannot be read: No such file"),
-        ("--where=imaeg > 1", "input t: --where 'imaeg > 1'"),
+        ("--where=imaeg > 1", "input table: --where 'imaeg > 1'"),
     ],
 )
 def test_a_wrong_value_names_the_cure(
