@@ -9,7 +9,6 @@ Only members with text or image extensions are ever read: pickles are not.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pipeline.manifest import sample_uid
 from pipeline.options import IMAGE_FORMATS, ImageOptions
 from pipeline.shards import members
 from pipeline.sources.detect import image_members
+from pipeline.sources.fields import parse_json
 
 _TEXTS = ("txt", "caption", "cap")
 _JSON_CAPTIONS = ("captions", "caption", "text")
@@ -126,8 +126,8 @@ def _json_fields(sample: TarSample, data: memoryview) -> Mapping[str, Any]:
     if "json" not in sample.members:
         return {}
     try:
-        fields = json.loads(_member(sample, data, "json"))
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(_member(sample, data, "json").encode())
+    except ValueError as error:
         raise ImageError("bad_text", "json does not parse") from error
     return fields if isinstance(fields, dict) else {}
 

@@ -11,8 +11,7 @@ import itertools
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-import orjson
-
+from pipeline.sources.fields import parse_object
 from pipeline.sources.files import find, refuse_links_out
 from pipeline.storage import open_file
 from pipeline.storage_local import local_path
@@ -215,16 +214,15 @@ def content_kind(url: str, ending: str) -> str:
 
 def _json_kind(text: bytes, ending: str) -> str:
     line, end, _ = text.partition(b"\n")
-    try:
-        row = orjson.loads(line)
+    row = parse_object(line)
+    if row is not None:
         return "coco" if row.keys() >= {"images", "annotations"} else "jsonl"
-    except orjson.JSONDecodeError:
-        # Longer than what was read, torn, or a document over several lines.
-        known = any(key in text for key in _COCO_KEYS)
-        whole = not end or not line.strip(b"{ \t\r")
-        if ending in ("jsonl", "ndjson") or not (known or whole or ending == "json"):
-            return "jsonl"
-        return "coco"
+    # Longer than what was read, torn, or a document over several lines.
+    known = any(key in text for key in _COCO_KEYS)
+    whole = not end or not line.strip(b"{ \t\r")
+    if ending in ("jsonl", "ndjson") or not (known or whole or ending == "json"):
+        return "jsonl"
+    return "coco"
 
 
 def _separated_kind(text: bytes, ending: str) -> str:

@@ -32,9 +32,10 @@ _TYPES = {
     frozenset({"text", "texts"}): TEXTS,
 }
 _JSON = "json"
-# Of integers; longer numbers are floats.
-_DIGITS = 19
 _INT64 = range(-(1 << 63), 1 << 63)
+# Numbers that are integers where they have neither point nor exponent, and how many
+# digits and signs those have at most.
+_INTEGERS, _DIGITS = range(-(1 << 63), 1 << 64), 20
 # The column of `captions_of`, a name that no field's column gets.
 CAPTIONS = "captions"
 # Where captions stand in objects, best first.
@@ -45,16 +46,29 @@ BAD = object()
 MAX_TEXT = 16 << 20
 
 
-def parse_object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object that `data` is; None for anything else. Nesting is limited.
+def parse_json(data: bytes) -> Any:
+    """The value that `data` is as JSON. Nesting is limited.
 
     What Python writes as JSON and the standard does not know is taken as well: `NaN`
     and `Infinity` are null, half a character is U+FFFD.
+
+    Raises:
+        ValueError: torn, not UTF-8, or no JSON at all.
     """
     try:
-        value = orjson.loads(data)
+        return orjson.loads(data)
     except orjson.JSONDecodeError:
-        value = _pythons(data)
+        return _pythons(data)
+
+
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that `data` is, as `parse_json` reads it; None for anything
+    else.
+    """
+    try:
+        value = parse_json(data)
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
 
 
@@ -63,18 +77,22 @@ def _pythons(data: bytes) -> Any:
         value = json.loads(
             data.decode(),
             parse_constant=lambda name: None,
-            parse_int=_number,
-            parse_float=_number,
+            parse_int=_integer,
+            parse_float=_finite,
         )
         return _whole(value)
-    except (ValueError, RecursionError):
-        return None
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
-def _number(digits: str) -> int | float | None:
+def _integer(digits: str) -> int | float | None:
     """As the other parser gives it."""
-    if len(digits) <= _DIGITS and digits.lstrip("-").isdecimal():
-        return int(digits)
+    if len(digits) <= _DIGITS and (value := int(digits)) in _INTEGERS:
+        return value
+    return _finite(digits)
+
+
+def _finite(digits: str) -> float | None:
     value = float(digits)
     return value if math.isfinite(value) else None
 
@@ -192,9 +210,17 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
         return value
     found = _kind(value)
     if kind == TEXT:
-        return value if found == "text" else orjson.dumps(value).decode()
+        return value if found == "text" else _json_text(value)
     if kind == TEXTS:
         return [value] if found == "text" else value if found == "texts" else BAD
     if kind == pa.float64() and found == "int":
         return float(value)
     return value if _TYPES.get(frozenset({found})) == kind else BAD
+
+
+def _json_text(value: Any) -> Any:
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        # Nested more deeply than can be written, though not than can be read.
+        return BAD

@@ -22,6 +22,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.captions import BadText
 from pipeline.index import IndexConfig, main
 from pipeline.indexing import index
 from pipeline.manifest import Manifest, load_index, load_manifest
@@ -207,6 +208,32 @@ def test_samples_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> No
     # A tar that has nothing is no shard, but its rows are kept.
     assert [shard.name for shard in manifest.shards] == ["train/a.tar"]
     assert "val/b.parquet" in manifest.files
+
+
+def test_json_is_what_preprocess_reads(tmp_path: Path) -> None:
+    image = encoded(picture(1))
+    texts = [
+        *(b'{"caption": "one", "s": NaN}', b'{"caption": "two", "s": -Infinity}'),
+        *(b'{"caption": "half \\ud800"}', b'{"caption": "n", "s": 1e999}'),
+        b'{"caption": "long", "s": %b}' % (b"9" * 5_000),
+        *(b'{"caption": "torn", "s": nan}', b'{"caption": "torn"', b"\xff"),
+        b'{"caption": "deep", "s": %b}' % (b"[" * 2_000 + b"]" * 2_000),
+    ]
+    files = [
+        member
+        for number, text in enumerate(texts)
+        for member in ((f"{number}.jpg", image), (f"{number}.json", text))
+    ]
+    write_tar(tmp_path / "a.tar", files)
+    source = open_source(InputOptions(path=str(tmp_path / "a.tar")))
+    assert isinstance(source, TarSource)
+    wanted = [row["captions"] for row in source.rows(["captions"], 0, source.end)]
+    manifest = indexed(tmp_path)
+    found = [row["captions"] for row in rows(tmp_path, manifest)]
+    assert found[:5] == [["one"], ["two"], ["half \ufffd"], ["n"], ["long"]]
+    assert found[:5] == wanted[:5]
+    assert all(isinstance(cell, BadText) for cell in wanted[5:])
+    assert reasons(manifest) == {"bad_text": 4}
 
 
 def test_an_image_is_the_member_that_preprocess_reads(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_a_json_array_names_its_cure(tmp_path: Path) -> None:
         opened(tmp_path / "t.json")
 
 
+@pytest.mark.parametrize(
+    "row", ['{"image": "a", "score": NaN}', '{"image": "\\ud800"}']
+)
+def test_what_python_writes_as_json_is_a_line_of_json(tmp_path: Path, row: str) -> None:
+    (tmp_path / "t.json").write_text(f"{row}\n{row}\n")
+    source = opened(tmp_path / "t.json")
+    assert source.kind == "jsonl"
+    assert len(column(source, "image")) == 2
+
+
 def test_nothing_there_is_said_so(tmp_path: Path) -> None:
     for path in (tmp_path / "no.tsv", tmp_path / "*.tsv"):
         with pytest.raises(ValueError, match="does not exist"):

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.columns import resolve_columns
 from pipeline.options import ColumnOptions, SplitOptions
+from pipeline.sources.fields import parse_object
 from tests.pipeline.sources.reading import (
     BAD,
     check_every_range,
@@ -82,6 +83,32 @@ def test_what_python_writes_as_json_is_read(tmp_path: Path) -> None:
     assert column(source, "deep")[0] == '[{"x":null}]'
     assert column(source, "n") == [1.0, float(long), None, 2.0, None, 7.0]
     check_every_range(source)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *("0", "-0", "7", "1.0", "-2.5e3", "1e-400"),
+        *("9223372036854775808", "9999999999999999999", "18446744073709551616"),
+        *("-9223372036854775808", "-9223372036854775809", "9" * 300),
+    ],
+)
+def test_numbers_beside_nan_are_what_they_are_elsewhere(number: str) -> None:
+    plain = parse_object(b'{"n":%b}' % number.encode())
+    beside = parse_object(b'{"x":NaN,"n":%b}' % number.encode())
+    assert plain is not None
+    assert repr(beside) == repr({"x": None, **plain})
+
+
+def test_values_that_are_nested_too_deeply_are_bad(tmp_path: Path) -> None:
+    deep = "[" * 300 + "]" * 300
+    lines = ['{"image":"a","more":[1]}', f'{{"image":"b","more":{deep}}}']
+    lines += [f'{{"image":"c","more":{deep},"score":NaN}}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = opened(tmp_path / "t.jsonl")
+    assert column(source, "image") == ["a", "b", "c"]
+    assert column(source, "more") == ["[1]", BAD, BAD]
+    assert scanned(source, "more") == ["[1]", None, None]
 
 
 @pytest.mark.parametrize(

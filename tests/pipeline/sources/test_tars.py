@@ -138,6 +138,21 @@ def test_json_that_is_torn_is_bad_in_every_field(tmp_path: Path) -> None:
     assert column(opened(tmp_path), "a") == [1, BAD]
 
 
+def test_nan_in_the_json_of_img2dataset_is_an_empty_field(tmp_path: Path) -> None:
+    texts = (b'{"caption": "a", "similarity": 0.3}', b'{"caption": "b", "similarity": ')
+    endings = (b"", b"NaN}", b"-Infinity}", b"nan}", b"NaN")
+    jsons = [texts[bool(ending)] + ending for ending in endings]
+    members = [
+        member
+        for number, data in enumerate(jsons)
+        for member in sample(str(number), jpg=b"J", json=data)
+    ]
+    write_tar(tmp_path / "t.tar", members)
+    source = opened(tmp_path)
+    assert column(source, "similarity") == [0.3, None, None, BAD, BAD]
+    assert column(source, "captions") == [["a"], ["b"], ["b"], BAD, BAD]
+
+
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
         for number in range(5):
