@@ -19,7 +19,7 @@ from pipeline.grouping import is_comparable
 from pipeline.options import ColumnOptions, SplitOptions
 from pipeline.shards import ROW_SCHEMA
 
-# Metadata of a field whose text is, in some rows, the JSON of something else.
+# Metadata of a field whose text is the JSON of something else.
 NESTED = {b"holds": b"json"}
 # The usual names, best guess first.
 _IMAGE_COLUMNS = (
@@ -53,6 +53,12 @@ class Columns:
         """Columns that a sample is made of."""
         names = (self.image, *self.captions, self.url, self.sha256, *self.keep)
         return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def identifying(self) -> frozenset[str]:
+        """Columns whose values say which image or which part of the corpus it is."""
+        names = (self.image, self.id, self.url, self.sha256, self.split, self.group)
+        return frozenset(name for name in names if name)
 
 
 def resolve_columns(
@@ -184,8 +190,8 @@ def _check_caption_type(field: pa.Field) -> None:
     if (field.metadata or {}).items() >= NESTED.items():
         raise ValueError(
             f"--columns.caption {field.name}: it holds JSON objects, or lists of more "
-            "than text, in some rows; write the text into a column of its own (jq), or "
-            "name another column"
+            "than text; write the text into a column of its own (jq), or name another "
+            "column"
         )
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type

@@ -30,7 +30,7 @@ from pipeline.images import codec_versions
 from pipeline.manifest import SCHEMA_VERSION, canonical_json
 from pipeline.options import InputOptions, PreprocessConfig
 from pipeline.plan import Corpus, Plan
-from pipeline.sources import NeedsSpool, Source, open_source
+from pipeline.sources import NeedsSpool, Source, open_source, with_captions
 from pipeline.storage import Storage, open_file
 from pipeline.tokenizer import StoredTokenizer
 from pipeline.where import RowFilter
@@ -177,6 +177,7 @@ def _open(config: PreprocessConfig, given: InputOptions) -> Corpus:
     columns = resolve_columns(
         source.schema, columns_given, config.split, source.default_columns
     )
+    source = with_captions(source, set(columns.captions) - columns.identifying)
     # A prefix that allows nothing is told now, not by the first task.
     Places(base=source.base, allow=config.fetch.allowed)
     if config.where:

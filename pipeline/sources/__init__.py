@@ -7,7 +7,8 @@ rows become inputs (`pipeline.plan`) or images (`pipeline.fetch`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -19,13 +20,13 @@ from pipeline.sources.delimited import SEPARATORS, open_delimited
 from pipeline.sources.detect import choose
 from pipeline.sources.files import Found, named
 from pipeline.sources.folder import open_folder
-from pipeline.sources.jsonl import open_jsonl
+from pipeline.sources.jsonl import JsonlSource, open_jsonl
 from pipeline.sources.parquet import first_line, open_parquet
-from pipeline.sources.spool import grouped
+from pipeline.sources.spool import GroupedSource, grouped
 from pipeline.sources.tars import open_tars
 from pipeline.storage_local import local_path
 
-__all__ = ["NeedsSpool", "Source", "open_source"]
+__all__ = ["NeedsSpool", "Source", "open_source", "with_captions"]
 
 
 def open_source(
@@ -49,6 +50,22 @@ def open_source(
     if empty:
         raise ValueError(f"--input {given.path} has no rows: the corpus is empty")
     return source if group_by is None else grouped(source, group_by)
+
+
+def with_captions(
+    source: Source | NeedsSpool, names: Collection[str]
+) -> Source | NeedsSpool:
+    """The corpus as it is read where these columns are captions. Formats whose columns
+    have types of their own are read as they are.
+    """
+    if isinstance(source, JsonlSource):
+        return source.with_captions(names)
+    if isinstance(source, GroupedSource):
+        given = with_captions(source.given, names)
+        return replace(
+            source, given=given, schema=given.schema, captions=tuple(sorted(names))
+        )
+    return source
 
 
 def _opened(given: InputOptions, kind: str, urls: list[str]) -> Source | NeedsSpool:

@@ -4,21 +4,23 @@ Owns the types that JSON values become, fitting values to them, and which of an 
 text and JSON are its captions. Does not own where the objects stand
 (`pipeline.sources.jsonl`, `pipeline.sources.tars`, `pipeline.sources.folder`). Objects
 and lists other than of text become JSON text, and so do values of a field whose types
-disagree. What does not fit a type that was found in the sample is bad, as text that is
-not UTF-8 is.
+disagree; but nobody means JSON where he names a caption, so such values are bad there.
+What does not fit a type that was found in the sample is bad, as text that is not UTF-8
+is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
+from pipeline.columns import NESTED
 from pipeline.shards import ROW_SCHEMA
 
 TEXT, TEXTS = pa.large_string(), pa.large_list(pa.large_string())
@@ -131,9 +133,12 @@ def column_names(fields: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def has_captions(types: Mapping[str, pa.DataType]) -> bool:
-    """Whether objects with fields of these types say anything that may be a caption."""
-    return any(types.get(field) in (TEXT, TEXTS) for field in _CAPTION_FIELDS)
+def has_captions(types: Mapping[str, pa.DataType], nested: Set[str]) -> bool:
+    """Whether objects with fields of these types, some of them `nested_fields`, say
+    anything that may be a caption.
+    """
+    fields = set(_CAPTION_FIELDS) - nested
+    return any(types.get(field) in (TEXT, TEXTS) for field in fields)
 
 
 def captions_of(text: Any, fields: Any) -> Any:
@@ -162,11 +167,44 @@ def field_types(objects: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     return {name: _TYPES.get(frozenset(seen), TEXT) for name, seen in kinds.items()}
 
 
-def nested_fields(objects: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The fields of some objects that hold other objects, or lists of more than text:
-    nobody means their JSON when he names a caption.
+def nested_fields(objects: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The fields of some objects that hold other objects, or lists of more than text,
+    and no text at all.
     """
-    return {name for name, seen in _kinds(objects).items() if _JSON in seen}
+    nested = {name for name, seen in _kinds(objects).items() if _JSON in seen}
+    return nested - _with_text(objects)
+
+
+def caption_types(objects: Sequence[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Types of the fields of some objects that hold text, where they are captions: a
+    list of texts is one whatever the field has elsewhere.
+    """
+    texts = _with_text(objects)
+    return {
+        name: TEXTS if "texts" in seen else TEXT
+        for name, seen in _kinds(objects).items()
+        if name in texts
+    }
+
+
+def _with_text(objects: Iterable[Mapping[str, Any]]) -> set[str]:
+    # What is empty says nothing about the other rows.
+    return {
+        name
+        for fields in objects
+        for name, value in fields.items()
+        if value and _kind(value) in ("text", "texts")
+    }
+
+
+def schema_of(columns: Mapping[str, pa.DataType], nested: Set[str]) -> pa.Schema:
+    """Columns with these types, those told that are `nested_fields`."""
+    return pa.schema(
+        [
+            pa.field(name, kind, metadata=NESTED if name in nested else None)
+            for name, kind in columns.items()
+        ]
+    )
 
 
 def _kinds(objects: Iterable[Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -191,13 +229,19 @@ def _kind(value: Any) -> str:
 
 
 def field_column(
-    values: Sequence[Any], kind: pa.DataType
+    values: Sequence[Any], kind: pa.DataType, *, captions: bool = False
 ) -> tuple[pa.Array, np.ndarray | None]:
     """Values of a field as a column (values,), and those (values,) bool that do not fit
-    its type, which are null there; None where all do.
+    its type, which are null there; None where all do. Of `captions`, no list or object
+    is written as JSON.
     """
     if kind == TEXT and set(map(type, values)) <= {str, type(None)}:
         return pa.array(values, kind), None
+    if captions:
+        values = [None if value in ([], {}) else value for value in values]
+        if kind == TEXT:
+            nested = (list, dict)
+            values = [BAD if isinstance(value, nested) else value for value in values]
     fitted = [_fitted(value, kind) for value in values]
     bad = np.array([value is BAD for value in fitted], bool)
     if not bad.any():

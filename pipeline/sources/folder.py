@@ -34,8 +34,10 @@ from pipeline.sources.fields import (
     field_column,
     field_types,
     has_captions,
+    nested_fields,
     parse_object,
     parse_text,
+    schema_of,
 )
 from pipeline.sources.files import find, in_threads
 from pipeline.sources.spool import (
@@ -194,20 +196,21 @@ def open_folder(path: str) -> FolderSource:
     local = local_path(path)
     base = path.rstrip("/") if local is None else str(local)
     listing = _Listing(base)
-    objects = [_object(_content(base, name)) for name in listing.samples]
-    types = field_types(each for each in objects if isinstance(each, dict))
+    read = [_object(_content(base, name)) for name in listing.samples]
+    objects = [each for each in read if isinstance(each, dict)]
+    types, nested = field_types(objects), nested_fields(objects)
     names = column_names(types, (IMAGE, TXT))
     columns: dict[str, pa.DataType] = {IMAGE: TEXT}
     default_columns = {"image": IMAGE}
     if listing.has_text:
         columns[TXT] = TEXTS
-    if listing.has_text or has_captions(types):
+    if listing.has_text or has_captions(types, nested):
         columns[CAPTIONS] = TEXTS
         default_columns["caption"] = CAPTIONS
     columns |= {names[field]: kind for field, kind in types.items()}
     return FolderSource(
         base=base,
-        schema=pa.schema(list(columns.items())),
+        schema=schema_of(columns, {names[field] for field in nested}),
         fields={column: field for field, column in names.items()},
         default_columns=default_columns,
         digest=listing.digest,

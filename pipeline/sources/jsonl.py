@@ -7,20 +7,21 @@ appears only later is not seen; a line that is no object is a row that cannot be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.columns import NESTED
 from pipeline.sources.base import Block
 from pipeline.sources.fields import (
+    caption_types,
     field_column,
     field_types,
     nested_fields,
     parse_object,
+    schema_of,
 )
 from pipeline.sources.files import Found, InputFile, laid_end_to_end, sizes
 from pipeline.sources.rows import TextBlock, read_rows
@@ -37,6 +38,23 @@ _SAMPLE_FILES = 64
 class JsonlSource(TextSource):
     """JSON Lines files."""
 
+    caption_types: Mapping[str, pa.DataType]
+    """Types of the columns with text where they are captions."""
+    captions: frozenset[str] = frozenset()
+    """Columns that are."""
+
+    def with_captions(self, names: Collection[str]) -> JsonlSource:
+        """The source as it is read where these columns are captions: lists of text stay
+        lists beside anything else, and what is neither text nor such a list is bad.
+        """
+        kinds = {
+            name: kind for name, kind in self.caption_types.items() if name in names
+        }
+        fields = [
+            field.with_type(kinds.get(field.name, field.type)) for field in self.schema
+        ]
+        return replace(self, schema=pa.schema(fields), captions=frozenset(kinds))
+
     def parsed(self, block: TextBlock, columns: Sequence[str], offset: int) -> Block:
         """As `TextSource.parsed`."""
         cells: list[list[Any]] = [[] for _ in columns]
@@ -49,7 +67,8 @@ class JsonlSource(TextSource):
                 values.append(None if fields is None else fields.get(name))
         arrays, bad = [], {}
         for values, name in zip(cells, columns, strict=True):
-            column, wrong = field_column(values, self.schema.field(name).type)
+            kind, captions = self.schema.field(name).type, name in self.captions
+            column, wrong = field_column(values, kind, captions=captions)
             arrays.append(column)
             if wrong is not None:
                 bad[name] = wrong
@@ -78,17 +97,13 @@ def open_jsonl(found: Sequence[Found], base: str) -> JsonlSource:
         raise ValueError(
             "none of its first lines is a JSON object; write one a line (jq -c .)"
         )
-    nested = nested_fields(objects)
-    fields = [
-        pa.field(name, kind, metadata=NESTED if name in nested else None)
-        for name, kind in field_types(objects).items()
-    ]
     return JsonlSource(
         kind="jsonl",
         base=base,
         files=files,
         headers=tuple(_mark_bytes(file) for file in found),
-        schema=pa.schema(fields),
+        schema=schema_of(field_types(objects), nested_fields(objects)),
+        caption_types=caption_types(objects),
     )
 
 

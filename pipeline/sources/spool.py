@@ -95,6 +95,8 @@ class GroupedSource(NeedsSpool):
     base: str
     schema: pa.Schema
     default_columns: Mapping[str, Any]
+    captions: tuple[str, ...] = ()
+    """Columns that are read as captions: their cells in the spool depend on it."""
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """As `Source.fingerprint`."""
@@ -120,7 +122,14 @@ class GroupedSource(NeedsSpool):
             for batch in sort(work, _grouping(rows, key, plain[-2])):
                 yield batch.rename_columns(names)
 
-        spool = spooled_source(self, storage, f"{name}/grouped", fill, by=self.by)
+        spool = spooled_source(
+            self,
+            storage,
+            f"{name}/grouped",
+            fill,
+            by=self.by,
+            captions=self.captions,
+        )
         storage.remove_tree(f"{SPOOL}/{first}")
         return spool
 

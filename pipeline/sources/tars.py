@@ -34,8 +34,10 @@ from pipeline.sources.fields import (
     field_column,
     field_types,
     has_captions,
+    nested_fields,
     parse_object,
     parse_text,
+    schema_of,
 )
 from pipeline.sources.files import (
     Found,
@@ -166,18 +168,18 @@ def open_tars(found: Sequence[Found], base: str) -> TarSource:
                 values = tar.json(sample)
                 if isinstance(values, dict):
                     objects.append(values)
-    types = field_types(objects)
+    types, nested = field_types(objects), nested_fields(objects)
     names = column_names(types, (KEY, IMAGE, TXT))
     columns = {KEY: TEXT, IMAGE: pa.large_binary()}
     if has_text:
         columns[TXT] = TEXT
-    if has_text or has_captions(types):
+    if has_text or has_captions(types, nested):
         columns[CAPTIONS] = TEXTS
     columns |= {names[field]: kind for field, kind in types.items()}
     return TarSource(
         base=base,
         files=files,
-        schema=pa.schema(list(columns.items())),
+        schema=schema_of(columns, {names[field] for field in nested}),
         fields={column: field for field, column in names.items()},
         default_columns=_default_columns(types, names, CAPTIONS in columns),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -334,4 +335,32 @@ def test_kept_cells_are_the_text_that_people_write(tmp_path: Path) -> None:
     (row,) = pq.read_table(tmp_path / "out/train/shard-000000.parquet").to_pylist()
     assert [row[name] for name in cells] == [
         *("2020-05-01 12:30:00", "2020-05-01", "9.90", "0.5", "true", '["a", "b"]', ""),
+    ]
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_an_object_among_captions_fails_and_a_kept_one_is_json(
+    tmp_path: Path, group: bool
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+    cells: list[object] = [["a bird", "a kite"], {"en": "a bird"}, "a kite"]
+    lines = [
+        json.dumps({"id": str(n), "image": "a.jpg", "caption": cell, "more": cell})
+        for n, cell in enumerate(cells)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    given = PreprocessConfig(
+        input=str(tmp_path / "t.jsonl"),
+        output=str(tmp_path / "out"),
+        columns=ColumnOptions(id="id", keep="more"),
+        split=SplitOptions(val=0.0),
+        group=group,
+    )
+    LocalRun(given).committed()
+    table = pq.read_table(tmp_path / "out/train/shard-000000.parquet")
+    made = [(row["captions"], row["reason"], row["more"]) for row in table.to_pylist()]
+    assert made == [
+        (["a bird", "a kite"], None, '["a bird","a kite"]'),
+        (None, "bad_text", '{"en":"a bird"}'),
+        (["a kite"], None, "a kite"),
     ]

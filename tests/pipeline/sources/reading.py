@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.captions import BadText
 from pipeline.options import InputOptions
-from pipeline.sources import NeedsSpool, Source, open_source
+from pipeline.sources import NeedsSpool, Source, open_source, with_captions
 from pipeline.storage import open_storage
 
 BAD = "<bad>"
@@ -21,8 +21,9 @@ BAD = "<bad>"
 def opened(path: Path | str, *, spool: Path | str = "", **options: Any) -> Source:
     """The corpus at `path`; spooled at `spool` where it must be."""
     group_by = options.pop("group_by", None)
+    captions = options.pop("captions", ())
     given = InputOptions(path=str(path), **options)
-    source = open_source(given, group_by=group_by)
+    source = with_captions(open_source(given, group_by=group_by), captions)
     if isinstance(source, NeedsSpool):
         assert spool, "this corpus needs a spool"
         return source.spooled(open_storage(spool), "corpus")

@@ -112,16 +112,80 @@ def test_values_that_are_nested_too_deeply_are_bad(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "captions", [[{"raw": "a bird"}], {"en": "a bird"}, ["a bird", {"raw": "a kite"}]]
+    "captions",
+    [
+        [[{"raw": "a bird"}]],
+        [{"en": "a bird"}, {"en": "a kite"}],
+        [{"en": "a bird"}, None, "", [], 7],
+        [["a bird", {"raw": "a kite"}]],
+    ],
 )
-def test_objects_are_no_captions(tmp_path: Path, captions: object) -> None:
-    objects = [{"image": "a.jpg", "caption": each} for each in ("a bird", captions)]
+def test_a_column_of_objects_is_no_caption(
+    tmp_path: Path, captions: list[object]
+) -> None:
+    objects = [{"image": "a.jpg", "caption": each} for each in captions]
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(map(json.dumps, objects)))
     schema = opened(path).schema
     with pytest.raises(ValueError, match=r"columns.caption caption: it holds JSON obj"):
         resolve_columns(schema, ColumnOptions(), SplitOptions())
     resolve_columns(schema, ColumnOptions(caption="image"), SplitOptions())
+
+
+MIXED = [
+    {"image": "a", "caption": ["a bird", "a kite"]},
+    {"image": "b", "caption": {"raw": "a bird"}},
+    {"image": "c", "caption": "a kite"},
+    {"image": "d", "caption": [{"raw": "a bird"}]},
+    {"image": "e", "caption": [], "title": {}},
+    {"image": "a", "caption": 7, "title": "a house"},
+    {"image": "f", "title": ["a house"]},
+    {"image": "g", "title": {"en": "a house"}, "late": "a bird"},
+]
+
+
+def test_objects_among_captions_are_bad_and_lists_stay_lists(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, MIXED)))
+    resolve_columns(opened(path).schema, ColumnOptions(), SplitOptions())
+    source = opened(path, captions=["caption", "late", "image"])
+    wanted = [["a bird", "a kite"], BAD, ["a kite"], BAD, None, BAD, None, None]
+    assert column(source, "caption") == wanted
+    assert column(source, "late")[-1] == "a bird"
+    # A column that is no caption is what it was.
+    titles = [*[None] * 4, "{}", "a house", '["a house"]', '{"en":"a house"}']
+    assert column(source, "title") == titles
+    check_every_range(source)
+    grouped = opened(
+        path, group_by="image", captions=["caption"], spool=tmp_path / "spool"
+    )
+    assert column(grouped, "caption") == [wanted[0], BAD, *wanted[1:5], None, None]
+
+
+def test_captions_of_text_stay_text_and_later_objects_are_bad(tmp_path: Path) -> None:
+    lines = ['{"image":"a","caption":"a bird"}'] * 10_000
+    lines += [
+        '{"image":"b","caption":{"en":"a kite"}}',
+        '{"image":"c","caption":["x"]}',
+    ]
+    lines += ['{"image":"d","caption":7}', '{"image":"e","caption":"a kite"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = opened(tmp_path / "t.jsonl", captions=["caption"])
+    assert column(source, "caption")[-5:] == ["a bird", BAD, BAD, "7", "a kite"]
+    assert scanned(source, "caption")[-4:] == [None, None, "7", "a kite"]
+
+
+def test_a_spool_for_other_captions_is_not_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"image":"a","title":"x"}\n{"image":"b","title":{"en":"y"}}\n')
+    found = [
+        column(
+            opened(path, group_by="image", captions=names, spool=tmp_path / "spool"),
+            "title",
+        )
+        for names in (["title"], ["image"])
+    ]
+    assert found == [["x", BAD], ["x", '{"en":"y"}']]
 
 
 def test_types_come_from_all_files(tmp_path: Path) -> None:

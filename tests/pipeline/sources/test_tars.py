@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from pipeline.columns import resolve_columns
+from pipeline.options import ColumnOptions, SplitOptions
 from tests.pipeline.sources.reading import (
     BAD,
     check_every_range,
@@ -151,6 +153,20 @@ def test_nan_in_the_json_of_img2dataset_is_an_empty_field(tmp_path: Path) -> Non
     source = opened(tmp_path)
     assert column(source, "similarity") == [0.3, None, None, BAD, BAD]
     assert column(source, "captions") == [["a"], ["b"], ["b"], BAD, BAD]
+
+
+def test_objects_in_the_json_are_no_captions(tmp_path: Path) -> None:
+    fields = json.dumps({"captions": [{"raw": "a bird"}], "n": 1}).encode()
+    write_tar(tmp_path / "t.tar", sample("0", jpg=b"J", json=fields))
+    source = opened(tmp_path)
+    for given, says in (
+        (ColumnOptions(), "no caption column found"),
+        (ColumnOptions(caption="source_captions"), "it holds JSON objects"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            resolve_columns(
+                source.schema, given, SplitOptions(), source.default_columns
+            )
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
