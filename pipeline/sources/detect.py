@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 
 from pipeline.sources.fields import parse_object
 from pipeline.sources.files import find, refuse_links_out
@@ -27,7 +27,7 @@ SUFFIXES = {
 }
 # What images are called; nothing else in a folder or a tar is read as one.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_TABLES = ("jsonl", "tsv", "csv")
+_KINDS = ("webdataset", "parquet", "arrow", "jsonl", "tsv", "csv")
 _HEAD = 1 << 16
 _NULS_PER = 10
 _USTAR = slice(257, 262)
@@ -135,40 +135,28 @@ def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def _best(by_kind: Mapping[str, list[str]], folders: Set[str]) -> str:
-    """What the folder is, some of whose `folders` hold images: tars are never part of
-    another format, while tables may stand beside them (img2dataset's do), and images
-    beside tables.
+    """What the folder is, some of whose `folders` hold images. Images may stand beside
+    tables, which name them, and img2dataset's tables beside what they tell of; any
+    other mixture would leave a part of the corpus out unsaid.
     """
-    tables = [kind for kind in _TABLES if kind in by_kind]
-    if "webdataset" in by_kind:
-        stems = {posixpath.splitext(url)[0] for url in by_kind["webdataset"]}
-        others = by_kind.get("parquet", [])
-        if not others or any(posixpath.splitext(url)[0] in stems for url in others):
-            return "webdataset"
-        raise ValueError(_ambiguous("webdataset", "parquet"))
-    if "arrow" in by_kind and "parquet" in by_kind:
-        raise ValueError(_ambiguous("arrow", "parquet"))
-    if _has_folder_each(by_kind.get("parquet", []), folders):
-        return "folder"
-    tables = [kind for kind in ("parquet", "arrow") if kind in by_kind] + tables
-    if len(tables) > 1:
-        raise ValueError(_ambiguous(*tables))
-    if tables:
-        return tables[0]
+    kinds = [kind for kind in _KINDS if kind in by_kind]
+    tables = {posixpath.splitext(url)[0] for url in by_kind.get("parquet", [])}
+    tars = {posixpath.splitext(url)[0] for url in by_kind.get("webdataset", [])}
+    if tables & tars:
+        kinds.remove("parquet")
+    elif tables & folders:
+        # `00000/` beside `00000.parquet`: what img2dataset writes as `files`.
+        kinds[kinds.index("parquet")] = "folder"
+    if len(kinds) > 1:
+        raise ValueError(_ambiguous(*kinds))
+    if kinds:
+        return kinds[0]
     if folders:
         return "folder"
     raise ValueError(
         "it is a folder without tables (*.parquet, *.arrow, *.tsv, *.csv, "
         "*.jsonl), *.tar files or images"
     )
-
-
-def _has_folder_each(tables: Sequence[str], folders: Set[str]) -> bool:
-    """Whether images lie in folders named as the tables are, `00000/` beside
-    `00000.parquet`: what img2dataset writes as `files`.
-    """
-    stems = [posixpath.splitext(url)[0] for url in tables]
-    return bool(stems) and any(stem in folders for stem in stems)
 
 
 def _ambiguous(*kinds: str) -> str:

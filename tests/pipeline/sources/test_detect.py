@@ -171,15 +171,18 @@ def test_a_folder_that_could_be_several_corpora_is_refused(tmp_path: Path) -> No
     assert opened(tmp_path / "b*").kind == "csv"
     write(tmp_path / "c.tar", "webdataset")
     write(tmp_path / "d.parquet", "parquet")
-    with pytest.raises(ValueError, match="--format webdataset or parquet"):
+    with pytest.raises(
+        ValueError, match="--format webdataset or parquet or tsv or csv"
+    ):
         opened(tmp_path)
     with pytest.raises(ValueError, match=r"it is a folder without \*\.jsonl or"):
         opened(tmp_path, format="jsonl")
 
 
-@pytest.mark.parametrize("binary", ["parquet", "arrow"])
+@pytest.mark.parametrize("binary", ["webdataset", "parquet", "arrow"])
 def test_no_table_is_left_out_unsaid(tmp_path: Path, binary: str) -> None:
-    write(tmp_path / f"a.{binary}", binary)
+    ending = {"webdataset": "tar"}.get(binary, binary)
+    write(tmp_path / f"a.{ending}", binary)
     write(tmp_path / "b.tsv", "tsv")
     with pytest.raises(ValueError, match=f"--format {binary} or tsv"):
         opened(tmp_path)
@@ -196,6 +199,32 @@ def test_files_of_img2dataset_are_a_folder_of_images(tmp_path: Path) -> None:
     source = opened(tmp_path, spool=tmp_path / "spool")
     assert source.kind == "folder"
     assert column(source, "similarity") == [None]
+    assert column(source, "captions") == [["a bird"]]
+    assert opened(tmp_path, format="parquet").kind == "parquet"
+    write(tmp_path / "urls.tsv", "tsv")
+    with pytest.raises(ValueError, match="--format folder or tsv"):
+        opened(tmp_path)
+
+
+def test_tables_beside_the_tars_that_they_tell_of_are_no_corpus(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        write(tmp_path / f"{name}.tar", "webdataset")
+        (tmp_path / f"{name}_stats.json").write_text("{}")
+    write(tmp_path / "00000.parquet", "parquet")
+    assert opened(tmp_path).kind == "webdataset"
+    write(tmp_path / "more.jsonl", "jsonl")
+    with pytest.raises(ValueError, match="--format webdataset or jsonl"):
+        opened(tmp_path)
+    assert opened(tmp_path, format="webdataset").kind == "webdataset"
+
+
+def test_what_spark_leaves_beside_its_parts_is_no_part(tmp_path: Path) -> None:
+    for part in range(2):
+        write(tmp_path / f"part-{part:05d}.snappy.parquet", "parquet")
+        (tmp_path / f".part-{part:05d}.snappy.parquet.crc").write_bytes(b"crc")
+    for name in ("_SUCCESS", "_metadata", "_common_metadata"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path).kind == "parquet"
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv"])
