@@ -158,8 +158,9 @@ def test_a_damaged_row_group_is_named_and_others_are_read(tmp_path: Path) -> Non
 def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     table = pa.table({"image": [os.urandom(500) for _ in range(8)]})
-    options = {"use_dictionary": False, "write_page_checksum": True}
-    pq.write_table(table, path, compression="none", **options)
+    # Statistics repeat the least and the greatest image, where no checksum covers them.
+    options = {"use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, path, compression="none", write_page_checksum=True, **options)
     assert len(rows(opened(path))) == 8
     data = bytearray(path.read_bytes())
     data[data.index(table["image"][3].as_py()) + 7] ^= 4
