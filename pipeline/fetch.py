@@ -42,7 +42,7 @@ _FAULTS_OF_THE_PATH = (
 )
 # How folders list bytes of a name that are not UTF-8.
 _NO_UTF8 = re.compile(r"\\udc[89a-f][0-9a-f]")
-_SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256, _DIGEST_BYTES = re.compile("[0-9a-f]{64}"), 32
 _PATH_ERRORS = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _READS = 4
 _RETRY_SECONDS = 0.5
@@ -61,8 +61,8 @@ class Cell:
     value: Any
     """Encoded bytes, `{"bytes", "path"}`, a path, a URL, a list of those, or None."""
     sha256: Any = None
-    """Expected hash of the bytes, where the corpus has one: hex digits, with `sha256:`
-    before them or not, or 32 bytes."""
+    """Expected hash of the bytes, where the corpus has one: hex digits, as text or
+    bytes, with `sha256:` before them or not, or 32 bytes."""
 
 
 class ImageReader:
@@ -73,6 +73,7 @@ class ImageReader:
         base: folder or URL prefix that relative paths are relative to.
         max_bytes: longer images fail as `too_large`, as far as can be without reading.
         image_list: `refuse` or `first`, for lists of several images.
+        hashes: name of the column that expected hashes come from.
         network: hosts that may be connected to. Default: by `options`.
 
     Raises:
@@ -86,12 +87,14 @@ class ImageReader:
         base: str,
         max_bytes: int,
         image_list: str,
+        hashes: str | None = None,
         network: Network | None = None,
     ) -> None:
         self._options = options
         self._places = Places(base=base, allow=options.allowed)
         self._max_bytes = max_bytes
         self._takes_first = image_list == "first"
+        self._hashes = hashes
         self._network = network or Network(allow_private=options.allow_private)
         self._files = FileReader(options.concurrency, max_bytes)
         self._web: Downloader | None = None
@@ -107,7 +110,7 @@ class ImageReader:
         for cell, found in in_order(cells, self._start, bounds):
             expected = _expected_sha256(cell.sha256)
             if isinstance(found, bytes) and expected:
-                yield _verified(found, expected)
+                yield _verified(found, expected, self._hashes)
             else:
                 yield found
 
@@ -273,18 +276,21 @@ def _waits() -> int:
 
 
 def _expected_sha256(cell: Any) -> str:
-    """Hex digits, as far as a cell holds any; empty where it is."""
+    """The text that a cell holds in place of 64 hex digits; empty where it is."""
     if isinstance(cell, bytes):
-        return cell.hex()
+        if len(cell) == _DIGEST_BYTES:
+            return cell.hex()
+        cell = cell.decode("ascii", "replace")
     return str(cell or "").strip().lower().removeprefix("sha256:")
 
 
-def _verified(data: bytes, expected: str) -> bytes | ImageError:
+def _verified(data: bytes, expected: str, column: str | None) -> bytes | ImageError:
     if hashlib.sha256(data).hexdigest() == expected:
         return data
+    why = "not the bytes that the corpus was made of"
     if not _SHA256.fullmatch(expected):
-        return ImageError("hash_mismatch", "--columns.sha256 holds no sha256 in hex")
-    return ImageError("hash_mismatch", "not the bytes that the corpus was made of")
+        why = f"column {column!r} holds no sha256, 64 hex digits or 32 bytes"
+    return ImageError("hash_mismatch", why)
 
 
 def _missing(cell: str) -> ImageError:

@@ -53,8 +53,9 @@ class ColumnOptions:
     """Column written to each sample's `url`. Default: what identifies the input; for
     img2dataset's tars the URL that they name."""
     sha256: str | None = None
-    """Column with the expected sha256 of the image's bytes (hex): anything else fails
-    as hash_mismatch, because domains are registered anew by others."""
+    """Column with the expected sha256 of the image's bytes, as hex digits (`sha256:`
+    before them or not) or 32 bytes: anything else fails as hash_mismatch, because
+    domains are registered anew by others."""
     keep: list[str] | str = ()  # type: ignore[assignment]
     """Columns to pass through, as strings, into each sample's json and the parquet.
     For WebDataset tars: all fields of their json unless given."""

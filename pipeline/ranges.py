@@ -213,6 +213,7 @@ class _RangeWriter:
             base=self._corpus.source.base,
             max_bytes=self._work.image.max_bytes,
             image_list=self._corpus.columns.image_list,
+            hashes=self._corpus.columns.sha256,
         ) as reader:
             for chunk in self._chunks(reader):
                 self._write(chunk)

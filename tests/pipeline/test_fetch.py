@@ -44,6 +44,7 @@ def reader(
     base: Path | str,
     *,
     image_list: str = "refuse",
+    hashes: str | None = None,
     network: Network | None = None,
     **options: object,
 ) -> ImageReader:
@@ -53,6 +54,7 @@ def reader(
         base=str(base),
         max_bytes=_LIMIT,
         image_list=image_list,
+        hashes=hashes,
         network=network,
     )
 
@@ -112,15 +114,16 @@ def test_bytes_must_have_the_hash_that_is_expected(
     right = hashlib.sha256(b"a").hexdigest()
     wrong = hashlib.sha256(b"b").hexdigest()
     forms = (right, f" {right.upper()}\n", f"sha256:{right}", bytes.fromhex(right))
-    hashes = (*forms, None, "", wrong, "a" * 63, "none")
-    with reader(tmp_path) as images:
+    forms += (right.encode(), f"SHA256:{right}".encode())
+    hashes = (*forms, None, "", b"", wrong, "a" * 63, "none", b"a" * 31)
+    with reader(tmp_path, hashes="digest") as images:
         for value in (b"a", "a.jpg", url):
             found = list(images.read(Cell(value=value, sha256=each) for each in hashes))
-            assert found[:6] == [b"a"] * 6
-            failed = [each for each in found[6:] if isinstance(each, ImageError)]
-            assert [each.reason for each in failed] == ["hash_mismatch"] * 3
-            says = ["columns.sha256" in each.detail for each in failed]
-            assert says == [False, True, True]
+            assert found[:9] == [b"a"] * 9
+            failed = [each for each in found[9:] if isinstance(each, ImageError)]
+            assert [each.reason for each in failed] == ["hash_mismatch"] * 4
+            says = ["'digest' holds no sha256" in each.detail for each in failed]
+            assert says == [False, True, True, True]
         (missing,) = images.read([Cell(value="b.jpg", sha256=right)])
         assert isinstance(missing, ImageError)
         assert missing.reason == "missing_file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -364,3 +365,20 @@ def test_an_object_among_captions_fails_and_a_kept_one_is_json(
         (None, "bad_text", '{"en":"a bird"}'),
         (["a kite"], None, "a kite"),
     ]
+
+
+def test_a_cell_that_is_no_hash_is_told_with_its_column(tmp_path: Path) -> None:
+    digest = hashlib.sha256(GOOD).digest()
+    hashes = {"digest": [digest, b"md5:" + b"a" * 32]}
+    table = {"image": [GOOD] * 2, "caption": ["a bird", "a kite"], **hashes}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    given = PreprocessConfig(
+        input=str(tmp_path / "t.parquet"),
+        output=str(tmp_path / "out"),
+        columns=ColumnOptions(sha256="digest"),
+        split=SplitOptions(val=0.0),
+    )
+    LocalRun(given).committed()
+    made = pq.read_table(tmp_path / "out/train/shard-000000.parquet").to_pylist()
+    assert [row["reason"] for row in made] == [None, "hash_mismatch"]
+    assert made[1]["detail"].startswith("column 'digest' holds no sha256")
