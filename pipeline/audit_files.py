@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 
-from pipeline.attempts import unrecorded
+from pipeline.attempts import RETRIES, unrecorded
 from pipeline.companions import companion_files
 from pipeline.damages import Damage, first_difference
 from pipeline.indexed import RECORDS
@@ -35,6 +36,9 @@ _LASTING = (
     *("plan", "ranges/", "retries/", "verdicts/", "files.json"),
     *("index.json", "indexed/"),
 )
+# What a retry places before the manifest tells of it, and where it keeps its state.
+_PLACED = re.compile(r"[^/]+/(shard-\d{6}|range-\d{6}-.+)\.(tar|parquet)")
+_OF_RETRIES = tuple(f"{STATE}/{name}/" for name in ("retries", "ranges", "verdicts"))
 # A seal that differs in no more characters than this was damaged itself: another
 # manifest would have another digest altogether.
 _SEAL_SLIPS = 8
@@ -127,12 +131,22 @@ def check_strays(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
     """
     known = {name for shard in manifest.shards for name in shard.files.values()}
     known |= manifest.files.keys()
+    begun = retry_begun(storage)
     for name in storage.names():
         read = name.endswith((".tar", ".parquet")) and not name.startswith(f"{STATE}/")
-        if not read or name in known:
+        if not read or name in known or (begun and _PLACED.fullmatch(name)):
             continue
         if not manifest.indexed or is_leftover(storage, name):
             yield Damage(path=name, offset=None, message="not in the manifest")
+
+
+def retry_begun(storage: Storage) -> bool:
+    """Is there a retry of failed inputs that the manifest does not tell of yet? What it
+    has placed so far is no damage: the same command finishes it.
+    """
+    begun = {name for name in storage.names(RETRIES) if name.endswith(".json")}
+    seals = read_seals(storage)
+    return bool(seals) and bool(begun - seals.keys())
 
 
 def is_leftover(storage: Storage, name: str) -> bool:
@@ -173,6 +187,8 @@ def check_state(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
         message = "not the digests of the state that were written"
         yield Damage(path=SEALS, offset=place, message=message)
         return
+    if retry_begun(storage):
+        names = {name for name in names if not name.startswith(_OF_RETRIES)}
     for name in sorted(names - digests.keys() - {SEALS} - manifest.files.keys()):
         yield Damage(path=name, offset=None, message=f"not in {SEALS}")
     for name, digest in digests.items():

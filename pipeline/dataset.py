@@ -50,6 +50,7 @@ from pipeline.staging import (
     TakenOver,
 )
 from pipeline.storage import STAGING, Storage
+from pipeline.storage_local import local_path
 from pipeline.tokenizer import StoredTokenizer, read_tokenizer
 
 PLAN = f"{STATE}/plan.json"
@@ -467,6 +468,19 @@ def _missing(shard: Shard, sizes: Mapping[str, int]) -> Iterator[str]:
 def _allowed(path: Path, mode: int) -> bool:
     """What the effective user may do, where the system tells that apart."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def refuse_inside_dataset(output: str) -> None:
+    """Raise ValueError where `output` lies in another dataset, whose files it would be
+    taken for.
+    """
+    path = local_path(output)
+    for folder in path.resolve().parents if path is not None else ():
+        if (folder / MANIFEST).is_file() and (folder / STATE).is_dir():
+            raise ValueError(
+                f"--output {output} lies in the dataset {folder}, which it would "
+                "damage; choose an --output outside of it"
+            )
 
 
 def _sha256(data: bytes) -> str:

@@ -33,6 +33,7 @@ from pipeline.audit_files import (
 from pipeline.bitrot import SMALL_BYTES, mend_tar, mended
 from pipeline.companions import companion_files
 from pipeline.damages import Damage
+from pipeline.lease import Lease
 from pipeline.manifest import (
     INDEX_DTYPE,
     MANIFEST,
@@ -55,16 +56,35 @@ _ASIDE = ".palimpsest/aside"
 
 
 def repair(
-    storage: Storage, damages: Sequence[Damage], *, config: str | None, say: Say
+    storage: Storage,
+    find: Callable[[], Sequence[Damage]],
+    *,
+    config: str | None,
+    say: Say,
 ) -> list[str]:
-    """Mend what `damages` name, and return what was done, a line each.
+    """Mend the damages that `find` finds, and return what was done, a line each. Nobody
+    else writes the dataset from before they are looked for until they are mended or put
+    aside: what a run under way has not told the manifest yet is no damage.
 
     Args:
         config: YAML file of the preprocess command; None for what the run's progress
             file says.
         say: gets every line at once.
+
+    Raises:
+        ValueError: a driver is at work.
     """
-    return _Repair(storage, say).run(damages, config)
+    Lease(storage).refuse_if_held()
+    # Of nothing but a dataset.
+    done = mend_manifest(storage, say)
+    read_manifest(storage)
+    with Lease(storage):
+        mending = _Repair(storage, say)
+        left = mending.mend(find())
+    if left:
+        # That command takes the lease for itself.
+        mending.restore(left, config)
+    return done + mending.done
 
 
 def mend_manifest(storage: Storage, say: Say) -> list[str]:
@@ -98,10 +118,10 @@ class _Repair:
             for shard in self._manifest.shards
             for name, file in shard.files.items()
         }
-        self._done: list[str] = []
+        self.done: list[str] = []
 
-    def run(self, damages: Sequence[Damage], config: str | None) -> list[str]:
-        """Rewrite, put aside, restore."""
+    def mend(self, damages: Sequence[Damage]) -> list[str]:
+        """Rewrite or put aside; returns what is to be restored."""
         left = []
         for path in sorted({damage.path for damage in damages}):
             if self._is_sound(path):
@@ -112,15 +132,13 @@ class _Repair:
             left = [path for path in left if self._is_ours(path)]
         if left:
             self._put_aside(left)
-        if self._manifest.indexed:
-            # What no digest is known of is gone for good, as it should be.
-            left = [path for path in left if self._digest(path)]
-        if left:
-            self._restore(left, config)
-        return self._done
+        # What no digest is known of is gone for good, as it should be, unless it tells
+        # what a run is made of.
+        ours = () if self._manifest.indexed else (f"{STATE}/", "tokenizer/", MANIFEST)
+        return [path for path in left if self._digest(path) or path.startswith(ours)]
 
     def _tell(self, line: str) -> None:
-        self._done.append(line)
+        self.done.append(line)
         self._say(line)
 
     def _digest(self, path: str) -> str | None:
@@ -238,11 +256,12 @@ class _Repair:
             self._storage.remove(path)
             self._tell(f"{path}: moved to {aside.url}")
 
-    def _restore(self, paths: Sequence[str], config: str | None) -> None:
+    def restore(self, paths: Sequence[str], config: str | None) -> None:
         """Have the preprocess command make again what is gone."""
         try:
             restore(self._storage, config)
-            self._tell(f"{len(paths)} files made again from the corpus")
+            again = sum(self._storage.size(path) is not None for path in paths)
+            self._tell(f"{again} files made again from the corpus")
         except (ValueError, OSError) as error:
             shards = {
                 shard.name: shard.samples
@@ -250,9 +269,9 @@ class _Repair:
                     self._shards[path] for path in paths if path in self._shards
                 )
             }
-            lost = sum(shards.values())
+            lost = f"{sum(shards.values())} samples in {len(shards)} shards"
             self._tell(
-                f"not made again: {error}. {lost} samples in {len(shards)} shards are "
+                f"not made again: {error}. {lost if shards else 'No samples'} are "
                 "missing now; bring the corpus back and run the preprocess command, or "
                 "put the files back from the quarantine"
             )

@@ -21,7 +21,7 @@ import tokenizers
 from tqdm import tqdm
 
 from pipeline.attempts import RETRIES
-from pipeline.dataset import DatasetWriter
+from pipeline.dataset import DatasetWriter, refuse_inside_dataset
 from pipeline.grouping import TRAIN
 from pipeline.indexed import trained_vocabulary, transform_digest
 from pipeline.lease import Lease
@@ -56,6 +56,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
     """
     if _is_indexed(config.dataset):
         return retokenize_indexed(config)
+    refuse_inside_dataset(config.output)
     old = _Dataset(config.dataset)
     writer = DatasetWriter(open_storage(config.output))
     stored = writer.stored_plan()

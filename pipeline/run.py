@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset import SEALS, DatasetWriter
+from pipeline.dataset import SEALS, DatasetWriter, refuse_inside_dataset
 from pipeline.describe import (
     check_function,
     load_uid_lists,
@@ -86,6 +86,7 @@ def preprocess(config: PreprocessConfig) -> Manifest:
 def check_output(config: PreprocessConfig) -> None:
     """Raise ValueError for an output that no run may have."""
     refuse_relative_in_job(config.output)
+    refuse_inside_dataset(config.output)
     _refuse_inside_input(config)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -158,6 +159,12 @@ class Storage(ABC):
         return retry(call, url=f"{self.url}/{name}", policy=self._policy)
 
 
+# What would be a local folder of that name, or no place at all.
+_NO_BUCKET = re.compile(
+    r"(s3a?|gs|gcs|az|abfss?|https?):(?!//[^/])|[a-z0-9+.\-]+://$", re.IGNORECASE
+)
+
+
 def open_storage(url: str | Path, *, policy: RetryPolicy | None = None) -> Storage:
     """The folder at a local path, `file://` URL or any URL that fsspec knows. It need
     not exist yet.
@@ -170,6 +177,11 @@ def open_storage(url: str | Path, *, policy: RetryPolicy | None = None) -> Stora
 
     if not str(url):
         raise ValueError("a folder has no name: give a path or a URL")
+    if _NO_BUCKET.match(str(url)):
+        raise ValueError(
+            f"{url} names no bucket or host: write scheme://bucket/folder (is a "
+            "variable in it empty?)"
+        )
     policy = policy or RetryPolicy()
     given = str(url).rstrip("/") or "/"
     path = local_path(given)

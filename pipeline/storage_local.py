@@ -65,7 +65,13 @@ class LocalStorage(Storage):
         self._staging = path / STAGING
 
     def read(self, name: str) -> bytes:
-        return self._retry(name, self._local(name).read_bytes)
+        path = self._local(name)
+
+        def call() -> bytes:
+            _refuse_other_than_file(path)
+            return path.read_bytes()
+
+        return self._retry(name, call)
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         def call() -> bytes:
@@ -182,7 +188,7 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
         path = self._local(name)
-        self._retry(name, path.stat)
+        self._retry(name, lambda: _refuse_other_than_file(path))
         yield path
 
     def _local(self, name: str) -> Path:
@@ -349,6 +355,20 @@ class LocalStorage(Storage):
                 # Some network disks lock no folders: only the comparison remains.
                 return
             time.sleep(_LOCK_POLL_SECONDS)
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    """Raise FileNotFoundError where a folder, a pipe (which would be waited for) or a
+    link to itself stands in the place of a file.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        regular = False
+    if not regular:
+        raise FileNotFoundError(errno.ENOENT, "is no regular file", str(path))
 
 
 def _names_below(start: Path, root: Path) -> list[str]:

@@ -56,23 +56,34 @@ def main(argv: Sequence[str]) -> int:
         description=_DESCRIPTION,
         positional="dataset",
     )
-    from pipeline.audit_files import read_manifest
+    from pipeline.audit_files import read_manifest, retry_begun
     from pipeline.storage import open_storage
 
     storage = open_storage(config.dataset)
     done: list[str] = []
     if config.repair:
-        from pipeline.repair import mend_manifest, repair
+        from pipeline.repair import repair
 
-        # Behind a damaged manifest no other damage is seen.
-        done += mend_manifest(storage, _say)
-    damages = _checked(config)
-    if damages and config.repair:
-        done += repair(storage, damages, config=config.preprocess, say=_say)
+        found: list[Damage] = []
+
+        def find() -> list[Damage]:
+            found.extend(_checked(config))
+            return found
+
+        done += repair(storage, find, config=config.preprocess, say=_say)
+        damages = _checked(config) if done or found else []
+    else:
         damages = _checked(config)
+    begun = retry_begun(storage)
     if config.json:
-        print(_as_json(config, damages, done))
-    elif not damages:
+        print(_as_json(config, damages, done, begun))
+    elif begun:
+        print(
+            f"{config.dataset}: a retry of failed inputs was begun, and is no part of "
+            "it yet; the same `python -m pipeline.preprocess ... --retry_failed` "
+            "finishes it"
+        )
+    if not config.json and not damages:
         manifest, _ = read_manifest(storage)
         print(
             f"{config.dataset}: sound; {manifest.accounting.written} samples in "
@@ -116,7 +127,10 @@ def _checked(config: ValidateConfig) -> list[Damage]:
 
 
 def _as_json(
-    config: ValidateConfig, damages: Sequence[Damage], repaired: Sequence[str]
+    config: ValidateConfig,
+    damages: Sequence[Damage],
+    repaired: Sequence[str],
+    begun: bool,
 ) -> str:
     value = {
         "dataset": config.dataset,
@@ -124,6 +138,7 @@ def _as_json(
         "sound": not damages,
         "damages": [asdict(damage) for damage in damages],
         "repaired": list(repaired),
+        "retry_begun": begun,
     }
     return json.dumps(value, indent=1)
 

@@ -462,7 +462,7 @@ def test_repair_moves_nothing_without_a_digest_out_of_an_indexed_folder(
     before = files_below(owned)
     done = repair(
         open_storage(str(owned)),
-        [
+        lambda: [
             Damage(path=name, offset=None, message="not in the manifest")
             for name in ("urls.parquet", "train/later.tar", "*.parquet")
         ],
