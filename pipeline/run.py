@@ -85,6 +85,8 @@ def preprocess(config: PreprocessConfig) -> Manifest:
 
 def check_output(config: PreprocessConfig) -> None:
     """Raise ValueError for an output that no run may have."""
+    # A dry run refuses what no storage is, too.
+    open_storage(config.output)
     refuse_relative_in_job(config.output)
     refuse_inside_dataset(config.output)
     _refuse_inside_input(config)

@@ -75,6 +75,30 @@ def test_a_wrong_value_names_the_cure(
     assert says in refused(preprocess, tmp_path / "out", f"--input={table}", flag)
 
 
+@pytest.mark.parametrize("output", ["s3://", "s3:///x", "s3:/bucket/x", "file://"])
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
+def test_an_output_without_a_bucket_is_no_folder_here(
+    table: Path, tmp_path: Path, preprocess: Run, output: str, flag: str
+) -> None:
+    result = preprocess(f"--input={table}", f"--output={output}", flag)
+    assert result.returncode == 1
+    assert "names no bucket or host" in result.stderr.splitlines()[-1]
+    assert not Path(REPOSITORY, output.rstrip("/")).exists()
+
+
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
+def test_an_output_inside_a_dataset(
+    table: Path, tmp_path: Path, preprocess: Run, flag: str
+) -> None:
+    (tmp_path / "made" / ".palimpsest").mkdir(parents=True)
+    (tmp_path / "made" / "manifest.json").write_text("{}")
+    given = (f"--input={table}", f"--output={tmp_path / 'made' / 'sub' / 'out'}", flag)
+    result = preprocess(*given)
+    assert result.returncode == 1
+    assert f"lies in the dataset {tmp_path / 'made'}" in result.stderr
+    assert not (tmp_path / "made" / "sub").exists()
+
+
 def test_no_caption_column(tmp_path: Path, preprocess: Run) -> None:
     path = write_table(tmp_path / "t.csv", [{"image": "a.jpg", "words": "a bird"}])
     line = refused(preprocess, tmp_path / "out", f"--input={path}")

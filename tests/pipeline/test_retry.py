@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,7 +36,14 @@ from pipeline.retry import (
     without_attempts,
 )
 from pipeline.storage import open_storage
-from tests.pipeline.corpora import Run, caption, encoded, picture, write_table
+from tests.pipeline.corpora import (
+    Run,
+    caption,
+    encoded,
+    picture,
+    run_module,
+    write_table,
+)
 from tests.pipeline.damage import damages, flip
 from tests.pipeline.runs import TOKENIZER, LocalRun, silent, write_rows
 from tests.pipeline.test_preprocess import files
@@ -297,6 +305,28 @@ def test_a_list_without_its_record_is_no_retry(
     assert [one.file for one in retried_ranges(storage)] == list(left)
     assert storage.names(RETRIES) == [*left, *retry_names(storage)]
     assert {name: storage.read(name) for name in left} == left
+
+
+def test_what_a_killed_retry_has_placed_is_no_damage(tmp_path: Path) -> None:
+    run = three_of_four_fail(tmp_path)
+    writer = run.committed()
+    writer.finish(run.described, TOKENIZER)
+    output = tmp_path / "out"
+    found = [failed_rows(run.work, record, silent) for record in writer.records]
+    assert begin_retry(writer, run.plan, found, 2) == 3
+    assert damages(output, deep=True) == []
+    # Shards come before the record of their range, and that before the manifest.
+    made = load_manifest(output).shards[0].name
+    placed = output / "train" / "shard-000777.tar"
+    shutil.copy(output / made, placed)
+    begun = files(output)
+    for flags in ((), ("--deep",), ("--deep", "--repair")):
+        result = run_module("pipeline.validate", output, *flags)
+        assert result.returncode == 0, result.stdout
+        assert "--retry_failed` finishes it" in result.stdout
+    assert files(output) == begun
+    (output / made).unlink()
+    assert [damage.path for damage in damages(output)] == [made]
 
 
 def _killed(*given: object) -> bool:

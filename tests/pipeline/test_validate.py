@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.damages import Damage
 from pipeline.index import IndexConfig
 from pipeline.indexing import index
 from pipeline.inspect_data import read_view
+from pipeline.lease import Lease
 from pipeline.manifest import file_sha256, load_index, load_manifest
 from pipeline.repair import repair
 from pipeline.retokenize import main as retokenize
@@ -317,6 +319,46 @@ def test_repair_puts_files_at_the_top_aside_too(copy: Path) -> None:
     assert [path.name for path in aside.iterdir()] == ["stray.tar"]
     assert not (copy / "stray.tar").exists()
     assert (copy / "README.md").read_bytes() == readme
+
+
+def test_repair_waits_for_whoever_writes(copy: Path) -> None:
+    stray = copy / "train" / "shard-000777.tar"
+    shutil.copy(copy / first_shard(copy).name, stray)
+    before = files(copy)
+    with Lease(open_storage(copy)):
+        result = run_module("pipeline.validate", copy, "--repair")
+    assert result.returncode == 1
+    assert "is being written by process" in result.stderr
+    assert files(copy) == before
+    assert not copy.with_name("copy.quarantine").exists()
+
+
+def test_repair_makes_no_strays_again_and_says_nothing_of_it(copy: Path) -> None:
+    (copy / "train" / "shard-000777.tar").write_bytes(b"x")
+    (copy / "more").mkdir()
+    (copy / "more" / "table.parquet").write_bytes(b"x")
+    result = run_module("pipeline.validate", copy, "--repair")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr.count("moved to") == 2
+    assert "made again" not in result.stderr
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npy", ".parquet", ".tar.idx"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])
+def test_what_is_no_file_hides_no_other_damage(
+    copy: Path, kind: str, suffix: str
+) -> None:
+    shard = first_shard(copy)
+    path = copy / shard.sidecar(suffix)
+    path.unlink()
+    make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(kind, lambda: path.symlink_to(path.name))()
+    (copy / "README.md").write_bytes(b"damaged")
+    result = run_module("pipeline.validate", copy, "--workers=1")
+    assert result.returncode == 1
+    assert f"{shard.sidecar(suffix)}: the file is missing" in result.stdout
+    assert "README.md" in result.stdout
+    assert not result.stderr
 
 
 def test_repair_has_lost_shards_made_again_from_the_corpus(
