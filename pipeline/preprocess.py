@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.run import check_output, tell_split_folders
 
         check_output(config)
+        if config.retry_failed:
+            print(_again(config))
+            return 0
         tell_split_folders(config)
         found, cores = estimate(config), cores_of(config)
         if config.json:
@@ -40,6 +43,18 @@ def main(argv: Sequence[str]) -> int:
 
     print(_summary(preprocess(config), config.output))
     return 0
+
+
+def _again(config: PreprocessConfig) -> str:
+    """What `--retry_failed` would try, by the manifest: nothing else is read."""
+    from pipeline.run import complete_manifest
+
+    failed = complete_manifest(config.output).accounting.failed
+    if config.json:
+        return json.dumps({"tried_again": failed}, indent=1)
+    which = ", ".join(f"{count} {reason}" for reason, count in failed.items())
+    again = f"{sum(failed.values())} failed inputs would be tried again"
+    return f"{config.output}: {again}{f' ({which})' if which else ''}"
 
 
 def _summary(manifest: Manifest, output: str) -> str:

@@ -72,10 +72,7 @@ def preprocess(config: PreprocessConfig) -> Manifest:
     if made and tokenizer and not again and _is_whole(config, writer, made):
         return made
     if made is None and again and writer.storage.size(SEALS) is None:
-        raise ValueError(
-            f"--retry_failed: {config.output} is no complete dataset yet; run the same "
-            "command without it first"
-        )
+        raise _incomplete(config.output)
     writer.refuse_unwritable()
     lease = Lease(writer.storage)
     lease.refuse_if_held()
@@ -90,6 +87,25 @@ def check_output(config: PreprocessConfig) -> None:
     refuse_relative_in_job(config.output)
     refuse_inside_dataset(config.output)
     _refuse_inside_input(config)
+
+
+def complete_manifest(output: str) -> Manifest:
+    """The manifest of the dataset that `--retry_failed` goes on from.
+
+    Raises:
+        ValueError: the dataset is not complete.
+    """
+    manifest = DatasetWriter(open_storage(output)).finished()
+    if manifest is None:
+        raise _incomplete(output)
+    return manifest
+
+
+def _incomplete(output: str) -> ValueError:
+    return ValueError(
+        f"--retry_failed: {output} is no complete dataset yet; run the same command "
+        "without it first"
+    )
 
 
 def tell_split_folders(config: PreprocessConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tracemalloc
 from collections.abc import Iterable, Iterator
@@ -205,13 +206,28 @@ def test_a_retry_killed_at_its_end_is_not_made_a_second_time(
     assert files(output) == whole
 
 
-def test_an_unfinished_dataset_cannot_retry(corpus: Path, preprocess: Run) -> None:
+@pytest.mark.parametrize("flag", ["--dry_run=false", "--dry_run"])
+def test_an_unfinished_dataset_cannot_retry(
+    corpus: Path, preprocess: Run, flag: str
+) -> None:
     output = corpus.parent.parent / "out"
-    given = (f"--input={corpus}", f"--output={output}", *FLAGS, "--retry_failed")
+    given = (f"--input={corpus}", f"--output={output}", *FLAGS, "--retry_failed", flag)
     result = preprocess(*given)
     assert result.returncode == 1
     assert "run the same command without it first" in result.stderr
     assert not output.exists()
+
+
+def test_a_dry_run_of_a_retry_counts_what_failed(corpus: Path, preprocess: Run) -> None:
+    output, _, _ = run_on(corpus, preprocess)
+    whole = files(output)
+    given = (f"--input={corpus}", f"--output={output}", *FLAGS, "--retry_failed")
+    result = preprocess(*given, "--dry_run")
+    says = f"{output}: 4 failed inputs would be tried again (4 missing_file)\n"
+    assert (result.returncode, result.stdout) == (0, says)
+    result = preprocess(*given, "--dry_run", "--json")
+    assert json.loads(result.stdout) == {"tried_again": {"missing_file": 4}}
+    assert files(output) == whole
 
 
 def test_a_retry_that_keys_cannot_number_is_refused(
