@@ -67,6 +67,8 @@ def load_uid_lists(config: PreprocessConfig) -> UidLists:
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"--{name}_uids {url} cannot be read: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"--{name}_uids: {error}") from error
     return UidLists(**lists)
 
 

@@ -45,7 +45,7 @@ class ColumnOptions:
     row. Default: the first of caption, captions, text, title, ... that exists."""
     template: str | None = None
     """Caption made of columns instead: '{title}, {colour}'. A row in which one of them
-    is empty has no caption."""
+    is empty, as NaN is, has no caption."""
     id: str | None = None
     """Column that identifies an input. Adjacent rows with one id are one image with
     several captions. Default: the image's path or URL, or the row number for bytes."""

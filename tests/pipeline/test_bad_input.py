@@ -66,6 +66,7 @@ def test_unknown_key_names_the_nearest(
         ("--tokenizer=train:many", "train:8000"),
         ("--split.val=1.5", "--split.val is 1.5"),
         ("--deny_uids=/nowhere", "--deny_uids /nowhere cannot be read: No such file"),
+        ("--allow_uids=LICENSE", "--allow_uids: line 2 of LICENSE is no uid"),
         ("--where=imaeg > 1", "input table: --where 'imaeg > 1'"),
     ],
 )
