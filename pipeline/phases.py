@@ -50,7 +50,13 @@ from pipeline.retry import (
     retry_announced,
     without_attempts,
 )
-from pipeline.settle import Placement, place_range, settle_range, store_committed
+from pipeline.settle import (
+    Placement,
+    place_range,
+    settle_range,
+    store_committed,
+    verdict_name,
+)
 from pipeline.sources import NeedsSpool
 from pipeline.staging import COMPARE, StagedRange
 from pipeline.tokenizer import StoredTokenizer, train_tokenizer
@@ -273,6 +279,8 @@ class Run:
         damaged = self._writer.damaged_ranges()
         if not damaged:
             return
+        if work.comparison.needed:
+            self._refuse_without_verdicts(damaged)
         say(f"{len(damaged)} committed ranges lack files: they are made again")
         retries = pending_ranges(self._writer, plan)
         parts = [_part(plan, retries, number) for number in damaged]
@@ -289,6 +297,17 @@ class Run:
                 for _ in self._map(place_range, work, place, bar):
                     self._writer.storage.remove_tree(staged.directory)
                     bar.step()
+
+    def _refuse_without_verdicts(self, damaged: Sequence[int]) -> None:
+        """What a range was compared with is gone when a run is over."""
+        storage = self._writer.storage
+        for name in map(verdict_name, damaged):
+            if storage.size(name) is None:
+                raise ValueError(
+                    f"{storage.url} lacks files, and {name}, which says what of them "
+                    "was dropped as a duplicate: put it back from a copy, or make the "
+                    "dataset anew with a new --output"
+                )
 
     def _begin_retry(self, config: PreprocessConfig, plan: Plan, work: Work) -> None:
         """Find what failed, unless a retry that was begun is still to be finished."""

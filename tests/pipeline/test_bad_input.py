@@ -296,3 +296,18 @@ def test_a_relative_output_inside_a_job(
     out = Path(os.path.relpath(tmp_path / "out"))
     line = refused(preprocess, out, f"--input={table}", env=env)
     assert "give an absolute path" in line
+
+
+def test_lost_files_whose_verdicts_are_lost_too(
+    table: Path, tmp_path: Path, preprocess: Run
+) -> None:
+    output = tmp_path / "out"
+    flags = [f"--input={table}", f"--output={output}", "--tokenizer=train:300"]
+    flags += ["--workers=1", "--dedup.exact", "--image.size=32"]
+    assert preprocess(*flags).returncode == 0
+    for path in (*output.glob("*/shard-*.tar"), *output.glob(".palimpsest/verdicts/*")):
+        path.unlink()
+    line = preprocess(*flags).stderr.splitlines()[-1]
+    assert (
+        ".palimpsest/verdicts/000000.npy, which says what of them was dropped" in line
+    )
