@@ -84,7 +84,9 @@ class LocalStorage(Storage):
     def size(self, name: str) -> int | None:
         try:
             found = self._retry(name, self._local(name).stat)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
