@@ -25,6 +25,9 @@ from pipeline.image_header import FORMATS, Header, ImageError, read_header, unre
 from pipeline.options import ImageOptions
 from pipeline.phash import SIDE, perceptual_hashes
 
+# Raised where any image comes out otherwise than before, or with another reason.
+_CHAIN = "2"
+
 __all__ = [
     "FORMATS",
     "EncodedImage",
@@ -147,10 +150,12 @@ def _pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def codec_versions() -> dict[str, str]:
-    """Versions of everything that decides pixels; part of the transform hash."""
+    """Versions of everything that decides pixels, this chain's own included; part of
+    the transform hash."""
     names = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "littlecms2")
     packages = ("simplejpeg", "cykooz.resizer")
     return {
+        "decode_chain": _CHAIN,
         "pillow": Image.__version__,
         **{name: features.version(name) or "none" for name in names},
         **{name: importlib.metadata.version(name) for name in packages},
