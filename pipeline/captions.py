@@ -118,7 +118,7 @@ def clean_caption(text: str, *, unescape_html: bool = True) -> str:
     stays the same when it is cleaned again.
     """
     if _SURROGATES.search(text):
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = whole_characters(text)
     if unescape_html and "&" in text:
         text = html.unescape(_HUGE_REFERENCE.sub("\ufffd", text))
     if not text.isprintable():
@@ -129,6 +129,11 @@ def clean_caption(text: str, *, unescape_html: bool = True) -> str:
         if "\u200c" in text or "\u200d" in text:
             text = _normalised(_JOINERS.sub(_joiner, text))
     return " ".join(text.split())
+
+
+def whole_characters(text: str) -> str:
+    """`text` with halves of a character joined, or U+FFFD where there is one alone."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class _Placeholders:

@@ -106,23 +106,21 @@ def _is_regular(url: str) -> bool:
 
 def _of_folder(kind: str | None, urls: Iterable[str]) -> tuple[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
-    images = False
-    beside: set[str] = set()
+    folders: set[str] = set()
     for url in urls:
         ending = suffix(url)
         if ending in SUFFIXES and _is_regular(url):
             by_kind.setdefault(SUFFIXES[ending], []).append(url)
         if ending in IMAGE_SUFFIXES:
-            images = True
-            beside.add(posixpath.dirname(url))
+            folders.add(posixpath.dirname(url))
     if kind == "coco":
         raise ValueError(
             "it is a folder; give the annotations' JSON file, and the "
             "folder of the images as --images"
         )
-    kind = kind or _best(by_kind, beside)
+    kind = kind or _best(by_kind, folders)
     if kind == "folder":
-        if images:
+        if folders:
             return kind, []
         raise ValueError("it is a folder without images")
     if kind not in by_kind:

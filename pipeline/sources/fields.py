@@ -20,6 +20,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from pipeline.captions import whole_characters
 from pipeline.columns import NESTED
 from pipeline.shards import ROW_SCHEMA
 
@@ -101,7 +102,7 @@ def _finite(digits: str) -> float | None:
 
 def _whole(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return whole_characters(value)
     if isinstance(value, list):
         return [_whole(each) for each in value]
     if isinstance(value, dict):
