@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from pipeline.attempts import RETRIES, unrecorded
+from pipeline.attempts import retry_names, unrecorded
 from pipeline.companions import companion_files
 from pipeline.damages import Damage, first_difference
 from pipeline.indexed import RECORDS
@@ -144,9 +144,8 @@ def retry_begun(storage: Storage) -> bool:
     """Is there a retry of failed inputs that the manifest does not tell of yet? What it
     has placed so far is no damage: the same command finishes it.
     """
-    begun = {name for name in storage.names(RETRIES) if name.endswith(".json")}
     seals = read_seals(storage)
-    return bool(seals) and bool(begun - seals.keys())
+    return bool(seals) and not seals.keys() >= set(retry_names(storage))
 
 
 def is_leftover(storage: Storage, name: str) -> bool:

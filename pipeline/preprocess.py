@@ -47,12 +47,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _again(config: PreprocessConfig) -> str:
     """What `--retry_failed` would try, by the manifest: nothing else is read."""
+    from pipeline.progress import reasons
     from pipeline.run import complete_manifest
 
     failed = complete_manifest(config.output).accounting.failed
     if config.json:
         return json.dumps({"tried_again": failed}, indent=1)
-    which = ", ".join(f"{count} {reason}" for reason, count in failed.items())
+    which = reasons(failed, shown=len(failed))
     again = f"{sum(failed.values())} failed inputs would be tried again"
     return f"{config.output}: {again}{f' ({which})' if which else ''}"
 
